@@ -53,7 +53,7 @@ class LiquidError(Exception):
             text += f"; expected {self.expected}"
         text += "."
         if self.remedy:
-            text += f" {self.remedy[0].upper()}{self.remedy[1:]}."
+            text += f" {self.remedy[0].upper()}{self.remedy[1:]}" + ("" if self.remedy[-1] in ".?" else ".")
         return text
 
 

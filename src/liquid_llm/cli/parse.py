@@ -1,0 +1,180 @@
+"""Words of a command line -> the values the user gave, and only those.
+
+Options are accepted with ``-`` or ``_``, booleans bare or with a value, lists comma-separated. An unknown option ends
+with exit code 2 and the nearest known one. Values a user did not give are absent, so that the configuration can take
+them from a file or from checkpoint metadata before it takes a default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from liquid_llm.errors import UsageError
+from liquid_llm.options import Option, options_of
+
+TRUE_WORDS = {"true", "1", "yes", "on"}
+FALSE_WORDS = {"false", "0", "no", "off"}
+
+_DATE = re.compile(r"\$\(date \+(?P<format>[^)]*)\)")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, raising ``UsageError`` where it would print a usage page."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where=self.prog, remedy=f"see {self.prog} --help")
+
+
+def build_parser(face: str, prog: str, description: str) -> Parser:
+    """The parser of one face; values not given stay absent from the namespace."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in options_of(face):
+        group = groups.setdefault(option.group, parser.add_argument_group(option.group))
+        default = option.default_for(face)
+        shown = "" if default in (None, (), False, "") else f" [{_show(default)}]"
+        text = (option.help + shown).replace("%", "%%")
+        convert = converter(option)
+        if option.kind == "bool":
+            group.add_argument(f"--{option.name}", nargs="?", const=True, type=convert, help=text, metavar="BOOL")
+        else:
+            metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
+            group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar)
+    return parser
+
+
+def parse(face: str, argv: Sequence[str], prog: str, description: str) -> dict[str, object]:
+    """The options given, by name, from the command line and (behind it) from ``--config FILE``.
+
+    Raises:
+        UsageError: an unknown option or a value that cannot be used.
+    """
+    parser = build_parser(face, prog, description)
+    namespace, unknown = parser.parse_known_args(normalise(argv))
+    if unknown:
+        raise _unknown(unknown[0], [option.name for option in options_of(face)] + ["config"], prog)
+    given: dict[str, object] = vars(namespace)
+    config_file = given.pop("config", None)
+    if config_file is not None:
+        given = {**read_config_file(Path(str(config_file)), face), **given}
+    return {name: expand_date(value) if isinstance(value, str) else value for name, value in given.items()}
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Spell every option with underscores: ``--grad-accum=2`` becomes ``--grad_accum=2``; values are untouched."""
+    out = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            word = "--" + name.replace("-", "_") + equals + value
+        out.append(word)
+    return out
+
+
+def converter(option: Option) -> Callable[[str], object]:
+    """A function text -> value of this option, raising ``argparse.ArgumentTypeError`` with what was expected."""
+
+    def convert(text: str) -> object:
+        try:
+            value = _convert(option.kind, text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {_KIND_WORDS[option.kind]}") from None
+        if option.choices and value not in option.choices:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(option.choices)}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if option.minimum is not None and not value >= option.minimum:
+                raise argparse.ArgumentTypeError(f"got {text}, expected at least {option.minimum:g}")
+            if option.above is not None and not value > option.above:
+                raise argparse.ArgumentTypeError(f"got {text}, expected more than {option.above:g}")
+        return value
+
+    return convert
+
+
+_KIND_WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "ints": "comma-separated whole numbers",
+    "floats": "comma-separated numbers",
+}
+
+
+def _convert(kind: str, text: str) -> object:
+    if kind == "str":
+        if not text:
+            raise ValueError("empty")
+        return text
+    if kind == "int":
+        return int(text)
+    if kind == "float":
+        value = float(text)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError("not finite")
+        return value
+    if kind == "bool":
+        word = text.lower()
+        if word in TRUE_WORDS | FALSE_WORDS:
+            return word in TRUE_WORDS
+        raise ValueError(text)
+    one: Callable[[str], object] = int if kind == "ints" else float
+    return tuple(one(part) for part in text.split(","))
+
+
+def read_config_file(path: Path, face: str) -> dict[str, object]:
+    """Options from a YAML mapping ``name: value``, checked exactly as on the command line.
+
+    Raises:
+        UsageError: the file is missing, is not a mapping, or holds an unknown option or an unusable value.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError("cannot read the configuration file", where=path, got=error.strerror) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError("not a YAML file", where=path, got=" ".join(str(error).split())) from None
+    if not isinstance(loaded, Mapping):
+        raise UsageError(
+            "not a mapping of options", where=path, got=type(loaded).__name__, expected="name: value lines"
+        )
+    known = {option.name: option for option in options_of(face)}
+    values: dict[str, object] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise _unknown(f"--{name}", list(known), str(path))
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        try:
+            values[name] = converter(known[name])(text)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(str(error), where=f"{path}: {name}") from None
+    return values
+
+
+def expand_date(text: str) -> str:
+    """Expand a literal ``$(date +FORMAT)`` (UTC), left in a URI by a launcher that has no shell."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return _DATE.sub(lambda match: now.strftime(match["format"].strip("'\"")), text)
+
+
+def _unknown(word: str, known: list[str], where: str) -> UsageError:
+    if not word.startswith("-"):
+        return UsageError("unexpected word", where=where, got=repr(word), expected="--option=value")
+    name = word.lstrip("-").partition("=")[0]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean --{near[0]}?" if near else f"see {where} --help"
+    return UsageError(f"unknown option --{name}", where=where, remedy=remedy)
+
+
+def _show(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

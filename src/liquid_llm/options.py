@@ -1,0 +1,162 @@
+"""Every option of every command, once.
+
+A *face* is a command that takes options: ``anneal`` (``python -m trainer.entrypoint``), ``train``
+(``python -m stage1_hybrid.cli``) and ``capture`` (``python -m stage1_hybrid.precompute_hybrid_logits``). An option's ``field``
+says which value of the configuration it sets; two options of different faces may set the same field. Defaults live here and
+nowhere else. A default of ``None`` means "decided by what the run finds" and the help text says how.
+
+Only light imports: ``--help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+ANNEAL, TRAIN, CAPTURE = "anneal", "train", "capture"
+TRAINING = (ANNEAL, TRAIN)
+EVERY = (ANNEAL, TRAIN, CAPTURE)
+
+STUDENT, TEACHER, DATA, OBJECTIVE, OPTIMIZER, EVALUATION, OUTPUT, STORE, RUN = (
+    "student",
+    "teacher",
+    "data",
+    "objective",
+    "optimizer",
+    "evaluation",
+    "output",
+    "store",
+    "run",
+)
+
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One command-line option.
+
+    Attributes:
+        name: spelled with underscores; ``-`` is accepted too.
+        kind: ``str``, ``int``, ``float``, ``bool``, ``ints`` or ``floats`` (comma-separated).
+        group, field: the configuration value it sets.
+        default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
+        faces: the commands that take it.
+        face_defaults: defaults that differ by command.
+        choices: accepted words.
+        minimum, above: smallest accepted number, or a number it must exceed.
+    """
+
+    name: str
+    kind: str
+    group: str
+    field: str
+    default: object
+    help: str
+    faces: tuple[str, ...] = TRAINING
+    face_defaults: dict[str, object] = dataclasses.field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    above: float | None = None
+
+    def default_for(self, face: str) -> object:
+        return self.face_defaults.get(face, self.default)
+
+
+# One line an option, so that the table reads as a table.
+# fmt: off
+def _options() -> tuple[Option, ...]:
+    return (
+        # student
+        Option("student", "str", STUDENT, "spec", "liquid-16m", "preset, Hugging Face id or folder, or config.json of the student"),
+        Option("resume_gcs_uri", "str", STUDENT, "resume_uri", None, "checkpoint, Hugging Face folder or zip the student starts from"),
+        Option("rope_scale", "float", STUDENT, "rope_scale", None, "RoPE scaling factor of a rotary student", above=0),
+        Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),
+        Option("grad_checkpoint", "bool", STUDENT, "grad_checkpoint", False, "recompute activations in the backward pass to save memory"),
+        # teachers
+        Option("teacher_name", "str", TEACHER, "online_id", None, "online teacher (none: plain cross-entropy)", faces=(ANNEAL,)),
+        Option("lm_teacher_id", "str", TEACHER, "online_id", None, "online teacher, for type=lm", faces=(TRAIN,)),
+        Option("mc_teacher_id", "str", TEACHER, "stored_id", None, "teacher whose signal is stored, for maths and code", faces=(TRAIN, CAPTURE)),
+        Option("hybrid", "bool", TEACHER, "hybrid", True, "route lm to the online teacher, maths and code to the store", faces=(TRAIN,)),
+        Option("hybrid_strict", "bool", TEACHER, "hybrid_strict", False, "skip KD for a maths or code batch with any record missing", faces=(TRAIN,)),
+        Option("teacher_mode", "str", TEACHER, "mode", "online", "with --hybrid=false: where all signal comes from", faces=(TRAIN,), choices=("online", "precomputed")),
+        Option("math_logits_dir", "str", TEACHER, "math_dir", None, "folder or URL of the stored maths signal", faces=(TRAIN, CAPTURE)),
+        Option("code_logits_dir", "str", TEACHER, "code_dir", None, "folder or URL of the stored code signal", faces=(TRAIN, CAPTURE)),
+        Option("teacher_precision", "str", TEACHER, "precision", "auto", "teacher's arithmetic; auto takes the faster one here", faces=EVERY, choices=PRECISIONS),
+        Option("hf_token_file", "str", TEACHER, "token_file", None, "file with a Hugging Face token (else HF_TOKEN)", faces=EVERY),
+        Option("hf_token_uri", "str", TEACHER, "token_uri", None, "URL of an object with a Hugging Face token", faces=EVERY),
+        Option("hf_token_secret", "str", TEACHER, "token_secret", None, "Secret Manager name of a Hugging Face token", faces=EVERY),
+        Option("fa_wheel_gcs", "str", TEACHER, "fa_wheel_uri", None, "FlashAttention wheel to install where CUDA has none", faces=(TRAIN, CAPTURE)),
+        Option("fa_wheel_sha256", "str", TEACHER, "fa_wheel_sha256", None, "expected hash of that wheel", faces=(TRAIN, CAPTURE)),
+        # data
+        Option("dataset_name", "str", DATA, "dataset_name", None, "text dataset: Hugging Face name or local folder", faces=(ANNEAL,)),
+        Option("dataset_config", "str", DATA, "dataset_config", None, "configuration of that dataset", faces=(ANNEAL,)),
+        Option("dataset_manifest", "str", DATA, "manifest", None, "JSONL manifest: path, type and weight a line", faces=(TRAIN, CAPTURE)),
+        Option("block_size", "int", DATA, "block_size", None, "context length in tokens (default: the checkpoint's, else 512 annealing, 1024 hybrid)", minimum=2),
+        Option("seq_len", "int", DATA, "seq_len", None, "longest maths or code window, tokens (default: block_size; capture: 1024)", faces=(TRAIN, CAPTURE), minimum=2),
+        Option("batch_size", "int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens", faces=EVERY, face_defaults={CAPTURE: 4}, minimum=1),
+        Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), minimum=0),
+        Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
+        Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
+        Option("prepare_data", "str", DATA, "prepare", "auto", "prepare raw inputs named by the manifest", faces=(TRAIN, CAPTURE), choices=("auto", "force", "skip")),
+        Option("datasets_yaml", "str", DATA, "datasets_yaml", None, "raw inputs and where their shards go", faces=(TRAIN, CAPTURE)),
+        Option("prep_toolkit_zip_uri", "str", DATA, "toolkit_uri", None, "outside preparation toolkit, run only when named", faces=(TRAIN, CAPTURE)),
+        Option("prep_toolkit_sha256", "str", DATA, "toolkit_sha256", None, "expected hash of the toolkit", faces=(TRAIN, CAPTURE)),
+        Option("prep_extract_dir", "str", DATA, "toolkit_dir", None, "where the toolkit is unpacked", faces=(TRAIN, CAPTURE)),
+        Option("prep_timeout_s", "int", DATA, "toolkit_timeout_seconds", 3600, "longest the toolkit may run", faces=(TRAIN, CAPTURE), minimum=1),
+        # objective
+        Option("alpha", "float", OBJECTIVE, "alpha", 0.5, "weight of the KD term", faces=(ANNEAL,), minimum=0),
+        Option("T", "float", OBJECTIVE, "temperature", 1.0, "KD temperature", faces=(ANNEAL,), above=0),
+        Option("alpha_schedule", "str", OBJECTIVE, "alpha_schedule", None, "step:value list for alpha", faces=(ANNEAL,)),
+        Option("temp_schedule", "str", OBJECTIVE, "temp_schedule", None, "step:value list for the temperature", faces=(ANNEAL,)),
+        Option("kd_temperature", "float", OBJECTIVE, "temperature", 2.0, "KD temperature", faces=(TRAIN,), above=0),
+        Option("kd_alpha_start", "float", OBJECTIVE, "alpha_start", 0.7, "KD weight at step 0", faces=(TRAIN,), minimum=0),
+        Option("kd_alpha_end", "float", OBJECTIVE, "alpha_end", 0.4, "KD weight after the anneal", faces=(TRAIN,), minimum=0),
+        Option("kd_anneal_pct", "float", OBJECTIVE, "anneal_share", 0.3, "share of max_steps over which it changes", faces=(TRAIN,), minimum=0),
+        Option("keep_old_logit_l2", "float", OBJECTIVE, "l2", 0.0, "weight of staying near the student's old logits", faces=(TRAIN,), minimum=0),
+        Option("keep_old_logit_l2_fade_step", "int", OBJECTIVE, "l2_fade_step", 30000, "step at which that weight reaches 0", faces=(TRAIN,), minimum=1),
+        # optimizer
+        Option("train_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(ANNEAL,), minimum=0),
+        Option("max_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(TRAIN,), minimum=0),
+        Option("grad_accum", "int", OPTIMIZER, "grad_accum", 1, "micro-batches an optimizer step", minimum=1),
+        Option("lr", "float", OPTIMIZER, "lr", 2.5e-4, "learning rate reached after warm-up", above=0),
+        Option("lr_peak", "float", OPTIMIZER, "lr_peak", None, "peak learning rate (default: lr)", above=0),
+        Option("warmup_steps", "int", OPTIMIZER, "warmup_steps", 100, "steps of linear warm-up", minimum=0),
+        Option("weight_decay", "float", OPTIMIZER, "weight_decay", 0.1, "AdamW decay of matrices", minimum=0),
+        Option("betas", "floats", OPTIMIZER, "betas", (0.9, 0.95), "AdamW moments"),
+        Option("grad_clip", "float", OPTIMIZER, "grad_clip", 1.0, "largest gradient norm (0: no clipping)", minimum=0),
+        Option("reset_optim", "bool", OPTIMIZER, "reset", False, "start optimizer, LR schedule and step afresh when resuming", faces=(ANNEAL,)),
+        Option("reset_optim_on_ctx_change", "bool", OPTIMIZER, "reset_on_context_change", False, "the same when block_size differs from the checkpoint's", faces=(ANNEAL,)),
+        # evaluation
+        Option("eval_every", "int", EVALUATION, "every_steps", 500, "steps between evaluations (0: only before and after)", face_defaults={TRAIN: 1000}, minimum=0),
+        Option("eval_ctx_lens", "ints", EVALUATION, "context_lengths", (), "context lengths to evaluate at, beside block_size"),
+        Option("eval_tokens", "int", EVALUATION, "max_tokens", 65536, "validation tokens a type and length", minimum=2),
+        # output
+        Option("output_gcs_uri", "str", OUTPUT, "uri", None, "where the run goes: path or URL (default: runs/ID here)"),
+        Option("local_workdir", "str", OUTPUT, "workdir", None, "local folder of the run when the output is a URL"),
+        Option("run_id", "str", OUTPUT, "run_id", None, "name of the run below the output (default: derived from the configuration)", faces=(TRAIN,)),
+        Option("restart", "bool", OUTPUT, "restart", False, "ignore checkpoints in the run directory"),
+        Option("save_every", "int", OUTPUT, "save_every_steps", 500, "steps between snapshots (0: only at the end)", face_defaults={TRAIN: 2000}, minimum=0),
+        Option("save_every_minutes", "float", OUTPUT, "save_every_minutes", 0.0, "minutes between time snapshots (0: none)", minimum=0),
+        Option("keep_last", "int", OUTPUT, "keep_last", 3, "snapshots kept", minimum=1),
+        Option("log_interval", "int", OUTPUT, "metrics_every_steps", 10, "steps between metric rows", faces=(ANNEAL,), minimum=1),
+        Option("metrics_interval", "int", OUTPUT, "metrics_every_steps", 100, "steps between metric rows", faces=(TRAIN,), minimum=1),
+        Option("upload_interval", "float", OUTPUT, "upload_every_seconds", 60.0, "seconds between uploads of metrics while training", above=0),
+        # the store written by capture
+        Option("logits_format", "str", STORE, "format", "pt", "one .pt a sample, or packed shards", faces=(CAPTURE,), choices=("pt", "shards")),
+        Option("codec", "str", STORE, "codec", "topk", "how a position is encoded", faces=(CAPTURE,), choices=("full", "topk")),
+        Option("topk", "int", STORE, "topk", 64, "ids kept a position by codec topk", faces=(CAPTURE,), minimum=1),
+        Option("overwrite", "bool", STORE, "overwrite", False, "replace existing records", faces=(CAPTURE,)),
+        # run
+        Option("seed", "int", RUN, "seed", 1234, "seed of data order and initial weights", faces=EVERY, minimum=0),
+        Option("dry_run", "bool", RUN, "dry_run", False, "check everything, take one step, save nothing", faces=TRAINING),
+    )
+# fmt: on
+
+
+OPTIONS = _options()
+
+
+def options_of(face: str) -> tuple[Option, ...]:
+    """The options a command takes, in the order of the table."""
+    return tuple(option for option in OPTIONS if face in option.faces)

@@ -1,0 +1,131 @@
+"""How a command line is read: spellings, kinds, files, and every way of getting it wrong."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from liquid_llm.cli.parse import expand_date, normalise, parse
+from liquid_llm.errors import UsageError
+from liquid_llm.options import ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, options_of
+
+
+def read(face, *argv):
+    return parse(face, list(argv), "prog", "what it does")
+
+
+@pytest.mark.parametrize("face", EVERY)
+def test_only_given_options_are_returned(face):
+    assert read(face) == {}
+
+
+@pytest.mark.parametrize("spelling", ["--grad-accum=2", "--grad_accum=2"])
+def test_dashes_and_underscores_are_the_same(spelling):
+    assert read(ANNEAL, spelling) == {"grad_accum": 2}
+
+
+def test_a_value_with_dashes_is_left_alone():
+    assert normalise(["--output-gcs-uri=gs://a-b/c-d", "--run-id", "x-y"]) == [
+        "--output_gcs_uri=gs://a-b/c-d",
+        "--run_id",
+        "x-y",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [(["--hybrid"], True), (["--hybrid=true"], True), (["--hybrid=false"], False), (["--hybrid", "false"], False)],
+)
+def test_booleans_are_bare_or_with_a_value(words, value):
+    assert read(TRAIN, *words) == {"hybrid": value}
+
+
+def test_lists_are_comma_separated():
+    assert read(TRAIN, "--betas=0.9,0.95", "--eval-ctx-lens=512,1024") == {
+        "betas": (0.9, 0.95),
+        "eval_ctx_lens": (512, 1024),
+    }
+
+
+@pytest.mark.parametrize(
+    ("face", "word", "message"),
+    [
+        (ANNEAL, "--alpha_shedule=0:1", "Did you mean --alpha_schedule"),
+        (TRAIN, "--metrics-intervall=5", "Did you mean --metrics_interval"),
+        (CAPTURE, "--seqlen=5", "Did you mean --seq_len"),
+        (ANNEAL, "--hybrid", "unknown option --hybrid"),
+        (ANNEAL, "--grad_acc=1", "unknown option"),
+        (ANNEAL, "stray", "unexpected word"),
+        (ANNEAL, "--grad_accum=x", "a whole number"),
+        (ANNEAL, "--grad_accum=0", "at least 1"),
+        (ANNEAL, "--block_size=0", "at least 2"),
+        (ANNEAL, "--lr=0", "more than 0"),
+        (ANNEAL, "--lr=nan", "a number"),
+        (TRAIN, "--hybrid=maybe", "true or false"),
+        (TRAIN, "--teacher_mode=offline", "online, precomputed"),
+        (TRAIN, "--betas=0.9,", "comma-separated numbers"),
+        (TRAIN, "--output_gcs_uri=", "text"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_what_was_expected(face, word, message):
+    with pytest.raises(UsageError) as caught:
+        read(face, word)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_configuration_file_gives_values_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("grad-accum: 4\nlr: 1e-3\neval_ctx_lens: [512, 1024]\nreset_optim: true\n")
+    assert read(ANNEAL, f"--config={path}", "--lr=2e-3") == {
+        "grad_accum": 4,
+        "lr": 2e-3,
+        "eval_ctx_lens": (512, 1024),
+        "reset_optim": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grad_acum: 4", "Did you mean --grad_accum"),
+        ("grad_accum: many", "a whole number"),
+        ("- 1", "mapping"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_a_bad_configuration_file_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read(ANNEAL, f"--config={path}")
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_configuration_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path / "no.yaml"))):
+        read(ANNEAL, f"--config={tmp_path / 'no.yaml'}")
+
+
+def test_a_date_left_by_a_launcher_is_expanded():
+    given = read(ANNEAL, "--output_gcs_uri=gs://bucket/runs/$(date +%Y%m%d-%H%M%S)")
+    assert re.fullmatch(r"gs://bucket/runs/\d{8}-\d{6}", given["output_gcs_uri"])
+    assert expand_date("no date here $(whoami)") == "no date here $(whoami)"
+
+
+@given(st.sampled_from(EVERY), st.data())
+def test_every_option_reads_its_own_default_back(face, data):
+    option = data.draw(st.sampled_from([o for o in options_of(face) if o.default_for(face) not in (None, ())]))
+    default = option.default_for(face)
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    assert read(face, f"--{option.name}={text}") == {option.name: default}
+
+
+def test_no_two_options_of_a_face_set_the_same_value():
+    for face in EVERY:
+        fields = [(option.group, option.field) for option in options_of(face)]
+        assert len(fields) == len(set(fields))
+    names = [(option.name, face) for option in OPTIONS for face in option.faces]
+    assert len(names) == len(set(names))

@@ -1,0 +1,117 @@
+"""Configuration: precedence, combinations that cannot work, schedules taken up from a checkpoint."""
+
+import pytest
+
+from liquid_llm.config import build_capture_config, build_run_config, build_schedules, run_name
+from liquid_llm.errors import UsageError
+from liquid_llm.options import ANNEAL, TRAIN
+
+BASE = {"dataset_name": "wikitext"}
+
+
+def anneal(metadata=None, **given):
+    return build_run_config(ANNEAL, {**BASE, **given}, metadata)
+
+
+def hybrid(**given):
+    return build_run_config(TRAIN, {"dataset_manifest": "m.jsonl", **given})
+
+
+def test_a_given_value_wins_over_metadata_and_metadata_over_the_default():
+    metadata = {"alpha": 0.25, "T": 1.5, "grad_accum": 3, "block_size": 256}
+    config = anneal(metadata, alpha=0.9)
+    assert config.objective.alpha == 0.9
+    assert config.objective.temperature == 1.5
+    assert config.optimizer.grad_accum == 3
+    assert config.data.block_size == 256
+    assert anneal().objective.alpha == 0.5
+    assert anneal().objective.temperature == 1.0
+    assert anneal().data.block_size == 512
+    assert hybrid().data.block_size == hybrid().data.seq_len == 1024
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(UsageError) as caught:
+        build_run_config(
+            TRAIN,
+            {
+                "kd_alpha_start": 1.5,
+                "betas": (0.9,),
+                "keep_old_logit_l2": 0.1,
+                "hf_token_uri": "a",
+                "hf_token_file": "b",
+            },
+        )
+    message = str(caught.value)
+    for words in (
+        "5 problems",
+        "--dataset_manifest",
+        "--kd_alpha_start",
+        "--betas",
+        "--resume_gcs_uri",
+        "--hf_token_file",
+    ):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"alpha": 1.2}, "--alpha"),
+        ({"alpha_schedule": "5:0.5,1:0.2"}, "out of order"),
+        ({"temp_schedule": "0:0"}, "positive"),
+        ({"eval_ctx_lens": (1,)}, "--eval_ctx_lens"),
+        ({"dataset_name": None}, "--dataset_name"),
+    ],
+)
+def test_annealing_refuses_what_cannot_work(given, words):
+    with pytest.raises(UsageError, match=words):
+        anneal(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"hybrid": False}, "--lm_teacher_id"),
+        ({"hybrid": False, "teacher_mode": "precomputed"}, "--math_logits_dir"),
+        ({"val_fraction": 1.0}, "--val_fraction"),
+        ({"kd_anneal_pct": 1.5}, "--kd_anneal_pct"),
+    ],
+)
+def test_hybrid_refuses_what_cannot_work(given, words):
+    with pytest.raises(UsageError, match=words):
+        hybrid(**given)
+
+
+def test_capture_needs_a_teacher_a_manifest_and_a_place():
+    with pytest.raises(UsageError) as caught:
+        build_capture_config({})
+    assert "3 problems" in str(caught.value)
+
+
+def test_hybrid_schedules_follow_the_reference():
+    config = hybrid(max_steps=1000, resume_gcs_uri="x", keep_old_logit_l2=0.1, keep_old_logit_l2_fade_step=200)
+    schedules = build_schedules(config)
+    assert schedules.alpha.value(0) == 0.7
+    assert schedules.alpha.value(150) == pytest.approx(0.55)
+    assert schedules.alpha.value(300) == schedules.alpha.value(999) == 0.4
+    assert schedules.temperature.value(500) == 2.0
+    assert schedules.l2.value(0) == 0.1
+    assert schedules.l2.value(100) == pytest.approx(0.05)
+    assert schedules.l2.value(200) == 0.0
+
+
+def test_a_given_alpha_replaces_the_entries_an_inherited_schedule_has_already_applied():
+    metadata = {"alpha": 0.5, "alpha_schedule": "0:0.7,400:0.5,800:0.3"}
+    inherited = build_schedules(anneal(metadata), after_step=500).alpha
+    assert [inherited.value(step) for step in (500, 799, 800)] == [0.5, 0.5, 0.3]
+    replaced = build_schedules(anneal(metadata, alpha=0.6), after_step=500).alpha
+    assert [replaced.value(step) for step in (500, 799, 800)] == [0.6, 0.6, 0.3]
+    both = build_schedules(anneal(metadata, alpha=0.6, alpha_schedule="0:0.1"), after_step=500).alpha
+    assert both.value(500) == 0.1
+
+
+def test_the_same_command_gets_the_same_run_name_and_another_seed_another():
+    assert run_name(hybrid()) == run_name(hybrid())
+    assert run_name(hybrid(seed=1)) != run_name(hybrid(seed=2))
+    assert run_name(hybrid(save_every=1)) == run_name(hybrid(save_every=2))
