@@ -1,0 +1,217 @@
+"""What the machine offers and what the process is told: device, dtype, attention kernel, seeds, signals, memory (leaf).
+
+choice        an automatic decision together with its reason; both are logged and kept in provenance
+random state  everything the random generators of this process need to go on exactly where they are
+stop signal   SIGTERM or SIGINT turned into a flag that the training loop looks at between steps
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from liquid_llm.errors import UsageError
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and why it was taken, e.g. ``Choice("float32", "no AMX: ...")``."""
+
+    value: str
+    reason: str
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called ``name``. Raises ``UsageError`` for an unknown one."""
+    if name not in DTYPES:
+        raise UsageError("unknown dtype", got=repr(name), expected=", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def choose_device() -> Choice:
+    """``cuda`` where a GPU can be used, else ``cpu``."""
+    if torch.cuda.is_available():
+        return Choice("cuda", f"found {torch.cuda.get_device_name()}")
+    return Choice("cpu", "no usable CUDA device")
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles in hardware (x86 AMX) as far as this torch can tell."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: absent in some torch versions
+    return bool(probe()) if probe is not None else False
+
+
+def choose_dtype(requested: str, device: str | torch.device) -> Choice:
+    """The dtype to compute in on ``device``.
+
+    Args:
+        requested: ``auto`` or the name of a dtype, which is then taken as it is.
+        device: where the model will be.
+
+    Raises:
+        UsageError: ``requested`` is no known dtype.
+    """
+    if requested != "auto":
+        torch_dtype(requested)
+        return Choice(requested, "requested")
+    if torch.device(device).type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bfloat16", "this GPU computes in bfloat16")
+        # float16 overflows without loss scaling, which this trainer does not do.
+        return Choice("float32", "this GPU has no bfloat16 units")
+    if has_amx():
+        return Choice("bfloat16", "AMX: bfloat16 products are faster than float32 on this CPU")
+    return Choice("float32", "no AMX: bfloat16 products are slower than float32 on this CPU")
+
+
+def choose_attention(device: str | torch.device, requested: str = "auto", dtype: str | None = None) -> Choice:
+    """The attention implementation to ask transformers for.
+
+    Args:
+        device: where the model will be.
+        requested: ``auto``, ``sdpa``, ``eager`` or ``flash_attention_2``.
+        dtype: the dtype the model computes in, where known: FlashAttention has no float32 kernels.
+
+    Raises:
+        UsageError: ``requested`` is unknown, or is FlashAttention where it cannot run.
+    """
+    known = ("auto", "sdpa", "eager", "flash_attention_2")
+    if requested not in known:
+        raise UsageError("unknown attention implementation", got=repr(requested), expected=", ".join(known))
+    if requested in ("sdpa", "eager"):
+        return Choice(requested, "requested")
+    obstacle = _flash_attention_obstacle(torch.device(device), dtype)
+    if obstacle is None:
+        return Choice(
+            "flash_attention_2", "requested" if requested != "auto" else "CUDA device with flash_attn installed"
+        )
+    if requested == "flash_attention_2":
+        raise UsageError("FlashAttention cannot run here", got=obstacle, remedy="ask for sdpa or auto instead")
+    return Choice("sdpa", obstacle)
+
+
+def _flash_attention_obstacle(device: torch.device, dtype: str | None) -> str | None:
+    """Why FlashAttention cannot be used, or None if it can. The package is looked for but not imported."""
+    if device.type != "cuda":
+        return "no CUDA device: FlashAttention needs one"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash_attn is not installed"
+    if dtype == "float32":
+        return "FlashAttention has no float32 kernels"
+    return None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators (all devices). ``seed`` is any non-negative integer."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # NumPy's global generator takes 32 bits
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global generator as tensors and plain values, loadable with ``weights_only=True``."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "name": str(name),
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue from what :func:`random_state` returned.
+
+    GPU generators are restored only where the number of devices is the same; otherwise they keep their own state.
+    """
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT set a flag instead of ending the process; a second SIGINT interrupts at once.
+
+    Handlers can only be set from the main thread; elsewhere entering changes nothing and the flag stays down unless
+    :meth:`request` is called. Earlier handlers return on exit.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._interrupts = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was asked for since entering."""
+        return self._received is not None
+
+    @property
+    def name(self) -> str | None:
+        """The first signal received, e.g. ``SIGTERM``."""
+        return None if self._received is None else self._received.name
+
+    def request(self, signum: int = signal.SIGTERM) -> None:
+        """Ask for a stop from within the process."""
+        self._received = self._received or signal.Signals(signum)
+
+    def __enter__(self) -> StopSignal:
+        self._received, self._interrupts = None, 0
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> Literal[False]:
+        for number, handler in self._previous.items():
+            # None: a handler that was not set from Python and so cannot be given back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+        return False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.request(signum)
+        if signum == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+
+
+def process_peak_memory_bytes() -> int | None:
+    """The largest resident size this process has had, in bytes; None where the system does not tell (Windows)."""
+    if os.name != "posix":
+        return None
+    import resource  # only there on POSIX
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,167 @@
+import io
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from liquid_llm import runtime
+from liquid_llm.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def _keep_generators():
+    before = runtime.random_state()
+    yield
+    runtime.set_random_state(before)
+
+
+def draw() -> tuple:
+    return (
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(3).tolist(),
+        float(np.random.standard_normal()),
+        torch.randn(3).tolist(),
+    )
+
+
+def test_seeding_repeats_every_generator():
+    runtime.seed_everything(2**40 + 7)
+    first = draw()
+    runtime.seed_everything(2**40 + 7)
+    assert draw() == first
+    runtime.seed_everything(8)
+    assert draw() != first
+
+
+@pytest.mark.parametrize("draws_before", [0, 1, 2, 3])
+def test_random_state_goes_on_exactly_after_a_weights_only_round_trip(draws_before):
+    runtime.seed_everything(3)
+    for _ in range(draws_before):  # odd counts leave a cached gaussian in Python and NumPy
+        random.gauss(0, 1), np.random.standard_normal(), torch.rand(1)
+    file = io.BytesIO()
+    torch.save(runtime.random_state(), file)
+    expected = [draw() for _ in range(3)]
+    runtime.seed_everything(99)
+    file.seek(0)
+    runtime.set_random_state(torch.load(file, weights_only=True))
+    assert [draw() for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize(("amx", "value"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_dtype_on_cpu_follows_amx_and_says_so(monkeypatch, amx, value):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    choice = runtime.choose_dtype("auto", "cpu")
+    assert choice.value == value
+    assert "AMX" in choice.reason
+
+
+def test_auto_dtype_survives_a_torch_without_the_amx_probe(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert runtime.choose_dtype("auto", "cpu").value == "float32"
+
+
+@pytest.mark.parametrize(("supported", "value"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_dtype_on_cuda_never_takes_emulated_bfloat16(monkeypatch, supported, value):
+    def probe(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", probe)
+    assert runtime.choose_dtype("auto", torch.device("cuda", 0)).value == value
+
+
+@pytest.mark.parametrize("name", list(runtime.DTYPES))
+def test_a_requested_dtype_is_taken_as_it_is(name):
+    assert runtime.choose_dtype(name, "cpu") == runtime.Choice(name, "requested")
+    assert str(runtime.torch_dtype(name)) == f"torch.{name}"
+
+
+def test_unknown_names_are_usage_errors_listing_the_known_ones():
+    with pytest.raises(UsageError, match="bfloat16, float16, float32"):
+        runtime.choose_dtype("int8", "cpu")
+    with pytest.raises(UsageError, match="sdpa"):
+        runtime.choose_attention("cpu", "flash")
+
+
+def test_attention_on_cpu_is_sdpa_with_a_reason():
+    choice = runtime.choose_attention("cpu")
+    assert choice.value == "sdpa"
+    assert "CUDA" in choice.reason
+    assert runtime.choose_attention("cpu", "eager").value == "eager"
+    with pytest.raises(UsageError, match=r"FlashAttention.*CUDA"):
+        runtime.choose_attention("cpu", "flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("installed", "dtype", "value", "word"),
+    [
+        (True, "bfloat16", "flash_attention_2", "flash_attn"),
+        (True, "float32", "sdpa", "float32"),
+        (False, "bfloat16", "sdpa", "not installed"),
+    ],
+)
+def test_flash_attention_needs_cuda_the_package_and_16_bits(monkeypatch, tmp_path, installed, dtype, value, word):
+    if installed:  # a package whose import would fail proves that it is only looked for
+        (tmp_path / "flash_attn.py").write_text("raise RuntimeError('imported')")
+        monkeypatch.syspath_prepend(tmp_path)
+    choice = runtime.choose_attention("cuda", dtype=dtype)
+    assert choice.value == value
+    assert word in choice.reason
+
+
+def test_stop_signal_turns_sigterm_into_a_flag_and_gives_the_handlers_back():
+    before = [signal.getsignal(number) for number in runtime.StopSignal.SIGNALS]
+    with runtime.StopSignal() as stop:
+        assert not stop.requested
+        assert stop.name is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert stop.name == "SIGTERM"
+    assert [signal.getsignal(number) for number in runtime.StopSignal.SIGNALS] == before
+
+
+def test_a_second_interrupt_is_immediate_and_handlers_still_return():
+    before = signal.getsignal(signal.SIGINT)
+    stop = runtime.StopSignal()
+
+    def interrupted_twice():
+        with stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.name == "SIGINT"
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_twice()
+    assert signal.getsignal(signal.SIGINT) is before
+    with stop:  # entering again lowers the flag
+        assert not stop.requested
+
+
+def test_stop_signal_outside_the_main_thread_leaves_handlers_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work():
+        with runtime.StopSignal() as stop:
+            seen.append(signal.getsignal(signal.SIGTERM))
+            stop.request()
+            seen.append(stop.name)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before, "SIGTERM"]
+
+
+def test_peak_memory_is_in_bytes_and_grows_with_use():
+    before = runtime.process_peak_memory_bytes()
+    assert before is not None
+    assert 20e6 < before < 200e9
+    block = np.ones(before // 8 + 8_000_000)  # more than the process has ever had
+    after = runtime.process_peak_memory_bytes()
+    assert after - before > 30e6, block.nbytes
