@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from hypothesis import settings
 from tests.support.gcs import Bucket, FakeGcs, running_server
+from tests.support.world import World, build, served
+
+# No deadline: the cores are shared, so an example's time says nothing. `make soak` looks at many more examples.
+settings.register_profile("soak", settings.default, deadline=None, max_examples=20 * settings.default.max_examples)
+settings.register_profile("steady", settings.default, deadline=None)
+settings.load_profile("steady")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: too long for `make test`; run by `make soak`")
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +35,32 @@ def gcs(gcs_server: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A fresh bucket; ``gs://`` URIs go to the fake server for the length of the test, in child processes too."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.base)
     return Bucket(gcs_server, gcs_server.new_bucket())
+
+
+@pytest.fixture(scope="session")
+def built_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The offline world's files, built by whichever worker comes first and only read after that."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # pytest gives each worker a folder of its own below the session's
+    with FileLock(shared / "world.lock"):
+        complete = shared / "world" / "complete"
+        if not complete.exists():
+            shutil.rmtree(complete.parent, ignore_errors=True)
+            build(complete.parent)
+            complete.touch()
+    return complete.parent
+
+
+@pytest.fixture(scope="session")
+def world(built_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The offline world, one a worker. Its bucket is shared: write below a URI of your own, or use ``fresh_world``."""
+    with served(built_world, tmp_path_factory.mktemp("world")) as running:
+        yield running
+
+
+@pytest.fixture
+def fresh_world(built_world: Path, tmp_path: Path) -> Iterator[World]:
+    """The offline world with a bucket nobody has written to."""
+    with served(built_world, tmp_path / "world") as running:
+        yield running
