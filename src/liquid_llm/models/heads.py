@@ -1,0 +1,204 @@
+"""A causal language model taken apart: its body up to the last hidden states, and its output head.
+
+    body          everything before the output head; gives hidden states [batch, time, hidden]
+    output head   the linear map to the vocabulary, with the factor and soft cap some architectures put behind it
+
+The loss needs the two apart so that logits are never formed for a whole batch. What an architecture does between hidden
+states and logits is told by its configuration; :func:`check_output_head` compares the result with the model's own
+logits, so that an architecture this module does not know is refused and never silently wrong. :func:`check_causality`
+does the same for the promise that padding on the right cannot reach a real position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liquid_llm.errors import ModelError
+from liquid_llm.losses.signals import OutputHead
+
+# How far two computations of the same thing may be apart, relative to the largest value.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+_COHERE = ("cohere", "cohere2", "cohere2_moe", "cohere_compass")
+_GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
+    """The hidden states right before the output head, in the head's dtype.
+
+    Args:
+        model: any transformers causal language model.
+        input_ids: [batch, time], padded on the right or not at all.
+
+    Returns:
+        [batch, time, hidden]; ``output_head(model).logits`` of it are the model's logits.
+    """
+    body = model.base_model if model.base_model is not model else model.get_decoder()
+    hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True)[0]
+    return hidden.to(_head_module(model).weight.dtype)
+
+
+def output_head(model: Any) -> OutputHead:
+    """The model's output head; its weight is the parameter itself, so gradients reach it (and a tied embedding).
+
+    Raises:
+        ModelError: the model has no linear output head.
+    """
+    module = _head_module(model)
+    config = _text_config(model)
+    caps = [getattr(config, name, None) for name in _SOFT_CAPS]
+    soft_cap = next((float(cap) for cap in caps if cap), None)
+    return OutputHead(module.weight, getattr(module, "bias", None), _scale(config), soft_cap)
+
+
+def _head_module(model: Any) -> Any:
+    module = model.get_output_embeddings()
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise ModelError(
+            "the model has no linear output head",
+            where=architecture(model),
+            got=type(module).__name__,
+            remedy="use a causal language model",
+        )
+    return module
+
+
+def architecture(model: Any) -> str:
+    """The model's class and where it came from, for messages."""
+    name = getattr(model.config, "name_or_path", "")
+    return f"{type(model).__name__} ({name})" if name else type(model).__name__
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _scale(config: Any) -> float:
+    """The factor on the logits. Who multiplies and who divides by a configured number differs between architectures."""
+    kind = config.model_type
+    if kind in _COHERE:
+        return float(config.logit_scale)
+    if kind in _GRANITE:
+        return 1.0 / float(config.logits_scaling)
+    if kind == "minicpm3":  # divides the hidden states: the same, as its head has no bias
+        return 1.0 / float(config.logits_scaling)
+    if kind == "hyperclovax":
+        return float(config.logits_scaling)
+    if kind == "falcon_h1":
+        return float(config.lm_head_multiplier)
+    return 1.0
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients, and the former mode of every module afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _random_ids(model: Any, batch: int, time: int) -> Tensor:
+    """Ids that do not depend on, or disturb, the global generators."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, output_head(model).vocab_size, (batch, time), generator=generator)
+    return ids.to(_head_module(model).weight.device)
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    return max(_TOLERANCE.get(tensor.dtype, 1e-4) for tensor in tensors)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest value of ``b``; infinite where anything is not finite."""
+    a, b = a.double(), b.double()
+    distance = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+    return math.inf if math.isnan(distance) else distance
+
+
+def check_output_head(model: Any, num_tokens: int = 16) -> None:
+    """Compare ``output_head(model).logits(hidden_states(model, ids))`` with the model's own logits on random ids.
+
+    It is done twice: as the model is, and with the head's input enlarged until its logits are in the hundreds, where a
+    soft cap this module does not know of would show (near zero it is the identity).
+
+    Raises:
+        ModelError: they differ, naming the architecture; such a model must not be distilled with this head.
+    """
+    module, ids = _head_module(model), _random_ids(model, 2, max(2, num_tokens // 2))
+    problem = None
+    with _evaluating(model):
+        head, hidden = output_head(model), hidden_states(model, ids)
+        size = float(nn.functional.linear(hidden, head.weight, head.bias).abs().max())
+        for gain in (1.0, 300.0 / max(size, 1e-6)):
+            logits, calls = _logits_with_gain(model, module, ids, gain)
+            expected = head.logits(hidden * gain)
+            if calls != 1:
+                problem = f"its head was called {calls} times in one forward pass"
+            elif logits.shape != expected.shape:
+                problem = f"its logits are {list(logits.shape)} and its head gives {list(expected.shape)}"
+            elif (distance := _distance(expected, logits)) > _tolerance(hidden, logits):
+                problem = f"its logits differ from those of its head by {distance:.2g} of the largest"
+            if problem is not None:
+                break
+    if problem is not None:
+        raise ModelError(
+            f"this architecture does something unknown between hidden states and logits: {problem}",
+            where=architecture(model),
+            remedy="use another model: distilling this one would be silently wrong",
+        )
+
+
+def _logits_with_gain(model: Any, module: Any, ids: Tensor, gain: float) -> tuple[Tensor, int]:
+    """The model's logits when the input of its output head is multiplied by ``gain``; how often the head was called."""
+    calls = 0
+
+    def enlarge(_module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        return (arguments[0] * gain, *arguments[1:])
+
+    handle = module.register_forward_pre_hook(enlarge)
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    finally:
+        handle.remove()
+    return logits, calls
+
+
+def check_causality(model: Any, num_tokens: int = 24) -> None:
+    """Check that what stands to the right of a position, padding included, cannot change its hidden state.
+
+    Batches are padded on the right with token 0 and no attention mask is passed; this is what makes that sound.
+
+    Raises:
+        ModelError: a position sees later ones, naming the architecture.
+    """
+    ids = _random_ids(model, 1, num_tokens)
+    kept = num_tokens // 2
+    other, padded = ids.clone(), ids.clone()
+    other[:, kept:] = ids[:, :1]
+    padded[:, kept:] = 0
+    with _evaluating(model):
+        alone = hidden_states(model, ids[:, :kept])
+        batch = hidden_states(model, torch.cat((ids, other, padded)))[:, :kept]
+    distance = _distance(batch, alone.expand_as(batch))
+    if distance > 10 * _tolerance(alone):  # sums of other lengths and batch sizes round differently
+        raise ModelError(
+            f"a position's hidden state depends on later tokens (by {distance:.2g} of the largest value)",
+            where=architecture(model),
+            expected="a causal model",
+            remedy="use a decoder-only language model",
+        )
