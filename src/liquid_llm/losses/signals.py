@@ -22,7 +22,8 @@ from torch import Tensor
 class OutputHead:
     """The last linear map of a language model and what its model does to the result.
 
-    ``logits = soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``; without ``soft_cap`` only the scale applies.
+    ``logits = soft_cap * tanh(scale * (hidden @ weight.T + bias) / soft_cap)``; without ``soft_cap`` only the scale
+    applies.
 
     Attributes:
         weight: [vocab, hidden].
@@ -97,10 +98,10 @@ class SparseSignal:
 
     The loss estimates ``KL(q || p)`` by
     ``sum_k weights[k] * (log_probs[k] - log p[ids[k]])  +  tail_mass * (log tail_mass - log(1 - sum_k p[ids[k]]))``:
-    ``weights`` are an unbiased estimate of the teacher's probabilities (they are the probabilities themselves where ids are
-    exact); ``tail_mass`` is the mass outside ``ids`` lumped into one bucket (a coarse-grained KL), zero for a codec that
-    represents the tail by draws. Where ``tail_mass`` is positive the ids of a row with positive weight are distinct.
-    Unused slots have weight 0, log_prob 0 and id 0.
+    ``weights`` are an unbiased estimate of the teacher's probabilities (they are the probabilities themselves where ids
+    are exact); ``tail_mass`` is the mass outside ``ids`` lumped into one bucket (a coarse-grained KL), zero for a codec
+    that represents the tail by draws. Where ``tail_mass`` is positive the ids of a row with positive weight are
+    distinct. Unused slots have weight 0, log_prob 0 and id 0.
 
     Attributes:
         ids: [positions, K] int64.
@@ -134,7 +135,8 @@ class LossOutput:
         loss: scalar, differentiable: the sum of every position's composite loss.
         ce: scalar, detached: summed cross-entropy of all labelled positions, nats.
         kd: scalar, detached: summed KL(teacher_T || student_T) of positions with a signal, nats, without T^2 and alpha.
-        l2: scalar, detached: summed mean-over-vocabulary squared distance to the reference student's logits, without gamma.
+        l2: scalar, detached: summed mean-over-vocabulary squared distance to the reference student's logits, without
+            gamma.
         num_positions: number of labelled positions.
         num_signal: how many of them had a teacher signal.
     """
