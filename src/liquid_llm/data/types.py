@@ -54,7 +54,8 @@ class Sample:
 class MicroBatch:
     """What one forward pass sees: one type, right-padded.
 
-    No attention mask is needed: padding is on the right and every model here is causal, so it cannot reach a real position.
+    No attention mask is needed: padding is on the right and every model here is causal, so it cannot reach a real
+    position.
 
     Attributes:
         type: one of ``TYPES``.
@@ -62,7 +63,7 @@ class MicroBatch:
         labels: [batch, time] int64, **already shifted**: ``labels[b, t]`` is the token after ``input_ids[b, t]``;
             ``IGNORE_INDEX`` at each row's last real token and at padding.
         lengths: [batch] int64, real tokens in each row.
-        samples: the untruncated samples behind the rows of a maths or code batch, in row order; empty for ``lm`` blocks.
+        samples: the untruncated samples behind the rows of a maths or code batch, in row order; empty for ``lm``.
     """
 
     type: str

@@ -1,0 +1,138 @@
+"""Micro-batches of near-equal length for samples that stay whole and alone.
+
+window: the first ``block_size`` tokens of a sample, what a model sees of it; budget: padded tokens a micro-batch may
+hold;
+bucket: the samples whose windows lie in one range of lengths, cut evenly into micro-batches.
+
+The ranges are the cheapest partition of the histogram of lengths, found by dynamic programming. A wide bucket pads
+more; a narrow one leaves a half-filled micro-batch behind and lets the same few samples meet in every epoch. A price
+in tokens, for each bucket and for each micro-batch, weighs the two. The ranges depend on the lengths alone, so each
+epoch has the same number of micro-batches while their samples are drawn anew, and the place of micro-batch ``k`` is
+a division.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liquid_llm.data.sampling import keyed_bits, keyed_permutation
+
+MAX_PADDING = 0.05
+_MAX_RANGES = 512  # a histogram with more distinct lengths is coarsened, by under 1 % for windows up to 16k tokens
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """How the samples of one source fall into micro-batches.
+
+    Attributes:
+        bucket_of: [samples] bucket of each sample.
+        bounds: [micro_batches + 1] where micro-batches begin in the order of samples sorted by bucket.
+        padding: share of padded tokens in all tokens computed, an upper bound.
+    """
+
+    bucket_of: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    padding: float
+
+    @property
+    def num_micro_batches(self) -> int:
+        return len(self.bounds) - 1
+
+    def order(self, *key: int | str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """One epoch: samples sorted by bucket and shuffled inside it, and the order of the micro-batches."""
+        samples = np.lexsort((keyed_bits(len(self.bucket_of), "samples", *key), self.bucket_of))
+        return samples, keyed_permutation(self.num_micro_batches, "micro-batches", *key)
+
+
+def plan_buckets(windows: NDArray[np.int64], budget_tokens: int, *, max_padding: float = MAX_PADDING) -> BucketPlan:
+    """Buckets for windows of the given lengths.
+
+    Padding stays under ``max_padding`` with one exception: where so few samples are left that this would need more
+    than twice the micro-batches that their tokens fill, padding is what it must be to keep to twice. (With 16
+    samples between 50 and 300 tokens and room for 8 of them, the bound would mean 16 micro-batches of one sample.)
+
+    Args:
+        windows: [samples] window lengths in tokens, positive.
+        budget_tokens: padded tokens of a micro-batch; a longer window gets a micro-batch of its own.
+    """
+    lengths, range_of, counts = _histogram(windows)
+    tokens = int(windows.sum())
+    most = 2 * -(-tokens // budget_tokens)
+    price = budget_tokens / 8  # a guess at what a forward and backward pass costs beyond its tokens, in tokens
+    chosen = _cut(lengths, counts, budget_tokens, price)
+    while _padding(lengths, counts, tokens, chosen) > max_padding:
+        price = price / 1.5 if price > 0.1 else 0.0
+        finer = _cut(lengths, counts, budget_tokens, price)
+        if _num_micro_batches(lengths, counts, budget_tokens, finer) > most:
+            break
+        chosen = finer
+        if price == 0.0:
+            break
+    bucket_of_range = np.repeat(np.arange(len(chosen) - 1), np.diff(chosen))
+    return BucketPlan(
+        bucket_of_range[range_of],
+        _bounds(lengths, counts, budget_tokens, chosen),
+        _padding(lengths, counts, tokens, chosen),
+    )
+
+
+def _histogram(windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Upper length of each range, the range of each sample, and how many samples each holds."""
+    lengths, range_of, counts = np.unique(windows, return_inverse=True, return_counts=True)
+    if len(lengths) <= _MAX_RANGES:
+        return lengths, range_of, counts
+    edges = np.unique(np.geomspace(lengths[0], lengths[-1], _MAX_RANGES).round().astype(np.int64))
+    range_of = np.searchsorted(edges, windows)
+    counts = np.bincount(range_of, minlength=len(edges))
+    return edges, range_of, counts
+
+
+def _cut(lengths: NDArray[np.int64], counts: NDArray[np.int64], budget_tokens: int, price: float) -> NDArray[np.int64]:
+    """Boundaries [buckets + 1] of the partition with least ``padded tokens + price * (buckets + micro-batches)``."""
+    total = np.concatenate(([0], np.cumsum(counts)))
+    best = np.zeros(len(lengths) + 1)
+    start_of = np.zeros(len(lengths) + 1, dtype=np.int64)
+    for end, length in enumerate(lengths.tolist(), start=1):
+        samples = total[end] - total[:end]
+        rows = max(1, budget_tokens // length)
+        cost = best[:end] + samples * length + price * (1 + -(-samples // rows))
+        start_of[end] = cost.argmin()
+        best[end] = cost[start_of[end]]
+    cuts = [len(lengths)]
+    while cuts[-1] > 0:
+        cuts.append(int(start_of[cuts[-1]]))
+    return np.array(cuts[::-1], dtype=np.int64)
+
+
+def _bucket_sizes(
+    lengths: NDArray[np.int64], counts: NDArray[np.int64], budget_tokens: int, cuts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Samples and micro-batches of each bucket."""
+    samples = np.add.reduceat(counts, cuts[:-1])
+    rows = np.maximum(1, budget_tokens // lengths[cuts[1:] - 1])
+    return samples, -(-samples // rows)
+
+
+def _num_micro_batches(
+    lengths: NDArray[np.int64], counts: NDArray[np.int64], budget_tokens: int, cuts: NDArray[np.int64]
+) -> int:
+    return int(_bucket_sizes(lengths, counts, budget_tokens, cuts)[1].sum())
+
+
+def _padding(lengths: NDArray[np.int64], counts: NDArray[np.int64], tokens: int, cuts: NDArray[np.int64]) -> float:
+    padded = int((np.add.reduceat(counts, cuts[:-1]) * lengths[cuts[1:] - 1]).sum())
+    return 1.0 - tokens / padded
+
+
+def _bounds(
+    lengths: NDArray[np.int64], counts: NDArray[np.int64], budget_tokens: int, cuts: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Each bucket cut into its micro-batches as evenly as whole samples allow."""
+    samples, pieces = _bucket_sizes(lengths, counts, budget_tokens, cuts)
+    begin = np.concatenate(([0], np.cumsum(samples)))
+    parts = [begin[n] + np.arange(pieces[n]) * samples[n] // pieces[n] for n in range(len(samples)) if samples[n]]
+    return np.concatenate([*parts, begin[-1:]])

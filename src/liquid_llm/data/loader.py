@@ -1,0 +1,207 @@
+"""Micro-batches: for training by position, without state; for validation as a fixed list.
+
+source: a dataset and its weight in the mixture (a manifest entry); position: the number of a micro-batch of one
+rank; global micro-batch: ``position * world_size + rank``, so that ranks share one order between them, whatever
+their number.
+
+``lm`` micro-batches hold ``batch_size`` full blocks. Maths and code micro-batches hold whole samples of near-equal
+length, at most ``batch_size * block_size`` tokens with padding (``buckets.py``). A source repeats for ever; each
+pass over it is an epoch in an order of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from liquid_llm.data.blocks import TokenStream
+from liquid_llm.data.buckets import plan_buckets
+from liquid_llm.data.sampling import WeightedDraws, keyed_permutation
+from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.data.types import IGNORE_INDEX, MicroBatch, Sample
+from liquid_llm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples of one type and how often a micro-batch is drawn from them, relative to the other sources."""
+
+    dataset: TokenDataset
+    weight: float
+
+
+class TrainingStream:
+    """The endless, seeded order of training micro-batches.
+
+    ``micro_batch`` is a pure function of the position and of what is given here: resuming is going on at a position.
+
+    Args:
+        sources: what is mixed, in the order of the manifest (the order is part of the seed).
+        block_size: tokens of a block, and the most a model sees of a maths or code sample.
+        batch_size: blocks in a micro-batch; times ``block_size`` its token budget.
+        seed: of the run.
+        eos_id: the end-of-text token that joins ``lm`` documents.
+        rank: this process's number among ``world_size``.
+
+    Attributes:
+        orders: for each source, how its material is cut: see ``BlockOrder`` and ``SampleOrder``.
+
+    Raises:
+        DataError: no source; a source without samples, or ``lm`` text shorter than one block.
+        ValueError: a size or weight that is not positive.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        eos_id: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if block_size < 2 or batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"{block_size=} below 2, {batch_size=} below 1, or {rank=} outside {world_size=}")
+        if not sources:
+            raise DataError("there is nothing to train on", remedy="add an entry to the manifest")
+        self.orders: list[BlockOrder | SampleOrder] = []
+        for number, source in enumerate(sources):
+            key = (seed, number)
+            if source.dataset.type == "lm":
+                self.orders.append(BlockOrder(source.dataset, block_size, batch_size, eos_id, key))
+            else:
+                self.orders.append(SampleOrder(source.dataset, block_size, batch_size, key))
+        self._draws = WeightedDraws([source.weight for source in sources], seed)
+        self._rank = rank
+        self._world_size = world_size
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """Micro-batch number ``index`` of this rank. May be called from several threads."""
+        draw = index * self._world_size + self._rank
+        source = self._draws.source(draw)
+        return self.orders[source].micro_batch(self._draws.count(source, draw))
+
+
+class BlockOrder:
+    """``lm`` text as shuffled full blocks; what is left of the text after the last full block is not used.
+
+    Attributes:
+        num_micro_batches: in one epoch, rounded up; the last one is filled up from the next epoch.
+        padding: share of padded tokens, none.
+    """
+
+    padding = 0.0
+
+    def __init__(
+        self, dataset: TokenDataset, block_size: int, batch_size: int, eos_id: int, key: tuple[int, ...]
+    ) -> None:
+        self._stream = TokenStream(dataset, eos_id)
+        self._block_size = block_size
+        self._batch_size = batch_size
+        self._num_blocks = len(self._stream) // block_size
+        if self._num_blocks == 0:
+            raise DataError(
+                "the lm text is shorter than one block",
+                got=f"{len(self._stream)} tokens to train on",
+                expected=f"at least {block_size}",
+                remedy="use a smaller --block_size, hold out less, or add text",
+            )
+        self._permutation = lru_cache(maxsize=2)(partial(keyed_permutation, self._num_blocks, "blocks", *key))
+        self.num_micro_batches = -(-self._num_blocks // batch_size)
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """The ``index``-th micro-batch since the beginning, across epochs."""
+        rows = []
+        for place in range(index * self._batch_size, (index + 1) * self._batch_size):
+            epoch, within = divmod(place, self._num_blocks)
+            block = int(self._permutation(epoch)[within])
+            rows.append(self._stream.read(block * self._block_size, self._block_size))
+        return collate("lm", rows)
+
+
+class SampleOrder:
+    """Maths or code samples in length buckets, shuffled in each epoch.
+
+    Attributes:
+        num_micro_batches: in one epoch.
+        padding: share of padded tokens, an upper bound.
+    """
+
+    def __init__(self, dataset: TokenDataset, block_size: int, batch_size: int, key: tuple[int, ...]) -> None:
+        if not len(dataset):
+            raise DataError(
+                f"there is no {dataset.type} sample to train on", remedy="hold out less, or add records of this type"
+            )
+        self._dataset = dataset
+        self._block_size = block_size
+        self._plan = plan_buckets(np.minimum(dataset.lengths, block_size), batch_size * block_size)
+        self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
+        self.num_micro_batches = self._plan.num_micro_batches
+        self.padding = self._plan.padding
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """The ``index``-th micro-batch since the beginning, across epochs."""
+        epoch, within = divmod(index, self.num_micro_batches)
+        samples, micro_batches = self._order(epoch)
+        number = micro_batches[within]
+        return _whole_samples(
+            self._dataset, samples[self._plan.bounds[number] : self._plan.bounds[number + 1]], self._block_size
+        )
+
+
+def validation_batches(
+    dataset: TokenDataset, *, block_size: int, batch_size: int, eos_id: int, max_tokens: int | None = None
+) -> list[MicroBatch]:
+    """A fixed list of micro-batches that covers the same text whatever the block size.
+
+    ``lm``: the first ``max_tokens`` tokens of the stream in its order, cut into blocks, the last one as short as it
+    comes. Maths and code: samples in the order of the hash of their ids (a random choice that stays) until
+    ``max_tokens`` are reached, each cut to its first ``block_size`` tokens, gathered by length.
+
+    Args:
+        max_tokens: None takes everything.
+
+    Returns:
+        nothing for an empty dataset.
+    """
+    if dataset.type == "lm":
+        stream = TokenStream(dataset, eos_id)
+        end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
+        blocks = [stream.read(start, min(block_size, end - start)) for start in range(0, end, block_size)]
+        blocks = [block for block in blocks if len(block) > 1]  # a single token predicts nothing
+        return [collate("lm", blocks[n : n + batch_size]) for n in range(0, len(blocks), batch_size)]
+    chosen = np.argsort(dataset.fates, kind="stable")
+    if max_tokens is not None:
+        chosen = chosen[: np.searchsorted(np.cumsum(dataset.lengths[chosen]), max_tokens) + 1]
+    if not chosen.size:
+        return []
+    windows = np.minimum(dataset.lengths[chosen], block_size)
+    chosen = chosen[np.argsort(windows, kind="stable")]
+    plan = plan_buckets(windows, batch_size * block_size)
+    return [
+        _whole_samples(dataset, chosen[start:end], block_size)
+        for start, end in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)
+    ]
+
+
+def collate(type: str, rows: Sequence[NDArray[np.integer]], samples: tuple[Sample, ...] = ()) -> MicroBatch:
+    """Rows of token ids, right-padded with 0 to the longest, and their next-token labels."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    input_ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = row
+        labels[number, : len(row) - 1] = row[1:]
+    return MicroBatch(type, torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(lengths), samples)
+
+
+def _whole_samples(dataset: TokenDataset, indices: NDArray[np.int64], block_size: int) -> MicroBatch:
+    samples = tuple(dataset.sample(int(index)) for index in indices)
+    return collate(dataset.type, [sample.input_ids[:block_size] for sample in samples], samples)

@@ -1,0 +1,96 @@
+"""The manifest: which files make up the training data, of which type, drawn how often.
+
+manifest: JSONL; each line ``{"path": glob, "type": lm | math_tool | code, "weight": number}``, blank lines allowed;
+entry: one line; shard: one file that its glob matches.
+
+A path may be any fsspec URL. A relative one is relative to the manifest's own folder, so that a folder of data can
+be moved or uploaded as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import posixpath
+from typing import Any
+
+from liquid_llm import storage
+from liquid_llm.data.types import TYPES, ManifestEntry
+from liquid_llm.errors import DataError
+
+_KEYS = ("path", "type", "weight")
+
+
+def read_manifest(uri: str) -> list[ManifestEntry]:
+    """The entries of the manifest at ``uri``, in their order there.
+
+    Raises:
+        DataError: with file and line: not JSON, a key missing or misspelt, an unknown type, a weight that is not a
+            positive number; no entry at all. Whether a path matches a file is for ``entry_files`` to find out.
+        StorageError: the manifest cannot be read.
+    """
+    with storage.open_read(uri) as stream:
+        lines = stream.read().split(b"\n")
+    entries = [_entry(line, f"{uri}:{number}", uri) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not entries:
+        raise DataError("the manifest has no entry", where=uri, expected=_example())
+    return entries
+
+
+def entry_files(entry: ManifestEntry) -> list[str]:
+    """The shards an entry's path matches, sorted by URI.
+
+    Raises:
+        DataError: the path matches nothing.
+    """
+    files = storage.glob(entry.path)
+    if not files:
+        raise DataError(
+            "the path matches no file",
+            where=entry.where,
+            got=entry.path,
+            remedy="correct the path or write the shards first",
+        )
+    return files
+
+
+def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise DataError(f"not a JSON object ({error})", where=where, expected=_example()) from error
+    if not isinstance(value, dict):
+        raise DataError("not a JSON object", where=where, got=_shown(value), expected=_example())
+    missing = [key for key in ("path", "type") if key not in value]
+    if missing:
+        raise DataError(f"no {' and no '.join(missing)}", where=where, expected=_example())
+    for key in value:
+        # other tools' extra keys are none of our business, but a misspelt weight must not become 1.0
+        close = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.7) if key not in _KEYS else []
+        if close:
+            raise DataError("unknown key", where=where, got=_shown(key), expected=close[0])
+    path, type_, weight = value["path"], value["type"], value.get("weight", 1.0)
+    if not isinstance(path, str) or not path.strip():
+        raise DataError("path is not a non-empty string", where=where, got=_shown(path))
+    if type_ not in TYPES:
+        raise DataError("unknown type", where=where, got=_shown(type_), expected=f"one of {', '.join(TYPES)}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise DataError("weight is not a positive number", where=where, got=_shown(weight))
+    return ManifestEntry(_absolute(path.strip(), manifest_uri), type_, float(weight), where)
+
+
+def _absolute(path: str, manifest_uri: str) -> str:
+    if storage.is_remote(path) or path.startswith(("/", "file:")):
+        return path
+    folder = posixpath.dirname(manifest_uri)
+    return storage.join(folder, path) if folder else path
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _example() -> str:
+    return '{"path": "lm/*.jsonl", "type": "lm", "weight": 1.0}'

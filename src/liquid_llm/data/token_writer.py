@@ -1,0 +1,189 @@
+"""The files of a tokenised dataset, written in one pass with flat memory.
+
+column: one file with one number a sample; place number: where a record came from, kept while writing, for messages.
+
+    tokens      all samples' tokens, one after another, 2 or 4 bytes each
+    starts      where each sample begins in tokens          lengths     its tokens
+    ids         all sample ids, UTF-8, without separators   id_starts, id_lengths  where each lies
+    fates       64-bit hash of each sample id
+    meta.json   see DatasetMeta
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liquid_llm.errors import DataError
+
+FORMAT_VERSION = 1
+META = "meta.json"
+COLUMNS = {"starts": "<i8", "lengths": "<i8", "id_starts": "<i8", "id_lengths": "<i8", "fates": "<u8"}
+_PLACES = "places"
+
+
+@dataclass(frozen=True)
+class DatasetMeta:
+    """What ``meta.json`` says beside the arrays.
+
+    Attributes:
+        type: of every sample.
+        token_dtype: ``<u2`` where every token id fits, else ``<u4``.
+        num_short: records left out for having fewer than two tokens: there is nothing to predict in them.
+        num_repeated: records left out for repeating another's sample id and text.
+        sizes: bytes of each file; a dataset whose files differ is not used.
+    """
+
+    format_version: int
+    type: str
+    token_dtype: str
+    num_short: int
+    num_repeated: int
+    sizes: dict[str, int]
+
+
+def read_meta(directory: Path) -> DatasetMeta | None:
+    """The description of the dataset in ``directory``; None where it is absent, damaged or of another format."""
+    try:
+        values = json.loads((directory / META).read_text())
+        if values.get("format_version") != FORMAT_VERSION:
+            return None
+        meta = DatasetMeta(**values)
+        complete = all((directory / name).stat().st_size == size for name, size in meta.sizes.items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
+        return None
+    return meta if complete else None
+
+
+def fate(sample_id: str) -> int:
+    """64 bits that depend on a sample's id alone: they decide its split."""
+    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8, person=b"held-out").digest(), "little")
+
+
+class TokenWriter:
+    """Writes a dataset into an existing empty directory; to be used in ``with``, then ``finish``.
+
+    Args:
+        directory: where the files go.
+        type: of every sample.
+        token_dtype: ``<u2`` or ``<u4``.
+        place: turns a place number into words.
+    """
+
+    def __init__(self, directory: Path, type: str, token_dtype: str, place: Callable[[int], str]) -> None:
+        self._directory = directory
+        self._type = type
+        self._token_dtype = token_dtype
+        self._place = place
+        self._files: dict[str, BinaryIO] = {}
+        self._id_bytes = 0
+        self._num_short = 0
+        self.num_tokens = 0
+
+    def __enter__(self) -> TokenWriter:
+        for name in ("tokens", "ids", _PLACES, *COLUMNS):
+            self._files[name] = (self._directory / name).open("xb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, sample_ids: Sequence[str], token_ids: Sequence[Sequence[int]], places: Sequence[int]) -> None:
+        """Append samples, leaving out those too short to learn from."""
+        kept = [row for row, tokens in enumerate(token_ids) if len(tokens) >= 2]
+        self._num_short += len(token_ids) - len(kept)
+        lengths = np.array([len(token_ids[row]) for row in kept], dtype=np.int64)
+        ids = [sample_ids[row].encode() for row in kept]
+        id_lengths = np.array([len(name) for name in ids], dtype=np.int64)
+        flat = np.fromiter(chain.from_iterable(token_ids[row] for row in kept), self._token_dtype, int(lengths.sum()))
+        self._write("tokens", flat)
+        self._write("starts", self.num_tokens + np.cumsum(lengths) - lengths)
+        self._write("lengths", lengths)
+        self._files["ids"].write(b"".join(ids))
+        self._write("id_starts", self._id_bytes + np.cumsum(id_lengths) - id_lengths)
+        self._write("id_lengths", id_lengths)
+        self._write("fates", np.array([fate(sample_ids[row]) for row in kept], dtype=np.uint64))
+        self._write(_PLACES, np.array([places[row] for row in kept], dtype=np.int64))
+        self.num_tokens += int(lengths.sum())
+        self._id_bytes += int(id_lengths.sum())
+
+    def finish(self) -> DatasetMeta:
+        """Close the files, leave out repeated samples and write the description.
+
+        Raises:
+            DataError: two different texts under one sample id, with both places; no sample left.
+        """
+        for file in self._files.values():
+            file.close()
+        if not self.num_tokens:
+            raise DataError("no record has two tokens or more", where=self._place(0), remedy="give records with text")
+        repeated = self._repeated()
+        if repeated.any():
+            for name in COLUMNS:
+                (self._directory / name).write_bytes(self._read(name)[~repeated].tobytes())
+        (self._directory / _PLACES).unlink()
+        names = ("tokens", "ids", *COLUMNS)
+        meta = DatasetMeta(
+            FORMAT_VERSION,
+            self._type,
+            self._token_dtype,
+            self._num_short,
+            int(repeated.sum()),
+            {name: (self._directory / name).stat().st_size for name in names},
+        )
+        (self._directory / META).write_text(json.dumps(asdict(meta), indent=1))
+        return meta
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        # not ndarray.tofile: its error for a full disk says nothing of a disk
+        self._files[name].write(values.astype(COLUMNS.get(name, values.dtype), copy=False).tobytes())
+
+    def _read(self, name: str, dtype: str | None = None) -> NDArray[Any]:
+        return np.fromfile(self._directory / name, dtype or COLUMNS[name])
+
+    def _repeated(self) -> NDArray[np.bool_]:
+        """[samples] whether a sample repeats an earlier one; sorting hashes spares a table of all ids in memory."""
+        fates = self._read("fates")
+        repeated = np.zeros(len(fates), dtype=bool)
+        order = np.argsort(fates, kind="stable")
+        fates = fates[order]
+        follows = np.flatnonzero(fates[1:] == fates[:-1]) + 1
+        if not follows.size:
+            return repeated
+        id_starts, id_lengths = self._read("id_starts"), self._read("id_lengths")
+        ids = np.memmap(self._directory / "ids", np.uint8, "r")
+        first: dict[bytes, int] = {}
+        previous = -1
+        for position in follows.tolist():
+            begin = position
+            if position != previous + 1:  # a new run of equal hashes
+                begin, first = position - 1, {}
+            for row in order[begin : position + 1].tolist():
+                name = ids[id_starts[row] : id_starts[row] + id_lengths[row]].tobytes()
+                repeated[row] = name in first
+                self._require_same(name, first.setdefault(name, row), row)
+            previous = position
+        return repeated
+
+    def _require_same(self, name: bytes, first: int, second: int) -> None:
+        starts, lengths, places = (
+            np.memmap(self._directory / column, "<i8", "r") for column in ("starts", "lengths", _PLACES)
+        )
+        tokens = np.memmap(self._directory / "tokens", self._token_dtype, "r")
+        one, other = (tokens[starts[row] : starts[row] + lengths[row]] for row in (first, second))
+        if not np.array_equal(one, other):
+            raise DataError(
+                f"sample_id {name.decode()!r} names two different texts",
+                where=self._place(int(places[second])),
+                got=f"another text at {self._place(int(places[first]))}",
+                remedy="give each record its own sample_id, or none",
+            )

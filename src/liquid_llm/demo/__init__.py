@@ -1,0 +1,1 @@
+"""The demo: the whole pipeline on data and a teacher that every machine can get."""

@@ -1,0 +1,171 @@
+"""The demo's own training data, made from what every machine with Python has.
+
+``lm``: the language reference that ``help()`` shows, then long docstrings of the standard library; ``code``: short
+documented functions of the standard library; ``math_tool``: generated word problems. Sources are parsed, never
+imported, so nothing runs.
+
+The same Python version, seed and sizes give the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from liquid_llm import storage
+from liquid_llm.data.types import Record
+from liquid_llm.demo.word_problems import word_problems
+from liquid_llm.errors import DataError
+
+WEIGHTS = {"lm": 0.5, "math_tool": 0.25, "code": 0.25}
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils", "pydoc_data", "encodings"}
+_CODE_LINES = range(5, 41)
+_LONG_DOCSTRING = 400
+
+
+def make_demo_data(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    lm_characters: int = 850_000,
+    num_math: int = 240,
+    num_code: int = 110,
+    max_code_characters: int = 700,
+    num_shards: int = 2,
+) -> str:
+    """Write JSONL shards of all three types and their manifest; gives the manifest's URI.
+
+    Args:
+        out_dir: a folder or URL; shards go to ``lm/``, ``math_tool/`` and ``code/`` in it.
+        seed: which problems, functions and docstrings are taken.
+        lm_characters: of plain text, about four to a token; the language reference is always there as a whole.
+        num_math: word problems, about 100 tokens each.
+        num_code: functions, about 130 tokens each.
+        max_code_characters: longest function; 700 characters are about 200 tokens.
+        num_shards: files for each type.
+
+    Raises:
+        DataError: this Python has no readable standard library sources, or fewer functions than asked for.
+        StorageError: the folder cannot be written.
+    """
+    library = read_library()
+    records = {
+        "lm": _lm_records(library, seed, lm_characters),
+        "math_tool": _math_records(seed, num_math),
+        "code": _code_records(library, seed, num_code, max_code_characters),
+    }
+    lines = []
+    for type, rows in records.items():
+        for shard in range(num_shards):
+            name = f"part-{shard:05d}-of-{num_shards:05d}.jsonl"
+            storage.write_bytes(storage.join(str(out_dir), type, name), _jsonl(rows[shard::num_shards]))
+        lines.append({"path": f"{type}/part-*-of-{num_shards:05d}.jsonl", "type": type, "weight": WEIGHTS[type]})
+    manifest = storage.join(str(out_dir), "manifest.jsonl")
+    storage.write_bytes(manifest, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return manifest
+
+
+@dataclass
+class Library:
+    """What the sources of the standard library hold, by qualified name, in a fixed order."""
+
+    docstrings: dict[str, str] = field(default_factory=dict)
+    functions: dict[str, str] = field(default_factory=dict)
+
+
+def read_library(root: Path | None = None) -> Library:
+    """Docstrings and documented functions below ``root``, by default this Python's standard library."""
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    library = Library()
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] not in sys.stdlib_module_names or _LEFT_OUT & set(parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):  # data for other tools, not modules of this Python
+            continue
+        module = ".".join(part for part in parts if part != "__init__")
+        _collect(tree, module, source.splitlines(), library)
+    if not library.functions:
+        raise DataError(
+            "the standard library's sources are not there",
+            where=root,
+            remedy="use a Python that was installed with its sources",
+        )
+    return library
+
+
+def _collect(node: ast.Module | ast.ClassDef, name: str, lines: Sequence[str], library: Library) -> None:
+    _put(library.docstrings, name, ast.get_docstring(node))
+    for child in node.body:
+        child_name = f"{name}.{getattr(child, 'name', '')}"
+        if isinstance(child, ast.ClassDef):
+            _collect(child, child_name, lines, library)
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(child):
+            _put(library.docstrings, child_name, ast.get_docstring(child))
+            first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
+            _put(library.functions, child_name, textwrap.dedent("\n".join(lines[first - 1 : child.end_lineno])) + "\n")
+
+
+def _put(table: dict[str, str], name: str, text: str | None) -> None:
+    """The first of several definitions of one name (for different platforms, say) is taken."""
+    if text:
+        table.setdefault(name, text)
+
+
+def _lm_records(library: Library, seed: int, characters: int) -> list[Record]:
+    from pydoc_data.topics import topics
+
+    records = [Record(f"{topics[name].strip()}\n", "lm", f"lm-topic-{name}") for name in sorted(topics)]
+    room = characters - sum(len(record.text) for record in records)
+    for name, text in _shuffled(library.docstrings, f"docstrings {seed}"):
+        if room <= 0:
+            break
+        if len(text) >= _LONG_DOCSTRING:
+            records.append(Record(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}"))
+            room -= len(records[-1].text)
+    random.Random(f"lm order {seed}").shuffle(records)
+    return records
+
+
+def _math_records(seed: int, count: int) -> list[Record]:
+    return [Record(text, "math_tool", f"math-{number:06d}") for number, text in enumerate(word_problems(count, seed))]
+
+
+def _code_records(library: Library, seed: int, count: int, max_characters: int) -> list[Record]:
+    records: list[Record] = []
+    seen: set[str] = set()
+    for name, text in _shuffled(library.functions, f"functions {seed}"):
+        if len(records) == count:
+            break
+        if len(text) <= max_characters and text.count("\n") in _CODE_LINES and text not in seen:
+            seen.add(text)
+            records.append(Record(text, "code", f"code-{name}"))
+    if len(records) < count:
+        raise DataError(
+            "this Python's standard library has too few short functions",
+            got=len(records),
+            expected=f"{count}",
+            remedy="ask for fewer, or for longer ones",
+        )
+    return records
+
+
+def _shuffled(table: dict[str, str], key: str) -> Iterator[tuple[str, str]]:
+    names = list(table)
+    random.Random(key).shuffle(names)
+    return ((name, table[name]) for name in names)
+
+
+def _jsonl(records: Sequence[Record]) -> bytes:
+    rows = ({"text": one.text, "type": one.type, "sample_id": one.sample_id} for one in records)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
