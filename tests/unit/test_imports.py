@@ -1,0 +1,179 @@
+"""Imports go one way, and importing does nothing.
+
+    faces -> cli -> demo -> run -> config, terminal -> parts -> leaves
+
+A module may import from layers below its own and from its own package. Parts know each other only where KNOWN_PARTS
+says so. Only the storage seam knows fsspec. Answering ``--help`` needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+
+import pytest
+from tests.support.sources import (
+    Import,
+    import_effects,
+    imported_at_start,
+    imports,
+    is_standard_library,
+    module_files,
+    parse,
+)
+
+FILES = module_files()
+FACES = ("trainer.entrypoint", "stage1_hybrid.cli", "stage1_hybrid.precompute_hybrid_logits")
+
+# What is not named here is a part. ``data.types`` is a leaf: the words of the data side, nothing else.
+LAYERS = (
+    {"errors", "options", "schedules", "losses", "storage", "runtime", "masking", "data.types"},
+    set(),  # parts
+    {"config", "terminal"},
+    {"run"},
+    {"demo"},
+    {"cli"},
+    {"trainer", "stage1_hybrid"},
+)
+PARTS = 1
+
+# The parts that may import another part, and which.
+KNOWN_PARTS: dict[str, set[str]] = {
+    "training": {"models"},
+    "teachers": {"models"},
+    "evaluation": {"teachers", "training"},
+}
+
+
+def component(module: str) -> str:
+    """The piece of the project a module belongs to: ``liquid_llm.data.blocks`` -> ``data``."""
+    inside = module.removeprefix("liquid_llm.")
+    if inside == "data.types":
+        return inside
+    first = inside.split(".")[0]
+    return "storage" if first.startswith("storage_") else first
+
+
+def layer(module: str) -> int:
+    name = component(module)
+    return next((height for height, names in enumerate(LAYERS) if name in names), PARTS)
+
+
+def refusal(importer: str, imported: str) -> str | None:
+    """Why ``importer`` may not import ``imported``; None when it may."""
+    if imported == "liquid_llm" or component(importer) == component(imported) or layer(imported) < layer(importer):
+        return None
+    if layer(importer) == layer(imported) == 0:
+        return None
+    if layer(importer) == layer(imported) == PARTS and component(imported) in KNOWN_PARTS.get(
+        component(importer), set()
+    ):
+        return None
+    return f"{importer} (layer {layer(importer)}) may not import {imported} (layer {layer(imported)})"
+
+
+def own_imports(module: str) -> list[Import]:
+    ours = ("liquid_llm", "trainer", "stage1_hybrid")
+    found = imports(module, parse(FILES[module]), set(FILES))
+    return [entry for entry in found if entry.name.split(".")[0] in ours]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_one_way(module: str) -> None:
+    refused = [(entry.line, refusal(module, entry.name)) for entry in own_imports(module)]
+    assert not [f"line {line}: {why}" for line, why in refused if why]
+
+
+def test_the_rule_refuses_what_it_should() -> None:
+    assert refusal("liquid_llm.losses.fused", "liquid_llm.training")
+    assert refusal("liquid_llm.data.loader", "liquid_llm.config")
+    assert refusal("liquid_llm.data.loader", "liquid_llm.report")
+    assert refusal("liquid_llm.run.training", "liquid_llm.cli.main")
+    assert refusal("liquid_llm.cli.main", "trainer.entrypoint")
+    assert refusal("trainer.entrypoint", "liquid_llm.cli.main") is None
+    assert refusal("liquid_llm.data.loader", "liquid_llm.storage_local") is None
+
+
+def test_parts_that_know_each_other_form_no_circle() -> None:
+    order = list(graphlib.TopologicalSorter(KNOWN_PARTS).static_order())
+    assert set(KNOWN_PARTS) <= set(order)
+
+
+def test_allowed_acquaintances_are_needed() -> None:
+    used = {(component(module), component(entry.name)) for module in FILES for entry in own_imports(module)}
+    allowed = {(part, known) for part, those in KNOWN_PARTS.items() for known in those}
+    assert not allowed - used
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_the_storage_seam_knows_fsspec(module: str) -> None:
+    if component(module) == "storage":
+        return
+    found = imports(module, parse(FILES[module]), set(FILES))
+    seam = ("fsspec", "gcsfs", "aiohttp")
+    assert not [entry for entry in found if entry.name.split(".")[0] in seam]
+
+
+@pytest.mark.parametrize("module", [*FACES, "liquid_llm.cli.main"])
+def test_help_needs_the_standard_library_alone(module: str) -> None:
+    reached = imported_at_start(module, FILES)
+    heavy = {name: by for name, by in reached.items() if name not in FILES and not is_standard_library(name)}
+    assert not heavy, "imported before the options are parsed"
+
+
+def test_what_comes_in_at_start_is_followed_through_our_modules() -> None:
+    reached = imported_at_start("liquid_llm.losses.signals", FILES)
+    assert reached["torch"] == "liquid_llm.losses.signals"
+    assert "liquid_llm.losses" in reached
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_importing_a_module_only_defines_names(module: str) -> None:
+    assert not import_effects(parse(FILES[module]))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nhome = os.environ['HOME']",
+        "import os\nclass A:\n    home = os.getenv('HOME')",
+        "from os import environ\nhome = environ.get('HOME')",
+        "import os\ndef f(home=os.environ.get('HOME')): ...",
+        "import os\nos.environ['A'] = '1'",
+        "import logging\nlogging.basicConfig()",
+        "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True",
+        "import torch\nHAS_CUDA = torch.cuda.is_available()",
+        "from pathlib import Path\nTEXT = Path('x').read_text()",
+        "from datasets import load_dataset\nDATA = load_dataset('x')",
+        "import warnings\nwarnings.filterwarnings('ignore')",
+        "for name in 'ab':\n    print(name)",
+        "import subprocess\nHEAD = subprocess.run(['git'])",
+        "try:\n    import sys\n    sys.path.insert(0, '.')\nexcept ImportError:\n    pass",
+    ],
+)
+def test_effects_at_import_are_seen(code: str) -> None:
+    assert import_effects(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import logging\nlogger = logging.getLogger(__name__)",
+        "import os\ndef home():\n    return os.environ['HOME']",
+        "import re\nWORD = re.compile('a')\nTABLE = {word: len(word) for word in ('a', 'b')}",
+        "import sys\nif __name__ == '__main__':\n    sys.exit(print('hello'))",
+        "import os\nHOME = lambda: os.environ['HOME']",
+        '"""Words."""\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    """Words."""\n    x: int = 1',
+    ],
+)
+def test_quiet_modules_are_left_alone(code: str) -> None:
+    assert not import_effects(ast.parse(code))
+
+
+def test_imports_inside_functions_and_for_types_are_told_apart() -> None:
+    code = (
+        "from typing import TYPE_CHECKING\nimport json\nif TYPE_CHECKING:\n    import torch\n"
+        "def f():\n    import numpy\nfrom liquid_llm import storage\n"
+    )
+    found = {entry.name: entry.at_import_time for entry in imports("m", ast.parse(code), {"liquid_llm.storage"})}
+    assert found == {"typing": True, "json": True, "numpy": False, "liquid_llm.storage": True}

@@ -1,0 +1,56 @@
+"""Files and functions stay small enough to read in one go."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from tests.support.sources import SOURCE, module_files, parse
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+# ``path`` or ``path::function`` -> why it may be longer. Empty, and meant to stay so.
+LONGER: dict[str, str] = {}
+
+FILES = {str(path.relative_to(SOURCE)): path for path in module_files().values()}
+
+
+def long_functions(tree: ast.Module) -> dict[str, int]:
+    """Name -> lines of every function longer than the limit, from ``def`` to its last line without the docstring."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    lengths = {node.name: _num_lines(node) - _docstring_lines(node) for node in functions}
+    return {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+
+
+def _num_lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return _num_lines(node.body[0]) if ast.get_docstring(node) is not None else 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_are_short(name: str) -> None:
+    path: Path = FILES[name]
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE_LINES or name in LONGER
+    assert not {f: n for f, n in long_functions(parse(path)).items() if f"{name}::{f}" not in LONGER}
+
+
+def test_exceptions_exist_and_are_needed() -> None:
+    for entry in LONGER:
+        name, _, function = entry.partition("::")
+        tree = parse(FILES[name])
+        assert (
+            function in long_functions(tree) if function else len(FILES[name].read_text().splitlines()) > MAX_FILE_LINES
+        )
+
+
+def test_a_long_function_is_seen() -> None:
+    body = "\n".join("        pass" for _ in range(MAX_FUNCTION_LINES))
+    words = '        """One\n        two."""'
+    tree = ast.parse(f"class A:\n    def long(self):\n{words}\n{body}\n    def short(self):\n{words}\n        pass\n")
+    assert long_functions(tree) == {"long": MAX_FUNCTION_LINES + 1}
