@@ -121,19 +121,17 @@ class Masker:
     def argv(self, argv: Iterable[str]) -> list[str]:
         """A command line: the value of an option with a secret name is hidden, joined by ``=`` or following it."""
         masked: list[str] = []
-        hide_next = False
+        hides = ""  # the option with a secret name whose value comes next
         for word in argv:
             option = _OPTION.fullmatch(word)
-            if hide_next and option is None:
-                masked.append(MASK)
-                hide_next = False
+            if hides and option is None:
+                masked.append(self.text(word) if _is_count(word, hides) else MASK)
+                hides = ""
                 continue
-            secret = option is not None and looks_secret(option["name"])
-            hide_next = option is not None and secret and option["value"] is None
-            if option is not None and secret and option["value"] is not None:
-                masked.append(f"{option['name']}={MASK}")
-            else:
-                masked.append(self.text(word))
+            name, value = (option["name"], option["value"]) if option is not None else ("", None)
+            secret = looks_secret(name) and not (value and _is_count(value[1:], name))
+            hides = name if secret and value is None else ""
+            masked.append(f"{name}={MASK}" if secret and value is not None else self.text(word))
         return masked
 
     def value(self, value: object, name: str = "") -> object:
@@ -224,7 +222,7 @@ def _hide_assigned(text: str) -> str:
         if found.start() < done or value is None or not looks_secret(found["name"]):
             continue
         bare = value["bare"] or value["quoted"] or ""
-        if not bare or bare.startswith(MASK) or (_is_number(bare) and not _has_secret_word(found["name"])):
+        if not bare or bare.startswith(MASK) or _is_count(bare, found["name"]):
             continue
         quote_mark = value["quote"] or ""
         parts += [text[done : found.end()], quote_mark, MASK, quote_mark]
@@ -236,5 +234,7 @@ def _hide_aws_secret(match: re.Match[str]) -> str:
     return match[0] if match[0].count("/") > 3 else MASK  # more slashes than chance gives: a path
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?", text) is not None
+def _is_count(text: str, name: str) -> bool:
+    """A number under a name that is secret-looking only for its ``token``: how many, or which."""
+    is_number = re.fullmatch(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?", text) is not None
+    return is_number and not _has_secret_word(name)

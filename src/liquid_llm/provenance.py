@@ -1,0 +1,252 @@
+"""What a run was: its configuration, data, software and machine, written before step one.
+
+    provenance/config.json               the configuration as it was understood
+    provenance/manifest_snapshot.jsonl   the manifest's lines at that moment
+    provenance/data_readiness.json       samples, tokens and stored signal found, by type
+    provenance/datasets_snapshot.yaml    named datasets
+    provenance/environment.json          packages, git commit, hardware, choices with reasons, command line
+
+A *session* is one process working on the run. A continued run keeps the environments of its earlier sessions, newest
+last, under ``earlier_sessions``. Everything passes through ``masking`` first: no secret reaches a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from liquid_llm.masking import Masker, secret_values
+from liquid_llm.storage import write_bytes
+
+FOLDER = "provenance"
+CONFIG, MANIFEST, READINESS = "config.json", "manifest_snapshot.jsonl", "data_readiness.json"
+DATASETS, ENVIRONMENT = "datasets_snapshot.yaml", "environment.json"
+
+PACKAGES = (
+    "liquid-llm torch transformers accelerate datasets pyarrow numpy safetensors tokenizers fsspec gcsfs zstandard "
+    "tensorboard rich gguf pyyaml flash-attn"
+)
+_VARIABLES = (  # prefixes of the environment variables that change what a run does
+    *("AIP_", "CLOUD_ML_", "CLUSTER_SPEC", "CUDA_", "HF_", "LIQUID_", "MKL_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_"),
+    *("TOKENIZERS_", "TRANSFORMERS_", "SLURM_", "STORAGE_EMULATOR_HOST", "LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE"),
+)
+_MAX_EARLIER_SESSIONS = 20
+_GIT_TIMEOUT_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def write_provenance(
+    run_dir: str | Path,
+    *,
+    config: Mapping[str, Any],
+    manifest: Sequence[Mapping[str, Any]],
+    readiness: Mapping[str, Any],
+    datasets: Mapping[str, Any],
+    choices: Mapping[str, Mapping[str, str]],
+    extra: Mapping[str, Any] | None = None,
+    argv: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    now: datetime | None = None,
+) -> None:
+    """Write the five files, each atomically, with secrets masked.
+
+    Args:
+        run_dir: the run directory.
+        config: nested plain values, as are all that follow.
+        manifest: one mapping a manifest line; empty without a manifest.
+        readiness: what was found of data and stored signal.
+        datasets: named datasets with configuration, revision, splits.
+        choices: automatic decisions, ``{"device": {"value": "cpu", "reason": "no GPU"}}``.
+        extra: further keys of ``environment.json`` (where the student came from, teachers, parameters).
+        argv: the command line; this process's if None.
+        environ: the environment variables; this process's if None.
+        now: time of writing, this moment if None.
+
+    Raises:
+        StorageError: a file cannot be written.
+        TypeError: something other than a plain value was given.
+    """
+    environ = os.environ if environ is None else environ
+    masker = Masker(secret_values(environ))
+    folder = Path(run_dir) / FOLDER
+    environment = {
+        **describe_environment(argv=argv, environ=environ, now=now),
+        "choices": choices,
+        **(extra or {}),
+        "earlier_sessions": _earlier_sessions(folder / ENVIRONMENT),
+    }
+    _write(folder / CONFIG, _json(masker.value(config)))
+    _write(folder / MANIFEST, "".join(_json_line(masker.value(line)) for line in manifest))
+    _write(folder / READINESS, _json(masker.value(readiness)))
+    _write(folder / DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
+    _write(folder / ENVIRONMENT, _json(masker.value(environment)))
+
+
+def describe_environment(
+    *, argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None, now: datetime | None = None
+) -> dict[str, Any]:
+    """Software, machine and command line as nested plain values. **Not masked**: ``write_provenance`` does that."""
+    environ = os.environ if environ is None else environ
+    moment = now or datetime.now(timezone.utc)
+    return {
+        "started_at": moment.astimezone(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(sys.argv if argv is None else argv),
+        "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
+        "packages": package_versions(),
+        "git": git_state(Path(__file__).resolve().parent),
+        "hardware": hardware(),
+        "variables": {name: environ[name] for name in sorted(environ) if name.startswith(_VARIABLES)},
+    }
+
+
+def package_versions(names: Sequence[str] = tuple(PACKAGES.split())) -> dict[str, str | None]:
+    """Installed versions of the packages that decide a run's numbers; None for one that is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """``{"commit", "modified", "reason"}`` of the checkout that tracks ``folder``; without one, None and the reason.
+
+    A folder that merely lies inside somebody's repository (a virtual environment, say) is not tracked by it.
+    """
+    try:
+        tracked = _git(folder, "ls-files", "--", ".")
+        if not tracked.strip():
+            return _no_commit("the code is not tracked by a git checkout")
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no").splitlines()
+    except FileNotFoundError:
+        return _no_commit("git is not installed")
+    except subprocess.TimeoutExpired:
+        return _no_commit(f"git took longer than {_GIT_TIMEOUT_SECONDS:.0f} s")
+    except subprocess.CalledProcessError as error:
+        words = (error.stderr or "").strip().splitlines()
+        return _no_commit(words[0] if words else f"git ended with {error.returncode}")
+    reason = f"{len(changes)} tracked files differ from the commit" if changes else "clean checkout"
+    return {"commit": commit, "modified": bool(changes), "reason": reason}
+
+
+def _no_commit(reason: str) -> dict[str, Any]:
+    return {"commit": None, "modified": None, "reason": reason}
+
+
+def _git(folder: Path, *words: str) -> str:
+    # Inside a git hook GIT_DIR names another repository; and a look must not take the repository's lock.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_GIT_TIMEOUT_SECONDS,
+        env=environ,
+    )
+    return done.stdout
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores, memory in bytes, and GPUs of this machine."""
+    return {
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "num_cores": os.cpu_count(),
+        "num_usable_cores": _usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "memory_limit_bytes": _memory_limit_bytes(),
+        **_gpus(),
+    }
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):  # Linux only
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return None
+
+
+def _memory_limit_bytes() -> int | None:
+    """The container's own limit, where there is one."""
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path(name).read_text())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+        if limit < 2**60:  # cgroup v1 writes "no limit" as a huge number
+            return limit
+    return None
+
+
+def _gpus() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = (
+            "torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but sees no device"
+        )
+        return {"gpus": [], "gpus_reason": reason}
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [{"name": one.name, "memory_bytes": int(one.total_memory)} for one in found]
+    return {"gpus": gpus, "gpus_reason": f"CUDA {torch.version.cuda}"}
+
+
+def _earlier_sessions(path: Path) -> list[dict[str, Any]]:
+    """The environments of the sessions before this one, oldest first."""
+    try:
+        last = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        _log.warning("%s: the earlier session's environment is unreadable and left out (%s)", path, error)
+        return []
+    if not isinstance(last, dict):
+        return []
+    earlier = last.pop("earlier_sessions", [])
+    return [*(earlier if isinstance(earlier, list) else []), last][-_MAX_EARLIER_SESSIONS:]
+
+
+def _write(path: Path, text: str) -> None:
+    write_bytes(
+        str(path), text.encode("utf-8", errors="backslashreplace")
+    )  # undecodable file names hold lone surrogates
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _json_line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
