@@ -1,0 +1,168 @@
+"""What is known about a checkpoint without opening its tensors.
+
+    in-file metadata   the dictionary under ``metadata`` in ``NAME.pt``; its ``sha256`` is None: no file holds its own
+    sidecar            ``NAME.meta.json`` beside it: the same fields, with the hash of the data file
+
+A sidecar is published last, so one that is there, and agrees with its file, means a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from liquid_llm.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """The state of a run at one step, in plain values.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens_seen: real tokens trained on.
+        block_size: context length in tokens.
+        kd_alpha, kd_temperature: values applied at the last step.
+        alpha_schedule, temp_schedule: the schedules as they were written on the command line, or None.
+        schedule_state: for each schedule, which entry is next.
+        grad_accum: micro-batches a step.
+        warmup_steps: steps to the peak learning rate.
+        lr, lr_peak: learning rate configured; peak reached after warm-up instead of it, where one was given.
+        positional_embedding: ``learned``, ``rotary`` or ``none``.
+        rope_scale: factor given for a rotary student, or None.
+        eval_ctx_lens: context lengths evaluated beside ``block_size``.
+        student: what rebuilds the model: its specification and Hugging Face configuration.
+        tokenizer_hash: identifies the vocabulary the weights belong to.
+        data_position: micro-batches consumed.
+        best_val_loss: lowest validation loss so far, in nats a token; None before the first (infinity counts as None).
+        created: time of saving, ISO 8601, UTC.
+        run: plain values of whoever runs the training; not interpreted here.
+        sha256: hexadecimal hash of the data file; None inside the file itself.
+        format_version: layout of file and metadata.
+    """
+
+    step: int
+    tokens_seen: int
+    block_size: int
+    kd_alpha: float
+    kd_temperature: float
+    alpha_schedule: str | None
+    temp_schedule: str | None
+    schedule_state: Mapping[str, Any]
+    grad_accum: int
+    warmup_steps: int
+    lr: float
+    lr_peak: float | None
+    positional_embedding: str
+    rope_scale: float | None
+    eval_ctx_lens: tuple[int, ...]
+    student: Mapping[str, Any]
+    tokenizer_hash: str
+    data_position: int
+    best_val_loss: float | None
+    created: str
+    run: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_ctx_lens", tuple(self.eval_ctx_lens))
+        if self.best_val_loss is not None and not math.isfinite(self.best_val_loss):
+            object.__setattr__(self, "best_val_loss", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON has it, so that file and sidecar hold equal dictionaries.
+
+        Raises:
+            TypeError, ValueError: a value is not plain, or not finite.
+        """
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: object, where: object) -> CheckpointMetadata:
+        """Metadata out of ``values``, checked field by field. Fields this version does not know are left out.
+
+        Args:
+            values: what a sidecar or a data file holds.
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: another format version, a missing field or a value of a wrong type.
+        """
+        if not isinstance(values, Mapping):
+            raise CheckpointError(
+                "this is no checkpoint metadata", where=where, got=type(values).__name__, expected="a JSON object"
+            )
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                "this checkpoint has another format version",
+                where=f"{where}, field format_version",
+                got=repr(version),
+                expected=FORMAT_VERSION,
+                remedy="use the release of liquid-llm that wrote it, or give the exported student/ folder instead",
+            )
+        checked = {one.name: _checked(one.name, values, where) for one in fields(cls)}
+        return cls(**checked)
+
+
+_Kinds = tuple[type, ...]
+_TEXT: _Kinds = (str,)
+_COUNT: _Kinds = (int,)
+_NUMBER: _Kinds = (int, float)
+_OBJECT: _Kinds = (dict,)
+_NONE: _Kinds = (type(None),)
+
+_TYPES: dict[str, tuple[_Kinds, str]] = {
+    "step": (_COUNT, "a whole number, at least 0"),
+    "tokens_seen": (_COUNT, "a whole number, at least 0"),
+    "block_size": (_COUNT, "a whole number, at least 0"),
+    "kd_alpha": (_NUMBER, "a number"),
+    "kd_temperature": (_NUMBER, "a number"),
+    "alpha_schedule": (_TEXT + _NONE, "text or null"),
+    "temp_schedule": (_TEXT + _NONE, "text or null"),
+    "schedule_state": (_OBJECT, "an object"),
+    "grad_accum": (_COUNT, "a whole number, at least 0"),
+    "warmup_steps": (_COUNT, "a whole number, at least 0"),
+    "lr": (_NUMBER, "a number"),
+    "lr_peak": (_NUMBER + _NONE, "a number or null"),
+    "positional_embedding": (_TEXT, "text"),
+    "rope_scale": (_NUMBER + _NONE, "a number or null"),
+    "eval_ctx_lens": ((list, tuple), "a list of whole numbers"),
+    "student": (_OBJECT, "an object"),
+    "tokenizer_hash": (_TEXT, "text"),
+    "data_position": (_COUNT, "a whole number, at least 0"),
+    "best_val_loss": (_NUMBER + _NONE, "a number or null"),
+    "created": (_TEXT, "text"),
+    "run": (_OBJECT, "an object"),
+    "sha256": (_TEXT + _NONE, "text or null"),
+    "format_version": (_COUNT, "a whole number"),
+}
+
+
+def _checked(name: str, values: Mapping[str, Any], where: object) -> Any:
+    kinds, words = _TYPES[name]
+    remedy = "the file was written by something else or is damaged: choose another checkpoint"
+    if name not in values:
+        raise CheckpointError(f"metadata field {name} is missing", where=where, expected=words, remedy=remedy)
+    value = values[name]
+    right = isinstance(value, kinds) and not isinstance(value, bool)
+    if kinds == _COUNT:
+        right = right and value >= 0
+    if name == "eval_ctx_lens":
+        right = right and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    if not right:
+        raise CheckpointError(
+            "metadata field has a wrong value",
+            where=f"{where}, field {name}",
+            got=f"{value!r:.80}",
+            expected=words,
+            remedy=remedy,
+        )
+    return value

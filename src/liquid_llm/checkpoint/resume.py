@@ -1,0 +1,283 @@
+"""Student weights from wherever they are: a run's checkpoint, a bare state dict, a Hugging Face folder or its zip.
+
+    bare state dict     a ``.pt`` of names and tensors, also under ``model``, ``state_dict``, ``student``, … and with
+                        the prefixes that wrappers of torch put before every name
+    Hugging Face folder ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards
+
+What lies behind a URL is downloaded into a work folder once, and again when its size or version changes. Nothing is
+ever unpickled without ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.archive import unpack_zip
+from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX, is_checkpoint, take_apart, verified_sidecar
+from liquid_llm.checkpoint.files import read_archive
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.errors import CheckpointError, StorageError
+from liquid_llm.storage import FileInfo
+from liquid_llm.storage_local import translated
+
+_WRAPPERS = ("model", "state_dict", "student", "model_state_dict", "module", "weights")
+_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_FOLDER_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+_ACCEPTED = "a .pt checkpoint or state dict, a .safetensors file, a Hugging Face folder or a zip of one"
+
+
+@dataclass(frozen=True)
+class ResumeSource:
+    """Student weights and what came with them.
+
+    Attributes:
+        state_dict: parameter name -> tensor on the CPU, as stored; tied weights may be there once only.
+        description: what it is and where it was, in words.
+        metadata: of a run's checkpoint, else None.
+        config: Hugging Face configuration of the model, where known.
+        tokenizer_folder: local folder with the tokenizer that came along, where one did.
+        state: the whole state of a run's checkpoint, else None.
+    """
+
+    state_dict: Mapping[str, Tensor]
+    description: str
+    metadata: CheckpointMetadata | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer_folder: str | None = None
+    state: Mapping[str, Any] | None = None
+
+    @property
+    def has_optimizer(self) -> bool:
+        return self.state is not None and "optimizer" in self.state
+
+
+def read_student_weights(uri: str, work_dir: Path) -> ResumeSource:
+    """Read the weights behind ``uri``.
+
+    Args:
+        uri: local path or any URL, of a file or of a folder.
+        work_dir: where downloads and unpacked archives are kept.
+
+    Raises:
+        CheckpointError: nothing there, truncated, disagreeing with its sidecar, of another format version, or of a kind
+            that is not read.
+        StorageError: the place cannot be read, or the disk is full.
+    """
+    found = storage.stat(uri)
+    if found is None:
+        raise CheckpointError(
+            "there is no checkpoint here",
+            where=uri,
+            expected=_ACCEPTED,
+            remedy="check the spelling of --resume_gcs_uri",
+        )
+    if not found.version:
+        return _read_folder(_fetch_folder(uri, work_dir), uri)
+    path = _fetch_file(uri, found, work_dir)
+    if path.suffix == ".safetensors":
+        return ResumeSource(_read_safetensors(path, uri), f"weights of {uri}")
+    if _is_folder_archive(path, uri):
+        return _read_folder(_unpacked(path, found, work_dir), uri)
+    return _read_torch_file(path, uri)
+
+
+# ------------------------------------------------------------------------------------------------------------- getting
+
+
+def _work_folder(uri: str, work_dir: Path) -> Path:
+    return work_dir / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _fetch_file(uri: str, found: FileInfo, work_dir: Path) -> Path:
+    """A local path with the file's content and, beside it, its sidecar where it has one."""
+    if not storage.is_remote(uri):
+        return storage.local_path(uri)
+    folder = _work_folder(uri, work_dir)
+    path = _fetch(found, folder / found.name)
+    if found.name.endswith(DATA_SUFFIX):
+        sidecar = storage.stat(uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
+        local = folder / (found.name.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
+        if sidecar is not None:
+            _fetch(sidecar, local)
+        else:
+            storage.remove(str(local))
+    return path
+
+
+def _fetch(found: FileInfo, path: Path) -> Path:
+    """Download unless the same size and version were downloaded here before (a note beside the file says which)."""
+    note = path.with_name(path.name + ".origin")
+    origin = json.dumps([found.uri, found.size, found.version]).encode()
+    with translated(path):
+        known = note.is_file() and note.read_bytes() == origin
+        if known and path.is_file() and path.stat().st_size == found.size:
+            return path
+    storage.remove(str(note))
+    storage.download(found.uri, path)
+    storage.write_bytes(str(note), origin)
+    return path
+
+
+def _fetch_folder(uri: str, work_dir: Path) -> Path:
+    if not storage.is_remote(uri):
+        return storage.local_path(uri)
+    folder = _work_folder(uri, work_dir)
+    files = [one for one in storage.list_files(uri) if "/" not in one.name]
+    if "config.json" not in {one.name for one in files}:
+        raise _not_a_model_folder(uri, [one.name for one in files])
+    for one in files:
+        if one.name.endswith(_FOLDER_SUFFIXES) and one.name not in _NOT_WEIGHTS:
+            _fetch(one, folder / one.name)
+    return folder
+
+
+def _is_folder_archive(path: Path, uri: str) -> bool:
+    """Whether this is a zip of a folder; torch files are zips too, with a ``data.pkl`` in them."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with translated(path), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError("this zip is damaged", where=uri, got=str(error), remedy="copy it again") from error
+    return not any(name.rsplit("/", 1)[-1] == "data.pkl" for name in names)
+
+
+def _unpacked(path: Path, found: FileInfo, work_dir: Path) -> Path:
+    """The model folder of an archive, unpacked once for each version of it."""
+    folder = _work_folder(f"{found.uri} {found.size} {found.version}", work_dir)
+    if not folder.is_dir():
+        unpack_zip(path, folder)
+    configs = sorted(folder.rglob("config.json"), key=lambda one: (len(one.parts), one))
+    if not configs:
+        raise _not_a_model_folder(str(path), sorted(one.name for one in folder.iterdir()))
+    return configs[0].parent
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _read_torch_file(path: Path, uri: str) -> ResumeSource:
+    content = read_archive(path, uri)
+    if not is_checkpoint(content):
+        return ResumeSource(_bare_state_dict(content, uri), f"weights of {uri}")
+    state, metadata = take_apart(content, uri, verified_sidecar(path, uri))
+    words = f"checkpoint {uri} of step {metadata.step}"
+    weights = _bare_state_dict(state["student"], uri)
+    return ResumeSource(weights, words, metadata, metadata.student.get("config"), None, state)
+
+
+def _bare_state_dict(content: object, uri: str) -> dict[str, Tensor]:
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping) or not content:
+        raise _no_weights(uri, type(content).__name__ if not isinstance(content, Mapping) else "an empty dictionary")
+    weights = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise _no_weights(uri, f"{name!r:.80}: {type(value).__name__}")
+        weights[name] = value
+    return _without_prefixes(weights)
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DistributedDataParallel, torch.compile and FSDP put before all of them."""
+    for _ in range(8):  # wrappers may be nested, in any order
+        prefix = next((one for one in _PREFIXES if all(name.startswith(one) for name in weights)), None)
+        if prefix is None:
+            break
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _read_folder(folder: Path, uri: str) -> ResumeSource:
+    names = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    if "config.json" not in names:
+        raise _not_a_model_folder(uri, names)
+    try:
+        with translated(folder):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json holds no JSON object", where=uri, remedy="save the model again")
+    weights: dict[str, Tensor] = {}
+    for name in _weight_files(folder, names, uri):
+        read = _read_safetensors if name.endswith(".safetensors") else read_archive
+        weights.update(read(folder / name, storage.join(uri, name)))
+    has_tokenizer = any(name in names for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    tokenizer_folder = str(folder) if has_tokenizer else None
+    return ResumeSource(_bare_state_dict(weights, uri), f"Hugging Face model {uri}", None, config, tokenizer_folder)
+
+
+def _weight_files(folder: Path, names: list[str], uri: str) -> list[str]:
+    """The files that hold the weights: one, or the shards an index names, which lie in the folder itself."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if whole in names:
+            return [whole]
+        index = f"{whole}.index.json"
+        if index in names:
+            try:
+                with translated(folder):
+                    shards = sorted(
+                        set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+                    )
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError("this index of shards cannot be read", where=f"{uri}/{index}") from error
+            missing = [str(shard) for shard in shards if shard not in names]
+            if missing:
+                raise CheckpointError(
+                    "weights named by the index are missing",
+                    where=f"{uri}/{index}",
+                    got=", ".join(missing[:3]),
+                    remedy="copy the folder again",
+                )
+            return shards
+    raise _not_a_model_folder(uri, names)
+
+
+def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        with translated(path):
+            weights: dict[str, torch.Tensor] = load_file(path)
+            return _without_prefixes(weights)
+    except SafetensorError as error:
+        raise CheckpointError(
+            "this file is truncated, damaged or not safetensors",
+            where=where,
+            got=f"{path.stat().st_size} bytes",
+            remedy="copy it again, or choose another checkpoint",
+        ) from error
+
+
+def _no_weights(uri: str, got: str) -> CheckpointError:
+    return CheckpointError("this file holds no state dict", where=uri, got=got, expected="names and tensors")
+
+
+def _not_a_model_folder(uri: str, names: list[str]) -> StorageError:
+    checkpoints = [name for name in names if name.endswith(DATA_SUFFIX)]
+    remedy = f"name one of the checkpoints in it: {', '.join(checkpoints[:4])}" if checkpoints else None
+    return CheckpointError(
+        "this folder is no Hugging Face model",
+        where=uri,
+        got=", ".join(names[:6]) or "no files",
+        expected="config.json with model.safetensors or pytorch_model.bin",
+        remedy=remedy,
+    )

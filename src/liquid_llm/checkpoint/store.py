@@ -1,0 +1,321 @@
+"""The checkpoints of one run directory: saving, finding, loading, forgetting.
+
+Data is written once, under a snapshot's name; ``last``, ``best`` and ``final`` are hard links to it (copies where the
+file system has none) with sidecars of their own. Whatever the moment a process is killed at, at least one complete
+checkpoint of the last acknowledged step or later remains:
+
+    save a snapshot       temporary file -> fsync -> rename -> sidecar
+    move a name           old sidecar away -> data replaced by rename -> new sidecar; the snapshot is complete meanwhile
+    overwrite a snapshot  the old one is first renamed to ``NAME.replaced``, which is complete in its own right
+    forget                sidecar first, then data
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import (
+    DATA_SUFFIX,
+    METADATA_KEY,
+    MOVING_NAMES,
+    REPLACED,
+    SIDECAR_SUFFIX,
+    CheckpointInfo,
+    Log,
+    data_path,
+    is_checkpoint,
+    is_known,
+    is_snapshot,
+    known_names,
+    latest_checkpoint,
+    newest_first,
+    parse_sidecar,
+    read_checkpoint,
+    sidecar_path,
+    sidecar_text,
+    sidecars,
+    step_name,
+    time_name,
+)
+from liquid_llm.checkpoint.files import file_sha256, read_archive, write_archive
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.errors import CheckpointError, StorageError
+from liquid_llm.storage_local import TEMPORARY_SUFFIX, sync, translated
+
+__all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
+
+METRICS_FILE = "metrics.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """Writes checkpoints into one run directory, which it locks for this process.
+
+    Args:
+        run_dir: made where it is missing.
+        keep_last: snapshots kept; 0 keeps all.
+        log: told, in a sentence, about damaged or unfinished files.
+
+    Raises:
+        StorageError: another process holds the directory, or it cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, log: Log = _log.warning) -> None:
+        self.run_dir = run_dir
+        self._keep_last = keep_last
+        self._say = log
+        with translated(run_dir, writing=True):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(run_dir)
+            self._tidy()
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        metadata: CheckpointMetadata,
+        *,
+        kind: Literal["step", "time"] = "step",
+        also_as: Sequence[str] = (),
+    ) -> CheckpointInfo:
+        """Publish a snapshot, give it the names ``also_as``, and forget snapshots past ``keep_last``.
+
+        When this returns the checkpoint survives a power cut. The tensors must not change before that.
+
+        Args:
+            state: tensors and plain values, nested; ``student`` is the model's state dict, ``metadata`` is taken.
+            metadata: of this step; its sha256 is filled in here.
+            kind: named by its step, or by ``metadata.created``.
+            also_as: of ``last``, ``best`` and ``final``.
+
+        Raises:
+            StorageError: full disk, no permission; what was complete before still is.
+            TypeError: ``state`` holds something that is neither a tensor nor a plain value.
+        """
+        name = step_name(metadata.step) if kind == "step" else time_name(metadata.created)
+        inside = replace(metadata, sha256=None)
+        temporary = self.run_dir / f".{name}{TEMPORARY_SUFFIX}"
+        target = data_path(self.run_dir, name)
+        with translated(target, writing=True):
+            try:
+                temporary.unlink(missing_ok=True)
+                digest = write_archive(temporary, {**state, METADATA_KEY: inside.to_dict()})
+                sync(temporary)
+                complete = replace(inside, sha256=digest)
+                if sidecar_path(self.run_dir, name).exists():
+                    self._move(name, name + REPLACED)
+                self._publish(temporary, name, complete)
+                self._forget(name + REPLACED)
+            finally:
+                temporary.unlink(missing_ok=True)
+        info = self.publish_as(CheckpointInfo(target, complete), also_as)
+        self._retain(info)
+        return info
+
+    def publish_as(self, info: CheckpointInfo, names: Sequence[str]) -> CheckpointInfo:
+        """Give a complete checkpoint further names (``last``, ``best``, ``final``), taking them from others."""
+        for name in names:
+            if name not in MOVING_NAMES:
+                raise ValueError(f"{name!r} is not one of {MOVING_NAMES}")
+            temporary = self.run_dir / f".{name}{TEMPORARY_SUFFIX}"
+            with translated(data_path(self.run_dir, name), writing=True):
+                try:
+                    _link_or_copy(info.path, temporary)
+                    sidecar_path(self.run_dir, name).unlink(missing_ok=True)
+                    self._publish(temporary, name, info.metadata)
+                finally:
+                    temporary.unlink(missing_ok=True)  # rename does nothing between two links to one file
+        return replace(info, also_as=(*info.also_as, *names))
+
+    def latest(self) -> CheckpointInfo | None:
+        """The complete checkpoint with the highest step, its hash verified, or None."""
+        return latest_checkpoint(self.run_dir, self._say)
+
+    def load(self, source: CheckpointInfo | Path) -> tuple[dict[str, Any], CheckpointMetadata]:
+        """State and metadata of a checkpoint of this store or of any checkpoint file; see ``read_checkpoint``."""
+        if isinstance(source, CheckpointInfo):
+            return read_checkpoint(source.path, source.metadata)
+        return read_checkpoint(source)
+
+    def set_aside(self) -> Path | None:
+        """Move every checkpoint into a folder of its own (for ``--restart``); None when there is none."""
+        found = [sidecar_path(self.run_dir, name) for name in known_names(self.run_dir)]
+        if not found:
+            return None
+        folder = self.run_dir / datetime.now(timezone.utc).strftime("before-restart-%Y%m%dT%H%M%S%fZ")
+        with translated(folder, writing=True):
+            folder.mkdir()
+            for sidecar in found:
+                data = data_path(self.run_dir, sidecar.name.removesuffix(SIDECAR_SUFFIX))
+                os.replace(sidecar, folder / sidecar.name)
+                if data.exists():
+                    os.replace(data, folder / data.name)
+        return folder
+
+    # ---------------------------------------------------------------------------------------------------------- pieces
+
+    def _publish(self, temporary: Path, name: str, metadata: CheckpointMetadata) -> None:
+        os.replace(temporary, data_path(self.run_dir, name))
+        sync(self.run_dir)
+        storage.write_bytes(str(sidecar_path(self.run_dir, name)), sidecar_text(metadata))
+
+    def _move(self, old: str, new: str) -> None:
+        """Rename a checkpoint: complete under one name or the other at every moment, the rename of the data decides."""
+        text = sidecar_path(self.run_dir, old).read_bytes()
+        storage.write_bytes(str(sidecar_path(self.run_dir, new)), text)
+        if data_path(self.run_dir, old).exists():
+            os.replace(data_path(self.run_dir, old), data_path(self.run_dir, new))
+        sidecar_path(self.run_dir, old).unlink()
+
+    def _forget(self, name: str) -> None:
+        sidecar_path(self.run_dir, name).unlink(missing_ok=True)
+        data_path(self.run_dir, name).unlink(missing_ok=True)
+
+    def _retain(self, newest: CheckpointInfo) -> None:
+        if self._keep_last <= 0:
+            return
+        # A snapshot of a later step than the one just saved is damaged or of another history: not counted, not touched.
+        found = {
+            name: metadata
+            for name, metadata in sidecars(self.run_dir, self._say).items()
+            if is_snapshot(name) and metadata.step <= newest.step and name != newest.name
+        }
+        with translated(self.run_dir, writing=True):
+            for name in newest_first(found)[self._keep_last - 1 :]:
+                self._forget(name)
+
+    def _tidy(self) -> None:
+        """Finish or undo what a killed process left half done."""
+        for path in self.run_dir.glob(".*" + TEMPORARY_SUFFIX):
+            path.unlink(missing_ok=True)
+        for name in known_names(self.run_dir):
+            original = name.removesuffix(REPLACED)
+            if not data_path(self.run_dir, name).exists():
+                sidecar_path(self.run_dir, name).unlink(missing_ok=True)
+            elif name != original and self._is_complete(original):
+                self._forget(name)
+            elif name != original:
+                self._move(name, original)
+        for data in self.run_dir.glob("*" + DATA_SUFFIX):
+            name = data.name.removesuffix(DATA_SUFFIX)
+            if is_snapshot(name) and not sidecar_path(self.run_dir, name).exists() and _is_ours(data):
+                self._say(f"removed an unfinished checkpoint: {data}")
+                data.unlink()
+
+    def _is_complete(self, name: str) -> bool:
+        metadata = sidecars(self.run_dir, self._say).get(name)
+        return metadata is not None and file_sha256(data_path(self.run_dir, name)) == metadata.sha256
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a data file without a sidecar was written by this project; someone else's file is never removed."""
+    try:
+        return is_checkpoint(read_archive(path))
+    except CheckpointError:
+        return False
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV):
+            raise
+        shutil.copyfile(source, target)
+        sync(target)
+
+
+def _locked(run_dir: Path) -> int | None:
+    """A descriptor that holds the run directory's lock until it is closed or the process ends, however it ends."""
+    path = run_dir / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StorageError(
+            f"another run, process {holder}, is using this run directory",
+            where=run_dir,
+            remedy="wait for it to end, stop it, or give another output",
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        _log.warning("%s: this file system has no locks (%s): do not start two runs here", run_dir, error)
+        return None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def fetch_latest(
+    remote_uri: str, run_dir: Path, *, newer_than: int = -1, log: Log = _log.warning
+) -> CheckpointInfo | None:
+    """Bring the newest complete checkpoint of a mirror, and its metrics, into the run directory.
+
+    Args:
+        remote_uri: what the run directory is mirrored to.
+        run_dir: local; a checkpoint of the same name there is replaced.
+        newer_than: only a checkpoint past this step is fetched.
+        log: told about a damaged one that was skipped.
+
+    Returns:
+        The checkpoint, or None where the mirror has no complete one past ``newer_than``.
+
+    Raises:
+        StorageError: the mirror cannot be read or the disk is full.
+    """
+    present = {info.name for info in storage.list_files(remote_uri) if "/" not in info.name}
+    found = {}
+    for name in sorted(one.removesuffix(SIDECAR_SUFFIX) for one in present if one.endswith(SIDECAR_SUFFIX)):
+        if not is_known(name) or name + DATA_SUFFIX not in present:
+            continue
+        uri = storage.join(remote_uri, name + SIDECAR_SUFFIX)
+        try:
+            metadata = parse_sidecar(storage.read_bytes(uri), uri)
+        except CheckpointError as error:
+            log(f"skipped a checkpoint: {error}")
+            continue
+        if metadata.step > newer_than:
+            found[name] = metadata
+    fetched = run_dir / f".fetched{TEMPORARY_SUFFIX}"
+    for name in newest_first(found):
+        storage.download(storage.join(remote_uri, name + DATA_SUFFIX), fetched)
+        if file_sha256(fetched) != found[name].sha256:
+            fetched.unlink()
+            log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX} does not have the sha256 its sidecar says")
+            continue
+        if METRICS_FILE in present:
+            storage.download(storage.join(remote_uri, METRICS_FILE), run_dir / METRICS_FILE)
+        target = data_path(run_dir, name)
+        with translated(target, writing=True):
+            sidecar_path(run_dir, name).unlink(missing_ok=True)
+            os.replace(fetched, target)
+        storage.write_bytes(str(sidecar_path(run_dir, name)), sidecar_text(found[name]))
+        return CheckpointInfo(target, found[name])
+    return None
