@@ -1,0 +1,298 @@
+"""What a person sees while a command works: progress, log lines, and the table at the end.
+
+    stage   a stretch of work with a name, a unit and, if known, a total: shown with rate, time left and elapsed time
+    result  what a command was asked for; only results go to standard output, everything else to standard error
+
+On a terminal a stage is a live line; elsewhere (a log file, a pipe) it is a plain line now and then.
+Stages do not nest.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.table import Column, Table
+from rich.text import Text
+
+from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
+from liquid_llm.masking import Masker, MaskingFilter, secret_values
+
+PLAIN_LINE_SECONDS = 15.0
+RATE_WINDOW_SECONDS = 30.0
+
+_PACKAGE = "liquid_llm"
+_HANDLER_NAME = "liquid-llm"
+
+
+@functools.cache
+def stderr_console() -> Console:
+    """The one console of this process's standard error, so that log lines and live progress do not tear each other."""
+    return Console(stderr=True, highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- logging
+
+
+def setup_logging(level: str | int = "INFO") -> None:
+    """Send log lines to standard error, short and with secrets masked. A second call replaces the first.
+
+    This package speaks from ``level`` on, everybody else from WARNING on.
+    """
+    root, package = logging.getLogger(), logging.getLogger(_PACKAGE)
+    for old in [handler for handler in root.handlers if handler.get_name() == _HANDLER_NAME]:
+        root.removeHandler(old)
+    console = stderr_console()
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console, show_path=False, markup=False, highlighter=None, log_time_format="%H:%M:%S"
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.set_name(_HANDLER_NAME)
+    handler.addFilter(MaskingFilter(Masker(secret_values(os.environ))))
+    root.addHandler(handler)
+    package.setLevel(level)
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to whatever standard error is at the moment, one unwrapped line a record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(stderr_console().file)
+        super().emit(record)
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+class RateMeter:
+    """Units a second over the last ``window_seconds``: follows a change of pace, unlike the mean since the start."""
+
+    def __init__(self, clock: Callable[[], float], window_seconds: float = RATE_WINDOW_SECONDS) -> None:
+        self._clock = clock
+        self._window_seconds = window_seconds
+        self._points: deque[tuple[float, float]] = deque([(clock(), 0.0)])
+        self._done = 0.0
+
+    def add(self, amount: float) -> None:
+        now = self._clock()
+        self._done += amount
+        if len(self._points) > 1 and now - self._points[-2][0] < self._window_seconds / 100:
+            self._points[-1] = (now, self._done)  # bounds the memory: about a hundred points a window
+        else:
+            self._points.append((now, self._done))
+        while len(self._points) > 2 and now - self._points[1][0] >= self._window_seconds:
+            self._points.popleft()
+
+    def rate(self) -> float | None:
+        """Units a second; None before anything was done."""
+        since, before = self._points[0]
+        done, seconds = self._done - before, self._clock() - since
+        return done / seconds if done > 0 and seconds > 0 else None
+
+
+class Stage:
+    """Progress of one stretch of work, as a context manager.
+
+    Args:
+        name: what is being done, one or two words.
+        unit: what is counted, in the plural (``tokens``).
+        total: how many there are, None where unknown.
+        done: how many were done before (a continued job); they do not count for the rate.
+        console: where to show it; standard error if None.
+        clock: seconds, monotonic.
+        line_seconds: without a terminal, the time between two lines.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        unit: str,
+        total: float | None = None,
+        done: float = 0.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        line_seconds: float = PLAIN_LINE_SECONDS,
+    ) -> None:
+        self.name, self.unit, self.total, self.done = name, unit, total, done
+        self._console = stderr_console() if console is None else console
+        self._clock = clock
+        self._line_seconds = line_seconds
+        self._lock = threading.Lock()
+        self._note = ""
+        self._first = done
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._began = self._last_line = clock()
+        self._meter = RateMeter(clock)
+
+    def __enter__(self) -> Stage:
+        self._began = self._last_line = self._clock()
+        self._meter = RateMeter(self._clock)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                *_columns(self, self._console.width),
+                console=self._console,
+                transient=True,
+                refresh_per_second=5,
+                redirect_stdout=False,
+                expand=True,
+            )
+            self._task = self._progress.add_task(self.name, total=self.total)
+            self._progress.update(self._task, completed=self.done)
+            self._progress.start()
+        return self
+
+    def advance(self, amount: float = 1) -> None:
+        """Count ``amount`` units as done; from any thread."""
+        with self._lock:
+            self.done += amount
+            self._meter.add(amount)
+            if self._progress is not None:
+                self._progress.update(self._task, completed=self.done)
+            elif self._clock() - self._last_line >= self._line_seconds:
+                self._last_line = self._clock()
+                self._console.print(Text(self.status()), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Show a few words beside the numbers (the last loss, the current file)."""
+        self._note = text
+
+    def status(self) -> str:
+        """The state in one line: done, share, rate, time left, elapsed, note."""
+        return ", ".join([f"{self.name}: {self._counted()}", *self._pace(), *([self._note] if self._note else [])])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        seconds = self._clock() - self._began
+        worked = self.done - self._first
+        rate = f", {format_count(worked / seconds)} {self.unit}/s" if worked > 0 and seconds > 0 else ""
+        ending = "" if error is None else f" (stopped: {type(error).__name__})"
+        line = f"{self.name}: {format_count(self.done)} {self.unit} in {format_seconds(seconds)}{rate}{ending}"
+        self._console.print(Text(line), soft_wrap=True)
+
+    def _counted(self) -> str:
+        if not self.total:
+            return f"{format_count(self.done)} {self.unit}"
+        share = min(1.0, self.done / self.total)
+        return f"{format_count(self.done)}/{format_count(self.total)} ({share:.0%})"  # the rate names the unit
+
+    def _pace(self) -> list[str]:
+        rate = self._meter.rate()
+        parts = []
+        if rate is not None:
+            parts.append(f"{format_count(rate)} {self.unit}/s")
+            if self.total and self.total > self.done:
+                parts.append(f"{format_seconds((self.total - self.done) / rate)} left")
+        return [*parts, f"{format_seconds(self._clock() - self._began)} elapsed"]
+
+
+class _StatusColumn(ProgressColumn):
+    """The stage's own line, so that a terminal and a log file say the same; cut at the terminal's edge."""
+
+    max_refresh = 0.2
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        self._stage = stage
+
+    def render(self, task: Task) -> Text:
+        text = Text(self._stage.status(), no_wrap=True, overflow="ellipsis")
+        text.stylize("bold", 0, len(self._stage.name))
+        return text
+
+
+def _columns(stage: Stage, width: int) -> list[ProgressColumn]:
+    bar = [BarColumn(bar_width=20)] if stage.total and width >= 110 else []  # the words come first
+    return [SpinnerColumn(), *bar, _StatusColumn(stage)]
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def print_summary(
+    summary: Mapping[str, Any], *, run_dir: str | Path, report: str | Path | None = None, console: Console | None = None
+) -> None:
+    """Print what a finished run reached, on standard output.
+
+    Args:
+        summary: what ``summary.json`` holds: ``rows`` of ``type``, ``val_loss_before``, ``val_loss_after``,
+            ``val_kd_before``, ``val_kd_after``; ``bytes_per_token``, ``tokens_per_second``, ``peak_memory_bytes``,
+            ``seconds``, ``sample``. A key that is absent or None is left out.
+        run_dir, report: paths to name.
+        console: where to print; standard output if None.
+    """
+    console = Console(highlight=False) if console is None else console
+    if summary.get("rows"):
+        console.print(_losses_table(summary["rows"]))
+    facts = Table.grid(padding=(0, 2))
+    for name, text in _facts(summary):
+        facts.add_row(Text(name, style="dim"), Text(text))
+    console.print(facts)
+    sample = summary.get("sample")
+    if sample:
+        console.print(Text("\nsample", style="dim"))
+        console.print(Text(str(sample.get("prompt", "")), style="dim"), Text(str(sample.get("text", ""))), sep="")
+    console.print()
+    for name, path in (("run", run_dir), ("report", report)):
+        if path is not None:
+            console.print(Text(f"{name:<7}", style="dim"), Text(str(path)), soft_wrap=True)  # paths stay copyable
+
+
+def _losses_table(rows: list[Mapping[str, Any]]) -> Table:
+    title = "validation, nats a token: loss, and KL divergence from the teacher"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("type")
+    for what in ("loss", "KL"):
+        table.add_column(f"{what} before", justify="right")
+        table.add_column("after", justify="right")
+        table.add_column("change", justify="right")
+    for row in rows:
+        cells = [Text(str(row.get("type", "")))]
+        for name in ("val_loss", "val_kd"):
+            before, after = row.get(f"{name}_before"), row.get(f"{name}_after")
+            cells += [Text(_number(before)), Text(_number(after)), _change(before, after)]
+        table.add_row(*cells)
+    return table
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = []
+    if summary.get("bytes_per_token") is not None:
+        facts.append(("stored signal", f"{summary['bytes_per_token']:,.1f} bytes a token"))
+    if summary.get("tokens_per_second") is not None:
+        facts.append(("speed", f"{format_count(summary['tokens_per_second'])} real tokens a second"))
+    if summary.get("peak_memory_bytes") is not None:
+        facts.append(("peak memory", format_bytes(summary["peak_memory_bytes"])))
+    if summary.get("seconds") is not None:
+        facts.append(("time", format_seconds(summary["seconds"])))
+    return facts
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _change(before: float | None, after: float | None) -> Text:
+    text = format_change(before, after)
+    return Text(text, style="green" if text.startswith("−") else "")

@@ -1,0 +1,255 @@
+"""What a person sees: rates that can be trusted, plain lines without a terminal, secrets hidden, results on stdout."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from liquid_llm.terminal import RateMeter, Stage, print_summary, setup_logging, stderr_console
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain_console() -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, highlight=False, width=80), text
+
+
+def terminal_console(width: int = 100) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, highlight=False, width=width, force_terminal=True), text
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+@given(st.floats(0.01, 1e4), st.integers(2, 300), st.floats(0.01, 20.0))
+def test_a_steady_pace_is_measured_exactly(amount: float, count: int, seconds: float) -> None:
+    clock = Clock()
+    meter = RateMeter(clock)
+    for _ in range(count):
+        clock.now += seconds
+        meter.add(amount)
+    assert meter.rate() == pytest.approx(amount / seconds, rel=0.05)
+
+
+def test_the_rate_follows_a_change_of_pace_and_a_stall() -> None:
+    clock = Clock()
+    meter = RateMeter(clock, window_seconds=30.0)
+    assert meter.rate() is None
+    for _ in range(1000):
+        clock.now += 1.0
+        meter.add(100.0)
+    for _ in range(40):
+        clock.now += 1.0
+        meter.add(10.0)
+    assert meter.rate() == pytest.approx(10.0, rel=0.05)
+    clock.now += 300.0
+    assert meter.rate() < 2.0
+
+
+def test_memory_of_a_meter_is_bounded() -> None:
+    clock = Clock()
+    meter = RateMeter(clock)
+    for _ in range(100_000):
+        clock.now += 0.001
+        meter.add(1.0)
+    assert len(meter._points) < 300
+    assert meter.rate() == pytest.approx(1000.0, rel=0.05)
+
+
+def test_without_a_terminal_a_line_appears_now_and_then() -> None:
+    clock = Clock()
+    console, text = plain_console()
+    with Stage("capture", unit="samples", total=400, console=console, clock=clock, line_seconds=10.0) as stage:
+        stage.note("code")
+        for _ in range(100):
+            clock.now += 0.5
+            stage.advance(2)
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 6  # one every ten of fifty seconds, and the end
+    assert lines[0] == "capture: 40/400 (10%), 4 samples/s, 1 min 30 s left, 10 s elapsed, code"
+    assert lines[-1] == "capture: 200 samples in 50 s, 4 samples/s"
+    assert "\x1b" not in text.getvalue()
+
+
+def test_an_unknown_total_has_no_share_and_no_time_left() -> None:
+    clock = Clock()
+    console, _ = plain_console()
+    with Stage("tokenise", unit="tokens", console=console, clock=clock) as stage:
+        assert stage.status() == "tokenise: 0 tokens, 0.0 s elapsed"
+        clock.now += 2
+        stage.advance(3000)
+        assert stage.status() == "tokenise: 3,000 tokens, 1,500 tokens/s, 2.0 s elapsed"
+
+
+def test_what_was_done_before_does_not_count_for_the_rate() -> None:
+    clock = Clock()
+    console, text = plain_console()
+    with Stage("train", unit="steps", total=1000, done=900, console=console, clock=clock) as stage:
+        clock.now += 10
+        stage.advance(50)
+        assert stage.status() == "train: 950/1,000 (95%), 5 steps/s, 10 s left, 10 s elapsed"
+    assert text.getvalue() == "train: 950 steps in 10 s, 5 steps/s\n"
+
+
+def test_more_than_the_total_does_not_confuse_it() -> None:
+    clock = Clock()
+    with Stage("x", unit="y", total=10, console=plain_console()[0], clock=clock) as stage:
+        clock.now += 1
+        stage.advance(20)
+        assert stage.status() == "x: 20/10 (100%), 20 y/s, 1.0 s elapsed"
+
+
+def test_an_exception_passes_and_is_named() -> None:
+    console, text = plain_console()
+
+    def fails() -> None:
+        with Stage("x", unit="y", console=console, clock=Clock()) as stage:
+            stage.advance()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert text.getvalue() == "x: 1 y in 0.0 s (stopped: ZeroDivisionError)\n"
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_on_a_terminal_the_line_is_live_and_fits(width: int) -> None:
+    console, text = terminal_console(width)
+    clock = Clock()
+    with Stage("[red]capture", unit="tokens", total=100_000, console=console, clock=clock) as stage:
+        clock.now += 1
+        stage.advance(5000)
+        stage.note("[bold]" * 50)
+        assert stage._progress is not None
+        stage._progress.refresh()
+    written = text.getvalue()
+    assert "\x1b[" in written
+    assert "red" in written  # names are text, not markup
+    if width >= 80:
+        assert "5,000/100,000 (5%), 5,000 tokens/s, 19 s left" in written.replace("\x1b[0m", "")
+    assert "\x1b[?25h" in written  # the cursor is back
+    shown = [line for chunk in written.split("\r") for line in chunk.split("\n") if "elapsed" in line or "…" in line]
+    assert all(len(strip_escapes(line)) <= width for line in shown)
+
+
+def strip_escapes(line: str) -> str:
+    import re
+
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
+
+
+def test_threads_may_advance_together() -> None:
+    console, _ = plain_console()
+    with Stage("x", unit="y", console=console) as stage:
+        threads = [threading.Thread(target=lambda: [stage.advance() for _ in range(2000)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert stage.done == 8000
+
+
+# ------------------------------------------------------------------------------------------------------------- logging
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root, package = logging.getLogger(), logging.getLogger("liquid_llm")
+    handlers, level = root.handlers[:], package.level
+    yield
+    root.handlers[:] = handlers
+    package.setLevel(level)
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_log_lines_go_to_stderr_once_short_and_masked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-very-secret-value")
+    setup_logging("INFO")
+    setup_logging("INFO")
+    log = logging.getLogger("liquid_llm.somewhere")
+    log.info("teacher %s with a-very-secret-value and [bold]hf_abcdefghijkl[/]", "gpt2")
+    log.debug("not shown")
+    logging.getLogger("other").info("not shown either")
+    logging.getLogger("other").warning("shown")
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("INFO teacher gpt2 with *** and [bold]***[/]")
+    assert lines[1].endswith("WARNING shown")
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_long_lines_are_not_wrapped_in_a_log_file(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("DEBUG")
+    logging.getLogger("liquid_llm.x").debug("word " * 100)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_on_a_terminal_log_lines_are_text_not_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, text = terminal_console()
+    monkeypatch.setattr("liquid_llm.terminal.stderr_console", lambda: console)
+    setup_logging("INFO")
+    logging.getLogger("liquid_llm.x").info("[red]%s[/nonsense]", "hf_abcdefghijkl")
+    assert "[red]***[/nonsense]" in strip_escapes(text.getvalue())
+
+
+def test_there_is_one_console_for_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stderr_console() is stderr_console()
+    stderr_console().print("x")
+    assert capsys.readouterr() == ("", "x\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+SUMMARY = {
+    "rows": [
+        {"type": "lm", "val_loss_before": 10.8, "val_loss_after": 5.4, "val_kd_before": 8.0, "val_kd_after": 2.0},
+        {"type": "[b]odd", "val_loss_before": 1.0, "val_loss_after": 1.5, "val_kd_before": None, "val_kd_after": None},
+    ],
+    "bytes_per_token": 98_312.25,
+    "tokens_per_second": 412.6,
+    "peak_memory_bytes": 2.6e9,
+    "seconds": 300.0,
+    "sample": {"prompt": "Q: [/x]", "text": " <<1+1=2>>"},
+}
+
+
+def test_the_summary_has_every_figure_and_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/a" * 100
+    print_summary(SUMMARY, run_dir=path, report=path + "/report.html")
+    out, err = capsys.readouterr()
+    assert err == ""
+    for words in ("−50.0 %", "−75.0 %", "+50.0 %", "[b]odd", "98,312.2 bytes a token", "413 real tokens a second"):
+        assert words in out
+    for words in ("2.42 GiB", "5 min 00 s", "Q: [/x] <<1+1=2>>", path + "/report.html\n"):
+        assert words in out
+    assert max(len(line) for line in out.splitlines() if "/a/a" not in line) <= 80
+
+
+@pytest.mark.parametrize("key", list(SUMMARY))
+def test_absent_figures_are_left_out(key: str) -> None:
+    for summary in ({name: value for name, value in SUMMARY.items() if name != key}, {**SUMMARY, key: None}):
+        console, text = plain_console()
+        print_summary(summary, run_dir="/run", console=console)
+        assert "None" not in text.getvalue()
+        assert "/run" in text.getvalue()
