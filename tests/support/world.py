@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import texts
-from tests.support.gcs import FakeGcs, running_server
+from tests.support.gcs import running_server
 
 BUCKET = "liquid-llm-bucket-2"
 MANIFEST = f"gs://{BUCKET}/datasets/stage1/manifests/stage1.jsonl"
@@ -71,13 +71,17 @@ class World:
             check=False,
         )
 
+    def put(self, name: str, data: bytes) -> None:
+        """Put an object into the bucket, by the front door: the server keeps attributes beside what it is sent."""
+        _upload(self.env["STORAGE_EMULATOR_HOST"], name, data)
+
 
 def build(folder: Path) -> None:
     """Make ``hf/`` and ``objects/`` in ``folder``."""
     rng = random.Random(20251007)
     articles = [texts.article(rng) for _ in range(160)]
-    problems = [texts.word_problem(rng) for _ in range(96)]
-    lengths = [100 if number == 7 else rng.randrange(7) for number in range(96)]  # one is longer than a window
+    problems = [texts.word_problem(rng) for _ in range(64)]
+    lengths = [100 if number == 7 else rng.randrange(7) for number in range(64)]  # one is longer than a window
     functions = [texts.function(rng, extra_steps=length) for length in lengths]
     tokenizer = train_tokenizer([line for lines in articles for line in lines] + problems + functions)
     _write_models(folder / "hf" / "hub", tokenizer)
@@ -95,8 +99,8 @@ def served(built: Path, folder: Path) -> Iterator[World]:
     with running_server(folder) as server:
         server.new_bucket(BUCKET)
         for path in sorted((built / "objects").rglob("*")):
-            if path.is_file():  # by the front door: the server keeps attributes beside what it is sent
-                _upload(server, path.relative_to(built / "objects").as_posix(), path.read_bytes())
+            if path.is_file():
+                _upload(server.base, path.relative_to(built / "objects").as_posix(), path.read_bytes())
         env = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
         env |= {
             "STORAGE_EMULATOR_HOST": server.base,
@@ -112,9 +116,9 @@ def served(built: Path, folder: Path) -> Iterator[World]:
         yield World(hf_home=built / "hf", bucket=server.root / BUCKET, env=env, workdir=workdir)
 
 
-def _upload(server: FakeGcs, name: str, data: bytes) -> None:
+def _upload(base: str, name: str, data: bytes) -> None:
     query = urllib.parse.urlencode({"uploadType": "media", "name": name})
-    url = f"{server.base}/upload/storage/v1/b/{BUCKET}/o?{query}"
+    url = f"{base}/upload/storage/v1/b/{BUCKET}/o?{query}"
     request = urllib.request.Request(url, data, {"Content-Type": "application/octet-stream"})
     with urllib.request.urlopen(request, timeout=30):
         pass

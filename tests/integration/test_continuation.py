@@ -1,0 +1,101 @@
+"""Killed at any moment and started again, a run ends with the losses and weights of one that was never killed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.tiny import Tiny, build, run, start
+
+from liquid_llm.metrics import read_metrics, without_timings
+
+pytestmark = pytest.mark.slow
+FACE = "stage1_hybrid.cli"
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory) -> Tiny:
+    tiny = build(tmp_path_factory.mktemp("tiny"))
+    done = run("stage1_hybrid.precompute_hybrid_logits", tiny.capture_words())
+    assert done.returncode == 0, done.stderr
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def undisturbed(captured, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    done = run(FACE, words(captured, output))
+    assert done.returncode == 0, done.stderr
+    return output / "run"
+
+
+def words(tiny: Tiny, output: Path) -> list[str]:
+    # Rows cover three steps and snapshots come every four, so that a row is cut by a checkpoint.
+    return tiny.train_words(output, max_steps=STEPS, save_every=4, metrics_interval=3, eval_every=10)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        assert process.poll() is None, "it ended before the moment to kill it: " + (process.stderr.read() or "")
+        time.sleep(0)  # a checkpoint of so small a model is written in milliseconds
+    raise AssertionError("the moment to kill never came")
+
+
+def between_checkpoints(run_dir: Path) -> bool:
+    rows = (
+        (run_dir / "metrics.jsonl").read_text().count('"kind":"train"') if (run_dir / "metrics.jsonl").exists() else 0
+    )
+    return rows >= 2
+
+
+def right_after_one(run_dir: Path) -> bool:
+    return (run_dir / "step-00000004.meta.json").exists()
+
+
+def during_one(run_dir: Path) -> bool:
+    return any(run_dir.glob(".step-00000008*tmp")) if run_dir.exists() else False
+
+
+@pytest.mark.parametrize("moment", [between_checkpoints, right_after_one, during_one])
+def test_sigkill_and_the_same_command_again_give_the_same_bits(captured, undisturbed, tmp_path, moment):
+    run_dir = tmp_path / "run"
+    process = start(FACE, words(captured, tmp_path))
+    wait_for(lambda: moment(run_dir), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run_dir / "final.pt").exists()
+    done = run(FACE, words(captured, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_sigterm_saves_exits_75_and_goes_on(captured, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(FACE, words(captured, tmp_path))
+    wait_for(lambda: between_checkpoints(run_dir), process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "run the same command again" in err.lower()
+    assert (run_dir / "last.pt").exists()
+    done = run(FACE, words(captured, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, undisturbed)
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    mine, theirs = ([without_timings(row) for row in read_metrics(place)] for place in (run_dir, other))
+    assert mine == theirs
+    a, b = (torch.load(place / "final.pt", weights_only=True) for place in (run_dir, other))
+    assert a["student"].keys() == b["student"].keys()
+    for name, value in a["student"].items():
+        assert torch.equal(value, b["student"][name]), name
+    for key, moments in a["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, b["optimizer"]["state"][key][name]), (key, name)

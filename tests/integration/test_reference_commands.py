@@ -1,0 +1,103 @@
+"""The README's commands for the three faces, run word for word but for the number of steps, in the offline world."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import readme
+from tests.support.world import BUCKET, World
+
+SIDECAR_FIELDS = {"step", "block_size", "kd_alpha", "kd_temperature", "alpha_schedule", "temp_schedule", "grad_accum"}
+PROVENANCE = {"config", "manifest_snapshot", "data_readiness", "datasets_snapshot", "environment"}
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def assert_complete(run: Path) -> None:
+    """The run directory has every file a run leaves behind, and each checkpoint its sidecar."""
+    for name in ("metrics.jsonl", "best.pt", "last.pt", "final.pt", "student/config.json", "report.html"):
+        assert (run / name).is_file(), f"{name} is missing; there are {sorted(p.name for p in run.iterdir())}"
+    for checkpoint in run.glob("*.pt"):
+        sidecar = json.loads((run / f"{checkpoint.stem}.meta.json").read_text(encoding="utf-8"))
+        assert sidecar.keys() >= SIDECAR_FIELDS
+    assert {path.stem for path in (run / "provenance").iterdir()} >= PROVENANCE
+    assert list((run / "tb").iterdir())
+
+
+@pytest.mark.slow
+def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
+    capture = readme.command("stage1_hybrid.precompute_hybrid_logits")
+    summary = json.loads(succeed(fresh_world.run(capture)).stdout.splitlines()[-1])
+    assert (summary["written"], summary["skipped"], summary["failed"]) == (128, 0, 0)
+    again = json.loads(succeed(fresh_world.run(capture)).stdout.splitlines()[-1])
+    assert (again["written"], again["skipped"]) == (0, 128)
+
+    train = readme.command(
+        "stage1_hybrid.cli",
+        max_steps=4,
+        warmup_steps=1,
+        metrics_interval=1,
+        eval_every=2,
+        save_every=2,
+        keep_old_logit_l2_fade_step=3,
+        batch_size=2,
+    )
+    succeed(fresh_world.run(train))
+    (run,) = (fresh_world.bucket / "stage1" / "Checkpoints" / "vertex-runs").iterdir()
+    assert_complete(run)
+    steps = rows(run, "train")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert {kind for row in steps for kind in row["by_type"]} <= {"lm", "math_tool", "code"}
+    assert all(row["kd_coverage"] == 1.0 and row["kd_temperature"] == 2.0 for row in steps)
+    assert steps[0]["kd_alpha"] == pytest.approx(0.7)
+    assert steps[0]["l2"] == 0.0, "unchanged weights are where the reference student is"
+    assert steps[1]["l2"] > 0.0
+    assert steps[3]["l2"] == 0.0, "the term has faded out"
+    report = fresh_world.run(["liquid", "inspect", f"gs://{BUCKET}/stage1/Checkpoints/vertex-runs/{run.name}"])
+    assert succeed(report).stdout.strip()
+
+
+@pytest.mark.slow
+def test_annealing_commands_run_as_written(fresh_world: World) -> None:
+    runs = fresh_world.bucket / "stage0" / "checkpoints" / "vertex_runs"
+    shorter = {"warmup_steps": 1, "log_interval": 1, "eval_every": 2, "save_every": 2, "eval_tokens": 4096}
+
+    first = readme.command("trainer.entrypoint", "--block_size=512", train_steps=4, **shorter)
+    succeed(fresh_world.run(first))
+    (dated,) = [path for path in runs.iterdir() if path.name != "20251007-174419"]
+    assert len(dated.name) == len("20251108-090000")
+    assert_complete(dated)
+    train, evaluations = rows(dated, "train"), rows(dated, "eval")
+    assert [row["kd_alpha"] for row in train] == [0.7] * 4
+    assert {row["kd_temperature"] for row in train} == {1.2}
+    keys = {"val_loss_student", "val_loss_student@512", "val_loss_student@1024"}
+    assert evaluations
+    assert all(row.keys() >= keys for row in evaluations)
+
+    second = readme.command("trainer.entrypoint", "--block_size=1024", train_steps=2, **shorter)
+    (resumed,) = re.findall(r"--resume_gcs_uri=(\S+)", second)
+    earlier = resumed.rpartition("/")[0]
+    for name in ("best.pt", "best.meta.json"):
+        fresh_world.put(f"{earlier.removeprefix(f'gs://{BUCKET}/')}/{name}", (dated / name).read_bytes())
+    succeed(fresh_world.run(second))
+    (last,) = [path for path in runs.iterdir() if path.name not in ("20251007-174419", dated.name, Path(earlier).name)]
+    assert_complete(last)
+    sidecar = json.loads((last / "final.meta.json").read_text(encoding="utf-8"))
+    assert (sidecar["step"], sidecar["block_size"], sidecar["grad_accum"]) == (2, 1024, 2)
+    assert [row["kd_alpha"] for row in rows(last, "train")] == [0.5, 0.5]
+    positions = json.loads((last / "student" / "config.json").read_text(encoding="utf-8"))["n_positions"]
+    assert positions >= 1024

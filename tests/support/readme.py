@@ -1,0 +1,43 @@
+"""The commands of README.md, as a reader would copy them: what its fenced ``sh`` blocks hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_FENCE = re.compile(r"^```(?P<language>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str | None = None) -> list[str]:
+    """Every command of the ``sh`` blocks, continued lines joined and spaces made single; comments are left out.
+
+    Raises:
+        ValueError: a fenced block says no language, so nobody can tell whether its lines are commands.
+    """
+    found = []
+    for block in _FENCE.finditer(text if text is not None else (REPOSITORY / "README.md").read_text(encoding="utf-8")):
+        language = block["language"].strip()
+        if not language:
+            raise ValueError(f"a fenced block without a language: {block['body'][:60]!r}")
+        if language in ("sh", "bash", "shell", "console"):
+            lines = block["body"].replace("\\\n", " ").splitlines()
+            found += [" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return found
+
+
+def command(*words: str, **options: object) -> str:
+    """The README's only command that contains all ``words``, with option values replaced or added.
+
+    ``command("stage1_hybrid.cli", max_steps=3)`` is the README's text but for the number of steps.
+    """
+    matching = [text for text in commands() if all(word in text for word in words)]
+    if len(matching) != 1:
+        raise ValueError(f"{len(matching)} commands of README.md contain {words}: {matching}")
+    text = matching[0]
+    for name, value in options.items():
+        pattern = re.compile(rf"(?<=\s)--{name.replace('_', '[-_]')}(=\S*( \+\S*\))?)?(?=\s|$)")
+        text, count = pattern.subn(lambda _, name=name, value=value: f"--{name}={value}", text)
+        if not count:
+            text += f" --{name}={value}"
+    return text
