@@ -1,7 +1,7 @@
 """Validation: token-weighted losses by type, at one or several context lengths.
 
-Every length sees the same text, cut differently. KL to the teacher is taken at temperature 1, so that it compares between
-steps whatever the schedule does. Nothing here touches the training stream.
+Every length sees the same text, cut differently. KL to the teacher is taken at temperature 1, so that it compares
+between steps whatever the schedule does. Nothing here touches the training stream.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Evaluator:
             return self._online[id(batch)]
         signal = self.router.signal(batch, self.router.prepare(batch, PLAIN.kd_temperature))
         if isinstance(signal, DenseSignal):
-            # Validation batches live as long as the evaluator, so their identity is a safe key; a bound keeps big ones out.
+            # The batches live as long as the evaluator, so their identity is a safe key.
             size = signal.hidden.numel() * signal.hidden.element_size()
             if self._cached_bytes + size <= CACHE_BYTES:
                 self._online[id(batch)] = signal

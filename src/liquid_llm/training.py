@@ -1,8 +1,8 @@
 """The loop: ``Trainer.train`` and ``Trainer.step``.
 
-A step draws ``grad_accum`` micro-batches, asks the router for each one's teacher signal, adds up the gradients of the
-*summed* losses divided by the number of labelled positions of the whole step, and updates the weights once. What happens
-now and then (metrics, evaluation, checkpoints) is a hook ``(fn, every)`` run after the step.
+A step draws ``grad_accum`` micro-batches, each with its teacher signal, adds up the gradients of their *summed* losses
+divided by the number of labelled positions of the whole step, and updates the weights once. What happens now and then
+(metrics, evaluation, checkpoints) is a hook ``(fn, every)`` run after the step.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ class StepSchedules:
     lr: Schedule
 
     def at(self, step: int) -> StepValues:
-        return StepValues(self.alpha.value(step), self.temperature.value(step), self.l2.value(step), self.lr.value(step))
+        return StepValues(
+            self.alpha.value(step), self.temperature.value(step), self.l2.value(step), self.lr.value(step)
+        )
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A micro-batch with what was fetched ahead for its signal, and one loss of it."""
+    """A micro-batch and its loss."""
 
     batch: MicroBatch
     output: LossOutput

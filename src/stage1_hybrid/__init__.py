@@ -1,0 +1,1 @@
+"""Kept so that a reference command line works; the program is liquid_llm."""

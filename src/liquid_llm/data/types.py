@@ -5,9 +5,10 @@ record: one JSON object ``{text, type?, sample_id?}``; sample: its tokenised for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 TYPES = ("lm", "math_tool", "code")
@@ -71,6 +72,13 @@ class MicroBatch:
     labels: Tensor
     lengths: Tensor
     samples: tuple[Sample, ...] = ()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch with its token ids and labels on ``device``; lengths stay where they are read, on the CPU."""
+        if self.input_ids.device == device:
+            return self
+        ids, labels = self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+        return replace(self, input_ids=ids, labels=labels)
 
     @property
     def num_positions(self) -> int:

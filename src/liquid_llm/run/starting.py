@@ -1,0 +1,142 @@
+"""Where a run starts from.
+
+continue   the run directory (or its mirror) already holds a complete checkpoint of this run
+resume     ``--resume_gcs_uri`` names a checkpoint, Hugging Face folder or zip
+fresh      neither: the student is built from ``--student``
+
+What goes on and what starts afresh is decided here, once, and said in words.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.resume import read_student_weights
+from liquid_llm.checkpoint.store import CheckpointStore, fetch_latest
+from liquid_llm.config import RunConfig
+from liquid_llm.options import ANNEAL
+from liquid_llm.run.places import Place, cache_dir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        kind: ``continue``, ``resume`` or ``fresh``.
+        source: where it was read, in words.
+        weights: the student's state dict; None when fresh.
+        student_config: Hugging Face configuration of those weights, when known.
+        tokenizer_folder: local folder with the tokenizer that came with the weights, when there is one.
+        metadata: the checkpoint's metadata, when it is one of this project's.
+        state: the checkpoint's whole state when optimizer, random states and step go on; None when they start afresh.
+    """
+
+    kind: str
+    source: str
+    weights: Mapping[str, Any] | None = None
+    student_config: Mapping[str, Any] | None = None
+    tokenizer_folder: str | None = None
+    metadata: CheckpointMetadata | None = None
+    state: Mapping[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        """The step training goes on from."""
+        return self.metadata.step if self.state is not None and self.metadata is not None else 0
+
+    def options(self, face: str) -> dict[str, object]:
+        """Option values the metadata stands for; they rank behind the command line and before defaults."""
+        if self.metadata is None:
+            return {}
+        metadata = self.metadata
+        values: dict[str, object] = {"rope_scale": metadata.rope_scale}
+        if face == ANNEAL or self.kind == "continue":
+            values["block_size"] = metadata.block_size
+        if face == ANNEAL:
+            values |= {
+                "alpha": metadata.kd_alpha,
+                "T": metadata.kd_temperature,
+                "grad_accum": metadata.grad_accum,
+                "warmup_steps": metadata.warmup_steps,
+                "lr": metadata.lr,
+                "lr_peak": metadata.lr_peak,
+                "eval_ctx_lens": tuple(metadata.eval_ctx_lens),
+            }
+        if face == ANNEAL and self.state is not None:
+            # Steps of an inherited schedule count from the old step 0: it is taken up only where the step goes on.
+            values |= {"alpha_schedule": metadata.alpha_schedule, "temp_schedule": metadata.temp_schedule}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def shown_metadata(metadata: CheckpointMetadata) -> str:
+    """Checkpoint metadata for the log: every field a later job needs, on one line, without the model's configuration."""
+    values = metadata.to_dict()
+    values["student"] = metadata.student.get("spec")
+    return json.dumps({name: value for name, value in values.items() if name not in ("sha256", "run")})
+
+
+def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start:
+    """Look for a checkpoint in the run directory, then its mirror, then at ``--resume_gcs_uri``.
+
+    Raises:
+        CheckpointError: what is there cannot be used.
+        StorageError: a place cannot be read.
+    """
+    if not config.output.restart:
+        found = store.latest()
+        if found is None and place.remote is not None and config.optimizer.steps > 0:
+            fetch_latest(place.remote, place.run_dir)
+            found = store.latest()
+        if found is not None:
+            state, metadata = store.load(found)
+            return Start(
+                "continue",
+                str(found.path),
+                state["student"],
+                metadata.student.get("config"),
+                metadata=metadata,
+                state=state,
+            )
+    if config.student.resume_uri is None:
+        return Start("fresh", f"--student={config.student.spec}")
+    source = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
+    kept = source.state if config.face == ANNEAL else None
+    return Start(
+        "resume",
+        source.description,
+        source.state_dict,
+        source.config,
+        source.tokenizer_folder,
+        source.metadata,
+        kept,
+    )
+
+
+def settle_context(start: Start, config: RunConfig) -> Start:
+    """Decide whether optimizer, LR schedule and step go on at this block size, and say so.
+
+    Resuming with another ``block_size`` and ``--reset_optim_on_ctx_change``, or with ``--reset_optim``, keeps the
+    weights and starts the rest afresh. An interrupted run that is continued is never reset again: its checkpoint
+    already has the new length.
+    """
+    metadata = start.metadata
+    if start.state is None or metadata is None:
+        return start
+    changed = metadata.block_size != config.data.block_size
+    if changed:
+        log.info("context length changes from %d to %d tokens", metadata.block_size, config.data.block_size)
+    reset = changed and config.optimizer.reset_on_context_change
+    if reset or (config.optimizer.reset and start.kind == "resume"):
+        log.info("optimizer, LR schedule and step start afresh; weights are kept")
+        return replace(start, state=None)
+    if changed:
+        log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)
+    return start

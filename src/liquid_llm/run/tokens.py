@@ -1,0 +1,63 @@
+"""The Hugging Face token: from the environment, a file, an object at a URL, or Google Secret Manager. Never logged."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+
+from liquid_llm import storage
+from liquid_llm.config import TeacherConfig
+from liquid_llm.errors import StorageError, UsageError
+
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def read_token(config: TeacherConfig) -> str | None:
+    """The token a run uses, or None: then only public or local models can be read.
+
+    Raises:
+        UsageError: the named file is missing or empty.
+        StorageError: the named object or secret cannot be read.
+    """
+    if config.token_file is not None:
+        try:
+            return _stripped(Path(config.token_file).read_text(encoding="utf-8"), "--hf_token_file")
+        except OSError as error:
+            raise UsageError(
+                "cannot read the token file", where=f"--hf_token_file={config.token_file}", got=error.strerror
+            ) from None
+    if config.token_uri is not None:
+        return _stripped(storage.read_bytes(config.token_uri).decode("utf-8"), "--hf_token_uri")
+    if config.token_secret is not None:
+        return _stripped(_read_secret(config.token_secret), "--hf_token_secret")
+    return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), None)
+
+
+def _stripped(text: str, option: str) -> str:
+    if not text.strip():
+        raise UsageError("the token is empty", where=option)
+    return text.strip()
+
+
+def _read_secret(name: str) -> str:
+    """Latest version of ``projects/P/secrets/S[/versions/V]`` by Secret Manager's REST interface."""
+    import google.auth
+    from google.auth.exceptions import GoogleAuthError
+    from google.auth.transport.requests import AuthorizedSession
+    from requests import RequestException
+
+    resource = name if "/versions/" in name else f"{name}/versions/latest"
+    where = f"--hf_token_secret={name}"
+    if not resource.startswith("projects/") or "/secrets/" not in resource:
+        raise UsageError("not a secret's name", where=where, expected="projects/PROJECT/secrets/NAME")
+    try:
+        credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+        endpoint = os.environ.get("SECRET_MANAGER_ENDPOINT", "https://secretmanager.googleapis.com")
+        session = AuthorizedSession(credentials)  # type: ignore[no-untyped-call]
+        answer = session.get(f"{endpoint}/v1/{resource}:access", timeout=30)
+    except (GoogleAuthError, RequestException) as error:
+        raise StorageError("cannot reach Secret Manager", where=where, got=str(error)) from None
+    if answer.status_code != 200:
+        raise StorageError("Secret Manager refused", where=where, got=f"HTTP {answer.status_code}")
+    return base64.b64decode(answer.json()["payload"]["data"]).decode("utf-8")

@@ -1,0 +1,147 @@
+"""A hybrid run small enough for seconds: two-layer teacher and student, generated texts, a captured store.
+
+Everything goes through the real command lines; only the sizes are small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.support import texts
+from tests.support.models import tiny_config, tiny_model
+from tests.support.tokenizers import tiny_tokenizer
+
+VOCAB_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Where the pieces of a small hybrid run lie."""
+
+    root: Path
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.jsonl"
+
+    @property
+    def student(self) -> Path:
+        return self.root / "student.json"
+
+    def capture_words(self, **options: object) -> list[str]:
+        """Words of a ``liquid capture`` over this data."""
+        defaults = {
+            "mc_teacher_id": self.teacher,
+            "dataset_manifest": self.manifest,
+            "math_logits_dir": self.root / "signal" / "math",
+            "code_logits_dir": self.root / "signal" / "code",
+            "seq_len": 64,
+            "data_cache": self.root / "tokens",
+        }
+        return words({**defaults, **options})
+
+    def train_words(self, output: Path | str, **options: object) -> list[str]:
+        """Words of a ``liquid train`` over this data."""
+        defaults = {
+            "student": self.student,
+            "lm_teacher_id": self.teacher,
+            "mc_teacher_id": self.teacher,
+            "math_logits_dir": self.root / "signal" / "math",
+            "code_logits_dir": self.root / "signal" / "code",
+            "dataset_manifest": self.manifest,
+            "output_gcs_uri": output,
+            "run_id": "run",
+            "data_cache": self.root / "tokens",
+            "block_size": 64,
+            "batch_size": 2,
+            "max_steps": 20,
+            "warmup_steps": 4,
+            "lr": 1e-2,
+            "eval_every": 10,
+            "eval_tokens": 1024,
+            "save_every": 5,
+            "metrics_interval": 1,
+            "val_fraction": 0.2,
+        }
+        return words({**defaults, **options})
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as command-line words; None leaves one out."""
+    return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+
+def build(root: Path) -> Tiny:
+    """Write teacher, student configuration and data below ``root``; nothing is captured yet."""
+    tiny = Tiny(root)
+    tokenizer = tiny_tokenizer(VOCAB_SIZE)
+    tiny.student.write_text(tiny_config("lfm2", VOCAB_SIZE, max_position_embeddings=256).to_json_string())
+    rng = random.Random(7)
+    makers: dict[str, tuple[Callable[[], str], int, float]] = {
+        "lm": (lambda: texts.paragraph(rng), 60, 2.0),
+        "math_tool": (lambda: texts.word_problem(rng), 40, 1.0),
+        "code": (lambda: texts.function(rng), 40, 1.0),
+    }
+    lines = []
+    for kind, (make, count, weight) in makers.items():
+        rows = [{"text": make(), "type": kind, "sample_id": f"{kind}-{number}"} for number in range(count)]
+        (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines.append({"path": f"{kind}.jsonl", "type": kind, "weight": weight})
+    tiny.manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts_of_all = [
+        json.loads(row)["text"] for kind in makers for row in (root / f"{kind}.jsonl").read_text().splitlines()
+    ]
+    _trained_teacher(tokenizer, texts_of_all).save_pretrained(tiny.teacher)
+    tokenizer.save_pretrained(tiny.teacher)
+    return tiny
+
+
+def _trained_teacher(tokenizer: Any, lines: list[str]) -> Any:
+    """A teacher that knows something no text says: it predicts another token than the one that follows, by a fixed rule.
+
+    Cross-entropy on the text therefore leads away from it: only its signal can bring a student near.
+    """
+    model = tiny_model("llama", VOCAB_SIZE, seed=1, max_position_embeddings=256).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rng = random.Random(3)
+    encoded = [torch.tensor(tokenizer(line, add_special_tokens=False)["input_ids"][:64]) for line in lines]
+    for _ in range(150):
+        rows = rng.sample(encoded, 8)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        contrary = [(row * 7 + 3) % VOCAB_SIZE for row in rows]
+        labels = torch.nn.utils.rnn.pad_sequence(contrary, batch_first=True, padding_value=-100)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def start(module: str, argv: list[str], **env: str) -> subprocess.Popen[str]:
+    """A face as a process of its own, one thread, so that results do not depend on how busy the machine is."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(module: str, argv: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    """The same, waited for."""
+    process = start(module, argv, **env)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
