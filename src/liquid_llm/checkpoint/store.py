@@ -117,7 +117,8 @@ class CheckpointStore:
             TypeError: ``state`` holds something that is neither a tensor nor a plain value.
         """
         name = step_name(metadata.step) if kind == "step" else time_name(metadata.created)
-        inside = replace(metadata, sha256=None)
+        # as it will be read back: checked, and with the keys and lists of JSON
+        inside = CheckpointMetadata.from_dict(metadata.to_dict() | {"sha256": None}, "metadata to be saved")
         temporary = self.run_dir / f".{name}{TEMPORARY_SUFFIX}"
         target = data_path(self.run_dir, name)
         with translated(target, writing=True):
@@ -222,7 +223,7 @@ class CheckpointStore:
                 self._move(name, original)
         for data in self.run_dir.glob("*" + DATA_SUFFIX):
             name = data.name.removesuffix(DATA_SUFFIX)
-            if is_snapshot(name) and not sidecar_path(self.run_dir, name).exists() and _is_ours(data):
+            if is_snapshot(name.removesuffix(REPLACED)) and not sidecar_path(self.run_dir, name).exists() and _is_ours(data):
                 self._say(f"removed an unfinished checkpoint: {data}")
                 data.unlink()
 

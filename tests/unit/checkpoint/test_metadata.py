@@ -12,7 +12,27 @@ from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError
 
 # DESIGN, section 3
-NAMED_FIELDS = ["format_version", "step", "tokens_seen", "block_size", "kd_alpha", "kd_temperature", "alpha_schedule", "temp_schedule", "schedule_state", "grad_accum", "warmup_steps", "lr", "lr_peak", "positional_embedding", "rope_scale", "eval_ctx_lens", "student", "tokenizer_hash", "sha256"]
+NAMED_FIELDS = [
+    "format_version",
+    "step",
+    "tokens_seen",
+    "block_size",
+    "kd_alpha",
+    "kd_temperature",
+    "alpha_schedule",
+    "temp_schedule",
+    "schedule_state",
+    "grad_accum",
+    "warmup_steps",
+    "lr",
+    "lr_peak",
+    "positional_embedding",
+    "rope_scale",
+    "eval_ctx_lens",
+    "student",
+    "tokenizer_hash",
+    "sha256",
+]
 
 
 def test_every_field_the_design_names_is_written() -> None:
