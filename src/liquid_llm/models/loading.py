@@ -1,0 +1,256 @@
+"""Opening teachers and students, whatever form they come in.
+
+    model id    a Hugging Face id, a folder, a ``.gguf`` file or ``package:NAME`` (see ``sources``)
+    identity    what a stored teacher signal is bound to: id, revision and tokenizer hash
+
+Every model that is opened here has passed two checks: all its weights were there, and its output head is understood
+(``heads.check_output_head``). No code from a model's repository is ever run.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liquid_llm.errors import LiquidError, ModelError
+from liquid_llm.models.export import write_folder
+from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
+from liquid_llm.models.heads import check_output_head
+from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve, write_origin
+from liquid_llm.models.tokenizers import tokenizer_hash
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model it is: hub id or file name, commit or content fingerprint, and the tokenizer's hash."""
+
+    id: str
+    revision: str
+    tokenizer_hash: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An opened model in evaluation mode, its tokenizer and its identity."""
+
+    model: Any
+    tokenizer: Any
+    identity: ModelIdentity
+
+
+def load_tokenizer(model_id: str, *, token: str | None = None) -> Any:
+    """The tokenizer of ``model_id``.
+
+    Args:
+        model_id: see the module's words.
+        token: Hugging Face token; None uses the environment's, as transformers does.
+
+    Raises:
+        ModelError: not found, not reachable, or no usable tokenizer in it.
+    """
+    return _open_tokenizer(resolve(model_id, token=token), model_id, token)
+
+
+def load_model(
+    model_id: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    attention: str = "sdpa",
+    token: str | None = None,
+) -> LoadedModel:
+    """Open a model with its tokenizer, in evaluation mode.
+
+    Args:
+        model_id: see the module's words.
+        dtype: of the weights once loaded.
+        device: where they go.
+        attention: transformers' ``attn_implementation``.
+        token: Hugging Face token; None uses the environment's.
+
+    Raises:
+        ModelError: not found, not reachable, damaged, incomplete, or of an architecture that cannot be distilled.
+    """
+    source = resolve(model_id, token=token)
+    tokenizer = _open_tokenizer(source, model_id, token)
+    model = open_weights(source, model_id, dtype=dtype, device=device, attention=attention, token=token)
+    with quiet_transformers():
+        check_output_head(model)
+    vocab_size, num_tokens = model.get_output_embeddings().weight.shape[0], len(tokenizer)
+    if num_tokens > vocab_size:
+        raise ModelError(
+            "the tokenizer has more tokens than the model",
+            where=model_id,
+            got=num_tokens,
+            expected=f"at most {vocab_size}",
+        )
+    return LoadedModel(model, tokenizer, ModelIdentity(source.id, source.revision, tokenizer_hash(tokenizer)))
+
+
+def load_teacher(
+    model_id: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    attention: str = "sdpa",
+    token: str | None = None,
+) -> LoadedModel:
+    """As :func:`load_model`, with every parameter frozen."""
+    loaded = load_model(model_id, dtype=dtype, device=device, attention=attention, token=token)
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def unpack(model_id: str, folder: str | Path, dtype: torch.dtype, *, token: str | None = None) -> Path:
+    """Convert a model once into a Hugging Face folder with weights in ``dtype``; a second call finds it done.
+
+    The folder keeps the identity of what it was made from, so a signal captured from one serves the other. A folder
+    left from another model, revision or dtype, or damaged since, is made anew; it appears complete or not at all.
+
+    Raises:
+        ModelError: as :func:`load_model`; or ``folder`` holds something that this function did not make.
+    """
+    folder = Path(folder)
+    source = resolve(model_id, token=token)
+    name = str(dtype).removeprefix("torch.")
+    origin = read_origin(folder)
+    if (
+        origin is not None
+        and (origin["id"], origin["revision"], origin["dtype"]) == (source.id, source.revision, name)
+        and holds_origin(folder, origin)
+    ):
+        return folder
+    if origin is None and folder.exists() and any(folder.iterdir()):
+        raise ModelError(
+            "the folder for the unpacked model holds something else",
+            where=folder,
+            remedy="name a new or empty folder",
+        )
+    tokenizer = _open_tokenizer(source, model_id, token)
+    model = open_weights(source, model_id, dtype=dtype, device="cpu", attention="sdpa", token=token)
+
+    def write(place: Path) -> None:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        write_origin(place, source, name)
+
+    with quiet_transformers():
+        return write_folder(folder, write)
+
+
+def open_weights(
+    source: Source,
+    model_id: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    attention: str,
+    token: str | None = None,
+    config: Any = None,
+) -> Any:
+    """The causal language model at ``source``, in evaluation mode; ``config`` replaces the one beside the weights.
+
+    Raises:
+        ModelError: it cannot be opened, or some of its weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with as_model_error(model_id, "the model cannot be opened"), quiet_transformers():
+        if source.gguf_file is not None:
+            model, report = gguf_model(source, dtype=dtype, attention=attention)
+            model.to(device)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.place,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=attention,
+                output_loading_info=True,
+                **source.load_arguments(token),
+            )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would leave them at random values
+        raise ModelError(
+            f"{len(missing)} of the model's weights are missing", where=model_id, got=f"no {', '.join(missing[:3])}"
+        )
+    if report["unexpected_keys"]:
+        names = sorted(report["unexpected_keys"])
+        logger.warning("%s: %d weights have no place in the model, such as %s", model_id, len(names), names[0])
+    return model.eval()
+
+
+def open_config(source: Source, model_id: str, token: str | None = None) -> Any:
+    """The configuration at ``source``. Raises ``ModelError`` if it cannot be read."""
+    from transformers import AutoConfig
+
+    with as_model_error(model_id, "the configuration cannot be read"), quiet_transformers():
+        gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+        return AutoConfig.from_pretrained(source.place, **gguf, **source.load_arguments(token))
+
+
+def _open_tokenizer(source: Source, model_id: str, token: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    with as_model_error(model_id, "no usable tokenizer"), quiet_transformers():
+        if source.gguf_file is not None:
+            return gguf_tokenizer(source)
+        return AutoTokenizer.from_pretrained(source.place, **source.load_arguments(token))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings; its settings return afterwards. Download bars stay."""
+    import huggingface_hub
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub: Any = huggingface_hub.utils
+    hub_bars_off = hub.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not hub_bars_off:
+        hub.enable_progress_bars()  # disabled together with the former
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if hub_bars_off:
+            hub.disable_progress_bars()
+
+
+@contextmanager
+def as_model_error(model_id: str, problem: str) -> Iterator[None]:
+    """Turn what libraries raise for a damaged, foreign or unsupported model into a ``ModelError``."""
+    try:
+        yield
+    except LiquidError:
+        raise
+    except Exception as error:
+        if not _about_the_model(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        raise ModelError(problem, where=model_id, got=message[:300]) from error
+
+
+def _about_the_model(error: Exception) -> bool:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    kinds = (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, ImportError, struct.error)
+    # tokenizers raises plain Exception for a file it cannot parse.
+    return isinstance(error, (*kinds, SafetensorError, StrictDataclassError)) or type(error) is Exception

@@ -1,0 +1,254 @@
+"""Building the student: from a preset, from a configuration, or from a model that already has weights.
+
+    preset    a shape by name; its vocabulary comes from the teacher's tokenizer. The number is the parameter count at a
+              vocabulary of 49,152
+    liquid-*  LFM2's shape: gated short convolutions, and full attention in about every third layer (Liquid AI 2025,
+              arXiv:2511.23404)
+    llama-*   Llama's shape (llama-135m is SmolLM2-135M's)
+    gpt2-*    GPT-2's shape, with learned positions
+    *-test    two narrow layers, for tests
+
+Students have tied embeddings and no dropout: a teacher's distribution regularises enough, and a run must be repeatable.
+No token is reserved for padding: a padding row's embedding would never be trained, and id 0 is a real token in most
+vocabularies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liquid_llm.errors import ModelError
+from liquid_llm.models.heads import check_causality, check_output_head
+from liquid_llm.models.loading import as_model_error, open_config, open_weights, quiet_transformers
+from liquid_llm.models.positions import fit_positions
+from liquid_llm.models.sources import resolve
+
+_HEAD_DIM = 64
+_DEFAULT_POSITIONS = 4096  # rotary presets; learned tables have 1024 rows like GPT-2's
+_LEARNED_POSITIONS = 1024
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A student shape: the transformers model type and its settings, without anything that depends on the tokenizer."""
+
+    model_type: str
+    settings: dict[str, Any]
+    about: str
+
+
+def _liquid(layers: str, hidden: int, inner: int, kv_heads: int, head_dim: int = _HEAD_DIM) -> Preset:
+    """``layers``: one letter a layer, ``c`` for a short convolution and ``A`` for full attention."""
+    return Preset(
+        "lfm2",
+        {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": hidden // head_dim,
+            "num_key_value_heads": kv_heads,
+            "layer_types": ["full_attention" if letter == "A" else "conv" for letter in layers],
+            "block_auto_adjust_ff_dim": False,  # intermediate_size is meant as it stands
+            "max_position_embeddings": _DEFAULT_POSITIONS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+        f"LFM2-shaped, {len(layers)} layers ({layers}), width {hidden}",
+    )
+
+
+def _llama(num_layers: int, hidden: int, inner: int, kv_heads: int, head_dim: int = _HEAD_DIM) -> Preset:
+    return Preset(
+        "llama",
+        {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": hidden // head_dim,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": _DEFAULT_POSITIONS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        },
+        f"Llama-shaped, {num_layers} layers, width {hidden}",
+    )
+
+
+def _gpt2(num_layers: int, hidden: int, head_dim: int = _HEAD_DIM) -> Preset:
+    return Preset(
+        "gpt2",
+        {"n_embd": hidden, "n_layer": num_layers, "n_head": hidden // head_dim, "n_positions": _LEARNED_POSITIONS},
+        f"GPT-2-shaped, {num_layers} layers, width {hidden}, learned positions",
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "liquid-16m": _liquid("cAcA", 256, 768, 2),
+    "liquid-40m": _liquid("ccAccAccAcAc", 384, 1024, 2),
+    "liquid-130m": _liquid("ccAccAccAcAcAc", 768, 2048, 4),
+    "liquid-350m": _liquid("ccAccAccAcAcAcAc", 1024, 4608, 8),
+    "llama-16m": _llama(4, 256, 768, 2),
+    "llama-40m": _llama(12, 384, 1024, 2),
+    "llama-135m": _llama(30, 576, 1536, 3),
+    "gpt2-tiny": _gpt2(4, 256),
+    "gpt2-small": _gpt2(12, 768),
+    "gpt2-medium": _gpt2(24, 1024),
+    "liquid-test": _liquid("cA", 32, 64, 1, head_dim=16),
+    "llama-test": _llama(2, 32, 64, 1, head_dim=16),
+    "gpt2-test": _gpt2(2, 32, head_dim=16),
+}
+
+
+def build_student(
+    spec: str,
+    *,
+    vocab_size: int,
+    bos_id: int,
+    eos_id: int,
+    block_size: int,
+    rope_scale: float | None = None,
+    seed: int,
+    attention: str = "sdpa",
+    token: str | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Any:
+    """A student in float32 and training mode, dropout off, that supports sequences of ``block_size`` tokens.
+
+    Args:
+        spec: a preset, a ``config.json`` file (both start from random weights), or a model id, folder or ``.gguf`` file
+            whose weights are taken.
+        vocab_size: tokens of the shared tokenizer. New weights get exactly this vocabulary; a loaded model may have
+            more (a padded embedding) but not fewer.
+        bos_id, eos_id: kept in its configuration for generation.
+        block_size: tokens in the longest sequence it will see.
+        rope_scale: see ``positions.fit_positions``.
+        seed: of the random weights; the global generators are neither read nor moved.
+        attention: transformers' ``attn_implementation``.
+        token: Hugging Face token.
+        report: is told what was done to the positions.
+
+    Raises:
+        ModelError: an unknown spec, a model that cannot be opened or distilled, a vocabulary that is too small, or
+            positions it cannot be given.
+    """
+    if _is_configuration(spec):
+        model = _from_configuration(spec, vocab_size, bos_id, eos_id, seed, attention)
+    else:
+        model = _from_weights(spec, vocab_size, bos_id, eos_id, attention, token)
+    _forget_padding(model)
+    if model.generation_config is not None:
+        ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+        model.generation_config.update(**ids)
+    description = fit_positions(model, block_size, rope_scale)
+    if report is not None:
+        report(description)
+    with quiet_transformers():
+        check_causality(model)
+        check_output_head(model)
+    return model.train()
+
+
+def _is_configuration(spec: str) -> bool:
+    return spec in PRESETS or (spec.endswith(".json") and Path(spec).expanduser().is_file())
+
+
+def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = _preset_config(PRESETS[spec]) if spec in PRESETS else _file_config(spec)
+    _prepare(config, bos_id, eos_id)
+    config.get_text_config(decoder=True).vocab_size = vocab_size
+    with (
+        as_model_error(spec, "no causal language model can be built from this configuration"),
+        torch.random.fork_rng(),
+        quiet_transformers(),
+    ):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _preset_config(preset: Preset) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(preset.model_type, tie_word_embeddings=True, **preset.settings)
+
+
+def _file_config(spec: str) -> Any:
+    from transformers import AutoConfig
+
+    with as_model_error(spec, "not a transformers configuration"), quiet_transformers():
+        return AutoConfig.from_pretrained(Path(spec).expanduser(), trust_remote_code=False)
+
+
+def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attention: str, token: str | None) -> Any:
+    try:
+        source = resolve(spec, token=token)
+    except ModelError as error:
+        if "/" in spec or spec.startswith("package:"):
+            raise
+        raise ModelError(
+            "no such student",
+            got=repr(spec),
+            expected=f"a preset ({', '.join(name for name in PRESETS if not name.endswith('-test'))}), a config.json "
+            f"file, or a model; as a model: {error}",
+        ) from error
+    config = open_config(source, spec, token)
+    _prepare(config, bos_id, eos_id)
+    model = open_weights(
+        source, spec, dtype=torch.float32, device="cpu", attention=attention, token=token, config=config
+    )
+    _prepare(model.config, bos_id, eos_id)
+    available = model.get_output_embeddings().weight.shape[0]
+    if available < vocab_size:
+        raise ModelError(
+            "the student's vocabulary is smaller than the teacher's tokenizer",
+            where=spec,
+            got=available,
+            expected=f"at least {vocab_size}",
+            remedy="take a student of the teacher's family, or a preset",
+        )
+    return model
+
+
+def _prepare(config: Any, bos_id: int, eos_id: int) -> None:
+    """Dropout off, no cache while training, the tokenizer's special ids."""
+    text = config.get_text_config(decoder=True)
+    for name, value in vars(text).items():
+        if ("drop" in name or name == "layerdrop") and isinstance(value, float):
+            setattr(text, name, 0.0)
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = bos_id, eos_id, None
+
+
+def _forget_padding(model: Any) -> None:
+    """No row of an embedding is padding, and every dropout is off."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        ModelError: the architecture does not support it.
+    """
+    try:
+        # Re-entrant checkpointing loses gradients when no input requires one.
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:  # its name in earlier versions of transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            "this architecture does not support gradient checkpointing",
+            where=type(model).__name__,
+            remedy="leave --grad_checkpoint out",
+        ) from error

@@ -1,0 +1,130 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.support.tokenizers import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from liquid_llm.errors import StorageError
+from liquid_llm.models.export import save_student, write_folder
+from liquid_llm.models.student import build_student
+
+FRESH_PROCESS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids
+with torch.no_grad():
+    logits = model(ids).logits[0, -1, :8].tolist()
+written = model.generate(ids, max_new_tokens=5, do_sample=False)[0]
+print(json.dumps({"logits": logits, "text": tokenizer.decode(written)}))
+"""
+
+
+@pytest.mark.parametrize("preset", ["liquid-test"])
+def test_a_saved_student_opens_and_generates_in_a_fresh_process(preset, tmp_path):
+    tokenizer = tiny_tokenizer()
+    student = build_student(preset, vocab_size=512, bos_id=0, eos_id=0, block_size=64, rope_scale=2.0, seed=1)
+    folder = save_student(student, tokenizer, tmp_path / "run" / "student")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = student.eval()(ids).logits[0, -1, :8]
+    torch.testing.assert_close(torch.tensor(answer["logits"]), expected)
+    assert answer["text"].startswith("def add(a, b):")
+    assert len(answer["text"]) > len("def add(a, b):")
+
+
+def test_saving_replaces_an_earlier_folder_and_leaves_nothing_else(tmp_path):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "stale.bin").write_bytes(b"old")
+    student = build_student("gpt2-test", vocab_size=512, bos_id=0, eos_id=0, block_size=8, seed=1)
+    save_student(student, tiny_tokenizer(), folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student"]
+    assert not (folder / "stale.bin").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), loaded.parameters(), strict=True))
+    assert len(AutoTokenizer.from_pretrained(folder)) == 512
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    student = build_student("gpt2-test", vocab_size=512, bos_id=0, eos_id=0, block_size=8, seed=1)
+    folder = save_student(student, tiny_tokenizer(), tmp_path / "student")
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+        (OSError(errno.EIO, "I/O"), "cannot be saved"),
+    ],
+)
+def test_a_failure_half_way_leaves_the_former_state(tmp_path, existing, error, message):
+    folder = tmp_path / "student"
+    if existing:
+        folder.mkdir()
+        (folder / "config.json").write_text("former")
+
+    def half(place):
+        (place / "config.json").write_text("new")
+        raise error
+
+    with pytest.raises(StorageError, match=message) as caught:
+        write_folder(folder, half)
+    assert str(folder) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == (["student"] if existing else [])
+    if existing:
+        assert (folder / "config.json").read_text() == "former"
+
+
+def test_any_other_error_passes_and_cleans_up(tmp_path):
+    def broken(place):
+        (place / "x").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "student", broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_below_a_file_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot be saved"):
+        write_folder(tmp_path / "file" / "student", lambda place: None)
+
+
+def test_a_rename_that_fails_gives_the_former_folder_back(tmp_path, monkeypatch):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "config.json").write_text("former")
+    rename = type(folder).rename
+
+    def failing(self, target):
+        if self.suffix == ".tmp":
+            raise OSError(errno.EACCES, "denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(folder), "rename", failing)
+    with pytest.raises(StorageError, match="denied"):
+        write_folder(folder, lambda place: (place / "config.json").write_text("new"))
+    assert (folder / "config.json").read_text() == "former"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
