@@ -40,6 +40,7 @@ PARTS = 1
 # The parts that may import another part, and which.
 KNOWN_PARTS: dict[str, set[str]] = {
     "training": {"models"},
+    "report": {"metrics"},
     "teachers": {"models"},
     "evaluation": {"teachers", "training"},
 }
