@@ -72,11 +72,11 @@ def resolve(model_id: str, *, token: str | None = None) -> Source:
     if "://" in model_id:
         raise ModelError("a model URL must be downloaded before it is loaded", got=model_id, expected="a local folder")
     path = Path(model_id).expanduser()
-    if path.is_file():
+    if model_id and path.is_file():
         if path.suffix != ".gguf":
             raise ModelError("not a model", where=model_id, got="a file", expected="a folder, or a .gguf file")
         return _gguf_source(path)
-    if path.is_dir():
+    if model_id and path.is_dir():
         return _folder_source(path, model_id)
     match = _HUB_ID.match(model_id)
     if match is None:
