@@ -48,30 +48,30 @@ class BucketPlan:
         return samples, keyed_permutation(self.num_micro_batches, "micro-batches", *key)
 
 
-def plan_buckets(windows: NDArray[np.int64], budget_tokens: int, *, max_padding: float = MAX_PADDING) -> BucketPlan:
-    """Buckets for windows of the given lengths.
+def plan_buckets(
+    windows: NDArray[np.int64], batch_size: int, block_size: int, *, max_padding: float = MAX_PADDING
+) -> BucketPlan:
+    """Buckets for windows of the given lengths, under a budget of ``batch_size * block_size`` tokens a micro-batch.
 
-    Padding stays under ``max_padding`` with one exception: where so few samples are left that this would need more
-    than twice the micro-batches that their tokens fill, padding is what it must be to keep to twice. (With 16
-    samples between 50 and 300 tokens and room for 8 of them, the bound would mean 16 micro-batches of one sample.)
+    Padding stays under ``max_padding`` with one exception: few samples of very different lengths are not torn into
+    micro-batches of one. They make at most twice the micro-batches that their tokens fill, or as many as batches of
+    ``batch_size`` samples would be, and pad as that needs.
 
     Args:
-        windows: [samples] window lengths in tokens, positive.
-        budget_tokens: padded tokens of a micro-batch; a longer window gets a micro-batch of its own.
+        windows: [samples] window lengths in tokens, positive; one longer than the budget gets a micro-batch alone.
     """
+    budget_tokens = batch_size * block_size
     lengths, range_of, counts = _histogram(windows)
     tokens = int(windows.sum())
-    most = 2 * -(-tokens // budget_tokens)
+    most = max(2 * -(-tokens // budget_tokens), -(-len(windows) // batch_size))
     price = budget_tokens / 8  # a guess at what a forward and backward pass costs beyond its tokens, in tokens
     chosen = _cut(lengths, counts, budget_tokens, price)
-    while _padding(lengths, counts, tokens, chosen) > max_padding:
+    while _padding(lengths, counts, tokens, chosen) > max_padding and price > 0:
         price = price / 1.5 if price > 0.1 else 0.0
         finer = _cut(lengths, counts, budget_tokens, price)
         if _num_micro_batches(lengths, counts, budget_tokens, finer) > most:
             break
         chosen = finer
-        if price == 0.0:
-            break
     bucket_of_range = np.repeat(np.arange(len(chosen) - 1), np.diff(chosen))
     return BucketPlan(
         bucket_of_range[range_of],

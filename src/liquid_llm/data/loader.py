@@ -141,7 +141,7 @@ class SampleOrder:
             )
         self._dataset = dataset
         self._block_size = block_size
-        self._plan = plan_buckets(np.minimum(dataset.lengths, block_size), batch_size * block_size)
+        self._plan = plan_buckets(np.minimum(dataset.lengths, block_size), batch_size, block_size)
         self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
         self.num_micro_batches = self._plan.num_micro_batches
         self.padding = self._plan.padding
@@ -184,7 +184,7 @@ def validation_batches(
         return []
     windows = np.minimum(dataset.lengths[chosen], block_size)
     chosen = chosen[np.argsort(windows, kind="stable")]
-    plan = plan_buckets(windows, batch_size * block_size)
+    plan = plan_buckets(windows, batch_size, block_size)
     return [
         _whole_samples(dataset, chosen[start:end], block_size)
         for start, end in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)

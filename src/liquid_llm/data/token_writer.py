@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -84,18 +85,18 @@ class TokenWriter:
         self._token_dtype = token_dtype
         self._place = place
         self._files: dict[str, BinaryIO] = {}
+        self._open = ExitStack()  # closes them all, even when one cannot be flushed
         self._id_bytes = 0
         self._num_short = 0
         self.num_tokens = 0
 
     def __enter__(self) -> TokenWriter:
         for name in ("tokens", "ids", _PLACES, *COLUMNS):
-            self._files[name] = (self._directory / name).open("xb")
+            self._files[name] = self._open.enter_context((self._directory / name).open("xb"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+        self._open.close()
 
     def add(self, sample_ids: Sequence[str], token_ids: Sequence[Sequence[int]], places: Sequence[int]) -> None:
         """Append samples, leaving out those too short to learn from."""
@@ -122,8 +123,7 @@ class TokenWriter:
         Raises:
             DataError: two different texts under one sample id, with both places; no sample left.
         """
-        for file in self._files.values():
-            file.close()
+        self._open.close()
         if not self.num_tokens:
             raise DataError("no record has two tokens or more", where=self._place(0), remedy="give records with text")
         repeated = self._repeated()

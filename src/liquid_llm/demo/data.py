@@ -15,8 +15,9 @@ import random
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 from liquid_llm import storage
@@ -34,7 +35,7 @@ def make_demo_data(
     out_dir: str | Path,
     *,
     seed: int = 0,
-    lm_characters: int = 850_000,
+    num_lm: int = 500,
     num_math: int = 240,
     num_code: int = 110,
     max_code_characters: int = 700,
@@ -45,19 +46,19 @@ def make_demo_data(
     Args:
         out_dir: a folder or URL; shards go to ``lm/``, ``math_tool/`` and ``code/`` in it.
         seed: which problems, functions and docstrings are taken.
-        lm_characters: of plain text, about four to a token; the language reference is always there as a whole.
+        num_lm: documents of plain text, about 400 tokens each; the 80 or so pages of the language reference come first.
         num_math: word problems, about 100 tokens each.
         num_code: functions, about 130 tokens each.
         max_code_characters: longest function; 700 characters are about 200 tokens.
         num_shards: files for each type.
 
     Raises:
-        DataError: this Python has no readable standard library sources, or fewer functions than asked for.
+        DataError: this Python has no sources of its standard library, or fewer functions or docstrings than asked.
         StorageError: the folder cannot be written.
     """
     library = read_library()
     records = {
-        "lm": _lm_records(library, seed, lm_characters),
+        "lm": _lm_records(library, seed, num_lm),
         "math_tool": _math_records(seed, num_math),
         "code": _code_records(library, seed, num_code, max_code_characters),
     }
@@ -122,19 +123,20 @@ def _put(table: dict[str, str], name: str, text: str | None) -> None:
         table.setdefault(name, text)
 
 
-def _lm_records(library: Library, seed: int, characters: int) -> list[Record]:
+def _lm_records(library: Library, seed: int, count: int) -> list[Record]:
     from pydoc_data.topics import topics
 
-    records = [Record(f"{topics[name].strip()}\n", "lm", f"lm-topic-{name}") for name in sorted(topics)]
-    room = characters - sum(len(record.text) for record in records)
-    for name, text in _shuffled(library.docstrings, f"docstrings {seed}"):
-        if room <= 0:
-            break
-        if len(text) >= _LONG_DOCSTRING:
-            records.append(Record(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}"))
-            room -= len(records[-1].text)
-    random.Random(f"lm order {seed}").shuffle(records)
-    return records
+    names = {text.strip(): name for name, text in sorted(topics.items(), reverse=True)}  # some pages go by two
+    once = {name: text for text, name in names.items()}
+    pages = (Record(f"{text}\n", "lm", f"lm-topic-{name}") for name, text in _shuffled(once, f"topics {seed}"))
+    long = {name: text for name, text in library.docstrings.items() if len(text) >= _LONG_DOCSTRING}
+    documents = (
+        Record(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}")
+        for name, text in _shuffled(long, f"docstrings {seed}")
+    )
+    records = list(islice(chain(pages, documents), count))
+    random.Random(f"order {seed}").shuffle(records)
+    return _enough(records, count, "documents")
 
 
 def _math_records(seed: int, count: int) -> list[Record]:
@@ -150,18 +152,22 @@ def _code_records(library: Library, seed: int, count: int, max_characters: int) 
         if len(text) <= max_characters and text.count("\n") in _CODE_LINES and text not in seen:
             seen.add(text)
             records.append(Record(text, "code", f"code-{name}"))
+    return _enough(records, count, "short functions")
+
+
+def _enough(records: list[Record], count: int, what: str) -> list[Record]:
     if len(records) < count:
         raise DataError(
-            "this Python's standard library has too few short functions",
+            f"this Python's standard library has too few {what}",
             got=len(records),
-            expected=f"{count}",
-            remedy="ask for fewer, or for longer ones",
+            expected=count,
+            remedy="ask for fewer",
         )
     return records
 
 
-def _shuffled(table: dict[str, str], key: str) -> Iterator[tuple[str, str]]:
-    names = list(table)
+def _shuffled(table: Mapping[str, str], key: str) -> Iterator[tuple[str, str]]:
+    names = sorted(table)
     random.Random(key).shuffle(names)
     return ((name, table[name]) for name in names)
 

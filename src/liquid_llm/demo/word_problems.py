@@ -125,13 +125,14 @@ def _wages(rng: random.Random, answer: _Answer) -> str:
 def _overtime(rng: random.Random, answer: _Answer) -> str:
     name, he, _ = _person(rng)
     rate, hours, extra = 2 * rng.randint(6, 14), rng.choice((35, 38, 40)), rng.randint(2, 9)
-    normal = answer.step("The normal hours bring ${}.", hours, "*", rate)
+    over = answer.step("Of these hours {} are overtime.", hours + extra, "-", hours)
     higher = answer.step("An hour of overtime is paid ${}.", rate, "*", Fraction(3, 2))
-    over = answer.step("The overtime brings ${}.", extra, "*", higher)
-    answer.step("In total that is ${}.", normal, "+", over)
+    over = answer.step("The overtime brings ${}.", over, "*", higher)
+    normal = answer.step("The other hours bring ${}.", hours, "*", rate)
+    answer.step(f"In total {he} earns ${{}}.", normal, "+", over)
     return (
-        f"{name} is paid ${rate} an hour for the first {hours} hours of a week and one and a half times as much after "
-        f"that. How much does {he} earn in a week of {hours + extra} hours?"
+        f"{name} is paid ${rate} an hour for the first {hours} hours of a week and 1.5 times as much after that. "
+        f"How much does {he} earn in a week of {hours + extra} hours?"
     )
 
 

@@ -1,0 +1,22 @@
+"""Tokenised datasets from plain lists of token ids, for tests that need no text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from liquid_llm.data.token_writer import TokenWriter
+from liquid_llm.data.tokens import TokenDataset
+
+
+def token_dataset(
+    samples: Sequence[Sequence[int]], type: str = "lm", sample_ids: Sequence[str] | None = None
+) -> TokenDataset:
+    """A dataset of ``samples``, each of two tokens or more, named ``s0``, ``s1``, … unless ``sample_ids`` is given."""
+    names = [f"s{number}" for number in range(len(samples))] if sample_ids is None else list(sample_ids)
+    with tempfile.TemporaryDirectory() as folder:  # the maps stay valid when the names are gone
+        with TokenWriter(Path(folder), type, "<u4", str) as writer:
+            writer.add(names, samples, range(len(samples)))
+            meta = writer.finish()
+        return TokenDataset(Path(folder), meta)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.tokenizers import tiny_tokenizer
+
+from liquid_llm.data.hub import documents, load_hub_dataset, rows_are_lines
+from liquid_llm.data.tokens import TokenDataset, held_out
+from liquid_llm.errors import DataError
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def folder(path: Path, **splits: list[Any]) -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        lines = [row if isinstance(row, dict) else {"text": row} for row in rows]
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def load(name: str, config: str | None, tmp_path: Path, **options: Any) -> dict[str, TokenDataset]:
+    return load_hub_dataset(name, config, TOKENIZER, "h", tmp_path / "tokens", eos_id=0, **options)
+
+
+def texts(dataset: TokenDataset) -> list[str]:
+    return [TOKENIZER.decode(dataset.input_ids(n)) for n in range(len(dataset))]
+
+
+PAGES = [f"Page {n}.\nIt has two lines." for n in range(30)]
+
+
+def test_rows_are_documents(tmp_path: Path) -> None:
+    name = folder(tmp_path / "pages", train=[*PAGES, "", "  "], validation=["Held out page."])
+    splits = load(name, None, tmp_path)
+    assert list(splits) == ["train", "validation"]
+    assert texts(splits["train"]) == PAGES
+    assert texts(splits["validation"]) == ["Held out page."]
+    assert {dataset.type for dataset in splits.values()} == {"lm"}
+
+
+def test_lines_are_put_together_again(tmp_path: Path) -> None:
+    lines = [
+        "",
+        " = Mills = \n",
+        "",
+        " A mill grinds . \n",
+        " It has a wheel . \n",
+        "",
+        " = = Parts = = \n",
+        " Stone . \n",
+    ]
+    second = ["", " = Rivers = \n", "", " A river flows . \n", ""]
+    name = folder(tmp_path / "wiki", train=[*lines, *second], validation=second)
+    splits = load(name, None, tmp_path)
+    assert texts(splits["train"]) == [
+        " = Mills = \n\n A mill grinds . \n It has a wheel . \n\n = = Parts = = \n Stone . \n\n",
+        " = Rivers = \n\n A river flows . \n\n",
+    ]
+    assert texts(splits["validation"]) == [" = Rivers = \n\n A river flows . \n\n"]
+
+
+@given(
+    st.lists(st.sampled_from(["", " = A = \n", " = = B = = \n", " some words \n", "x" * 20_000 + "\n"]), max_size=60)
+)
+def test_no_line_is_lost_or_moved(rows: list[str]) -> None:
+    made = list(documents(rows, lines=True))
+    kept = [line for _, text in made for line in text.split("\n") if line]
+    assert kept == [row.rstrip("\n") for row in rows if row]
+    for start, text in made:
+        assert text.startswith(rows[start])
+        assert " = A = \n" not in text[1:]
+        assert len(text) < 32_768 + 20_002
+    assert [start for start, _ in made] == sorted({start for start, _ in made})
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"),
+    [
+        (["a\n", "", "b\n"], True),
+        (["a\n", "b"], False),
+        (["a\nb\n"], False),
+        (["a", "b"], False),
+        (["", " "], False),
+        ([], False),
+        (["a\n"] * 1000 + ["b"], True),
+    ],
+)
+def test_what_counts_as_lines(rows: list[str], lines: bool) -> None:
+    assert rows_are_lines(rows) is lines
+
+
+@pytest.mark.parametrize("alias", ["validation", "valid", "val", "dev", "eval"])
+def test_other_names_of_splits(tmp_path: Path, alias: str) -> None:
+    table = datasets.DatasetDict(
+        {
+            "training": datasets.Dataset.from_dict({"text": PAGES}),
+            alias: datasets.Dataset.from_dict({"text": ["Held out page."]}),
+            "test": datasets.Dataset.from_dict({"text": ["Test page."]}),
+        }
+    )
+    table.save_to_disk(tmp_path / "saved")
+    splits = load(str(tmp_path / "saved"), None, tmp_path, splits=("validation", "test"))
+    assert {kind: texts(dataset) for kind, dataset in splits.items()} == {
+        "validation": ["Held out page."],
+        "test": ["Test page."],
+    }
+
+
+def test_without_a_validation_split_some_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = folder(tmp_path / "pages", train=PAGES)
+    splits = load(name, None, tmp_path, validation_fraction=0.3)
+    expected = [text for n, text in enumerate(PAGES) if held_out(f"train-{n}", 0.3)]
+    assert texts(splits["validation"]) == expected
+    assert 3 < len(expected) < 15
+    assert sorted(texts(splits["train"]) + expected) == sorted(PAGES)
+    assert f"{name} has no validation split: 0.3 of its training text is held out" in caplog.text
+
+
+def test_a_configuration(tmp_path: Path) -> None:
+    for config in ("one", "two"):
+        folder(tmp_path / "many" / config, train=[f"{config}: {page}" for page in PAGES], validation=["held"])
+    (tmp_path / "many" / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train.jsonl\n"
+            f"  - split: validation\n    path: {config}/validation.jsonl\n"
+            for config in ("one", "two")
+        )
+        + "---\n"
+    )
+    splits = load(str(tmp_path / "many"), "two", tmp_path)
+    assert texts(splits["train"])[0] == "two: " + PAGES[0]
+    with pytest.raises(DataError, match=r"'three' not found.*one.*two.*; got configuration three"):
+        load(str(tmp_path / "many"), "three", tmp_path)
+    with pytest.raises(DataError, match=r"Config name is missing.*got no configuration"):
+        load(str(tmp_path / "many"), None, tmp_path)
+
+
+def test_the_text_column(tmp_path: Path) -> None:
+    rows = [{"id": n, "content": page, "title": str(n)} for n, page in enumerate(PAGES)]
+    name = folder(tmp_path / "pages", train=rows, validation=rows)
+    assert texts(load(name, None, tmp_path, text_column="content")["train"]) == PAGES
+    with pytest.raises(
+        DataError, match=r"no column of strings named text; got id \(int64\), content \(string\), title"
+    ):
+        load(name, None, tmp_path)
+    with pytest.raises(DataError, match=r"no column of strings named id"):
+        load(name, None, tmp_path, text_column="id")
+
+
+def test_the_only_column_of_strings_is_taken(tmp_path: Path) -> None:
+    rows = [{"id": n, "content": page} for n, page in enumerate(PAGES)]
+    assert texts(load(folder(tmp_path / "pages", train=rows, validation=rows), None, tmp_path)["train"]) == PAGES
+
+
+def test_the_cache_follows_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = folder(tmp_path / "pages", train=PAGES, validation=["held"])
+    load(name, None, tmp_path)
+    before = sorted((tmp_path / "tokens").glob("lm-*"))
+    load(name, None, tmp_path)
+    assert sorted((tmp_path / "tokens").glob("lm-*")) == before
+    folder(tmp_path / "pages", train=[*PAGES, "one more page"])
+    assert texts(load(name, None, tmp_path)["train"]) == [*PAGES, "one more page"]
+
+
+@pytest.mark.parametrize("wanted", ["train", "test"])
+def test_a_split_that_is_not_there(tmp_path: Path, wanted: str) -> None:
+    name = folder(tmp_path / "pages", **{"validation" if wanted == "train" else "train": PAGES})
+    with pytest.raises(
+        DataError, match=rf"the dataset has no {wanted} split; got (train|validation); expected {wanted}"
+    ):
+        load(name, None, tmp_path, splits=(wanted,))
+
+
+def test_a_split_without_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the validation split has no text"):
+        load(folder(tmp_path / "pages", train=PAGES, validation=["", " "]), None, tmp_path)
+
+
+@pytest.mark.filterwarnings("default")
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    name = folder(tmp_path / "pages", train=PAGES)
+    (tmp_path / "pages" / "train.jsonl").write_text("{broken")
+    with pytest.raises(DataError, match="the dataset cannot be read"):
+        load(name, None, tmp_path)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="no such dataset"):
+        load(str(tmp_path / "nothing"), None, tmp_path)
+
+
+def test_progress_bars_are_silenced_for_as_long_as_it_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert not datasets.utils.are_progress_bars_disabled()
+    verbosity = datasets.utils.logging.get_verbosity()
+    load(folder(tmp_path / "pages", train=PAGES, validation=PAGES), None, tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.utils.are_progress_bars_disabled()
+    assert datasets.utils.logging.get_verbosity() == verbosity
+
+
+OFFLINE = """
+from tests.support.tokenizers import tiny_tokenizer
+from liquid_llm.data.hub import load_hub_dataset
+from liquid_llm.errors import DataError
+try:
+    load_hub_dataset("nosuch/dataset", "plain", tiny_tokenizer(), "h", "tokens", eos_id=0)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[3]
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(
+        "nosuch/dataset: the dataset is not in the local cache, and the hub cannot be reached ("
+    )
+    assert "Load it once with a network, or copy the cache of a machine that has it and set HF_HOME" in done.stdout
+    assert done.stderr == ""

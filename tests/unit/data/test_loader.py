@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.datasets import token_dataset
+
+from liquid_llm.data.loader import Source, TrainingStream, collate, validation_batches
+from liquid_llm.data.prefetch import Prefetcher
+from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
+from liquid_llm.errors import DataError
+
+EOS = 0
+
+
+def drawn(type: str, count: int, seed: int, longest: int = 60) -> TokenDataset:
+    """Samples whose tokens are all different, so that a token says where it comes from."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, longest, count)
+    ends = np.cumsum(lengths)
+    samples = [
+        list(range(end - length + 1, end + 1)) for length, end in zip(lengths.tolist(), ends.tolist(), strict=True)
+    ]
+    return token_dataset(samples, type, [f"{type}-{seed}-{n}" for n in range(count)])
+
+
+SOURCES = [
+    Source(drawn("lm", 90, 1), 2.0),
+    Source(drawn("math_tool", 70, 2), 1.0),
+    Source(drawn("code", 40, 3), 0.5),
+    Source(drawn("lm", 30, 4), 0.7),
+]
+
+
+def stream(sources: Sequence[Source] = SOURCES, **options: Any) -> TrainingStream:
+    settings = {"block_size": 24, "batch_size": 3, "seed": 0, "eos_id": EOS, **options}
+    return TrainingStream(sources, **settings)
+
+
+def content(batch: MicroBatch) -> tuple[object, ...]:
+    names = tuple((one.sample_id, tuple(one.input_ids.tolist())) for one in batch.samples)
+    return batch.type, batch.input_ids.tolist(), batch.labels.tolist(), batch.lengths.tolist(), names
+
+
+def rows(batch: MicroBatch) -> list[list[int]]:
+    return [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
+
+
+def check(batch: MicroBatch, block_size: int, batch_size: int) -> None:
+    """What holds for every micro-batch, worked out position by position."""
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.lengths.dtype == torch.int64
+    assert batch.input_ids.shape == batch.labels.shape
+    assert batch.input_ids.shape[1] == max(batch.lengths)
+    assert batch.input_ids.numel() <= block_size * batch_size
+    for ids, labels, length in zip(
+        batch.input_ids.tolist(), batch.labels.tolist(), batch.lengths.tolist(), strict=True
+    ):
+        for t in range(len(ids)):
+            assert labels[t] == (ids[t + 1] if t + 1 < length else IGNORE_INDEX)
+            assert t < length or ids[t] == 0
+    assert batch.num_positions == sum(length - 1 for length in batch.lengths.tolist())
+    if batch.type == "lm":
+        assert batch.samples == ()
+    else:
+        assert [one.input_ids[:block_size].tolist() for one in batch.samples] == rows(batch)
+        assert {one.type for one in batch.samples} == {batch.type}
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_a_stream_begun_at_any_position_gives_what_the_continued_one_gave() -> None:
+    continued = stream()
+    expected = [content(continued.micro_batch(index)) for index in range(150)]
+    for begin in range(150):
+        assert content(stream().micro_batch(begin)) == expected[begin]
+    fresh = stream()
+    assert [content(fresh.micro_batch(index)) for index in reversed(range(150))] == expected[::-1]
+
+
+@settings(max_examples=25)
+@given(st.integers(-5, 2**40), st.integers(0, 10**9), st.integers(2, 40), st.integers(1, 5))
+def test_pure_at_any_seed_and_position(seed: int, index: int, block_size: int, batch_size: int) -> None:
+    options = {"seed": seed, "block_size": block_size, "batch_size": batch_size}
+    one, other = stream(**options), stream(**options)
+    for neighbour in (0, 1, index + 1, index // 2):
+        other.micro_batch(neighbour)
+    assert content(one.micro_batch(index)) == content(other.micro_batch(index))
+    check(one.micro_batch(index), block_size, batch_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_share_one_order(world_size: int) -> None:
+    alone = stream()
+    ranks = [stream(rank=rank, world_size=world_size) for rank in range(world_size)]
+    for draw in range(120):
+        index, rank = divmod(draw, world_size)
+        assert content(ranks[rank].micro_batch(index)) == content(alone.micro_batch(draw))
+
+
+def test_types_come_by_weight() -> None:
+    counts = Counter(stream().micro_batch(index).type for index in range(420))
+    for type, weight in (("lm", 2.7), ("math_tool", 1.0), ("code", 0.5)):
+        assert abs(counts[type] - 420 * weight / 4.2) <= 3
+
+
+def test_seeds_give_other_orders() -> None:
+    assert len({str(content(stream(SOURCES[:1], seed=seed).micro_batch(0))) for seed in range(10)}) == 10
+
+
+def test_two_sources_of_the_same_data_go_their_own_ways() -> None:
+    twice = stream([SOURCES[1], SOURCES[1]])
+    assert [content(b) for b in first_epoch(twice, 0)] != [content(b) for b in first_epoch(twice, 1)]
+
+
+def test_prefetching_changes_nothing() -> None:
+    plain, ahead = stream(), stream()
+    with Prefetcher(ahead.micro_batch, 7, 5, stop=60, workers=3) as batches:
+        assert [content(one) for one in batches] == [content(plain.micro_batch(index)) for index in range(7, 60)]
+
+
+# -------------------------------------------------------------------------------------------------------------- epochs
+
+
+def first_epoch(training: TrainingStream, number: int, epoch: int = 0) -> list[MicroBatch]:
+    order = training.orders[number]
+    begin = epoch * order.num_micro_batches
+    return [order.micro_batch(index) for index in range(begin, begin + order.num_micro_batches)]
+
+
+@given(st.integers(2, 50), st.integers(1, 7), st.integers(0, 99), st.integers(0, 3))
+def test_an_epoch_of_text_holds_every_token_once(block_size: int, batch_size: int, seed: int, epoch: int) -> None:
+    dataset = drawn("lm", 40, seed)
+    joined = [token for n in range(len(dataset)) for token in (*dataset.input_ids(n).tolist(), EOS)]
+    num_blocks = len(joined) // block_size
+    blocks = [joined[n * block_size : (n + 1) * block_size] for n in range(num_blocks)]
+    order = stream([Source(dataset, 1.0)], block_size=block_size, batch_size=batch_size).orders[0]
+    begin, end = epoch * num_blocks, (epoch + 1) * num_blocks
+    first = begin // batch_size
+    seen = [row for n in range(first, -(-end // batch_size)) for row in rows(order.micro_batch(n))]
+    seen = seen[begin - first * batch_size :][:num_blocks]
+    assert sorted(seen) == sorted(blocks)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_an_epoch_of_samples_holds_each_once(epoch: int) -> None:
+    dataset = SOURCES[1].dataset
+    batches = first_epoch(stream(), 1, epoch)
+    names = [one.sample_id for batch in batches for one in batch.samples]
+    assert sorted(names) == sorted(dataset.sample_id(n) for n in range(len(dataset)))
+    for batch in batches:
+        check(batch, 24, 3)
+
+
+def test_epochs_differ() -> None:
+    for number in (0, 1):
+        first, second = (list(map(content, first_epoch(stream(), number, epoch))) for epoch in (0, 1))
+        assert first != second
+    assert not any(batch in second for batch in first)  # samples meet others, not only at other times
+
+
+def test_fewer_blocks_than_a_micro_batch_holds() -> None:
+    training = stream([Source(token_dataset([list(range(1, 60))]), 1.0)], block_size=20, batch_size=8)
+    batch = training.micro_batch(0)
+    assert batch.input_ids.shape == (8, 20)
+    assert sorted(Counter(map(tuple, rows(batch))).values()) == [2, 3, 3]  # two epochs of three and a part of the next
+
+
+def test_long_samples_are_cut_for_the_model_and_kept_whole_beside() -> None:
+    sample = list(range(1, 100))
+    batch = stream([Source(token_dataset([sample], "code"), 1.0)], block_size=24).micro_batch(0)
+    assert rows(batch) == [sample[:24]]
+    assert batch.samples[0].input_ids.tolist() == sample
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_too_little_text_for_a_block() -> None:
+    with pytest.raises(DataError, match=r"shorter than one block; got 12 tokens to train on; expected at least 24"):
+        stream([Source(token_dataset([list(range(1, 12))]), 1.0)])
+
+
+@pytest.mark.parametrize("type", ["lm", "math_tool"])
+def test_an_empty_split(type: str) -> None:
+    empty = token_dataset([[1, 2]], type).subset(np.array([], dtype=np.int64))
+    with pytest.raises(DataError, match="to train on"):
+        stream([Source(empty, 1.0)])
+
+
+def test_no_source() -> None:
+    with pytest.raises(DataError, match="nothing to train on"):
+        stream([])
+
+
+@pytest.mark.parametrize("options", [{"block_size": 1}, {"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}])
+def test_impossible_sizes(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        stream(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+@given(st.integers(0, 20), st.one_of(st.none(), st.integers(2, 900)), st.integers(1, 6))
+def test_every_context_length_sees_the_same_text(seed: int, max_tokens: int | None, batch_size: int) -> None:
+    dataset = drawn("lm", 20, seed)
+    joined = [token for n in range(len(dataset)) for token in (*dataset.input_ids(n).tolist(), EOS)]
+    expected = joined[:max_tokens]
+    for block_size in (3, 16, 50, 2000):
+        batches = validation_batches(
+            dataset, block_size=block_size, batch_size=batch_size, eos_id=EOS, max_tokens=max_tokens
+        )
+        seen = [token for batch in batches for row in rows(batch) for token in row]
+        assert seen == expected or (seen == expected[:-1] and len(expected) % block_size == 1)
+        assert all(len(batch.lengths) == batch_size for batch in batches[:-1])
+        for batch in batches:
+            check(batch, block_size, batch_size)
+
+
+@pytest.mark.parametrize("type", ["math_tool", "code"])
+@pytest.mark.parametrize("max_tokens", [None, 1, 100, 700, 10**6])
+def test_every_context_length_sees_the_same_samples(type: str, max_tokens: int | None) -> None:
+    dataset = drawn(type, 50, 5)
+    chosen = None
+    for block_size in (8, 30, 100):
+        batches = validation_batches(dataset, block_size=block_size, batch_size=4, eos_id=EOS, max_tokens=max_tokens)
+        for batch in batches:
+            check(batch, block_size, 4)
+        names = {one.sample_id for batch in batches for one in batch.samples}
+        assert len(names) == sum(len(batch.samples) for batch in batches)
+        assert chosen in (None, names)
+        chosen = names
+        tokens = sum(len(one.input_ids) for batch in batches for one in batch.samples)
+        if max_tokens is None or max_tokens == 10**6:
+            assert len(names) == 50
+        else:
+            assert max_tokens <= tokens < max_tokens + 60
+
+
+def test_a_smaller_choice_of_samples_is_a_part_of_a_larger_one() -> None:
+    def names(max_tokens: int) -> set[str]:
+        batches = validation_batches(SOURCES[1].dataset, block_size=24, batch_size=3, eos_id=EOS, max_tokens=max_tokens)
+        return {one.sample_id for batch in batches for one in batch.samples}
+
+    assert names(100) < names(500) < names(1000)
+
+
+@pytest.mark.parametrize("type", ["lm", "math_tool"])
+def test_nothing_held_out(type: str) -> None:
+    empty = token_dataset([[1, 2]], type).subset(np.array([], dtype=np.int64))
+    assert validation_batches(empty, block_size=8, batch_size=2, eos_id=EOS) == []
+
+
+def test_validation_of_samples_hardly_pads() -> None:
+    batches = validation_batches(drawn("code", 300, 9), block_size=60, batch_size=4, eos_id=EOS)
+    padded, real = sum(one.input_ids.numel() for one in batches), sum(one.num_tokens for one in batches)
+    assert 1 - real / padded < 0.05
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = collate("code", [np.array([5, 6, 7]), np.array([8, 9])])
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.labels.tolist() == [[6, 7, IGNORE_INDEX], [9, IGNORE_INDEX, IGNORE_INDEX]]
+    assert (batch.num_tokens, batch.num_positions) == (5, 3)

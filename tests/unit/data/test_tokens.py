@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import json
+import random
+import resource
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.datasets import token_dataset
+from tests.support.texts import paragraph
+from tests.support.tokenizers import tiny_tokenizer
+
+from liquid_llm.data.records import stable_sample_id
+from liquid_llm.data.tokens import TokenDataset, build_token_dataset, held_out, split
+from liquid_llm.errors import DataError, StorageError
+
+TOKENIZER = tiny_tokenizer()
+EOS = 0
+
+
+def write(path: Path, *rows: dict[str, Any] | str) -> str:
+    records = [{"text": row} if isinstance(row, str) else row for row in rows]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def build(
+    *files: str, cache: Path, type: str = "lm", tokenizer: Any = TOKENIZER, hash: str = "h", **options: Any
+) -> TokenDataset:
+    return build_token_dataset(files, type, tokenizer, hash, cache, eos_id=EOS, **options)
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+class Counting:
+    """The tokenizer, with the texts it was given."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        with self.lock:
+            self.texts += text
+        return TOKENIZER(text, **options)
+
+    def get_vocab(self) -> dict[str, int]:
+        return TOKENIZER.get_vocab()
+
+
+def test_samples_are_whole_and_in_order(tmp_path: Path) -> None:
+    long = "eins zwei " * 4000
+    first = write(tmp_path / "a.jsonl", {"text": "héllo wörld", "sample_id": "ü/1"}, long)
+    second = write(tmp_path / "b.jsonl", "third")
+    dataset = build(first, second, cache=tmp_path / "cache")
+    assert [dataset.sample(n).sample_id for n in range(3)] == [
+        "ü/1",
+        stable_sample_id("lm", long),
+        stable_sample_id("lm", "third"),
+    ]
+    assert [dataset.sample(n).input_ids.tolist() for n in range(3)] == [ids("héllo wörld"), ids(long), ids("third")]
+    assert dataset.sample(0).input_ids.dtype == np.int32
+    assert dataset.lengths.tolist() == [len(ids(text)) for text in ("héllo wörld", long, "third")]
+    assert dataset.num_tokens == sum(dataset.lengths)
+    assert dataset.input_ids(1, 5).tolist() == ids(long)[:5]
+    assert dataset.input_ids(0, 10**6).tolist() == ids("héllo wörld")
+
+
+@pytest.mark.parametrize(("type", "end"), [("lm", []), ("math_tool", [EOS]), ("code", [EOS])])
+def test_only_maths_and_code_end_with_end_of_text(tmp_path: Path, type: str, end: list[int]) -> None:
+    shard = write(tmp_path / "a.jsonl", "2+2=4", "2+2=5<|endoftext|>")
+    dataset = build(shard, cache=tmp_path, type=type)
+    assert dataset.input_ids(0).tolist() == ids("2+2=4") + end
+    assert dataset.input_ids(1).tolist() == ids("2+2=5<|endoftext|>")  # not twice
+    assert dataset.sample(0).type == dataset.type == type
+
+
+@pytest.mark.parametrize(("top", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
+def test_two_bytes_a_token_where_they_suffice(tmp_path: Path, top: int, dtype: type) -> None:
+    class Wide(Counting):
+        def get_vocab(self) -> dict[str, int]:
+            return {**super().get_vocab(), "wide": top}
+
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            return {"input_ids": [[top, 1, top - 1] for _ in text]}
+
+    dataset = build(write(tmp_path / "a.jsonl", "x"), cache=tmp_path, tokenizer=Wide())
+    assert dataset.tokens.dtype == dtype
+    assert dataset.input_ids(0).tolist() == [top, 1, top - 1]
+
+
+def test_records_too_short_to_learn_from_are_counted(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.jsonl", "a", "the river", "b")
+    dataset = build(shard, cache=tmp_path)
+    assert (len(dataset), dataset.meta.num_short) == (1, 2)
+    assert build(shard, cache=tmp_path, type="code").lengths.tolist() == [2, len(ids("the river")) + 1, 2]
+
+
+def test_nothing_long_enough(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl: no record has two tokens or more"):
+        build(write(tmp_path / "a.jsonl", "a", "b"), cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("lm-*"))
+
+
+def test_a_repeated_text_is_kept_once_and_counted(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", "the cook", "the river", "the cook")
+    second = write(
+        tmp_path / "b.jsonl", {"text": "named", "sample_id": "n"}, "the cook", {"text": "the river", "sample_id": "r"}
+    )
+    third = write(tmp_path / "c.jsonl", {"text": "named", "sample_id": "n"})
+    dataset = build(first, second, third, cache=tmp_path / "cache")
+    texts = [TOKENIZER.decode(dataset.input_ids(n)) for n in range(len(dataset))]
+    assert texts == ["the cook", "the river", "named", "the river"]  # another id is another sample
+    assert dataset.meta.num_repeated == 3
+    assert [dataset.sample_id(n) for n in (2, 3)] == ["n", "r"]
+
+
+def test_two_texts_under_one_id_name_both_places(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", "before", {"text": "one text", "sample_id": "x"})
+    second = write(tmp_path / "b.jsonl", {"text": "other text", "sample_id": "x"})
+    with pytest.raises(DataError) as error:
+        build(first, second, cache=tmp_path / "cache")
+    assert str(error.value) == (
+        f"{second}:1: sample_id 'x' names two different texts; got another text at {first}:2. "
+        "Give each record its own sample_id, or none."
+    )
+    assert not list((tmp_path / "cache").glob("lm-*"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=40))
+def test_repeats_are_found_wherever_they_are(rows: list[tuple[int, bool]]) -> None:
+    kept = list(dict.fromkeys(number for number, _ in rows))
+    dataset = token_dataset([[number, 1, number] for number, _ in rows], sample_ids=[f"id{n}" for n, _ in rows])
+    assert [dataset.sample_id(n) for n in range(len(dataset))] == [f"id{n}" for n in kept]
+    assert [dataset.input_ids(n).tolist() for n in range(len(dataset))] == [[n, 1, n] for n in kept]
+    clash = [[number, 1, number if same else 99] for number, same in rows]
+    if any(len({tuple(tokens) for tokens in clash if tokens[0] == number}) > 1 for number in kept):
+        with pytest.raises(DataError, match="names two different texts"):
+            token_dataset(clash, sample_ids=[f"id{n}" for n, _ in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_second_time_nothing_is_tokenised(tmp_path: Path) -> None:
+    shard, tokenizer = write(tmp_path / "a.jsonl", "one", "two"), Counting()
+    first = build(shard, cache=tmp_path / "cache", tokenizer=tokenizer)
+    second = build(shard, cache=tmp_path / "cache", tokenizer=tokenizer)
+    assert tokenizer.texts == ["one", "two"]
+    assert [second.sample(n).sample_id for n in range(2)] == [first.sample(n).sample_id for n in range(2)]
+    assert second.tokens.tolist() == first.tokens.tolist()
+
+
+@pytest.mark.parametrize("change", ["file", "tokenizer", "type", "eos", "more files"])
+def test_what_changes_the_samples_changes_the_cache(tmp_path: Path, change: str) -> None:
+    shard, tokenizer = write(tmp_path / "a.jsonl", "one"), Counting()
+    build(shard, cache=tmp_path / "cache", tokenizer=tokenizer)
+    options: dict[str, Any] = {"type": "lm", "hash": "h", "eos": EOS, "files": [shard]}
+    if change == "file":
+        write(tmp_path / "a.jsonl", "two")  # of the same size
+    options.update({"tokenizer": {"hash": "g"}, "type": {"type": "code"}, "eos": {"eos": 1}}.get(change, {}))
+    if change == "more files":
+        options["files"] = [shard, write(tmp_path / "b.jsonl", "three")]
+    cache = tmp_path / "cache"
+    build_token_dataset(options["files"], options["type"], tokenizer, options["hash"], cache, eos_id=options["eos"])
+    assert len(tokenizer.texts) > 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no meta", "half meta", "other format"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
+    shard = write(tmp_path / "a.jsonl", "one", "two")
+    before = build(shard, cache=tmp_path / "cache").tokens.tolist()
+    (folder,) = (tmp_path / "cache").glob("lm-*")
+    if damage == "cut":
+        (folder / "tokens").write_bytes((folder / "tokens").read_bytes()[:-1])
+    elif damage == "gone":
+        (folder / "lengths").unlink()
+    elif damage == "no meta":
+        (folder / "meta.json").unlink()
+    elif damage == "half meta":
+        (folder / "meta.json").write_text((folder / "meta.json").read_text()[:40])
+    else:
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({**meta, "format_version": 0}))
+    tokenizer = Counting()
+    assert build(shard, cache=tmp_path / "cache", tokenizer=tokenizer).tokens.tolist() == before
+    assert tokenizer.texts == ["one", "two"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.jsonl", *(f"row {n}" for n in range(3000)))
+    with Path(shard).open("a") as file:
+        file.write("{broken\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:3001: not a JSON object"):
+        build(shard, cache=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.jsonl", "one", "two")
+    build(shard, cache=tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").glob("lm-*")
+    half = folder.rename(folder.with_name(f".{folder.name}.tmp"))
+    (half / "meta.json").unlink()
+    assert len(build(shard, cache=tmp_path / "cache")) == 2
+    assert not half.exists()
+
+
+def test_of_several_that_want_it_one_does_the_work(tmp_path: Path) -> None:
+    shard, tokenizer = write(tmp_path / "a.jsonl", *(f"row {n}" for n in range(2000))), Counting()
+    with ThreadPoolExecutor(4) as threads:
+        jobs = [threads.submit(build, shard, cache=tmp_path / "cache", tokenizer=tokenizer) for _ in range(4)]
+        assert [len(job.result()) for job in jobs] == [2000] * 4
+    assert len(tokenizer.texts) == 2000
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StorageError):
+        build(write(tmp_path / "a.jsonl", "one"), cache=tmp_path / "cache")
+
+
+@contextmanager
+def files_no_larger_than(num_bytes: int) -> Iterator[None]:
+    """A limit of this process that fails like a disk that fills up while a file is written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.jsonl", *(f"row number {n}" for n in range(4000)))
+    with files_no_larger_than(20_000), pytest.raises(StorageError):
+        build(shard, cache=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such shard"):
+        build(str(tmp_path / "none.jsonl"), cache=tmp_path / "cache")
+
+
+def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:
+    shards = [write(tmp_path / f"{n}.jsonl", *(f"row {n} {m}" for m in range(2500))) for n in range(2)]
+    told: list[tuple[float, int]] = []
+    dataset = build(
+        *shards, cache=tmp_path / "cache", progress=lambda fraction, tokens: told.append((fraction, tokens))
+    )
+    assert told == sorted(told)
+    assert len(told) > 3
+    assert told[-1] == (1.0, dataset.num_tokens)
+    assert told[0][0] == pytest.approx(0.5, abs=0.01)  # small shards are read at one go
+
+
+def test_only_a_bounded_stretch_of_text_is_held(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [paragraph(rng, rng.choice((1, 5, 300))) for _ in range(300)] + [f"short {n}" for n in range(3000)]
+    shard, seen = write(tmp_path / "a.jsonl", *texts), []
+
+    class Watching(Counting):
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            seen.append((len(text), sum(map(len, text[:-1]))))
+            return {"input_ids": [[1, 2, 3]] * len(text)}
+
+    assert len(build(shard, cache=tmp_path / "cache", tokenizer=Watching())) == len(set(texts))
+    assert max(count for count, _ in seen) == 1024
+    assert max(characters for _, characters in seen) < 2**20
+
+
+# --------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_fates_are_pinned() -> None:
+    # runs under way, and stores captured before, rely on who is held out
+    assert [n for n in range(40) if held_out(f"sample-{n}", 0.1)] == [0, 9]
+
+
+@given(st.sets(st.text(max_size=8), min_size=1, max_size=30).map(sorted), st.floats(0, 0.99))
+def test_split_asks_held_out_for_every_sample(names: list[str], fraction: float) -> None:
+    names = [name for name in names if name.isprintable() and name] or ["x"]
+    dataset = token_dataset([[n, n] for n in range(len(names))], "code", names)
+    train, validation = split(dataset, fraction)
+    assert [train.sample_id(n) for n in range(len(train))] == [name for name in names if not held_out(name, fraction)]
+    assert [validation.sample_id(n) for n in range(len(validation))] == [n for n in names if held_out(n, fraction)]
+    for view in (train, validation):
+        for n in range(len(view)):
+            assert view.input_ids(n).tolist() == [names.index(view.sample_id(n))] * 2
+    assert len(train.fates) == len(train.lengths) == len(train)
+
+
+@given(st.text(min_size=1, max_size=8).filter(str.isprintable), st.floats(0, 0.99), st.floats(0, 0.99))
+def test_a_larger_share_keeps_what_was_held_out(name: str, one: float, other: float) -> None:
+    if held_out(name, min(one, other)):
+        assert held_out(name, max(one, other))
+
+
+def test_the_share_held_out() -> None:
+    count = sum(held_out(f"id-{n}", 0.05) for n in range(20_000))
+    assert 900 < count < 1100
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_share_that_is_none(fraction: float) -> None:
+    with pytest.raises(ValueError, match="fraction"):
+        held_out("x", fraction)
+
+
+def test_views_of_views() -> None:
+    dataset = token_dataset([[n, n] for n in range(10)])
+    view = dataset.subset(np.array([7, 3, 5])).subset(np.array([2, 0]))
+    assert [view.sample(n).sample_id for n in range(2)] == ["s5", "s7"]
+    assert [view.input_ids(n).tolist() for n in range(2)] == [[5, 5], [7, 7]]
+    assert view.num_tokens == 4
