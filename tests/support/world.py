@@ -269,7 +269,7 @@ def _write_students(bucket: Path, vocab: int) -> None:
 
     torch.manual_seed(10)
     students = {
-        STAGE0_STUDENT: GPT2LMHeadModel(_gpt2_config(vocab, positions=512)),  # annealing at 1024 interpolates
+        STAGE0_STUDENT: GPT2LMHeadModel(_gpt2_config(vocab, positions=1024)),  # it is evaluated at 1024 tokens too
         STAGE1_STUDENT: Lfm2ForCausalLM(_liquid_config(vocab)),
     }
     for uri, model in students.items():
