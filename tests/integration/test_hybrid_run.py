@@ -1,6 +1,7 @@
 """The main job by its real command lines on small real models: capture, hybrid training, what a run leaves behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -166,3 +167,29 @@ def test_staying_near_the_old_logits_is_zero_at_first_and_ends_at_its_step(captu
     assert all(rows[step]["l2"] > 0 for step in (2, 3, 4))
     assert rows[5]["l2"] == rows[6]["l2"] == 0.0
     assert [rows[step]["l2_gamma"] for step in (1, 2, 3, 4, 5)] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0.0])
+
+
+def test_a_dry_run_looks_at_everything_and_leaves_no_trace(captured, tmp_path, capsys):
+    before = sorted(path for path in captured.root.rglob("*"))
+    output = tmp_path / "not-there-yet"
+    assert main(["train", *captured.train_words(output), "--dry_run"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not output.exists()
+    assert sorted(path for path in captured.root.rglob("*")) == before
+    assert {kind: row["coverage"] for kind, row in found["signal"].items()} == {"math_tool": 1.0, "code": 1.0}
+    assert found["data"]["lm"]["train_tokens"] > 1000
+    assert found["one_step"]["loss"] > 0
+    assert found["schedules"][0]["kd_alpha"] == pytest.approx(0.7)
+    assert found["estimate"]["parameters"] > 10_000
+
+
+def test_a_dry_run_finds_the_missing_the_stale_and_the_corrupt(captured, tmp_path, capsys):
+    store = tmp_path / "math"
+    shutil.copytree(captured.root / "signal" / "math", store)
+    missing, corrupt = sorted(store.glob("*.pt"))[:2]
+    missing.unlink()
+    corrupt.write_bytes(corrupt.read_bytes()[:-200])
+    assert main(["train", *captured.train_words(tmp_path, math_logits_dir=store), "--dry_run"]) == 0
+    row = json.loads(capsys.readouterr().out)["signal"]["math_tool"]
+    assert (row["missing"], row["corrupt"], row["usable"]) == (1, 1, 38)
+    assert set(row["examples"]) == {"missing", "corrupt"}

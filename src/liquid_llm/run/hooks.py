@@ -13,11 +13,9 @@ from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
-from liquid_llm.evaluation import Evaluator
-from liquid_llm.metrics import MetricsWriter, StepAccumulator
-from liquid_llm.run.inputs import TextTools
+from liquid_llm.metrics import MetricsWriter
+from liquid_llm.run.parts import Parts
 from liquid_llm.run.starting import shown_metadata
-from liquid_llm.run.students import BuiltStudent
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
@@ -36,13 +34,10 @@ class Recorder:
 
     config: RunConfig
     trainer: Trainer
-    evaluator: Evaluator
+    parts: Parts
     store: CheckpointStore
     metrics: MetricsWriter
-    accumulator: StepAccumulator
     uploader: Uploader
-    built: BuiltStudent
-    text: TextTools
     waited: Callable[[], float]
     clock: Callable[[], float] = time.monotonic
     stage: Stage | None = None
@@ -73,13 +68,15 @@ class Recorder:
     def _count(self, result: StepResult) -> None:
         for one in result.scored:
             tokens = one.batch.num_tokens
-            self.accumulator.add(one.batch.type, one.output, tokens=tokens, padded_tokens=one.batch.input_ids.numel())
+            self.parts.accumulator.add(
+                one.batch.type, one.output, tokens=tokens, padded_tokens=one.batch.input_ids.numel()
+            )
             if self.stage is not None:
                 self.stage.advance(tokens)
 
     def _write_row(self, result: StepResult) -> None:
         now, waited = self.clock(), self.waited()
-        row = self.accumulator.row(
+        row = self.parts.accumulator.row(
             seconds=now - self._row_started,
             kd_alpha=result.values.kd_alpha,
             kd_temperature=result.values.kd_temperature,
@@ -108,10 +105,10 @@ class Recorder:
     def evaluate(self) -> None:
         """Score the student on the validation batches, write the row, remember whether it is the best so far."""
         progress = self.trainer.progress
-        if self._evaluated_at == progress.step or not any(self.evaluator.sets.values()):
+        if self._evaluated_at == progress.step or not any(self.parts.evaluator.sets.values()):
             return
         began = self.clock()
-        row = self.evaluator(self.trainer.student)
+        row = self.parts.evaluator(self.trainer.student)
         row["eval_seconds"] = self.clock() - began
         self.metrics.write("eval", progress.step, row)
         self._evaluated_at = progress.step
@@ -148,7 +145,7 @@ class Recorder:
             "optimizer": self.trainer.optimizer.state_dict(),
             "lr_schedule": {"step": metadata.step, "peak": self.config.optimizer.peak, "lr": metadata.lr},
             "random": random_state(),
-            "accumulator": self.accumulator.state_dict(),
+            "accumulator": self.parts.accumulator.state_dict(),
         }
         info = self.store.save(state, metadata, kind="step" if snapshot else "time", also_as=("last", *names))
         self.uploader.enqueue_checkpoint(info)
@@ -181,11 +178,11 @@ class Recorder:
             warmup_steps=config.optimizer.warmup_steps,
             lr=config.optimizer.lr,
             lr_peak=config.optimizer.lr_peak,
-            positional_embedding=self.built.positional_embedding,
+            positional_embedding=self.parts.built.positional_embedding,
             rope_scale=config.student.rope_scale,
             eval_ctx_lens=config.evaluation.context_lengths,
-            student=self.built.description,
-            tokenizer_hash=self.text.hash,
+            student=self.parts.built.description,
+            tokenizer_hash=self.parts.text.hash,
             data_position=progress.data_position,
             best_val_loss=progress.best_val_loss,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -77,7 +77,7 @@ class Start:
 
 
 def shown_metadata(metadata: CheckpointMetadata) -> str:
-    """Checkpoint metadata for the log: every field a later job needs, on one line, without the model's configuration."""
+    """Checkpoint metadata for the log: what a later job needs, on one line, without the model's configuration."""
     values = metadata.to_dict()
     values["student"] = metadata.student.get("spec")
     return json.dumps({name: value for name, value in values.items() if name not in ("sha256", "run")})

@@ -34,12 +34,16 @@ class RunTeachers:
 
     Attributes:
         router: routes a micro-batch to its teacher; None for plain cross-entropy.
+        stores: the signal store of each type that has one.
+        online_model: the online teacher's model, or None.
         coverage: stored signal found by type, for provenance.
         identities: what each teacher is, for provenance.
         choices: arithmetic and attention, each with its reason.
     """
 
     router: TeacherRouter | None
+    stores: dict[str, StoreReader] = field(default_factory=dict)
+    online_model: Any = None
     coverage: dict[str, Any] = field(default_factory=dict)
     identities: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +121,7 @@ def make_teachers(
     online_types = _online_types(config, inputs)
     stores = _open_stores(config, inputs, text, online_types)
     identities: dict[str, Any] = {kind: store.describe() for kind, store in stores.items()}
+    loaded: LoadedModel | None = None
     online: OnlineTeacher | None = None
     choices: dict[str, Any] = {}
     if online_types and teacher.online_id is not None:
@@ -133,7 +138,14 @@ def make_teachers(
     coverage = router.coverage(datasets, window=config.data.seq_len)
     for kind, row in coverage.items():
         log.info("stored signal for %s: %s", kind, row)
-    return RunTeachers(router, {kind: row.as_dict() for kind, row in coverage.items()}, identities, choices)
+    return RunTeachers(
+        router,
+        stores,
+        None if loaded is None else loaded.model,
+        {kind: row.as_dict() for kind, row in coverage.items()},
+        identities,
+        choices,
+    )
 
 
 def _online_types(config: RunConfig, inputs: Inputs) -> list[str]:

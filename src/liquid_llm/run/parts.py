@@ -1,0 +1,186 @@
+"""The parts of a training job, built in the order in which they can fail: cheap checks first."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from liquid_llm.checkpoint.resume import read_student_weights
+from liquid_llm.config import RunConfig, build_schedules
+from liquid_llm.data.loader import TrainingStream
+from liquid_llm.data.prefetch import Prefetcher
+from liquid_llm.data.types import MicroBatch
+from liquid_llm.evaluation import Evaluator
+from liquid_llm.losses.signals import Signal
+from liquid_llm.metrics import StepAccumulator
+from liquid_llm.options import ANNEAL
+from liquid_llm.run.inputs import Inputs, TextTools, read_dataset_inputs, read_manifest_inputs, validation_sets
+from liquid_llm.run.places import cache_dir
+from liquid_llm.run.starting import Start
+from liquid_llm.run.students import BuiltStudent, load_weights, make_student
+from liquid_llm.run.teachers import RunTeachers, choose_tokenizer, make_teachers
+from liquid_llm.run.tokens import read_token
+from liquid_llm.runtime import Choice, choose_device, choose_dtype, seed_everything, set_random_state, torch_dtype
+from liquid_llm.schedules import WarmupCosine
+from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.terminal import Stage
+from liquid_llm.training import Progress, StepSchedules, Student, build_optimizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training job is made of; see each class."""
+
+    text: TextTools
+    inputs: Inputs
+    built: BuiltStudent
+    teachers: RunTeachers
+    student: Student
+    optimizer: torch.optim.Optimizer
+    schedules: StepSchedules
+    evaluator: Evaluator
+    stream: TrainingStream
+    progress: Progress
+    accumulator: StepAccumulator
+    device: torch.device
+    choices: dict[str, Choice]
+
+
+def build_parts(config: RunConfig, start: Start) -> Parts:
+    """Build everything a run needs from its configuration and what it starts from.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    device_choice = choose_device()
+    device = torch.device(device_choice.value)
+    dtype = choose_dtype(config.student.precision, device.type)
+    log.info("student in %s: %s", dtype.value, dtype.reason)
+    seed_everything(config.seed)
+    token = read_token(config.teacher)
+    text = choose_tokenizer(config, start, token)
+    inputs = _read_inputs(config, text)
+    built = make_student(config, start, text, device, token)
+    teachers = make_teachers(config, inputs, text, device, token)
+    schedules = _schedules(config, start)
+    optimizer = build_optimizer(
+        built.model,
+        lr=config.optimizer.peak,
+        weight_decay=config.optimizer.weight_decay,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+    )
+    progress, accumulator = Progress(), StepAccumulator()
+    _restore(start, progress, optimizer, accumulator)
+    return Parts(
+        text=text,
+        inputs=inputs,
+        built=built,
+        teachers=teachers,
+        student=Student(built.model, torch_dtype(dtype.value), _reference(config, start, built.model, schedules)),
+        optimizer=optimizer,
+        schedules=schedules,
+        evaluator=_evaluator(config, inputs, text, teachers),
+        stream=TrainingStream(
+            inputs.sources,
+            block_size=config.data.block_size,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            eos_id=text.eos_id,
+        ),
+        progress=progress,
+        accumulator=accumulator,
+        device=device,
+        choices={"device": device_choice, "student_dtype": dtype, **teachers.choices},
+    )
+
+
+def _read_inputs(config: RunConfig, text: TextTools) -> Inputs:
+    read = read_dataset_inputs if config.face == ANNEAL else read_manifest_inputs
+    with Stage("tokenise", unit="tokens", total=None) as stage:
+        inputs = read(config.data, text, progress=lambda _, tokens: stage.advance(tokens))
+    for kind, row in inputs.readiness().items():
+        log.info("%s: %s", kind, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
+    return inputs
+
+
+def _schedules(config: RunConfig, start: Start) -> StepSchedules:
+    parts = build_schedules(config, after_step=start.step)
+    lr = WarmupCosine(config.optimizer.peak, config.optimizer.warmup_steps, config.optimizer.steps)
+    return StepSchedules(parts.alpha, parts.temperature, parts.l2, lr)
+
+
+def _evaluator(config: RunConfig, inputs: Inputs, text: TextTools, teachers: RunTeachers) -> Evaluator:
+    lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
+    sets = validation_sets(inputs, lengths, config.data, text.eos_id, config.evaluation.max_tokens)
+    return Evaluator(sets, config.data.block_size, config.evaluation.context_lengths, teachers.router)
+
+
+def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules) -> nn.Module | None:
+    """The frozen student of the keep-old-logits term: the weights the run began with, even when it is continued."""
+    if schedules.l2.value(start.step) == 0:
+        return None
+    reference = copy.deepcopy(model)
+    if start.kind == "continue":
+        assert config.student.resume_uri is not None
+        source = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
+        load_weights(reference, source.state_dict, source.description)
+    return reference.requires_grad_(False).eval()
+
+
+def _restore(start: Start, progress: Progress, optimizer: torch.optim.Optimizer, accumulator: StepAccumulator) -> None:
+    state, metadata = start.state, start.metadata
+    if state is None or metadata is None:
+        return
+    optimizer.load_state_dict(state["optimizer"])
+    progress.step = metadata.step
+    progress.tokens_seen = metadata.tokens_seen
+    progress.data_position = metadata.data_position
+    if metadata.best_val_loss is not None:
+        progress.best_val_loss = metadata.best_val_loss
+    if start.kind == "continue":
+        set_random_state(state["random"])
+        accumulator.load_state_dict(state["accumulator"])
+
+
+class BatchFeed:
+    """Micro-batches with their teacher signal, in order; what can be done ahead of need is done in a thread."""
+
+    def __init__(self, parts: Parts, grad_accum: int) -> None:
+        stream, schedules, device = parts.stream, parts.schedules, parts.device
+        router: TeacherRouter | None = parts.teachers.router
+        first_step, first_index = parts.progress.step, parts.progress.data_position
+
+        def fetch(index: int) -> tuple[MicroBatch, Any]:
+            batch = stream.micro_batch(index)
+            step = first_step + (index - first_index) // grad_accum
+            prepared = router.prepare(batch, schedules.temperature.value(step)) if router is not None else None
+            return batch.to(device), prepared
+
+        self._router = router
+        self._prefetcher = Prefetcher(fetch, first_index, depth=max(2, grad_accum))
+
+    @property
+    def waited(self) -> float:
+        """Seconds steps have waited for data or stored signal so far."""
+        return self._prefetcher.wait_seconds
+
+    def __enter__(self) -> BatchFeed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._prefetcher.close()
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, Signal | None]]:
+        return self
+
+    def __next__(self) -> tuple[MicroBatch, Signal | None]:
+        batch, prepared = next(self._prefetcher)
+        return batch, self._router.signal(batch, prepared) if self._router is not None else None
