@@ -1,0 +1,69 @@
+"""The signals of single samples put together into the signal of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.teachers.codecs import StoredSignal
+
+
+def assemble(signals: Sequence[StoredSignal | None], num_rows: Sequence[int]) -> StoredSignal:
+    """One signal for samples in order.
+
+    Args:
+        signals: of each sample; None where it has no usable record. At least one is not None, and all are of one kind.
+        num_rows: labelled positions of each sample; those of a sample without signal are masked.
+    """
+    logits = [signal for signal in signals if isinstance(signal, LogitsSignal)]
+    sparse = [signal for signal in signals if isinstance(signal, SparseSignal)]
+    if (not logits) == (not sparse):
+        raise ValueError(f"{len(logits)} signals of logits, {len(sparse)} sparse ones: need some, all of one kind")
+    for signal, rows in zip(signals, num_rows, strict=True):
+        if signal is not None and signal.num_positions != rows:
+            raise ValueError(f"a signal of {signal.num_positions} rows for {rows} positions")
+    if logits:
+        return _assemble_logits(signals, num_rows, logits[0])
+    return _assemble_sparse(signals, num_rows, sparse)
+
+
+def _assemble_logits(
+    signals: Sequence[StoredSignal | None], num_rows: Sequence[int], like: LogitsSignal
+) -> LogitsSignal:
+    rows, mask = [], []
+    for signal, count in zip(signals, num_rows, strict=True):
+        if isinstance(signal, LogitsSignal):
+            rows.append(signal.rows)
+            mask.append(signal.mask)
+        else:
+            rows.append(like.rows.new_zeros(count, like.rows.shape[1]))
+            mask.append(like.mask.new_zeros(count))
+    return LogitsSignal(torch.cat(rows), torch.cat(mask))
+
+
+def _assemble_sparse(
+    signals: Sequence[StoredSignal | None], num_rows: Sequence[int], present: Sequence[SparseSignal]
+) -> SparseSignal:
+    like = present[0]
+    if any(signal.temperature != like.temperature for signal in present):
+        raise ValueError("signals at different temperatures")
+    slots = max(signal.ids.shape[1] for signal in present)
+
+    def column(name: str) -> Tensor:
+        parts = []
+        for signal, count in zip(signals, num_rows, strict=True):
+            if isinstance(signal, SparseSignal):
+                part: Tensor = getattr(signal, name)
+                parts.append(F.pad(part, (0, slots - part.shape[1])) if part.dim() == 2 else part)
+            else:
+                empty: Tensor = getattr(like, name)
+                parts.append(empty.new_zeros((count, slots) if empty.dim() == 2 else (count,)))
+        return torch.cat(parts)
+
+    return SparseSignal(
+        column("ids"), column("weights"), column("log_probs"), column("tail_mass"), column("mask"), like.temperature
+    )

@@ -1,0 +1,55 @@
+"""Codecs by name; see ``base`` for the words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from liquid_llm.errors import SignalError
+from liquid_llm.teachers.codecs.base import Codec, Options, Payload, PayloadError, Rows, StoredSignal, check_temperature
+from liquid_llm.teachers.codecs.full import FullCodec
+from liquid_llm.teachers.codecs.topk import TopKCodec
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "FullCodec",
+    "Options",
+    "Payload",
+    "PayloadError",
+    "Rows",
+    "StoredSignal",
+    "TopKCodec",
+    "check_temperature",
+    "get_codec",
+]
+
+CODECS: dict[str, tuple[int, Callable[..., Codec]]] = {
+    FullCodec.name: (FullCodec.version, FullCodec),
+    TopKCodec.name: (TopKCodec.version, TopKCodec),
+}
+
+
+def get_codec(name: str, version: int | None = None, options: Options | None = None) -> Codec:
+    """The codec ``name``.
+
+    Args:
+        version: as stored with a record; None for the newest.
+        options: the codec's own, such as ``{"k": 64}``; defaults where left out.
+
+    Raises:
+        SignalError: an unknown name, option or value, or a version that this program does not have.
+    """
+    if name not in CODECS:
+        raise SignalError("unknown codec", got=repr(name), expected=f"one of {', '.join(CODECS)}")
+    newest, make = CODECS[name]
+    if version is not None and version != newest:
+        raise SignalError(
+            f"codec {name!r} of another version",
+            got=f"version {version}",
+            expected=f"version {newest}",
+            remedy="install the newer liquid-llm" if version > newest else "capture the signal again",
+        )
+    try:
+        return make(**(options or {}))
+    except TypeError:
+        raise SignalError(f"options that codec {name!r} does not have", got=dict(options or {})) from None

@@ -1,0 +1,118 @@
+"""How one position's teacher distribution is turned into few bytes and back.
+
+    rows      what ``encode`` makes of a chunk of logits: tensors whose first dimension is the position
+    payload   what is stored for one sample: ``pack`` of its rows, where entropy coding may change the shapes
+    decode    payload -> the signal of a run of positions at one temperature
+
+Encoding happens once, on whatever device the teacher runs; decoding happens every step, on the CPU, in any thread.
+A codec is a value: its name, version and options are stored with each record and are enough to make it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from liquid_llm.errors import SignalError
+from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+
+Rows: TypeAlias = dict[str, Tensor]
+Payload: TypeAlias = dict[str, Tensor]
+Options: TypeAlias = Mapping[str, int | float | str]
+StoredSignal: TypeAlias = LogitsSignal | SparseSignal
+
+
+class PayloadError(ValueError):
+    """A payload that this codec cannot have written; readers report its record as corrupt."""
+
+
+class Codec(Protocol):
+    """A pure pair of encoder and decoder.
+
+    Attributes:
+        name, version, options: identity; plain values that go into the record and into ``store.json``.
+        temperature_range: lowest and highest temperature ``decode`` answers for.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def options(self) -> Options: ...
+
+    @property
+    def temperature_range(self) -> tuple[float, float]: ...
+
+    def encode(self, logits: Tensor, generator: torch.Generator) -> Rows:
+        """Encode a chunk.
+
+        Args:
+            logits: [n, vocab] float32 on any device, n >= 0; may be overwritten.
+            generator: CPU generator of the sample the rows belong to, for codecs that draw. Rows arrive in order, so
+                that a record depends on the sample alone and not on its neighbours in the batch.
+
+        Raises:
+            SignalError: a row holds NaN or plus infinity. Minus infinity (a masked token) is a probability of zero.
+        """
+        ...
+
+    def pack(self, rows: Rows) -> Payload:
+        """The stored form of all rows of one sample, contiguous CPU tensors."""
+        ...
+
+    def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> StoredSignal:
+        """Positions ``[start, stop)`` at ``temperature``; every row's mask is True.
+
+        Raises:
+            SignalError: the temperature is outside ``temperature_range``.
+            PayloadError: the payload does not have the form ``pack`` gives it.
+        """
+        ...
+
+
+def row_maximum(logits: Tensor) -> Tensor:
+    """Largest logit of each row, [n, 1]. Raises SignalError where a row has none: NaN, plus infinity, all masked."""
+    if logits.shape[0] == 0:
+        return logits.new_zeros(0, 1)
+    top = logits.amax(dim=1, keepdim=True)
+    bad = ~torch.isfinite(top)
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0, 0])
+        raise SignalError(
+            "the teacher's logits are not finite",
+            where=f"row {position}",
+            got=float(top[position]),
+            remedy="load the teacher in float32 or bfloat16, or leave this sample out",
+        )
+    return top
+
+
+def check_temperature(codec: Codec, temperature: float) -> None:
+    """Raise SignalError unless ``codec`` can decode at ``temperature``."""
+    lowest, highest = codec.temperature_range
+    if not lowest <= temperature <= highest:
+        raise SignalError(
+            f"signal stored with codec {codec.name!r} cannot be read at this temperature",
+            got=f"{temperature:g}",
+            expected=f"{lowest:.3g} to {highest:.3g}",
+            remedy="choose --kd_temperature in this range or capture with codec 'full'",
+        )
+
+
+def require(payload: Payload, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    """The payload's tensor ``name``, of which ``shape`` (None: any size) and ``dtype`` are what the codec writes."""
+    tensor = payload.get(name)
+    if tensor is None:
+        raise PayloadError(f"no tensor {name!r}")
+    fits = len(tensor.shape) == len(shape) and all(
+        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        raise PayloadError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+    return tensor

@@ -1,0 +1,122 @@
+"""Samples through the teacher and the codec: hidden states of a batch, logits of a chunk, rows of a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liquid_llm.errors import SignalError
+from liquid_llm.teachers.capture_plan import Item
+from liquid_llm.teachers.codecs import Codec, Rows
+from liquid_llm.teachers.online import OnlineTeacher
+
+_CHUNK_BYTES = 64 * 2**20  # float32 logits that exist at the same time
+
+
+def score(
+    teacher: OnlineTeacher, batch: Sequence[Item], codecs: Mapping[str, Codec]
+) -> Iterator[tuple[Item, Rows | SignalError]]:
+    """The encoded rows of each sample of a batch, or why it has none; one forward pass, logits chunk by chunk.
+
+    Args:
+        batch: samples of near-equal length.
+        codecs: type -> codec.
+
+    Raises:
+        RuntimeError, IndexError: the teacher or a codec failed; samples already yielded are finished.
+    """
+    vocab_size = teacher.head.vocab_size
+    windows: list[np.ndarray] = []
+    good: list[Item] = []
+    for item in batch:
+        window = item.sample().input_ids[: item.num_tokens]
+        if window.size and int(window.max()) >= vocab_size:
+            yield (
+                item,
+                SignalError("a token outside the vocabulary", got=int(window.max()), expected=f"under {vocab_size}"),
+            )
+        else:
+            good.append(item)
+            windows.append(window)
+    if not good:
+        return
+    with torch.inference_mode():
+        hidden = teacher.hidden(_padded(windows))
+        encoders = [_Encoder(item, codecs[item.type]) for item in good]
+        num_rows = [max(len(window) - 1, 0) for window in windows]
+        for chunk in _chunks(num_rows, max(1, _CHUNK_BYTES // (4 * vocab_size))):
+            rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
+            logits = teacher.head.logits(rows).float()
+            parts = torch.split(logits, [stop - start for _, start, stop in chunk])
+            for (sample, _, stop), part in zip(chunk, parts, strict=True):
+                encoders[sample].add(part)
+                if stop == num_rows[sample]:
+                    yield good[sample], encoders[sample].result()
+            del logits, parts, part  # before the next chunk's are made
+
+
+class _Encoder:
+    """Collects the rows of one sample."""
+
+    def __init__(self, item: Item, codec: Codec) -> None:
+        self._codec = codec
+        self._generator = sample_generator(item.sample_id)
+        self._parts: list[Rows] = []
+        self._error: SignalError | None = None
+
+    def add(self, logits: Tensor) -> None:
+        if self._error is not None:
+            return
+        try:
+            rows = self._codec.encode(logits, self._generator)
+        except SignalError as error:
+            self._error = error
+        else:
+            self._parts.append({name: tensor.cpu() for name, tensor in rows.items()})
+
+    def result(self) -> Rows | SignalError:
+        if self._error is not None:
+            return self._error
+        first = self._parts[0]
+        return (
+            first
+            if len(self._parts) == 1
+            else {name: torch.cat([part[name] for part in self._parts]) for name in first}
+        )
+
+
+def sample_generator(sample_id: str) -> torch.Generator:
+    """The random numbers of a sample's record: the same in every capture of it."""
+    digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8, person=b"signal").digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _padded(windows: Sequence[np.ndarray]) -> Tensor:
+    ids = np.zeros((len(windows), max(map(len, windows))), dtype=np.int64)
+    for row, window in zip(ids, windows, strict=True):
+        row[: len(window)] = window
+    return torch.from_numpy(ids)
+
+
+def _chunks(num_rows: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Runs of positions ``(sample, start, stop)``, together at most ``limit`` a chunk.
+
+    Samples are cut at multiples of ``limit`` from their own start, whatever their neighbours are, so that a codec that
+    draws sees the same calls in every batch. A sample without positions has one empty run.
+    """
+    chunk: list[tuple[int, int, int]] = []
+    held = 0
+    for sample, count in enumerate(num_rows):
+        for start in range(0, max(count, 1), limit):
+            stop = min(start + limit, count)
+            if chunk and held + stop - start > limit:
+                yield chunk
+                chunk, held = [], 0
+            chunk.append((sample, start, stop))
+            held += stop - start
+    if chunk:
+        yield chunk

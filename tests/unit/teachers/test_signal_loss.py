@@ -1,0 +1,69 @@
+"""A stored signal in the loss against the online teacher that it was captured from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher
+
+from liquid_llm.data.types import IGNORE_INDEX
+from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.reference import reference_loss
+from liquid_llm.losses.signals import OutputHead, Signal
+from liquid_llm.teachers.capture import capture
+from liquid_llm.teachers.codecs import Codec, FullCodec, TopKCodec
+from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.store import StoreWriter, open_store
+
+BATCH = batch_of(make_samples(6, low=10, high=60), 48)
+
+
+def signals(folder: Path, codec: Codec, temperature: float) -> tuple[Signal, Signal]:
+    """What the online teacher says of the batch, and what was stored of it."""
+    teacher = tiny_teacher()
+    writer = StoreWriter(str(folder), teacher.identity, codec, vocab_size=VOCAB)
+    capture({"math_tool": [ListSource(BATCH.samples)]}, {"math_tool": writer}, teacher, seq_len=64, batch_size=2)
+    router = TeacherRouter(None, {"math_tool": open_store(str(folder))}, strict=True, online_types=[])
+    stored = router.signal(BATCH, router.prepare(BATCH, temperature))
+    assert stored is not None
+    return OnlineTeacher(teacher, VOCAB).signal(BATCH), stored
+
+
+def scored(signal: Signal, temperature: float, loss: str) -> tuple[float, torch.Tensor]:
+    """Mean KL and the gradient of the composite loss on a student's hidden states."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(BATCH.num_positions, 24, generator=generator).requires_grad_()
+    head = OutputHead(torch.randn(VOCAB, 24, generator=generator) * 0.5)
+    labels = BATCH.labels[BATCH.labels != IGNORE_INDEX]
+    function = reference_loss if loss == "reference" else fused_loss
+    output = function(hidden, head, labels, signal=signal, kd_alpha=0.7, kd_temperature=temperature)
+    output.loss.backward()
+    assert output.num_signal == BATCH.num_positions
+    assert hidden.grad is not None
+    return float(output.kd) / BATCH.num_positions, hidden.grad
+
+
+@pytest.mark.parametrize("loss", ["reference", "fused"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("codec", [FullCodec(), TopKCodec(VOCAB)], ids=lambda codec: codec.name)
+def test_a_whole_distribution_in_16_bits(tmp_path: Path, codec: Codec, temperature: float, loss: str) -> None:
+    online, stored = signals(tmp_path, codec, temperature)
+    exact, exact_grad = scored(online, temperature, loss)
+    found, found_grad = scored(stored, temperature, loss)
+    assert found == pytest.approx(exact, rel=1e-3)
+    assert float((found_grad - exact_grad).norm() / exact_grad.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_coarse_grained_kl_is_smaller_and_grows_with_k(tmp_path: Path, temperature: float) -> None:
+    """Lumping ids into a bucket can only lose divergence (the data-processing inequality)."""
+    found = []
+    for k in (4, 16, 64, 256):
+        online, stored = signals(tmp_path / str(k), TopKCodec(k), temperature)
+        exact, _ = scored(online, temperature, "reference")
+        found.append(scored(stored, temperature, "reference")[0])
+    assert found == sorted(found)
+    assert 0.0 < found[0] < found[-1] <= exact * 1.001
