@@ -11,14 +11,16 @@ import torch
 
 from liquid_llm.config import RunConfig, TeacherConfig
 from liquid_llm.errors import ModelError, UsageError
+from liquid_llm.flash_attention import provide
 from liquid_llm.models.loading import LoadedModel, load_teacher, load_tokenizer
 from liquid_llm.models.positions import max_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
 from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
 from liquid_llm.options import ANNEAL
 from liquid_llm.run.inputs import Inputs, TextTools
+from liquid_llm.run.places import cache_dir
 from liquid_llm.run.starting import Start
-from liquid_llm.runtime import choose_attention, choose_dtype, torch_dtype
+from liquid_llm.runtime import Choice, choose_attention, choose_dtype, torch_dtype
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.store import StoreReader, open_store
@@ -92,7 +94,7 @@ def load_online(
 ) -> tuple[LoadedModel, dict[str, Any]]:
     """A teacher in inference mode, and the choices made for it."""
     dtype = choose_dtype(teacher.precision, device.type)
-    attention = choose_attention(device.type)
+    attention = _attention(teacher, device, dtype.value)
     log.info(
         "teacher %s in %s (%s), attention %s (%s)",
         model_id,
@@ -105,6 +107,15 @@ def load_online(
         model_id, dtype=torch_dtype(dtype.value), device=device, attention=attention.value, token=token
     )
     return loaded, {"teacher_dtype": dtype, "attention": attention}
+
+
+def _attention(teacher: TeacherConfig, device: torch.device, dtype: str) -> Choice:
+    """The attention of the teacher; where a FlashAttention wheel was named and cannot be used, the reason says why."""
+    if teacher.fa_wheel_uri is None:
+        return choose_attention(device, dtype=dtype)
+    obstacle = provide(teacher.fa_wheel_uri, teacher.fa_wheel_sha256, cache_dir() / "wheels")
+    choice = choose_attention(device, dtype=dtype)
+    return choice if obstacle is None else Choice(choice.value, f"--fa_wheel_gcs is not used: {obstacle}")
 
 
 def make_teachers(
