@@ -1,8 +1,8 @@
 """FlashAttention from a wheel a user keeps in a bucket: fetched and installed only where it can work.
 
 A wheel's name says what it was built for: Python, platform and, in its local version, CUDA, torch and C++ ABI
-(``flash_attn-2.8.3+cu12torch2.4cxx11abiTRUE-cp310-cp310-linux_x86_64.whl``). Where any of them is not this machine's, a run
-goes on with PyTorch's own attention and says why. The choice and its reason are kept in provenance.
+(``flash_attn-2.8.3+cu12torch2.4cxx11abiTRUE-cp310-cp310-linux_x86_64.whl``). Where any of them is not this machine's, a
+run goes on with PyTorch's own attention and says why. The choice and its reason are kept in provenance.
 """
 
 from __future__ import annotations
