@@ -53,6 +53,7 @@ __all__ = [
 
 _READ_BLOCK_BYTES = 16 * 2**20  # a GET costs about 43 ms before its first byte: small blocks waste the line
 _BUFFER_BYTES = 2**20
+_VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def _full_uri(fs: Any, base: str, name: str) -> str:
 
 
 def _version(details: dict[str, Any]) -> str:
-    for key in ("etag", "ETag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
+    for key in _VERSION_KEYS:
         if details.get(key):
             return str(details[key])
     return f"size {details.get('size')}"
@@ -255,7 +256,11 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def upload(local: str | Path, uri: str) -> None:
     """Publish a copy of a local file at ``uri``. The file must not change meanwhile."""
-    with translated(local), open(local, "rb"):
+    _publish_copy(Path(local), local, uri)
+
+
+def _publish_copy(local: Path, source: object, uri: str) -> None:
+    with translated(source), local.open("rb"):
         pass  # a missing or unreadable source is told from a missing target here
     if is_remote(uri):
         with_backend(uri, lambda fs, path: fs.put_file(str(local), path), writing=True)
@@ -267,7 +272,7 @@ def upload(local: str | Path, uri: str) -> None:
 def download(uri: str, local: str | Path) -> None:
     """Publish a copy of ``uri`` as a local file, making the folders above it."""
     if not is_remote(uri):
-        upload(local_path(uri), str(local))
+        _publish_copy(local_path(uri), uri, str(local))
         return
     with published(Path(local), local) as temporary:
         with_backend(uri, lambda fs, path: fs.get_file(path, str(temporary)))
@@ -276,7 +281,7 @@ def download(uri: str, local: str | Path) -> None:
 def copy(source: str, target: str) -> None:
     """Publish a copy of a file elsewhere; within one object store the data does not pass through this machine."""
     if not is_remote(source):
-        upload(local_path(source), target)
+        _publish_copy(local_path(source), source, target)
     elif not is_remote(target):
         download(source, local_path(target))
     elif scheme_of(source) == scheme_of(target):

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from liquid_llm.errors import StorageError
@@ -22,6 +22,7 @@ T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)(?:://|::)")
 _LOCAL_SCHEMES = ("file", "local")
 _GCS_SCHEMES = ("gs", "gcs")
+_LARGE_BODY_BYTES = 2**20
 _READ_ONLY_SCHEMES = ("http", "https", "data", "github")
 
 _filesystems: dict[tuple[object, ...], Any] = {}
@@ -106,12 +107,24 @@ def _new_filesystem(kind: Any, scheme: str, emulator: str, options: dict[str, An
     for name, retry in (("_request", True), ("_get_file_request", True), ("_get_file_concurrent", False)):
         plain = getattr(getattr(kind, name, None), "__wrapped__", None)
         if plain is not None:
-            method = plain.__get__(fs)
+            method = _with_streamed_body(plain.__get__(fs)) if name == "_request" else plain.__get__(fs)
             setattr(fs, name, retrying(method, str(fs._location)) if retry else method)
     gcs_log = logging.getLogger("gcsfs")
     if gcs_log.level == logging.NOTSET:
         gcs_log.setLevel(logging.CRITICAL)  # it prints a traceback for what is raised anyway and explained here
     return fs
+
+
+def _with_streamed_body(request: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """A request that sends a large body piece by piece: aiohttp warns that bytes given whole block its event loop."""
+
+    async def call(*args: Any, **kwargs: Any) -> T:
+        body = kwargs.get("data")
+        if isinstance(body, (bytes, bytearray, memoryview)) and memoryview(body).nbytes > _LARGE_BODY_BYTES:
+            kwargs["data"] = io.BytesIO(body)
+        return await request(*args, **kwargs)
+
+    return call
 
 
 class RemoteReader(io.RawIOBase):

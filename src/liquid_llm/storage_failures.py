@@ -123,7 +123,7 @@ def describe(error: BaseException, *, writing: bool) -> Cause:
         writing: a missing place then means a missing bucket or folder.
     """
     status = _http_status(error)
-    if status is None and error.__cause__ is not None:
+    if status is None and isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         status = _http_status(error.__cause__)  # fsspec's http wraps every failure as "not found"
     cause = _known(error, status)
     if cause is not None:

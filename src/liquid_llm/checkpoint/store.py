@@ -223,7 +223,11 @@ class CheckpointStore:
                 self._move(name, original)
         for data in self.run_dir.glob("*" + DATA_SUFFIX):
             name = data.name.removesuffix(DATA_SUFFIX)
-            if is_snapshot(name.removesuffix(REPLACED)) and not sidecar_path(self.run_dir, name).exists() and _is_ours(data):
+            if (
+                is_snapshot(name.removesuffix(REPLACED))
+                and not sidecar_path(self.run_dir, name).exists()
+                and _is_ours(data)
+            ):
                 self._say(f"removed an unfinished checkpoint: {data}")
                 data.unlink()
 

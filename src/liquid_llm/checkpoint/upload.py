@@ -130,7 +130,7 @@ class Uploader:
         if missing:
             waited = f" after {deadline_seconds:.0f} s" if late else ""
             raise StorageError(
-                f"{len(missing)} files of this run are not in its mirror{waited}: {', '.join(missing)}",
+                f"the mirror lacks {len(missing)} of this run's files{waited}: {', '.join(missing)}",
                 where=self._mirror.uri,
                 remedy=f"they are kept in {self._dir}; run the same command again to send them",
             )
@@ -184,6 +184,7 @@ class Uploader:
             if self._failed and (closing or time.monotonic() >= retry_at):
                 for name, job in list(self._failed.items()):
                     self._attempt(name, job)
+                self._unstage()
                 self._send_everything()
                 retry_at = time.monotonic() + self._retry_after
 
