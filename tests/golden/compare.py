@@ -1,7 +1,7 @@
 """Golden losses: 20 hybrid steps of a two-layer model, full precision, against what was recorded.
 
-    python -m tests.golden.compare            print recorded and present losses side by side
-    python -m tests.golden.compare --write    record the present ones (say why in the commit message)
+python -m tests.golden.compare            print recorded and present losses side by side
+python -m tests.golden.compare --write    record the present ones (say why in the commit message)
 """
 
 from __future__ import annotations
