@@ -46,6 +46,7 @@ def load_hub_dataset(
     splits: Sequence[str] = ("train", "validation"),
     text_column: str | None = None,
     validation_fraction: float = 0.05,
+    token: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TokenDataset]:
     """The dataset's splits, tokenised as ``lm`` text and cached like any other source.
@@ -56,6 +57,7 @@ def load_hub_dataset(
         splits: of ``train``, ``validation``, ``test``; other usual names (``valid``, ``dev``) are found too.
         text_column: None takes ``text``, or the only column of strings.
         validation_fraction: of the training documents, held out by hash where there is no validation split.
+        token: for private and gated datasets; None uses the one a person signed in with, if any.
 
     Returns:
         by the names in ``splits``.
@@ -64,7 +66,7 @@ def load_hub_dataset(
         DataError: no such dataset, configuration, split or column; offline and not in the cache; unreadable data.
         StorageError: access refused, or the disk is full.
     """
-    tables = _load(name, config)
+    tables = _load(name, config, token)
     label = name if config is None else f"{name} ({config})"
     train = _table(tables, "train", label)
     column = _text_column(train.features, text_column, label)
@@ -74,16 +76,11 @@ def load_hub_dataset(
         source = HubRows(table, column, label, kind, lines)
         return tokenize(source, tokenizer, tokenizer_hash, cache_dir, eos_id=eos_id, progress=progress)
 
-    result = {}
-    for kind in splits:
-        if kind == "train":
-            result[kind] = tokenized(train, kind)
-        elif kind == "validation" and not _split_names(tables, kind):
-            _log.warning("%s has no validation split: %g of its training text is held out", label, validation_fraction)
-            result["train"], result[kind] = split(tokenized(train, "train"), validation_fraction)
-        else:
-            result[kind] = tokenized(_table(tables, kind, label), kind)
-    return result
+    made: dict[str, TokenDataset] = {}
+    if "validation" in splits and not _split_names(tables, "validation"):
+        _log.warning("%s has no validation split: %g of its training text is held out", label, validation_fraction)
+        made["train"], made["validation"] = split(tokenized(train, "train"), validation_fraction)
+    return {kind: made[kind] if kind in made else tokenized(_table(tables, kind, label), kind) for kind in splits}
 
 
 def rows_are_lines(rows: Iterable[str]) -> bool:
@@ -150,7 +147,7 @@ def _rows(table: Any, column: str) -> Iterator[str]:
         yield from (row or "" for row in batch[column])
 
 
-def _load(name: str, config: str | None) -> Any:
+def _load(name: str, config: str | None, token: str | None) -> Any:
     import datasets
 
     folder = Path(name)
@@ -160,7 +157,7 @@ def _load(name: str, config: str | None) -> Any:
         try:
             if saved:
                 return datasets.load_from_disk(name)
-            return datasets.load_dataset(path, config, revision=revision or None)
+            return datasets.load_dataset(path, config, revision=revision or None, token=token)
         except ConnectionError as error:
             raise DataError(
                 f"the dataset is not in the local cache, and the hub cannot be reached ({_first_line(error)})",

@@ -121,9 +121,12 @@ def test_other_names_of_splits(tmp_path: Path, alias: str) -> None:
     }
 
 
-def test_without_a_validation_split_some_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("order", [("train", "validation"), ("validation", "train")])
+def test_without_a_validation_split_some_is_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, order: tuple[str, ...]
+) -> None:
     name = folder(tmp_path / "pages", train=PAGES)
-    splits = load(name, None, tmp_path, validation_fraction=0.3)
+    splits = load(name, None, tmp_path, validation_fraction=0.3, splits=order)
     expected = [text for n, text in enumerate(PAGES) if held_out(f"train-{n}", 0.3)]
     assert texts(splits["validation"]) == expected
     assert 3 < len(expected) < 15

@@ -160,10 +160,20 @@ def test_an_epoch_of_samples_holds_each_once(epoch: int) -> None:
 
 
 def test_epochs_differ() -> None:
-    for number in (0, 1):
-        first, second = (list(map(content, first_epoch(stream(), number, epoch))) for epoch in (0, 1))
-        assert first != second
-    assert not any(batch in second for batch in first)  # samples meet others, not only at other times
+    samples = [list(map(content, first_epoch(stream(), 1, epoch))) for epoch in (0, 1)]
+    assert not any(batch in samples[1] for batch in samples[0])  # samples meet others, not only at other times
+    whole = Source(token_dataset([list(range(1, 240))]), 1.0)  # ten blocks
+    blocks = [
+        [row for batch in first_epoch(stream([whole], batch_size=2), 0, epoch) for row in rows(batch)]
+        for epoch in (0, 1)
+    ]
+    assert sorted(blocks[0]) == sorted(blocks[1])
+    assert blocks[0] != blocks[1]
+
+
+def test_short_and_long_micro_batches_take_turns() -> None:
+    longest = [int(max(batch.lengths)) for batch in first_epoch(stream(block_size=60), 1)]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
 
 
 def test_fewer_blocks_than_a_micro_batch_holds() -> None:
@@ -246,11 +256,14 @@ def test_every_context_length_sees_the_same_samples(type: str, max_tokens: int |
 
 
 def test_a_smaller_choice_of_samples_is_a_part_of_a_larger_one() -> None:
+    dataset = SOURCES[1].dataset
+
     def names(max_tokens: int) -> set[str]:
         batches = validation_batches(SOURCES[1].dataset, block_size=24, batch_size=3, eos_id=EOS, max_tokens=max_tokens)
         return {one.sample_id for batch in batches for one in batch.samples}
 
     assert names(100) < names(500) < names(1000)
+    assert names(500) != {dataset.sample_id(n) for n in range(len(names(500)))}  # not just the first ones
 
 
 @pytest.mark.parametrize("type", ["lm", "math_tool"])
