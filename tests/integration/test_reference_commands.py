@@ -39,6 +39,7 @@ def assert_complete(run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
     capture = readme.command("stage1_hybrid.precompute_hybrid_logits")
     summary = json.loads(succeed(fresh_world.run(capture)).stdout.splitlines()[-1])
@@ -72,6 +73,7 @@ def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_annealing_commands_run_as_written(fresh_world: World) -> None:
     runs = fresh_world.bucket / "stage0" / "checkpoints" / "vertex_runs"
     shorter = {"warmup_steps": 1, "log_interval": 1, "eval_every": 2, "save_every": 2, "eval_tokens": 4096}
