@@ -275,7 +275,7 @@ def download(uri: str, local: str | Path) -> None:
         _publish_copy(local_path(uri), uri, str(local))
         return
     with published(Path(local), local) as temporary:
-        with_backend(uri, lambda fs, path: fs.get_file(path, str(temporary)))
+        with_backend(uri, lambda fs, path: fs.get_file(path, str(temporary)), where=f"{uri} -> {local}")
 
 
 def copy(source: str, target: str) -> None:
@@ -285,7 +285,9 @@ def copy(source: str, target: str) -> None:
     elif not is_remote(target):
         download(source, local_path(target))
     elif scheme_of(source) == scheme_of(target):
-        with_backend(target, lambda fs, path: fs.cp_file(fs._strip_protocol(source), path), source=source)
+        with_backend(
+            target, lambda fs, path: fs.cp_file(fs._strip_protocol(source), path), where=f"{source} -> {target}"
+        )
     else:
         with tempfile.TemporaryDirectory() as folder:
             download(source, Path(folder, "file"))

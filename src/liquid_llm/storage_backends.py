@@ -37,9 +37,9 @@ def scheme_of(uri: str) -> str | None:
 
 
 def with_backend(
-    uri: str, call: Callable[[Any, str], T], *, writing: bool = False, retry: bool = True, source: str | None = None
+    uri: str, call: Callable[[Any, str], T], *, writing: bool = False, retry: bool = True, where: str | None = None
 ) -> T:
-    """``call(filesystem, path)`` with retries and translated errors."""
+    """``call(filesystem, path)`` with retries and translated errors; ``where`` is what messages name, else ``uri``."""
     scheme = scheme_of(uri)
     if writing and scheme in _READ_ONLY_SCHEMES:
         raise StorageError(f"{scheme} can only be read", where=uri, remedy="give a bucket or a local folder instead")
@@ -53,7 +53,7 @@ def with_backend(
             attempts = retry_policy().attempts if retry and scheme not in _GCS_SCHEMES else 1
             cause = describe(error, writing=writing)
             if not cause.passing or failures >= attempts:
-                raise cause.as_error(uri if source is None else f"{source} -> {uri}") from error
+                raise cause.as_error(where or uri) from error
             time.sleep(announced_pause(uri, cause, failures))
 
 

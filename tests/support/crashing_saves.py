@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,13 @@ CALLS = ("replace", "link", "unlink", "fsync", "mkdir", "open", "rename")
 CRASHED = 9
 
 
-def save(folder: Path, step: int, keep_last: int = 2) -> None:
-    with CheckpointStore(folder, keep_last, log=lambda _: None) as store:
-        store.save(state_of(step), metadata_of(step), also_as=("last", "best"))
+def save(folder: Path, step: int, also_as: Sequence[str]) -> None:
+    with CheckpointStore(folder, 2, log=lambda _: None) as store:
+        store.save(state_of(step), metadata_of(step), also_as=also_as)
+
+
+def open_only(folder: Path) -> None:
+    CheckpointStore(folder, 2, log=lambda _: None).close()
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -58,24 +62,45 @@ def crash_before_call(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def every_point(folder: Path, first: int, second: int) -> None:
+def crashing_runs(before: Path, work: Callable[[Path], None]) -> Iterator[tuple[Path, bool]]:
+    """For each file-system call of ``work``: a copy of ``before`` in which it died right before that call.
+
+    Yields the folder and whether ``work`` died; the last one lived.
+    """
     number, crashed = 0, True
-    before = folder / f"{first}-{second}"
-    save(before, first)
     while crashed:
         number += 1
-        run = folder / f"{first}-{second}-{number}"
+        run = before.with_name(f"{before.name}.{number}")
         run.mkdir()
         for path in before.iterdir():
             os.link(path, run / path.name)  # data is replaced, never changed: links to it are as good as copies
 
         def crash(run: Path = run, number: int = number) -> None:
             crash_before_call(number)
-            save(run, second)
+            work(run)
 
         _, status = os.waitpid(in_child(crash), 0)
-        crashed = os.waitstatus_to_exitcode(status) == CRASHED
-        print(json.dumps({"run": str(run), "least": first if crashed else second, "code": status}), flush=True)
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (0, CRASHED):
+            raise SystemExit(f"{run}: the child ended with {code}")
+        crashed = code == CRASHED
+        yield run, crashed
+
+
+def every_point(before: Path, first: int, second: int, also_as: Sequence[str], recovery: bool) -> None:
+    """Kill the saving of step ``second``; with ``recovery``, kill also what tidies up after each of those."""
+    before.mkdir()
+    save(before, first, also_as)
+    for run, crashed in crashing_runs(before, lambda folder: save(folder, second, also_as)):
+        least = first if crashed else second
+        if recovery and crashed:
+            for again, _ in crashing_runs(run, open_only):
+                report(again, least)
+        report(run, least)
+
+
+def report(run: Path, least: int) -> None:
+    print(json.dumps({"run": str(run), "least": least}), flush=True)
 
 
 def endless(folder: Path, first: int, acks: int) -> None:
@@ -100,7 +125,9 @@ def random_moments(folder: Path, rounds: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # forked children have none of the parent's threads
     if sys.argv[1] == "points":
-        every_point(Path(sys.argv[2]), 1, 2)
-        every_point(Path(sys.argv[2]), 5, 5)  # the same step again: its snapshot is overwritten
+        folder = Path(sys.argv[2])
+        every_point(folder / "next", 1, 2, ("last", "best"), recovery=False)
+        every_point(folder / "again", 5, 5, ("last",), recovery=False)  # the snapshot of the same step is overwritten
+        every_point(folder / "alone", 7, 7, (), recovery=True)  # and it is the only one
     else:
         random_moments(Path(sys.argv[2]), int(sys.argv[3]))

@@ -317,6 +317,8 @@ def check_after_crash(folder: Path, least: int) -> int:
     found = discovery.latest_checkpoint(folder)
     assert found is not None, names_in(folder)
     assert found.step >= least
+    for name, metadata in discovery.sidecars(folder).items():  # a sidecar never stands beside other data
+        assert file_sha256(discovery.data_path(folder, name)) == metadata.sha256, (name, names_in(folder))
     with CheckpointStore(folder, keep_last=2, log=lambda _: None) as store:
         tidied = store.latest()
         assert tidied is not None
@@ -351,8 +353,7 @@ def test_killed_before_every_single_file_system_call(quick_path: Path) -> None:
         script("points", str(quick_path)), env=environment(), capture_output=True, text=True, check=True
     )
     results = [json.loads(line) for line in output.stdout.splitlines()]
-    assert len(results) > 40  # both scenarios, each with every point
-    assert [one["code"] for one in results if one["code"]] == [crashing_saves.CRASHED << 8] * (len(results) - 2)
+    assert len(results) > 100
     for one in results:
         check_after_crash(Path(one["run"]), one["least"])
 
