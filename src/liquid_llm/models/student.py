@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from liquid_llm.errors import ModelError
 from liquid_llm.models.heads import check_causality, check_output_head
@@ -139,7 +138,6 @@ def build_student(
         model = _from_configuration(spec, vocab_size, bos_id, eos_id, seed, attention)
     else:
         model = _from_weights(spec, vocab_size, bos_id, eos_id, attention, token)
-    _forget_padding(model)
     if model.generation_config is not None:
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         model.generation_config.update(**ids)
@@ -217,21 +215,12 @@ def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attentio
 
 
 def _prepare(config: Any, bos_id: int, eos_id: int) -> None:
-    """Dropout off, no cache while training, the tokenizer's special ids."""
+    """Dropout off, the tokenizer's special ids, and no token for padding (its embedding row would be kept at zero)."""
     text = config.get_text_config(decoder=True)
     for name, value in vars(text).items():
-        if ("drop" in name or name == "layerdrop") and isinstance(value, float):
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(text, name, 0.0)
     text.bos_token_id, text.eos_token_id, text.pad_token_id = bos_id, eos_id, None
-
-
-def _forget_padding(model: Any) -> None:
-    """No row of an embedding is padding, and every dropout is off."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

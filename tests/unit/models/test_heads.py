@@ -71,7 +71,7 @@ class Disguised(nn.Module):
     ("change", "complaint"),
     [
         (lambda logits: logits * 1.01, "differ"),
-        (lambda logits: 30 * torch.tanh(logits / 30), "differ"),  # invisible in a fresh model's tiny logits
+        (lambda logits: 100 * torch.tanh(logits / 100), "differ"),  # invisible in a fresh model's tiny logits
         (lambda logits: logits + 0.1, "differ"),
         (lambda logits: logits[..., :500], r"\[2, 8, 500\]"),
         (lambda logits: logits * float("nan"), "differ"),

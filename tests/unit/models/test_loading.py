@@ -190,6 +190,12 @@ def with_broken_tokenizer(place):
     (place / "tokenizer.json").write_text('{"model": 3}')
 
 
+def with_unknown_tokenizer_model(place):  # the tokenizers library raises a plain Exception for it
+    content = json.loads((place / "tokenizer.json").read_text())
+    content["model"]["type"] = "Nonsense"
+    (place / "tokenizer.json").write_text(json.dumps(content))
+
+
 def with_more_tokens(place):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{number}>" for number in range(9)])
@@ -218,6 +224,7 @@ OWN_CODE = {"model_type": "x", "auto_map": {"AutoConfig": "evil.C", "AutoModelFo
         (with_broken_configuration, "not a valid JSON"),
         (without_tokenizer, "no usable tokenizer"),
         (with_broken_tokenizer, "no usable tokenizer"),
+        (with_unknown_tokenizer_model, "no usable tokenizer"),
         (with_more_tokens, r"more tokens than the model; got 521; expected at most 512"),
         (without_anything, r"no config.json and 0 \.gguf files"),
     ],

@@ -133,12 +133,13 @@ def test_learned_positions_grow_by_interpolation_and_the_model_works(name, tmp_p
     model = tiny_model(name)
     table = model.get_submodule(table_of(model))
     offset = table.weight.shape[0] - 64
-    before = table.weight.detach().clone()
+    before, names = table.weight.detach().clone(), list(model.state_dict())
     assert "64 trained rows interpolated to 100" in fit_positions(model, 100)
     assert max_positions(model) == 100
     torch.testing.assert_close(table.weight[:offset], before[:offset])
     torch.testing.assert_close(table.weight[offset:], resize_learned_positions(before[offset:], 100))
     assert table.weight.requires_grad
+    assert list(model.state_dict()) == names
     check_output_head(model)
     check_causality(model, num_tokens=100)
     model.save_pretrained(tmp_path)
@@ -252,6 +253,7 @@ def test_fitting_leaves_parameters_generators_and_modes_alone():
     parameters, state = list(model.parameters()), torch.get_rng_state()
     fit_positions(model, 128, 2.0)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert model.model.rotary_emb.config is model.config
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
