@@ -171,14 +171,15 @@ def test_the_only_column_of_strings_is_taken(tmp_path: Path) -> None:
     assert texts(load(folder(tmp_path / "pages", train=rows, validation=rows), None, tmp_path)["train"]) == PAGES
 
 
-def test_the_cache_follows_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_follows_the_data(tmp_path: Path) -> None:
     name = folder(tmp_path / "pages", train=PAGES, validation=["held"])
     load(name, None, tmp_path)
     before = sorted((tmp_path / "tokens").glob("lm-*"))
     load(name, None, tmp_path)
     assert sorted((tmp_path / "tokens").glob("lm-*")) == before
-    folder(tmp_path / "pages", train=[*PAGES, "one more page"])
-    assert texts(load(name, None, tmp_path)["train"]) == [*PAGES, "one more page"]
+    changed = [*PAGES[:-1], PAGES[-1].upper()]  # as many rows, as many characters
+    folder(tmp_path / "pages", train=changed)
+    assert texts(load(name, None, tmp_path)["train"]) == changed
 
 
 @pytest.mark.parametrize("wanted", ["train", "test"])
