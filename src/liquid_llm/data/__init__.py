@@ -1,0 +1,1 @@
+"""From a manifest or a named dataset to micro-batches."""
