@@ -225,6 +225,10 @@ def run_problems(config: RunConfig) -> list[str]:
         if not data.manifest:
             problems.append("--dataset_manifest is missing: name a JSONL manifest")
         problems += _teacher_problems(teacher)
+        if data.seq_len > data.block_size:
+            problems.append(
+                f"--seq_len={data.seq_len} is longer than --block_size={data.block_size}: raise --block_size"
+            )
         if objective.l2 > 0 and config.student.resume_uri is None:
             problems.append(
                 "--keep_old_logit_l2 needs --resume_gcs_uri: without it there are no old logits to stay near"

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -83,9 +84,13 @@ def _gcs_class(emulator: str) -> Any:
     if emulator:
         # without this gcsfs asks a gRPC endpoint, which no emulator has, about every bucket: a minute a call
         os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-        from gcsfs.core import GCSFileSystem
-    else:
-        from gcsfs import GCSFileSystem
+    with warnings.catch_warnings():
+        # on Python 3.10 Google's libraries announce the end of their support, three times, at every import
+        warnings.simplefilter("ignore", FutureWarning)
+        if emulator:
+            from gcsfs.core import GCSFileSystem
+        else:
+            from gcsfs import GCSFileSystem
     return GCSFileSystem
 
 

@@ -110,7 +110,7 @@ def build(root: Path) -> Tiny:
 
 
 def _trained_teacher(tokenizer: Any, lines: list[str]) -> Any:
-    """A teacher that knows something no text says: it predicts another token than the one that follows, by a fixed rule.
+    """A teacher that knows something no text says: what it predicts follows from the next token by a fixed rule.
 
     Cross-entropy on the text therefore leads away from it: only its signal can bring a student near.
     """

@@ -171,11 +171,17 @@ def _unpacked(path: Path, found: FileInfo, work_dir: Path) -> Path:
 def _read_torch_file(path: Path, uri: str) -> ResumeSource:
     content = read_archive(path, uri)
     if not is_checkpoint(content):
-        return ResumeSource(_bare_state_dict(content, uri), f"weights of {uri}")
+        return ResumeSource(_bare_state_dict(content, uri), f"weights of {uri}", config=_config_beside(content))
     state, metadata = take_apart(content, uri, verified_sidecar(path, uri))
     words = f"checkpoint {uri} of step {metadata.step}"
     weights = _bare_state_dict(state["student"], uri)
     return ResumeSource(weights, words, metadata, metadata.student.get("config"), None, state)
+
+
+def _config_beside(content: object) -> Mapping[str, Any] | None:
+    """The Hugging Face configuration a foreign trainer kept next to the weights, as ``config``."""
+    config = content.get("config") if isinstance(content, Mapping) else None
+    return config if isinstance(config, Mapping) and "model_type" in config else None
 
 
 def _bare_state_dict(content: object, uri: str) -> dict[str, Tensor]:

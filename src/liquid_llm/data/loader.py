@@ -42,10 +42,11 @@ class TrainingStream:
 
     Args:
         sources: what is mixed, in the order of the manifest (the order is part of the seed).
-        block_size: tokens of a block, and the most a model sees of a maths or code sample.
+        block_size: tokens of a block.
         batch_size: blocks in a micro-batch; times ``block_size`` its token budget.
         seed: of the run.
         eos_id: the end-of-text token that joins ``lm`` documents.
+        sample_tokens: the most a model sees of a maths or code sample; a block by default, and never more.
         rank: this process's number among ``world_size``.
 
     Attributes:
@@ -64,6 +65,7 @@ class TrainingStream:
         batch_size: int,
         seed: int,
         eos_id: int,
+        sample_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -77,7 +79,7 @@ class TrainingStream:
             if source.dataset.type == "lm":
                 self.orders.append(BlockOrder(source.dataset, block_size, batch_size, eos_id, key))
             else:
-                self.orders.append(SampleOrder(source.dataset, block_size, batch_size, key))
+                self.orders.append(SampleOrder(source.dataset, block_size, batch_size, key, sample_tokens))
         self._draws = WeightedDraws([source.weight for source in sources], seed)
         self._rank = rank
         self._world_size = world_size
@@ -134,14 +136,21 @@ class SampleOrder:
         padding: share of padded tokens, an upper bound.
     """
 
-    def __init__(self, dataset: TokenDataset, block_size: int, batch_size: int, key: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        block_size: int,
+        batch_size: int,
+        key: tuple[int, ...],
+        sample_tokens: int | None = None,
+    ) -> None:
         if not len(dataset):
             raise DataError(
                 f"there is no {dataset.type} sample to train on", remedy="hold out less, or add records of this type"
             )
         self._dataset = dataset
-        self._block_size = block_size
-        self._plan = plan_buckets(np.minimum(dataset.lengths, block_size), batch_size, block_size)
+        self._window = block_size if sample_tokens is None else min(sample_tokens, block_size)
+        self._plan = plan_buckets(np.minimum(dataset.lengths, self._window), batch_size, block_size)
         self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
         self.num_micro_batches = self._plan.num_micro_batches
         self.padding = self._plan.padding
@@ -152,12 +161,18 @@ class SampleOrder:
         samples, micro_batches = self._order(epoch)
         number = micro_batches[within]
         return _whole_samples(
-            self._dataset, samples[self._plan.bounds[number] : self._plan.bounds[number + 1]], self._block_size
+            self._dataset, samples[self._plan.bounds[number] : self._plan.bounds[number + 1]], self._window
         )
 
 
 def validation_batches(
-    dataset: TokenDataset, *, block_size: int, batch_size: int, eos_id: int, max_tokens: int | None = None
+    dataset: TokenDataset,
+    *,
+    block_size: int,
+    batch_size: int,
+    eos_id: int,
+    max_tokens: int | None = None,
+    sample_tokens: int | None = None,
 ) -> list[MicroBatch]:
     """A fixed list of micro-batches that covers the same text whatever the block size.
 
@@ -167,6 +182,7 @@ def validation_batches(
 
     Args:
         max_tokens: None takes everything.
+        sample_tokens: as for ``TrainingStream``.
 
     Returns:
         nothing for an empty dataset.
@@ -182,11 +198,12 @@ def validation_batches(
         chosen = chosen[: np.searchsorted(np.cumsum(dataset.lengths[chosen]), max_tokens) + 1]
     if not chosen.size:
         return []
-    windows = np.minimum(dataset.lengths[chosen], block_size)
+    window = block_size if sample_tokens is None else min(sample_tokens, block_size)
+    windows = np.minimum(dataset.lengths[chosen], window)
     chosen = chosen[np.argsort(windows, kind="stable")]
     plan = plan_buckets(windows, batch_size, block_size)
     return [
-        _whole_samples(dataset, chosen[start:end], block_size)
+        _whole_samples(dataset, chosen[start:end], window)
         for start, end in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)
     ]
 

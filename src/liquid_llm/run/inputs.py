@@ -13,7 +13,7 @@ from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.loader import Source, validation_batches
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.data.tokens import Progress, TokenDataset, build_token_dataset, split
-from liquid_llm.data.types import TYPES, ManifestEntry, MicroBatch
+from liquid_llm.data.types import STORED_TYPES, TYPES, ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
 from liquid_llm.run.places import cache_dir
 
@@ -147,6 +147,7 @@ def validation_sets(
                     batch_size=max(1, config.batch_size * config.block_size // length),
                     eos_id=eos_id,
                     max_tokens=max_tokens // len(datasets),
+                    sample_tokens=config.seq_len if kind in STORED_TYPES else None,
                 )
             if batches:
                 by_type[kind] = batches

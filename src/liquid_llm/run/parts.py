@@ -94,6 +94,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
             batch_size=config.data.batch_size,
             seed=config.seed,
             eos_id=text.eos_id,
+            sample_tokens=config.data.seq_len,
         ),
         progress=progress,
         accumulator=accumulator,

@@ -151,7 +151,7 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
             config, start = _merge(face, given, config, find_start(config, nowhere, store))
         parts = build_parts(config, start)
-        window = config.data.block_size
+        window = config.data.seq_len
         findings |= {
             "starts_from": {"kind": start.kind, "source": start.source, "step": start.step},
             "data": parts.inputs.readiness(),
