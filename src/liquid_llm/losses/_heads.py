@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.signals import OutputHead
+from liquid_llm.runtime import has_amx
 
 _BLOCK_ELEMENTS = 1 << 21  # widened at once: 8 MiB of float32, about what the caches of two cores hold
 _ACCUMULATOR_BLOCKS = 8
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
+def choose_product_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype for products of ``hidden`` [positions, hidden] with a head.
 
     float32 instead of 16 bits in two cases: float16, whose range the entries of a softmax gradient leave, and a CPU
@@ -26,7 +27,7 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     """
     if hidden.dtype == torch.float16:
         return torch.float32
-    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and not has_amx():
         return torch.float32
     return hidden.dtype
 
@@ -82,31 +83,43 @@ class HeadGradient:
         # Another dtype than the weight's is accumulated in parts, so that each can be freed as soon as it is converted.
         parts = 1 if head.weight.dtype == dtype else _ACCUMULATOR_BLOCKS
         self._step = max(1, -(-vocab_size // parts))
+        self._vocab_size, self._width = vocab_size, width
+        self._dtype = dtype
+        self._device = head.weight.device
+        self._with_weight = with_weight
         self._parts: list[Tensor] = []
-        if with_weight:
-            sizes = [min(self._step, vocab_size - start) for start in range(0, vocab_size, self._step)]
-            self._parts = [head.weight.new_zeros(size, width, dtype=dtype) for size in sizes]
         self._bias = head.weight.new_zeros(vocab_size, dtype=dtype) if with_bias else None
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add a chunk: ``gradient`` [rows, vocab] with respect to the raw logits, ``hidden`` [rows, hidden]."""
-        for index, part in enumerate(self._parts):
-            columns = gradient[:, index * self._step : index * self._step + part.shape[0]].t()
-            if columns.dtype == part.dtype:
-                part.addmm_(columns, hidden)
-            else:
-                part.add_(torch.mm(columns, hidden))
+        if self._with_weight and not self._parts:
+            self._parts = [torch.mm(columns, hidden).to(self._dtype) for columns in self._columns(gradient)]
+        elif self._with_weight:
+            for part, columns in zip(self._parts, self._columns(gradient), strict=True):
+                if columns.dtype == part.dtype:
+                    part.addmm_(columns, hidden)
+                else:
+                    part.add_(torch.mm(columns, hidden))
         if self._bias is not None:
             self._bias.add_(gradient.sum(dim=0, dtype=self._bias.dtype))
+
+    def _columns(self, gradient: Tensor) -> Iterator[Tensor]:
+        """``gradient`` transposed, in parts of the vocabulary [part, rows]."""
+        for start in range(0, self._vocab_size, self._step):
+            yield gradient[:, start : start + self._step].t()
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of weight and bias in their own dtypes; the accumulators are given up."""
         bias = None if self._bias is None else self._bias.to(self._bias_dtype)
-        if len(self._parts) <= 1:
-            return (self._parts.pop().to(self._weight_dtype) if self._parts else None), bias
-        vocab_size = sum(part.shape[0] for part in self._parts)
-        weight = self._parts[0].new_empty(vocab_size, self._parts[0].shape[1], dtype=self._weight_dtype)
-        stop = vocab_size
+        if not self._with_weight:
+            return None, bias
+        if len(self._parts) == 1:
+            return self._parts.pop().to(self._weight_dtype), bias
+        device = self._device
+        if not self._parts:
+            return torch.zeros(self._vocab_size, self._width, dtype=self._weight_dtype, device=device), bias
+        weight = torch.empty(self._vocab_size, self._width, dtype=self._weight_dtype, device=device)
+        stop = self._vocab_size
         while self._parts:
             part = self._parts.pop()
             weight[stop - part.shape[0] : stop].copy_(part)

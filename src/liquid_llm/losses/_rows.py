@@ -83,8 +83,17 @@ class SparseRows:
         )
 
 
+# Sums of exponentials between these are exact enough without a shift, in float32 too: what underflows is below 1e-18 of
+# the sum, and products with differences of logits do not overflow.
+_MIN_TOTAL, _MAX_TOTAL = 1e-20, 1e30
+
+
 class RowLoss:
     """The loss of rows of logits, with scratch space for one slice.
+
+    Throughout, ``exps`` are exp(logits) and ``total`` their row sums, so that log p = logits - log(total); 1 / total
+    goes into the factors of the rows, which saves the passes of a softmax. Logits are shifted by their maximum only
+    where their exponentials would leave the range of the dtype.
 
     Args:
         head: the student's, for its scale and soft-cap.
@@ -110,6 +119,7 @@ class RowLoss:
         self._dtype = dtype
         self._with_grad = with_grad
         self._buffers: dict[str, Tensor] = {}
+        self._shifts: set[str] = set()
 
     def __call__(
         self,
@@ -125,109 +135,95 @@ class RowLoss:
         """
         labels = labels.unsqueeze(1)
         logits = self._finish(raw, self._head, "student")
+        slope = self._slope(logits)
         distance = None
         if reference is not None:
             old = self._finish(reference.raw, reference.head, "reference")
             distance = torch.sub(logits, old, out=old)
-        log_probs = torch.log_softmax(logits, dim=1, out=self._scratch("log_probs", logits))
-        ce = -log_probs.gather(1, labels).squeeze(1)
-        l2 = torch.zeros_like(ce)
-        if distance is not None:
-            l2 = torch.linalg.vector_norm(distance, dim=1).square_().div_(distance.shape[1])
-        # The gradient takes the place of the logits, unless the slope of the soft-cap still needs them.
-        out = logits if self._head.soft_cap is None else log_probs
+        exps, total = self._exponentials(logits, "student_exps")
+        ce = total.log() - logits.gather(1, labels).squeeze(1)
+        ce_weight = self._ce_weight(teacher, ce)
+        ce_factor = (ce_weight / total).unsqueeze(1)
+        # From here on the place of the logits is free; the gradient takes it.
         if isinstance(teacher, DenseRows):
-            kd = self._dense(teacher, logits, log_probs, out)
+            kd = self._dense(teacher, logits, exps, total, ce_factor)
         elif isinstance(teacher, SparseRows):
-            kd = self._sparse(teacher, logits, log_probs, out)
+            kd = self._sparse(teacher, logits, exps, total, ce_factor)
         else:
             kd = torch.zeros_like(ce)
             if self._with_grad:
-                torch.exp(log_probs, out=out)
-        ce_weight = self._ce_weight(teacher, ce)
-        loss = ce_weight * ce + self._alpha * self._temperature**2 * kd + self._gamma * l2
+                torch.mul(exps, ce_factor, out=logits)
+        l2 = torch.zeros_like(ce)
+        if distance is not None:
+            l2 = torch.linalg.vector_norm(distance, dim=1).square_().div_(distance.shape[1])
         if self._with_grad:
-            out.scatter_add_(1, labels, -ce_weight.unsqueeze(1))
+            logits.scatter_add_(1, labels, -ce_weight.unsqueeze(1))
             if distance is not None and self._gamma > 0:
-                out.add_(distance, alpha=2.0 * self._gamma / distance.shape[1])
-            self._chain(out, logits)
-            if out is not raw:
-                raw.copy_(out)
+                logits.add_(distance, alpha=2.0 * self._gamma / distance.shape[1])
+            if slope is not None:
+                logits.mul_(slope)
+            elif self._head.scale != 1.0:
+                logits.mul_(self._head.scale)
+            if logits is not raw:
+                raw.copy_(logits)
+        loss = ce_weight * ce + self._alpha * self._temperature**2 * kd + self._gamma * l2
         return torch.stack((loss, ce, kd, l2))
 
-    def _dense(self, teacher: DenseRows, logits: Tensor, log_probs: Tensor, out: Tensor) -> Tensor:
-        """KL [rows] to a whole teacher distribution; ``out`` becomes the gradient but for the label's part."""
+    def _dense(self, teacher: DenseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor) -> Tensor:
+        """KL [rows] to a whole teacher distribution; ``logits`` become the gradient but for the label's part."""
         teacher_logits = self._finish(teacher.raw, teacher.head, "teacher")
+        if teacher.mask is not None:
+            teacher_logits[~teacher.mask] = 0.0  # rows without a record may hold anything, NaN too
+        shared = teacher_logits.shape[1]
+        tempered, tempered_total = exps, total
         if self._temperature != 1.0:
             teacher_logits.div_(self._temperature)
-        log_student = self._at_temperature(logits, log_probs)
-        shared = teacher_logits.shape[1]
-        log_ratio = torch.log_softmax(teacher_logits, dim=1, out=self._scratch("log_teacher", teacher_logits))
-        probs = torch.exp(log_ratio, out=teacher_logits)
-        log_ratio.sub_(log_student[:, :shared])
-        kd = log_ratio.mul_(probs).sum(dim=1)
+            tempered, tempered_total = self._exponentials(logits.div_(self._temperature), "tempered_exps")
+        teacher_exps, teacher_total = self._exponentials(teacher_logits, "teacher_exps")
+        difference = teacher_logits.sub_(logits[:, :shared])
+        kd = difference.mul_(teacher_exps).sum(dim=1) / teacher_total + tempered_total.log() - teacher_total.log()
+        weight = torch.full_like(kd, self._alpha * self._temperature)
         if teacher.mask is not None:
-            # Rows without a record may hold anything, so their part is replaced, never multiplied by 0.
             kd = torch.where(teacher.mask, kd, 0.0)
-            probs.masked_fill_(~teacher.mask.unsqueeze(1), 0.0)
-        if not self._with_grad:
-            return kd
-        if log_student is log_probs:  # T = 1: alpha p + (1 - alpha) p is p, with and without a record
-            student = log_probs.exp_()
-            torch.sub(student[:, :shared], probs, alpha=self._alpha, out=out[:, :shared])
-            if out is not student:
-                out[:, shared:] = student[:, shared:]
-            return kd
-        gradient = log_student.exp_()
-        gradient[:, :shared].sub_(probs)
-        if teacher.mask is not None:
-            gradient.masked_fill_(~teacher.mask.unsqueeze(1), 0.0)
-        self._add_ce(gradient, log_probs, teacher, out)
+            weight = torch.where(teacher.mask, weight, 0.0)
+        if self._with_grad:
+            self._combine(exps, ce_factor, tempered, (weight / tempered_total).unsqueeze(1), out=logits)
+            logits[:, :shared].sub_(teacher_exps.mul_((weight / teacher_total).unsqueeze(1)))
         return kd
 
-    def _sparse(self, teacher: SparseRows, logits: Tensor, log_probs: Tensor, out: Tensor) -> Tensor:
-        """KL estimate [rows] of a sparse signal; ``out`` becomes the gradient but for the label's part."""
+    def _sparse(self, teacher: SparseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor) -> Tensor:
+        """KL estimate [rows] of a sparse signal; ``logits`` become the gradient but for the label's part."""
         ids, weights, tail_mass = teacher.ids, teacher.weights, teacher.tail_mass
-        log_student = self._at_temperature(logits, log_probs)
-        kd = (weights * (teacher.log_probs - log_student.gather(1, ids))).sum(dim=1)
-        if not self._with_grad and not teacher.any_tail:
-            return kd
-        probs = log_student.exp_()
-        total = weights.sum(dim=1)
-        row_factor = total
-        slot_values = -weights
+        tempered, tempered_total = exps, total
+        if self._temperature != 1.0:
+            tempered, tempered_total = self._exponentials(logits.div_(self._temperature), "tempered_exps")
+        log_student = logits.gather(1, ids) - tempered_total.log().unsqueeze(1)
+        kd = (weights * (teacher.log_probs - log_student)).sum(dim=1)
+        mass = rest_mass = weights.sum(dim=1)  # each row's factors of p, on the ids and outside them
         held = torch.zeros_like(weights)
         if teacher.any_tail:
-            # The student's tail is summed with the ids' places emptied: 1 - sum would cancel where the tail is thin.
-            held = torch.where((weights > 0) & (tail_mass > 0).unsqueeze(1), probs.gather(1, ids), 0.0)
-            probs.scatter_add_(1, ids, -held)
-            rest = probs.sum(dim=1).clamp_min_(torch.finfo(probs.dtype).tiny)
+            # The student's tail is summed with the ids' places emptied: 1 - (their sum) would cancel where it is thin.
+            held = torch.where((weights > 0) & (tail_mass > 0).unsqueeze(1), tempered.gather(1, ids), 0.0)
+            tempered.scatter_add_(1, ids, -held)
+            rest = (tempered.sum(dim=1) / tempered_total).clamp_min_(torch.finfo(self._dtype).tiny)
             kd += torch.where(tail_mass > 0, torch.xlogy(tail_mass, tail_mass) - tail_mass * rest.log(), 0.0)
-            row_factor = total - tail_mass * held.sum(dim=1) / rest
-        if not self._with_grad:
-            return kd
-        held_factor = total + tail_mass
-        if log_student is log_probs:  # T = 1: both terms scale the same probabilities
-            ce_weight = self._ce_weight(teacher, kd)
-            row_factor = self._alpha * row_factor + ce_weight
-            held_factor = self._alpha * held_factor + ce_weight
-            slot_values = self._alpha * slot_values
-        slot_values = slot_values + held * held_factor.unsqueeze(1)
-        if log_student is log_probs:
-            torch.mul(probs, row_factor.unsqueeze(1), out=out).scatter_add_(1, ids, slot_values)
-        else:
-            self._add_ce(probs.mul_(row_factor.unsqueeze(1)).scatter_add_(1, ids, slot_values), log_probs, teacher, out)
+            rest_mass = mass - tail_mass * (held.sum(dim=1) / tempered_total) / rest
+        if self._with_grad:
+            scale = self._alpha * self._temperature / tempered_total
+            held_factor = ((mass + tail_mass) * scale).unsqueeze(1)
+            if tempered is exps:  # at T = 1 their part of the cross-entropy was emptied as well
+                held_factor = held_factor + ce_factor
+            self._combine(exps, ce_factor, tempered, (rest_mass * scale).unsqueeze(1), out=logits)
+            logits.scatter_add_(1, ids, held * held_factor - weights * (self._alpha * self._temperature))
         return kd
 
-    def _add_ce(self, kd_gradient: Tensor, log_probs: Tensor, teacher: DenseRows | SparseRows, out: Tensor) -> None:
-        """``out = alpha T kd_gradient + (1 - alpha m) p_1``, both [rows, vocab]; ``log_probs`` is used up."""
-        factor = self._alpha * self._temperature
-        if self._alpha == 1.0 and teacher.mask is None:
-            torch.mul(kd_gradient, factor, out=out)
+    @staticmethod
+    def _combine(exps: Tensor, factor: Tensor, tempered: Tensor, tempered_factor: Tensor, *, out: Tensor) -> None:
+        """``out = factor exps + tempered_factor tempered`` [rows, vocab]; both are used up."""
+        if tempered is exps:
+            torch.mul(exps, factor + tempered_factor, out=out)
         else:
-            probs = log_probs.exp_()
-            probs.mul_(self._ce_weight(teacher, probs[:, 0]).unsqueeze(1))
-            torch.add(probs, kd_gradient, alpha=factor, out=out)
+            torch.add(exps.mul_(factor), tempered.mul_(tempered_factor), out=out)
 
     def _ce_weight(self, teacher: DenseRows | SparseRows | None, like: Tensor) -> Tensor:
         """Weight of each row's cross-entropy [rows], so that a position's weights sum to 1."""
@@ -238,13 +234,20 @@ class RowLoss:
             return weight.fill_(1.0 - self._alpha)
         return weight.masked_fill_(teacher.mask, 1.0 - self._alpha)
 
-    def _at_temperature(self, logits: Tensor, log_probs: Tensor) -> Tensor:
-        """Log of the student's softmax at T [rows, vocab]; at T = 1 ``log_probs`` itself. May use up ``logits``."""
-        if self._temperature == 1.0:
-            return log_probs
-        scaled = logits if self._head.soft_cap is None else self._scratch("scaled", logits)
-        torch.div(logits, self._temperature, out=scaled)
-        return torch.log_softmax(scaled, dim=1, out=self._scratch("log_student", logits))
+    def _exponentials(self, logits: Tensor, slot: str) -> tuple[Tensor, Tensor]:
+        """exp(logits) [rows, vocab] and its row sums [rows]; ``logits`` are shifted in place where they must be.
+
+        Most models' logits need no shift, which saves two passes. On a CPU, where looking at a result costs nothing,
+        that is tried first; a model that once needed the shift gets it at once from then on.
+        """
+        exps = self._scratch(slot, logits)
+        if logits.device.type == "cpu" and slot not in self._shifts:
+            total = torch.exp(logits, out=exps).sum(dim=1)
+            if bool(((total > _MIN_TOTAL) & (total < _MAX_TOTAL)).all()):
+                return exps, total
+            self._shifts.add(slot)
+        logits.sub_(logits.amax(dim=1, keepdim=True))
+        return exps, torch.exp(logits, out=exps).sum(dim=1)
 
     def _finish(self, raw: Tensor, head: OutputHead | None, slot: str) -> Tensor:
         """Logits in the softmax's dtype: in place where ``raw`` is a product of ours, else in scratch space."""
@@ -256,13 +259,13 @@ class RowLoss:
             logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
         return logits
 
-    def _chain(self, gradient: Tensor, logits: Tensor) -> None:
-        """From the gradient with respect to the logits to that with respect to the raw ones, in place."""
+    def _slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of soft-capped logits with respect to the raw ones [rows, vocab]; None without a soft-cap."""
         scale, soft_cap = self._head.scale, self._head.soft_cap
-        if soft_cap is not None:
-            gradient.mul_(logits.square_().mul_(-scale / soft_cap**2).add_(scale))
-        elif scale != 1.0:
-            gradient.mul_(scale)
+        if soft_cap is None or not self._with_grad:
+            return None
+        slope = torch.mul(logits, logits, out=self._scratch("slope", logits))
+        return slope.mul_(-scale / soft_cap**2).add_(scale)
 
     def _scratch(self, slot: str, like: Tensor) -> Tensor:
         """Contiguous space of the shape of ``like``, kept from slice to slice."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
-from liquid_llm.losses._heads import HeadProducts, product_dtype
+from liquid_llm.losses._heads import HeadProducts
 from liquid_llm.losses._rows import DenseRows, SparseRows
-from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal
+from liquid_llm.losses.signals import DenseSignal, LogitsSignal
 
 
 class LabelledRows:
@@ -40,13 +40,15 @@ class TeacherSource(Protocol):
 
 
 class DenseSource:
-    """Logits formed from hidden states: an online teacher's, or the reference student's."""
+    """Logits formed from hidden states in ``product_dtype``: an online teacher's, or the reference student's."""
 
-    def __init__(self, signal: DenseSignal, rows: LabelledRows, chunk_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, signal: DenseSignal, rows: LabelledRows, *, chunk_tokens: int, vocab_size: int, product_dtype: torch.dtype
+    ) -> None:
         self._rows = rows
         self._hidden = signal.hidden.detach()
         self._head = signal.head.cut(vocab_size)
-        self._products = HeadProducts(self._head, product_dtype(signal.hidden))
+        self._products = HeadProducts(self._head, product_dtype)
         shape = (min(chunk_tokens, rows.count), self._head.vocab_size)
         self._raw = self._hidden.new_empty(shape, dtype=self._products.dtype)
 
@@ -89,16 +91,3 @@ class SparseSource:
 
     def slice(self, start: int, stop: int) -> SparseRows:
         return self._clean.slice(self._start + start, self._start + stop)
-
-
-def teacher_source(
-    signal: Signal | None, rows: LabelledRows, *, chunk_tokens: int, vocab_size: int, dtype: torch.dtype
-) -> TeacherSource | None:
-    """The source for ``signal``, cut to the student's ``vocab_size``; None without a signal."""
-    if signal is None:
-        return None
-    if isinstance(signal, DenseSignal):
-        return DenseSource(signal, rows, chunk_tokens, vocab_size)
-    if isinstance(signal, LogitsSignal):
-        return LogitsSource(signal, rows, vocab_size)
-    return SparseSource(SparseRows.of(signal, rows.indices, dtype))

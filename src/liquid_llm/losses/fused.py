@@ -19,14 +19,14 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses._heads import HeadGradient, HeadProducts, product_dtype
-from liquid_llm.losses._rows import RowLoss
-from liquid_llm.losses._sources import DenseSource, LabelledRows, teacher_source
+from liquid_llm.losses._heads import HeadGradient, HeadProducts, choose_product_dtype
+from liquid_llm.losses._rows import RowLoss, SparseRows
+from liquid_llm.losses._sources import DenseSource, LabelledRows, LogitsSource, SparseSource, TeacherSource
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal, SparseSignal
 
-CHUNK_BYTES = 96 << 20  # of one chunk's logits in float32
-MIN_CHUNK_TOKENS = 16
-_SLICE_ELEMENTS = 1 << 19  # 2 MiB of float32 on a CPU; elsewhere a chunk is one slice
+_CHUNK_BYTES = 96 << 20  # of one chunk's logits in float32
+_MIN_CHUNK_TOKENS, _MAX_CPU_CHUNK_TOKENS = 16, 384  # a CPU's products are no faster on more rows
+_SLICE_ELEMENTS = 1 << 20  # 4 MiB of float32 on a CPU; elsewhere a chunk is one slice
 
 
 def fused_loss(
@@ -40,14 +40,14 @@ def fused_loss(
     reference: DenseSignal | None = None,
     l2_gamma: float = 0.0,
     chunk_tokens: int | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> LossOutput:
     """Composite distillation loss summed over labelled positions; equal to ``reference_loss``, a chunk at a time.
 
-    Products run in the dtype of ``hidden`` (``_heads.product_dtype`` names the exceptions), softmax arithmetic and the
-    accumulation of weight gradients in float32, or float64 if ``hidden`` is. Under autocast pass the hidden states in
-    the dtype wanted: autocast itself is switched off inside. Where no gradient is asked for none is computed. Gradients
-    reach ``hidden``, ``head.weight`` and ``head.bias``; the teacher and the reference student get none. Differentiating
-    twice raises ``RuntimeError``.
+    Softmax arithmetic and the accumulation of weight gradients are in float32, or float64 if ``hidden`` is. Under
+    autocast pass hidden states in the dtype wanted: autocast itself is switched off inside. Where no gradient is asked
+    for none is computed. Gradients reach ``hidden``, ``head.weight`` and ``head.bias``; the teacher and the reference
+    student get none. Differentiating twice raises ``RuntimeError``.
 
     Args:
         hidden: [positions, hidden], the student's states right before its output head.
@@ -58,7 +58,9 @@ def fused_loss(
         kd_temperature: T of teacher and student alike.
         reference: hidden states and head of the frozen student, aligned with ``hidden``, or None for no L2 term.
         l2_gamma: weight of the L2 term.
-        chunk_tokens: positions per chunk; None chooses ``CHUNK_BYTES`` worth. The result does not depend on it.
+        chunk_tokens: positions per chunk; None chooses. The result does not depend on it.
+        product_dtype: of matrix products; None is the dtype of the hidden states multiplied, but for the exceptions in
+            ``_heads.choose_product_dtype``.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -75,7 +77,7 @@ def fused_loss(
         l2_gamma=l2_gamma,
     )
     if chunk_tokens is None:
-        chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (4 * head.vocab_size))
+        chunk_tokens = choose_chunk_tokens(head.vocab_size, hidden.device)
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     job = _Job(
@@ -87,6 +89,7 @@ def fused_loss(
         reference=reference,
         l2_gamma=l2_gamma,
         chunk_tokens=chunk_tokens,
+        product_dtype=product_dtype,
     )
     parameters = (hidden, head.weight, head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in parameters):
@@ -98,6 +101,12 @@ def fused_loss(
     if isinstance(signal, (LogitsSignal, SparseSignal)):
         has_signal = labelled & signal.mask
     return LossOutput(loss, ce, kd, l2, num_positions=int(labelled.sum()), num_signal=int(has_signal.sum()))
+
+
+def choose_chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """Positions per chunk: enough for products at full speed, logits of at most about 96 MiB in float32."""
+    fitting = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocab_size))
+    return min(fitting, _MAX_CPU_CHUNK_TOKENS) if device.type == "cpu" else fitting
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,10 @@ class _Job:
     reference: DenseSignal | None
     l2_gamma: float
     chunk_tokens: int
+    product_dtype: torch.dtype | None
+
+    def products(self, hidden: Tensor) -> torch.dtype:
+        return self.product_dtype or choose_product_dtype(hidden)
 
 
 @dataclass(frozen=True)
@@ -159,36 +172,38 @@ def _graph_is_kept() -> bool:
 
 
 def _compute(job: _Job, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> _Result:
-    """Value and wanted gradients (hidden, weight, bias) of the loss."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return _compute_by_chunks(job, hidden, wanted)
-
-
-def _compute_by_chunks(job: _Job, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> _Result:
+    """Value and wanted gradients (of hidden, weight and bias) of the loss."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = LabelledRows(job.labels)
-    chunk_tokens = min(job.chunk_tokens, max(1, rows.count))
-    vocab_size = job.head.vocab_size
-    slice_tokens = max(1, _SLICE_ELEMENTS // vocab_size) if hidden.device.type == "cpu" else chunk_tokens
+    hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
+    head_gradient = HeadGradient(job.head, dtype, with_weight=wanted[1], with_bias=wanted[2])
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        loss, ce, kd, l2 = _run_chunks(job, hidden, dtype, hidden_gradient, head_gradient if any(wanted[1:]) else None)
+        # The chunks' buffers are gone before the head's gradient is converted.
+        return _Result((loss, ce, kd, l2), (hidden_gradient, *head_gradient.finish()))
 
-    student = HeadProducts(job.head, product_dtype(hidden))
-    teacher = teacher_source(job.signal, rows, chunk_tokens=chunk_tokens, vocab_size=vocab_size, dtype=dtype)
-    old = None if job.reference is None else DenseSource(job.reference, rows, chunk_tokens, vocab_size)
+
+def _run_chunks(
+    job: _Job, hidden: Tensor, dtype: torch.dtype, hidden_gradient: Tensor | None, head_gradient: HeadGradient | None
+) -> Tensor:
+    """Sums [4] of loss, CE, KL and L2; the gradients given are filled."""
+    rows = LabelledRows(job.labels)
+    vocab_size = job.head.vocab_size
+    slice_tokens = max(1, _SLICE_ELEMENTS // vocab_size) if hidden.device.type == "cpu" else job.chunk_tokens
+    student = HeadProducts(job.head, job.products(hidden))
+    teacher = _source(job, job.signal, rows, dtype)
+    old = None if job.reference is None else _dense_source(job, job.reference, rows)
     row_loss = RowLoss(
         job.head,
         kd_alpha=job.kd_alpha,
         kd_temperature=job.kd_temperature,
         l2_gamma=job.l2_gamma,
         dtype=dtype,
-        with_grad=any(wanted),
+        with_grad=hidden_gradient is not None or head_gradient is not None,
     )
-    raw = hidden.new_empty(chunk_tokens, vocab_size, dtype=student.dtype)
-    values = hidden.new_zeros(4, rows.count, dtype=dtype)  # loss, ce, kd, l2
-    hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
-    head_gradient = HeadGradient(job.head, dtype, with_weight=wanted[1], with_bias=wanted[2])
-
-    for start in range(0, rows.count, chunk_tokens):
-        stop = min(start + chunk_tokens, rows.count)
+    raw = hidden.new_empty(min(job.chunk_tokens, rows.count), vocab_size, dtype=student.dtype)
+    values = hidden.new_empty(4, rows.count, dtype=dtype)
+    for start in range(0, rows.count, job.chunk_tokens):
+        stop = min(start + job.chunk_tokens, rows.count)
         states = rows.take(hidden, start, stop).to(student.dtype)
         logits = student.raw_logits(states, out=raw[: stop - start])
         for source in (teacher, old):
@@ -202,10 +217,30 @@ def _compute_by_chunks(job: _Job, hidden: Tensor, wanted: tuple[bool, bool, bool
                 None if teacher is None else teacher.slice(first, last),
                 None if old is None else old.slice(first, last),
             )
+        # What were the chunk's logits is now the gradient with respect to them.
         if hidden_gradient is not None:
             hidden_gradient[rows.indices[start:stop]] = student.hidden_gradient(logits).to(hidden.dtype)
-        head_gradient.add(logits, states)
+        if head_gradient is not None:
+            head_gradient.add(logits, states)
+    return values.sum(dim=1)
 
-    del raw, logits, teacher, old, row_loss  # the buffers, before the head's gradient is converted
-    loss, ce, kd, l2 = values.sum(dim=1)
-    return _Result((loss, ce, kd, l2), (hidden_gradient, *head_gradient.finish()))
+
+def _dense_source(job: _Job, signal: DenseSignal, rows: LabelledRows) -> DenseSource:
+    return DenseSource(
+        signal,
+        rows,
+        chunk_tokens=job.chunk_tokens,
+        vocab_size=job.head.vocab_size,
+        product_dtype=job.products(signal.hidden),
+    )
+
+
+def _source(job: _Job, signal: Signal | None, rows: LabelledRows, dtype: torch.dtype) -> TeacherSource | None:
+    """Where the teacher's rows come from, its vocabulary cut to the student's; None without a signal."""
+    if signal is None:
+        return None
+    if isinstance(signal, DenseSignal):
+        return _dense_source(job, signal, rows)
+    if isinstance(signal, LogitsSignal):
+        return LogitsSource(signal, rows, job.head.vocab_size)
+    return SparseSource(SparseRows.of(signal, rows.indices, dtype))
