@@ -28,7 +28,8 @@ CRASHED = 9
 
 def save(folder: Path, step: int, also_as: Sequence[str]) -> None:
     with CheckpointStore(folder, 2, log=lambda _: None) as store:
-        store.save(state_of(step), metadata_of(step), also_as=also_as)
+        # no two saves have the same bytes, as two runs of one step never quite have
+        store.save(state_of(step) | {"process": os.getpid()}, metadata_of(step), also_as=also_as)
 
 
 def open_only(folder: Path) -> None:

@@ -220,6 +220,7 @@ class CheckpointStore:
             elif name != original and self._is_complete(original):
                 self._forget(name)
             elif name != original:
+                self._forget(original)  # data that never got its sidecar
                 self._move(name, original)
         for data in self.run_dir.glob("*" + DATA_SUFFIX):
             name = data.name.removesuffix(DATA_SUFFIX)

@@ -335,7 +335,9 @@ def test_a_remote_sidecar_that_disagrees_is_refused(gcs: Bucket, checkpoint: Pat
     storage.write_bytes(f"{gcs.uri}/best.meta.json", text)
     assert read_student_weights(f"{gcs.uri}/best.pt", work).has_optimizer
     storage.remove(f"{gcs.uri}/best.meta.json")
-    assert read_student_weights(f"{gcs.uri}/best.pt", work).has_optimizer  # no stale local copy of the sidecar
+    torch.save(torch.load(checkpoint, weights_only=True) | {"more": 1}, checkpoint)
+    storage.upload(checkpoint, f"{gcs.uri}/best.pt")
+    assert read_student_weights(f"{gcs.uri}/best.pt", work).has_optimizer  # the old sidecar's copy is gone too
 
 
 def test_from_the_web_downloaded_once_until_it_changes(

@@ -192,6 +192,25 @@ def test_what_fails_is_said_at_once_and_tried_again(
     assert same_files(run_dir, remote)
 
 
+def test_what_failed_is_tried_again_at_the_end(
+    store: CheckpointStore, run_dir: Path, remote: str, proxy: FaultyProxy
+) -> None:
+    said: list[str] = []
+    with Uploader(run_dir, remote, retry_seconds=10_000, log=said.append) as uploader:
+        proxy.fail(403, path="/upload/")
+        uploader.enqueue_checkpoint(save(store, 1, "last"))
+        wait_for(lambda: len(said) == 2)
+        proxy.heal()
+    assert same_files(run_dir, remote)
+
+
+def test_staged_data_goes_once_it_is_sent(store: CheckpointStore, run_dir: Path, remote: str) -> None:
+    with Uploader(run_dir, remote) as uploader:
+        uploader.enqueue_checkpoint(save(store, 1, "last"))
+        wait_for(lambda: not list((run_dir / ".upload").iterdir()))
+        assert set(remote_names(remote)) == set(both("last", "step-00000001"))
+
+
 def test_what_failed_to_the_last_is_listed_and_tried_once_more_by_the_next_run(
     store: CheckpointStore, run_dir: Path, remote: str, proxy: FaultyProxy
 ) -> None:
