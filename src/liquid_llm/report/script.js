@@ -62,8 +62,7 @@
         dots[i].setAttribute("cx", 100 * across(there) + "%");
         dots[i].setAttribute("cy", 100 * down(value) + "%");
         const row = table.insertRow(), name = row.insertCell();
-        name.className = "c" + line.colour;
-        name.appendChild(document.createElement("i"));
+        name.appendChild(document.createElement("i")).className = "c" + line.colour;
         name.appendChild(document.createElement("span")).textContent = line.label;
         row.insertCell().textContent = say(value);
       });
