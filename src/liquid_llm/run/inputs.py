@@ -109,7 +109,9 @@ def read_manifest_inputs(
     return Inputs(sources, held_out, entries, everything)
 
 
-def read_dataset_inputs(config: DataConfig, text: TextTools, *, progress: Progress | None = None) -> Inputs:
+def read_dataset_inputs(
+    config: DataConfig, text: TextTools, *, token: str | None = None, progress: Progress | None = None
+) -> Inputs:
     """Tokenise (or open) a named dataset's train and validation splits; all of it is plain text.
 
     Raises:
@@ -123,6 +125,7 @@ def read_dataset_inputs(config: DataConfig, text: TextTools, *, progress: Progre
         text.hash,
         token_cache(config),
         eos_id=text.eos_id,
+        token=token,
         progress=progress,
     )
     return Inputs([Source(splits["train"], 1.0)], {"lm": [splits["validation"]]})

@@ -67,7 +67,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     seed_everything(config.seed)
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
-    inputs = _read_inputs(config, text)
+    inputs = _read_inputs(config, text, token)
     built = make_student(config, start, text, device, token)
     teachers = make_teachers(config, inputs, text, device, token)
     schedules = _schedules(config, start)
@@ -103,10 +103,16 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     )
 
 
-def _read_inputs(config: RunConfig, text: TextTools) -> Inputs:
-    read = read_dataset_inputs if config.face == ANNEAL else read_manifest_inputs
+def _read_inputs(config: RunConfig, text: TextTools, token: str | None) -> Inputs:
     with Stage("tokenise", unit="tokens", total=None) as stage:
-        inputs = read(config.data, text, progress=lambda _, tokens: stage.advance(tokens))
+
+        def progress(fraction: float, num_tokens: int) -> None:
+            stage.advance(num_tokens)
+
+        if config.face == ANNEAL:
+            inputs = read_dataset_inputs(config.data, text, token=token, progress=progress)
+        else:
+            inputs = read_manifest_inputs(config.data, text, progress=progress)
     for kind, row in inputs.readiness().items():
         log.info("%s: %s", kind, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
     return inputs
