@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 from typing import Any
 
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
-from liquid_llm.checkpoint.store import CheckpointStore
+from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
-from liquid_llm.metrics import MetricsWriter
+from liquid_llm.metrics import MetricsWriter, read_metrics
 from liquid_llm.run.parts import Parts
 from liquid_llm.run.starting import shown_metadata
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
@@ -45,10 +45,13 @@ class Recorder:
     _row_waited: float = field(default=0.0, init=False)
     _last_time_save: float = field(default=0.0, init=False)
     _evaluated_at: int = field(default=-1, init=False)
-    _saved_at: int = field(default=-1, init=False)
+    _saved: CheckpointInfo | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._row_started = self._last_time_save = self.clock()
+        # A run killed between its last evaluation and its end is evaluated already.
+        evaluated = [row["step"] for row in read_metrics(self.store.run_dir) if row["kind"] == "eval"]
+        self._evaluated_at = max(evaluated, default=-1)
 
     def hooks(self) -> list[tuple[Callable[[StepResult], None], int]]:
         """The hooks in the order they must run."""
@@ -123,13 +126,16 @@ class Recorder:
 
     def save(self, *, snapshot: bool) -> None:
         """Write a checkpoint of this step, unless there is one."""
-        if self._saved_at != self.trainer.progress.step:
+        if self._saved is None or self._saved.step != self.trainer.progress.step:
             self._save(names=(), snapshot=snapshot)
 
     def finish(self) -> None:
         """Last row, last evaluation, final checkpoint."""
         self.evaluate()
-        self._save(names=("final",), snapshot=True)
+        if self._saved is None or self._saved.step != self.trainer.progress.step:
+            self._save(names=("final",), snapshot=True)
+        else:
+            self.uploader.enqueue_checkpoint(self.store.publish_as(self._saved, ("final",)))
 
     def _save_by_time(self) -> None:
         if self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes:
@@ -149,7 +155,7 @@ class Recorder:
         }
         info = self.store.save(state, metadata, kind="step" if snapshot else "time", also_as=("last", *names))
         self.uploader.enqueue_checkpoint(info)
-        self._saved_at = metadata.step
+        self._saved = info
         self._row_started += self.clock() - began
         log.info("saved %s in %.2f s: %s", " ".join(info.names), self.clock() - began, shown_metadata(metadata))
 

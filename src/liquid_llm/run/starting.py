@@ -92,9 +92,10 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
     """
     if not config.output.restart:
         found = store.latest()
-        if found is None and place.remote is not None and config.optimizer.steps > 0:
-            fetch_latest(place.remote, place.run_dir)
-            found = store.latest()
+        if place.remote is not None and config.optimizer.steps > 0:
+            # Another machine may have gone on since this one's checkpoint: the mirror is asked even when there is one.
+            fetched = fetch_latest(place.remote, place.run_dir, newer_than=-1 if found is None else found.step)
+            found = fetched or found
         if found is not None:
             state, metadata = store.load(found)
             return Start(
