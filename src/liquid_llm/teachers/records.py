@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from liquid_llm.teachers.codecs import Codec, Payload
 
@@ -172,7 +173,7 @@ def to_bytes(record: Record) -> bytes:
     """The record as a ``.pt`` file's bytes."""
     header = record.header.to_dict()
     # torch.save writes all of the storage behind a view, and a single row may keep odd strides: a copy has neither
-    payload = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in record.payload.items()}
+    payload = {name: _compact(tensor) for name, tensor in record.payload.items()}
     header["checksum"] = _checksum(header, payload)
     buffer = io.BytesIO()
     torch.save({"header": header, "payload": payload}, buffer)
@@ -198,6 +199,12 @@ def from_bytes(data: bytes) -> Record:
     if actual != expected:
         raise RecordError("the checksum does not match")
     return Record(header, payload)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    if tensor.dim() and tensor.stride(-1) == 1 and tensor.nbytes == tensor.untyped_storage().nbytes():
+        return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _checksum(header: Mapping[str, Any], payload: Payload) -> int:

@@ -34,7 +34,9 @@ def score(
     good: list[Item] = []
     for item in batch:
         window = item.sample().input_ids[: item.num_tokens]
-        if window.size and int(window.max()) >= vocab_size:
+        if not window.size:
+            yield item, SignalError("the sample has no tokens")
+        elif int(window.max()) >= vocab_size:
             yield (
                 item,
                 SignalError("a token outside the vocabulary", got=int(window.max()), expected=f"under {vocab_size}"),
@@ -45,10 +47,10 @@ def score(
     if not good:
         return
     with torch.inference_mode():
-        hidden = teacher.hidden(_padded(windows))
+        hidden = teacher.hidden(padded_ids(windows))
         encoders = [_Encoder(item, codecs[item.type]) for item in good]
         num_rows = [max(len(window) - 1, 0) for window in windows]
-        for chunk in _chunks(num_rows, max(1, _CHUNK_BYTES // (4 * vocab_size))):
+        for chunk in chunks(num_rows, vocab_size):
             rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
             logits = teacher.head.logits(rows).float()
             parts = torch.split(logits, [stop - start for _, start, stop in chunk])
@@ -95,19 +97,21 @@ def sample_generator(sample_id: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _padded(windows: Sequence[np.ndarray]) -> Tensor:
+def padded_ids(windows: Sequence[np.ndarray]) -> Tensor:
+    """Windows right-padded with 0 to the longest: [batch, time] int64."""
     ids = np.zeros((len(windows), max(map(len, windows))), dtype=np.int64)
     for row, window in zip(ids, windows, strict=True):
         row[: len(window)] = window
     return torch.from_numpy(ids)
 
 
-def _chunks(num_rows: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Runs of positions ``(sample, start, stop)``, together at most ``limit`` a chunk.
+def chunks(num_rows: Sequence[int], vocab_size: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Runs of positions ``(sample, start, stop)``, a chunk being as many as have their logits at the same time.
 
-    Samples are cut at multiples of ``limit`` from their own start, whatever their neighbours are, so that a codec that
+    Samples are cut at multiples of a chunk from their own start, whatever their neighbours are, so that a codec that
     draws sees the same calls in every batch. A sample without positions has one empty run.
     """
+    limit = max(1, _CHUNK_BYTES // (4 * vocab_size))
     chunk: list[tuple[int, int, int]] = []
     held = 0
     for sample, count in enumerate(num_rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import StorageError, UsageError
-from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.losses.signals import LogitsSignal, OutputHead, SparseSignal
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.teachers import scoring
 from liquid_llm.teachers.capture import CaptureSummary, capture
@@ -119,6 +120,13 @@ def test_a_sample_of_one_token_has_an_empty_record(tmp_path: Path, teacher: Load
     lookup = open_store(str(tmp_path)).get(samples[0], 100, 2.0)
     assert lookup.signal is not None
     assert lookup.signal.num_positions == 0
+
+
+def test_a_sample_without_tokens_fails_alone(tmp_path: Path, teacher: LoadedModel) -> None:
+    samples = [*make_samples(3, low=9, high=9), *make_samples(2, low=0, high=0, prefix="empty")]
+    summary = run(tmp_path, samples, teacher)
+    assert (summary.written, summary.failed, summary.positions) == (3, 2, 24)
+    assert summary.failures[0].reason == "the sample has no tokens."
 
 
 def test_nothing_to_do(tmp_path: Path, teacher: LoadedModel) -> None:
@@ -287,6 +295,21 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path, teacher: LoadedMod
         run(tmp_path, samples, teacher)
 
 
+def test_writing_that_keeps_failing_ends_the_job(tmp_path: Path, teacher: LoadedModel) -> None:
+    """Storage has retried each of them: after three in a row the teacher is not kept busy for nothing."""
+    samples = make_samples(30)
+    blocked(tmp_path, [sample for sample in samples if len(sample.input_ids) < 100])
+    done: list[int] = []
+    with pytest.raises(StorageError):
+        run(tmp_path, samples, teacher, progress=done.append, num_workers=1, batch_size=1)
+    assert len(contents_of_files(tmp_path)) == sum(len(sample.input_ids) >= 100 for sample in samples) > 0
+    assert len(done) < 30
+
+
+def contents_of_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.pt") if path.is_file()]
+
+
 def test_a_window_longer_than_the_teacher_can_see(tmp_path: Path) -> None:
     teacher = tiny_teacher("gpt2", max_position_embeddings=64)
     with pytest.raises(UsageError, match=r"cannot see so long a window; got 65 tokens; expected at most 64"):
@@ -386,6 +409,35 @@ def test_chunks_do_not_change_records(
         assert isinstance(a, LogitsSignal)
         assert isinstance(b, LogitsSignal)
         torch.testing.assert_close(a.rows.float(), b.rows.float(), rtol=1e-2, atol=2e-2)
+
+
+class WatchedHead:
+    """An output head that notices whether the logits it gave last are still held when it is asked again."""
+
+    def __init__(self, head: OutputHead) -> None:
+        self.vocab_size, self.weight = head.vocab_size, head.weight
+        self.held: list[bool] = []
+        self._head = head
+        self._last: weakref.ref[torch.Tensor] | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.held.append(self._last is not None and self._last() is not None)
+        logits = self._head.logits(hidden)
+        self._last = weakref.ref(logits)
+        return logits
+
+
+@pytest.mark.parametrize("codec", [FullCodec(), CODEC], ids=lambda codec: codec.name)
+def test_logits_are_let_go_before_the_next(teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
+    monkeypatch.setattr(scoring, "_CHUNK_BYTES", 32 * 4 * VOCAB)
+    source = ListSource(make_samples(4, low=20, high=100))
+    items = [Item(source, n, str(n), "math_tool", len(s.input_ids)) for n, s in enumerate(source.samples)]
+    online = OnlineTeacher(teacher, VOCAB)
+    watched = WatchedHead(online.head)
+    monkeypatch.setattr(online, "head", watched)
+    assert len(list(scoring.score(online, items, {"math_tool": codec}))) == 4
+    assert len(watched.held) > 4
+    assert not any(watched.held)
 
 
 class LargestVocabularyTensor(TorchDispatchMode):
