@@ -25,12 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from liquid_llm.data.types import TYPES
-from liquid_llm.losses.signals import LossOutput
 from liquid_llm.storage_local import published, translated
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from liquid_llm.losses.signals import LossOutput
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tb"
@@ -255,11 +255,13 @@ class StepAccumulator:
     taken in float64 in the order of ``add``, whether or not a checkpoint came between: a continued run's rows agree.
 
     Args:
-        types: all types a run may see; ranks agree on them.
+        types: all types a run may see, those of ``data.types`` if None; ranks agree on them.
     """
 
-    def __init__(self, types: Iterable[str] = TYPES) -> None:
-        self._types = tuple(types)
+    def __init__(self, types: Iterable[str] | None = None) -> None:
+        from liquid_llm.data.types import TYPES  # brings torch, which readers of metrics do without
+
+        self._types = TYPES if types is None else tuple(types)
         self._sums = _zeros(len(self._types))
         self._pending: list[tuple[int, Tensor]] = []
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -70,7 +70,13 @@ def setup_logging(level: str | int = "INFO") -> None:
     package.setLevel(level)
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
+if TYPE_CHECKING:
+    _TextHandler = logging.StreamHandler[IO[str]]
+else:
+    _TextHandler = logging.StreamHandler  # Python 3.10 cannot subscript it
+
+
+class _StderrHandler(_TextHandler):
     """Writes to whatever standard error is at the moment, one unwrapped line a record."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -38,8 +38,8 @@ def values(step: int, run: int = 0) -> dict[str, object]:
     return {"loss": 1.0 / step, "by_type": {"lm": {"ce": step * 0.5}}, "tokens_per_second": 100.0 + run}
 
 
-def write_steps(folder: Path, steps: range, resume_step: int | None, run: int = 0) -> None:
-    with MetricsWriter(folder, resume_step=resume_step) as writer:
+def write_steps(folder: Path, steps: range, resume_step: int | None, run: int = 0, tensorboard: bool = True) -> None:
+    with MetricsWriter(folder, resume_step=resume_step, tensorboard=tensorboard) as writer:
         for step in steps:
             writer.write("train", step, values(step, run))
             if step % 3 == 0:
@@ -57,11 +57,11 @@ def test_a_continued_file_equals_an_uninterrupted_one(
 ) -> None:
     checkpoint = min(checkpoint, killed_after)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    write_steps(whole, range(1, 10), None)
-    write_steps(broken, range(1, killed_after + 1), None)
+    write_steps(whole, range(1, 10), None, tensorboard=False)
+    write_steps(broken, range(1, killed_after + 1), None, tensorboard=False)
     with (broken / "metrics.jsonl").open("ab") as file:
         file.write(torn)
-    write_steps(broken, range(checkpoint + 1, 10), checkpoint, run=1)
+    write_steps(broken, range(checkpoint + 1, 10), checkpoint, run=1, tensorboard=False)
     assert [without_timings(row) for row in read_metrics(broken)] == [
         without_timings(row) for row in read_metrics(whole)
     ]

@@ -28,7 +28,8 @@ class Group:
 def choose_figures(run: RunData) -> list[Group]:
     """All plots the run's rows can fill, in reading order."""
     train, evaluation = run.train, run.evaluation
-    types = list(dict.fromkeys([*train.types, *evaluation.types]))
+    present = [*train.types, *evaluation.types]
+    types = list(dict.fromkeys([*(kind for kind in _TYPE_COLOURS if kind in present), *present]))
     groups = [
         Group("Losses", _losses(train, evaluation, types)),
         Group("Distillation", _distillation(train, evaluation, types)),

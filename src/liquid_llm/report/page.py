@@ -111,7 +111,7 @@ def _lead(run: RunData) -> str:
     student = dig(config, "student", "spec")
     if student:
         parameters = dig(environment, "parameters")
-        size = f" ({parameters / 1e6:,.1f}M parameters)" if isinstance(parameters, int) else ""
+        size = f" ({_compact(parameters)} parameters)" if isinstance(parameters, int) else ""
         parts.append(f"Student <b>{text(student)}</b>{size}.")
     teachers = [one for one in (dig(config, "teacher", "online_id"), dig(config, "teacher", "stored_id")) if one]
     if teachers:
@@ -155,7 +155,7 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     tiles += _change_tile("KL to the teacher", run.evaluation.get("val_kd"), "nats")
     rate = _rate(train.get("tokens"), train.get("seconds"), train.get("tokens_per_second"))
     if rate:
-        tiles.append(("Throughput", f"{format_count(rate)} <small>tokens/s</small>", "mean of the run"))
+        tiles.append(("Tokens a second", format_count(rate), "real ones, mean"))
     coverage = train.get("kd_coverage")
     if coverage is not None:
         tiles.append(("Signal coverage", f"{100 * coverage.finite.mean():.1f} <small>%</small>", "of positions"))
@@ -337,8 +337,8 @@ def _short(value: Any) -> str:
 def _moment(value: Any) -> str:
     """A time in ISO 8601 as people write it; anything else as it is."""
     try:
-        moment = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+        moment = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 does not know Z
+    except (AttributeError, ValueError):
         return text(value)
     zone = " UTC" if moment.utcoffset() == timedelta(0) else moment.strftime(" %z")
     return f'<time datetime="{text(value)}">{moment:%Y-%m-%d %H:%M}{zone}</time>'

@@ -16,6 +16,7 @@ from liquid_llm.report.data import Floats, Series
 
 MAX_POINTS = 600
 _LOG_RATIO = 15.0
+_MIN_HALF_WINDOW = 3  # fewer rows are readable as they are
 
 
 def downsample(series: Series, max_points: int = MAX_POINTS) -> Series:
@@ -41,7 +42,7 @@ def smooth(series: Series, max_points: int = MAX_POINTS) -> tuple[Series, int]:
     """The centred mean over a twentieth of the rows or less, and the window's length: 1 for a series left as it is."""
     count = len(series)
     half = min(count // 40, 50 + count // 200)
-    if half < 1:
+    if half < _MIN_HALF_WINDOW:
         return series, 1
     finite = np.isfinite(series.values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, series.values, 0.0))])

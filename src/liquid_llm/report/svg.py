@@ -21,7 +21,8 @@ from liquid_llm.report.data import Floats, Series
 from liquid_llm.report.series import Axis, downsample, short_number, smooth, step_axis, value_axis
 
 _SPAN = 10_000  # the nested drawing's own units, whole numbers
-_MAX_MARKED_POINTS = 60
+_MAX_MARKED_POINTS = 40
+_MAX_MARKED_POINTS_SMALL = 16
 MARKS = ("dot", "square", "diamond", "triangle", "cross")
 DASHES = ("solid", "dash", "dots", "dashdot", "long")
 
@@ -83,14 +84,14 @@ def draw_figure(figure: Figure, span: tuple[float, float]) -> str:
         may_be_log=figure.may_be_log,
     )
     x = step_axis(*span, num_ticks=4 if figure.small else 6)
-    drawn = [_drawn(line) for line in figure.lines]
+    drawn = [_drawn(line, figure.small) for line in figure.lines]
     unit = ", ".join(part for part in (figure.unit, "log scale" if y.is_log else "") if part)
     parts = [
         f'<figure class="card{" small" if figure.small else ""}" id="plot-{figure.key}">',
         f"<figcaption><h3>{escape(figure.title)} <small>{escape(unit)}</small></h3>",
         f"<p>{escape(figure.caption)}</p>" if figure.caption else "",
         "</figcaption>",
-        _legend(figure.lines),
+        _legend(drawn),
         _plot(figure, drawn, x, y),
         _values_table(figure),
         "</figure>",
@@ -100,7 +101,7 @@ def draw_figure(figure: Figure, span: tuple[float, float]) -> str:
 
 def smoothing_windows(figures: Iterable[Figure]) -> list[int]:
     """The lengths, in rows, over which strong lines of these figures are means; empty where all lines are plain."""
-    drawn = [_drawn(line) for figure in figures for line in figure.lines]
+    drawn = [_drawn(line, figure.small) for figure in figures for line in figure.lines]
     return sorted({one.window for one in drawn if one.window > 1})
 
 
@@ -112,14 +113,16 @@ class _Drawn:
     main: Series
     faint: Series | None
     window: int
+    marked: bool
 
 
-def _drawn(line: Line) -> _Drawn:
+def _drawn(line: Line, small: bool) -> _Drawn:
     if line.noisy:
         main, window = smooth(line.series, 300)
         if window > 1:
-            return _Drawn(line, main, downsample(line.series), window)
-    return _Drawn(line, downsample(line.series), None, 1)
+            return _Drawn(line, main, downsample(line.series), window, False)
+    most = _MAX_MARKED_POINTS_SMALL if small else _MAX_MARKED_POINTS
+    return _Drawn(line, downsample(line.series), None, 1, len(line.series) <= most and not line.stepped)
 
 
 # --------------------------------------------------------------------------------------------------------------- plot
@@ -199,7 +202,7 @@ def path_data(across: Floats, upwards: Floats, *, stepped: bool = False) -> str:
 def _marks(drawn: _Drawn, x: Axis, y: Axis) -> str:
     """Marks on the points of a line with few; marks tell lines apart where dashes of short lines cannot."""
     series = drawn.main
-    if len(series) > _MAX_MARKED_POINTS or drawn.line.stepped:
+    if not drawn.marked:
         return ""
     name, colour = MARKS[drawn.line.style % len(MARKS)], drawn.line.colour
     places = zip(x.place(series.steps).tolist(), y.place(series.values).tolist(), strict=True)
@@ -246,15 +249,15 @@ def _rounded(value: float) -> float | None:
 # --------------------------------------------------------------------------------------------------------------- words
 
 
-def _legend(lines: Sequence[Line]) -> str:
-    if len(lines) < 2:
+def _legend(drawn: Sequence[_Drawn]) -> str:
+    if len(drawn) < 2:
         return ""
     items = []
-    for line in lines:
+    for one in drawn:
+        line = one.line
         dash, mark = DASHES[line.style % len(DASHES)], MARKS[line.style % len(MARKS)]
-        marked = not line.stepped and len(line.series) <= _MAX_MARKED_POINTS
         sample = f'<path class="line c{line.colour} {dash}" d="M1 6h26"/>'
-        use = f'<g class="marks c{line.colour}"><use href="#mark-{mark}" x="14" y="6"/></g>' if marked else ""
+        use = f'<g class="marks c{line.colour}"><use href="#mark-{mark}" x="14" y="6"/></g>' if one.marked else ""
         key = f'<svg class="key" width="28" height="12" viewBox="0 0 28 12" aria-hidden="true">{sample}{use}</svg>'
         items.append(f"<li>{key}{escape(line.label)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
