@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +13,16 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.errors import UsageError
-from liquid_llm.losses import DenseSignal, LogitsSignal, OutputHead, SparseSignal, fused, fused_loss, reference_loss
+from liquid_llm.losses import (
+    DenseSignal,
+    LogitsSignal,
+    OutputHead,
+    SparseSignal,
+    _heads,
+    fused,
+    fused_loss,
+    reference_loss,
+)
 
 TEMPERATURES = (1.0, 2.0, 0.7)
 ALPHAS = (0.0, 0.3, 1.0)
@@ -85,27 +92,19 @@ def test_sizes_that_are_no_multiple_of_anything(
     both(problem, signal=signal, kd_alpha=0.3, kd_temperature=temperature, chunk_tokens=chunk_tokens)
 
 
-@contextmanager
-def slices_of(elements: int) -> Iterator[None]:
-    """Rows whose softmax is computed at once hold this many logits: tests are too small to be cut otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_SLICE_ELEMENTS", elements)
-        yield
-
-
 @pytest.mark.parametrize("kind", SIGNALS)
 @pytest.mark.parametrize("elements", [1, 60, 100])
-def test_slices_of_a_chunk(kind: str, elements: int) -> None:
-    with slices_of(elements):
-        both(
-            make_problem(),
-            signal=make_signal(kind, 13, 29, 2.0),
-            kd_alpha=0.3,
-            kd_temperature=2.0,
-            reference=make_dense(13, 29, seed=3),
-            l2_gamma=0.1,
-            chunk_tokens=7,
-        )
+def test_slices_of_a_chunk(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_SLICE_ELEMENTS", elements)  # the real number exceeds these problems
+    both(
+        make_problem(),
+        signal=make_signal(kind, 13, 29, 2.0),
+        kd_alpha=0.3,
+        kd_temperature=2.0,
+        reference=make_dense(13, 29, seed=3),
+        l2_gamma=0.1,
+        chunk_tokens=7,
+    )
 
 
 @pytest.mark.parametrize("kind", SIGNALS)
@@ -155,22 +154,30 @@ def test_equal_models_have_no_divergence(temperature: float, dtype: torch.dtype)
     assert max(gradient.abs().max().item() for gradient in gradients) < 1e-6
 
 
-@pytest.mark.parametrize("shift", [-500.0, 80.0, 500.0])
+@pytest.mark.parametrize("shift", [-500.0, -96.0, 84.0, 500.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", SIGNALS)
-def test_logits_far_from_zero(kind: str, shift: float) -> None:
+def test_logits_far_from_zero(kind: str, temperature: float, shift: float) -> None:
     """exp of these over- or underflows without a shift by the maximum; a common shift changes no softmax."""
     problem = make_problem(ignored=0, bias=True)
     far = Problem(problem.hidden, problem.weight, (problem.bias + shift).detach().requires_grad_(), problem.labels)
-    arguments: dict[str, Any] = {
-        "signal": make_signal(kind, 13, 29, 2.0),
-        "kd_alpha": 0.3,
-        "kd_temperature": 2.0,
-        "reference": make_dense(13, 29),
-        "l2_gamma": 0.0,
-    }
+    signal = make_signal(kind, 13, 29, temperature)
+    if isinstance(signal, DenseSignal):
+        signal = DenseSignal(signal.hidden, OutputHead(signal.head.weight, signal.head.bias + shift))
+    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.3, "kd_temperature": temperature}
     got = answer(fused_loss, far.to(torch.float32), chunk_tokens=4, **arguments)
-    expected = answer(reference_loss, far, **arguments)
-    assert_same(got, expected, rtol=2e-4, atol=2e-4)
+    assert_same(got, answer(reference_loss, far, **arguments), rtol=2e-4, atol=2e-4)
+
+
+def test_exponentials_close_to_overflow() -> None:
+    """exp(87) still fits float32, 20 times it does not."""
+    identity = OutputHead(torch.eye(3))
+    student = torch.tensor([[67.0, 66.0, 65.0]], requires_grad=True)
+    signal = DenseSignal(torch.tensor([[87.0, 86.0, 86.5]]), identity)
+    problem = Problem(student, identity.weight.requires_grad_(), None, torch.tensor([0]))
+    got = answer(fused_loss, problem, signal=signal, kd_alpha=1.0)
+    expected = answer(reference_loss, problem.to(torch.float64), signal=signal, kd_alpha=1.0)
+    assert_same(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_far_apart() -> None:
@@ -221,8 +228,11 @@ def test_float32(kind: str, temperature: float) -> None:
 @pytest.mark.parametrize("product_dtype", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", SIGNALS)
-def test_sixteen_bits(kind: str, dtype: torch.dtype, product_dtype: torch.dtype | None) -> None:
+def test_sixteen_bits(
+    kind: str, dtype: torch.dtype, product_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The reference forms products of the same rounded numbers in float32; results are rounded once at the end."""
+    monkeypatch.setattr(_heads, "_BLOCK_ELEMENTS", 1000)  # so that the head is widened in several blocks
     problem = make_problem(57, vocab_size=301, width=16, bias=True).to(dtype)
     teacher = make_dense(57, 301, dtype=dtype)
     arguments: dict[str, Any] = {
@@ -259,6 +269,15 @@ def test_the_weight_gradient_is_accumulated_in_float32() -> None:
         assert gradient.flatten().tolist() == [-1000.0, 1000.0]
 
 
+def test_float16_keeps_gradients_below_its_own_range() -> None:
+    """4,000 rows put 3e-8 each on the second token: nothing in float16 one by one, 1.2e-4 together."""
+    hidden = torch.ones(4000, 1, dtype=torch.float16)
+    weight = torch.tensor([[0.0], [-17.3]], dtype=torch.float16, requires_grad=True)
+    output = fused_loss(hidden, OutputHead(weight), torch.zeros(4000, dtype=torch.int64), chunk_tokens=100)
+    expected = 4000 * torch.sigmoid(weight[1, 0].double()).item()
+    assert torch.autograd.grad(output.loss, [weight])[0][1, 0].item() == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
 def test_under_autocast(product_dtype: torch.dtype | None) -> None:
     """Hidden states in bfloat16, a float32 head: the answer without autocast, gradients in their tensors' dtypes."""
@@ -290,7 +309,7 @@ def test_errors_are_those_of_the_reference() -> None:
 
 def test_the_callers_tensors_are_left_alone() -> None:
     """Buffers are overwritten freely inside; stored float32 rows, labels and hidden states are not ours."""
-    problem = make_problem(dtype=torch.float32, soft_cap=5.0)
+    problem = make_problem(ignored=0, dtype=torch.float32, soft_cap=5.0)
     rows = torch.randn(13, 29)
     signal = LogitsSignal(rows, torch.arange(13) < 9)
     reference = make_dense(13, 29, dtype=torch.float32)

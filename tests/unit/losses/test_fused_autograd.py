@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,7 +13,16 @@ from tests.support.distillation import SIGNALS, Problem, answer, assert_same, ma
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liquid_llm.losses import DenseSignal, LogitsSignal, OutputHead, Signal, SparseSignal, fused_loss, reference_loss
+from liquid_llm.losses import (
+    DenseSignal,
+    LogitsSignal,
+    OutputHead,
+    Signal,
+    SparseSignal,
+    _heads,
+    fused_loss,
+    reference_loss,
+)
 
 ARGUMENTS: dict[str, Any] = {"kd_alpha": 0.3, "kd_temperature": 2.0, "l2_gamma": 0.2}
 
@@ -159,23 +169,27 @@ def test_differentiating_twice_is_refused(differentiate_twice: str) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Notes the shape of every tensor an operation returns, and counts the matrix products."""
+    """Counts operations by name and notes the shape and dtype of every tensor they return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
-        self.num_products = 0
+        self.tensors: set[tuple[tuple[int, ...], torch.dtype]] = set()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.num_products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        self.calls[func.overloadpacket.__name__] += 1
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                self.shapes.add(tuple(tensor.shape))
+                self.tensors.add((tuple(tensor.shape), tensor.dtype))
         return result
 
+    @property
+    def num_products(self) -> int:
+        return sum(self.calls[name] for name in ("mm", "addmm", "addmm_"))
+
     def larger_than(self, elements: int) -> set[tuple[int, ...]]:
-        return {shape for shape in self.shapes if math.prod(shape) > elements}
+        return {shape for shape, _ in self.tensors if math.prod(shape) > elements}
 
 
 # Hidden states, head and stored slots all have fewer elements than a chunk of logits.
@@ -187,8 +201,9 @@ POSITIONS, VOCAB_SIZE, WIDTH, CHUNK_TOKENS = 400, 512, 8, 16
 @pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_no_tensor_is_larger_than_a_chunk_of_logits(
-    kind: str, product_dtype: torch.dtype | None, dtype: torch.dtype, ignored: int
+    kind: str, product_dtype: torch.dtype | None, dtype: torch.dtype, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_heads, "_BLOCK_ELEMENTS", 1000)  # widened at once; the real number exceeds this head
     problem = make_problem(POSITIONS, vocab_size=VOCAB_SIZE, width=WIDTH, ignored=ignored, bias=True, dtype=dtype)
     arguments = arguments_for(kind, POSITIONS, VOCAB_SIZE)
     with Watch() as watch:
@@ -203,7 +218,9 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(
         (0.5 * output.loss).backward()
     callers = {(POSITIONS, VOCAB_SIZE)} if kind == "logits" else set()  # the stored rows, seen as a view
     assert watch.larger_than(CHUNK_TOKENS * VOCAB_SIZE) == callers
-    assert (CHUNK_TOKENS, VOCAB_SIZE) in watch.shapes
+    assert (CHUNK_TOKENS, VOCAB_SIZE) in {shape for shape, _ in watch.tensors}
+    if dtype is torch.bfloat16:  # neither is there a float32 copy of the head or of its gradient in one piece
+        assert ((VOCAB_SIZE, WIDTH), torch.float32) not in watch.tensors
 
 
 def test_the_watch_sees_a_large_tensor() -> None:
@@ -221,6 +238,7 @@ def test_evaluation_computes_no_gradient(kind: str) -> None:
         output = fused_loss(problem.hidden, problem.head, problem.labels, chunk_tokens=4, **arguments)
     assert not output.loss.requires_grad
     assert watch.num_products == 3 * (3 if kind == "dense" else 2)  # of each chunk: the logits of each model
+    assert kind == "sparse with tail" or not watch.calls["scatter_add_"]
     expected = answer(reference_loss, problem, **arguments)[0]
     for name in ("loss", "ce", "kd", "l2"):
         torch.testing.assert_close(getattr(output, name), getattr(expected, name).detach())
