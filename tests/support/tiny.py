@@ -87,6 +87,7 @@ def words(options: dict[str, Any]) -> list[str]:
 def build(root: Path) -> Tiny:
     """Write teacher, student configuration and data below ``root``; nothing is captured yet."""
     tiny = Tiny(root)
+    root.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
     tiny.student.write_text(tiny_config("lfm2", VOCAB_SIZE, max_position_embeddings=256).to_json_string())
     rng = random.Random(7)

@@ -30,8 +30,8 @@ from liquid_llm.terminal import print_summary, setup_logging
 log = logging.getLogger(__name__)
 
 PROMPTS = {"math_tool": "Question: A baker fills 12 trays with 7 rolls each. How many rolls is that?\nAnswer:"}
-NUM_CODE, NUM_MATH, NUM_LM = 110, 220, 400
-STEPS = 150
+NUM_CODE, NUM_MATH, NUM_LM = 90, 180, 400
+STEPS = 110
 
 
 def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int) -> int:

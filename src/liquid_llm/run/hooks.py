@@ -74,8 +74,9 @@ class Recorder:
             self.parts.accumulator.add(
                 one.batch.type, one.output, tokens=tokens, padded_tokens=one.batch.input_ids.numel()
             )
-            if self.stage is not None:
-                self.stage.advance(tokens)
+
+        if self.stage is not None:
+            self.stage.advance()
 
     def _write_row(self, result: StepResult) -> None:
         now, waited = self.clock(), self.waited()
@@ -92,6 +93,8 @@ class Recorder:
         )
         self._row_started, self._row_waited = now, waited
         written = self.metrics.write("train", result.step, row)
+        if self.stage is not None:
+            self.stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
         log.info(
             "step %d/%d loss %.4f ce %.4f kd %s alpha %.3g T %.3g lr %.3g %.0f tokens/s",
             result.step,

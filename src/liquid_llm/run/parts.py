@@ -108,6 +108,7 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None) -> Input
 
         def progress(fraction: float, num_tokens: int) -> None:
             stage.advance(num_tokens)
+            stage.note(f"{fraction:.0%} of this source")
 
         if config.face == ANNEAL:
             inputs = read_dataset_inputs(config.data, text, token=token, progress=progress)

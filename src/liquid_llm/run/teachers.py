@@ -148,7 +148,14 @@ def make_teachers(
     datasets = {kind: [source.dataset for source in inputs.sources if source.dataset.type == kind] for kind in stores}
     coverage = router.coverage(datasets, window=config.data.seq_len)
     for kind, row in coverage.items():
-        log.info("stored signal for %s: %s", kind, row)
+        log.info(
+            "stored signal for %s: %d of %d samples have a record, %d of %d looked at are usable",
+            kind,
+            row.listed,
+            row.samples,
+            row.usable,
+            row.checked,
+        )
     return RunTeachers(
         router,
         stores,

@@ -94,7 +94,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         trainer.hooks = recorder.hooks()
         if start.state is None:
             recorder.evaluate()
-        with Stage("train", unit="tokens", total=None) as stage:
+        with Stage("train", unit="steps", total=trainer.total_steps, done=trainer.progress.step) as stage:
             recorder.stage = stage
             done = trainer.train()
         if not done:

@@ -1,0 +1,36 @@
+"""``liquid demo`` from end to end with a small teacher: what `make demo` runs, at a fraction of its size."""
+
+import json
+
+import pytest
+from tests.support.tiny import build
+
+from liquid_llm.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
+    tiny = build(tmp_path / "tiny")
+    words = ["demo", "--dir", str(tmp_path / "demo"), "--teacher", str(tiny.teacher), "--student", "liquid-test"]
+    words += ["--scale", "0.6"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    (run,) = (tmp_path / "demo" / "runs").iterdir()
+    for name in ("lm", "math_tool", "code", "bytes a token", "real tokens a second", "peak memory"):
+        assert name in shown
+    assert str(run) in shown
+    assert str(run / "report.html") in shown
+    summary = json.loads((run / "summary.json").read_text())
+    assert {row["type"] for row in summary["rows"]} == {"lm", "math_tool", "code"}
+    for row in summary["rows"]:
+        assert row["val_loss_before"] > 0
+        assert row["val_kd_before"] > 0
+    assert summary["sample"]["text"]
+    assert main(words) == 0, "a second call shows the result again"
+    assert str(run / "report.html") in capsys.readouterr().out
+
+
+def test_a_scale_that_makes_no_sense_is_refused(tmp_path, capsys):
+    assert main(["demo", "--dir", str(tmp_path), "--scale", "0"]) == 2
+    assert "--scale" in capsys.readouterr().err
