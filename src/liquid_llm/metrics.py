@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ TIMING_KEYS = frozenset(
 )
 
 _BLOCK_LINES = 32
+_MAX_WAIT_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -192,8 +194,25 @@ def _event_writer(folder: Path, resume_step: int | None) -> Any:
     with translated(folder, writing=True):
         if resume_step is None:
             shutil.rmtree(folder, ignore_errors=True)
+        else:
+            _wait_until_later(folder)
         # Readers drop earlier events from the purge step on: those are about to be written again.
         return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _wait_until_later(folder: Path) -> None:
+    """Wait for the second after that in which the newest event file was begun.
+
+    Readers take event files in the order of their names, which begin with that second; what follows it within the same
+    second is the process id, which orders nothing.
+    """
+    begun = [name.name.split(".")[3] for name in folder.glob("events.out.tfevents.*")]
+    newest = max((int(second) for second in begun if second.isdigit()), default=0)
+    ahead = newest + 1 - time.time()
+    if ahead > _MAX_WAIT_SECONDS:
+        _log.warning("%s: earlier events are dated %.0f s ahead of this clock and will hide new ones", folder, ahead)
+    elif ahead > 0:
+        time.sleep(ahead)
 
 
 def _rewrite(path: Path, last_step: int) -> None:

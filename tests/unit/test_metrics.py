@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from liquid_llm.errors import StorageError
 from liquid_llm.losses.signals import LossOutput
@@ -203,7 +204,12 @@ def tensorboard_series(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 5)) for event in events.Scalars(tag)]
 
 
-def test_tensorboard_shows_a_continued_run_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("earlier_writers", [0, 9])
+def test_tensorboard_shows_a_continued_run_once(
+    tmp_path: Path, earlier_writers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The writers' running number is the last part of their files' names, where 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(earlier_writers))
     write_steps(tmp_path, range(1, 7), None)
     write_steps(tmp_path, range(5, 9), 4, run=1)
     assert tensorboard_series(tmp_path, "train/loss") == [(step, round(1 / step, 5)) for step in range(1, 9)]
@@ -211,6 +217,18 @@ def test_tensorboard_shows_a_continued_run_once(tmp_path: Path) -> None:
     assert tensorboard_series(tmp_path, "eval/val_loss_student") == [(3, 0.66667), (6, 0.33333)]
     rates = dict(tensorboard_series(tmp_path, "train/tokens_per_second"))
     assert [rates[step] for step in range(1, 9)] == [100.0] * 4 + [101.0] * 4
+
+
+def test_events_from_a_clock_ahead_of_ours_are_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_steps(tmp_path, range(1, 3), None)
+    (event_file,) = (tmp_path / "tb").iterdir()
+    parts = event_file.name.split(".")
+    parts[3] = str(int(parts[3]) + 3600)
+    event_file.rename(event_file.with_name(".".join(parts)))
+    write_steps(tmp_path, range(3, 5), 2)
+    assert "ahead of this clock" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- accumulating
