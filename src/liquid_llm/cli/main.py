@@ -7,6 +7,7 @@ and a mistyped option answer at once. An error a user can cause is one message o
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -70,7 +71,10 @@ def guarded(job: Callable[[], int]) -> int:
     try:
         return job()
     except LiquidError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from liquid_llm.masking import Masker, secret_values
+
+        # A URI or a library's own words may carry a secret.
+        print(f"error: {Masker(secret_values(os.environ)).text(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
