@@ -17,7 +17,7 @@ REFERENCE = "tests/integration/test_reference_commands.py"
 
 # How a command starts -> the test that runs it, as path::function.
 TESTED_BY = {
-    "make demo": f"{Path(__file__).relative_to(REPOSITORY)}::test_make_targets_run_what_they_promise",
+    "make demo": "tests/integration/test_demo.py::test_the_demo_runs_every_stage_and_shows_its_result",
     "make test": f"{Path(__file__).relative_to(REPOSITORY)}::test_make_targets_run_what_they_promise",
     "make demo TORCH_INDEX=": f"{Path(__file__).relative_to(REPOSITORY)}::test_torch_can_come_from_another_index",
     "source .venv/bin/activate": f"{Path(__file__).relative_to(REPOSITORY)}::test_activation_finds_the_command",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.support import readme
-from tests.support.world import BUCKET, World
+from tests.support.world import BUCKET, STAGE0_STUDENT, World
 
 SIDECAR_FIELDS = {"step", "block_size", "kd_alpha", "kd_temperature", "alpha_schedule", "temp_schedule", "grad_accum"}
 PROVENANCE = {"config", "manifest_snapshot", "data_readiness", "datasets_snapshot", "environment"}
@@ -101,3 +101,33 @@ def test_annealing_commands_run_as_written(fresh_world: World) -> None:
     sidecar = json.loads((last / "final.meta.json").read_text(encoding="utf-8"))
     assert (sidecar["step"], sidecar["block_size"], sidecar["grad_accum"]) == (2, 1024, 2)
     assert [row["kd_alpha"] for row in rows(last, "train")] == [0.5, 0.5]
+
+
+ENTRY = "python -m trainer.entrypoint"
+DATA = "--block_size=512 --teacher_name=gpt2-xl --dataset_name=wikitext --dataset_config=wikitext-103-raw-v1"
+EVERY_STEP = "--eval_every=1 --save_every=1 --log_interval=1"
+
+
+@pytest.mark.slow
+def test_the_three_smoke_checks_of_annealing(world: World) -> None:
+    shown = succeed(world.run(f"{ENTRY} --help")).stdout
+    for option in ("alpha", "T", "alpha_schedule", "temp_schedule", "eval_ctx_lens", "reset_optim_on_ctx_change"):
+        assert f"--{option}" in shown
+
+    zero = "--alpha=0.6 --T=1.1 --alpha_schedule=0:0.6,1:0.5 --temp_schedule=0:1.1,1:1.0 --train_steps=0"
+    place = "--local_workdir=liquid_test --output_gcs_uri=gs://dummy"
+    nothing = f"{ENTRY} --resume_gcs_uri {STAGE0_STUDENT} {DATA} {zero} {EVERY_STEP} {place}"
+    done = succeed(world.run(nothing))
+    assert "0 steps" in done.stderr
+    assert not (world.bucket.parent / "dummy").exists()
+    assert not list((world.workdir / "liquid_test").rglob("*.pt"))
+
+    one = "--train_steps=1 --alpha=0.5 --T=1.0 --alpha_schedule=0:0.5,1:0.4 --temp_schedule=0:1.0,1:0.9"
+    succeed(world.run(f"{ENTRY} {DATA} {EVERY_STEP} {one} --eval_ctx_lens=512,1024 --local_workdir=liquid_test"))
+    run = world.workdir / "liquid_test"
+    assert_complete(run)
+    (row,) = rows(run, "train")
+    assert (row["kd_alpha"], row["kd_temperature"]) == (0.5, 1.0)
+    assert {"val_loss_student@512", "val_loss_student@1024", "val_loss_teacher@1024"} <= rows(run, "eval")[-1].keys()
+    sidecar = json.loads((run / "final.meta.json").read_text(encoding="utf-8"))
+    assert (sidecar["kd_alpha"], sidecar["kd_temperature"]) == (0.4, 0.9), "what the next step would take"
