@@ -121,11 +121,16 @@ def _new_filesystem(kind: Any, scheme: str, emulator: str, options: dict[str, An
 
 
 def _with_streamed_body(request: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """A request that sends a large body piece by piece: aiohttp warns that bytes given whole block its event loop."""
+    """A request that sends a large body piece by piece: aiohttp warns that bytes given whole block its event loop.
+
+    A body that is a file is sent as a copy: aiohttp may close it when the request fails, and it is needed again.
+    """
 
     async def call(*args: Any, **kwargs: Any) -> T:
         body = kwargs.get("data")
-        if isinstance(body, (bytes, bytearray, memoryview)) and memoryview(body).nbytes > _LARGE_BODY_BYTES:
+        if isinstance(body, io.BytesIO):
+            kwargs["data"] = io.BytesIO(body.getvalue())
+        elif isinstance(body, (bytes, bytearray, memoryview)) and memoryview(body).nbytes > _LARGE_BODY_BYTES:
             kwargs["data"] = io.BytesIO(body)
         return await request(*args, **kwargs)
 
