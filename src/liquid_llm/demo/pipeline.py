@@ -18,7 +18,7 @@ from liquid_llm.config import build_capture_config, build_run_config
 from liquid_llm.demo.data import make_demo_data
 from liquid_llm.errors import UsageError
 from liquid_llm.metrics import read_metrics
-from liquid_llm.models.loading import unpack
+from liquid_llm.models.loading import quiet_transformers, unpack
 from liquid_llm.options import TRAIN
 from liquid_llm.report import build_report
 from liquid_llm.run.capturing import capture_signal
@@ -29,7 +29,7 @@ from liquid_llm.terminal import print_summary, setup_logging
 
 log = logging.getLogger(__name__)
 
-PROMPTS = {"math_tool": "Question: A baker fills 12 trays with 7 rolls each. How many rolls is that?\nAnswer:"}
+PROMPT = "Question: A baker fills 12 trays with 7 rolls each. How many rolls is that?\nAnswer:"
 NUM_CODE, NUM_MATH, NUM_LM = 90, 180, 400
 STEPS = 110
 
@@ -127,7 +127,7 @@ def _summary(run_dir: Path, base: Path, seconds: float) -> dict[str, Any]:
         "bytes_per_token": _stored_bytes_per_token(run_dir, stored),
         "tokens_per_second": sum(r["tokens"] for r in trained) / sum(r["seconds"] for r in trained),
         "peak_memory_bytes": max(process_peak_memory_bytes() or 0, *(r.get("peak_memory_bytes") or 0 for r in trained)),
-        "sample": _generate(run_dir / "student", PROMPTS["math_tool"]),
+        "sample": _generate(run_dir / "student", PROMPT),
         "seconds": seconds,
     }
 
@@ -153,10 +153,11 @@ def _generate(folder: Path, prompt: str) -> dict[str, str]:
     """What the finished student writes, greedily: read back from disk as a user would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
+    with torch.no_grad(), quiet_transformers():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0
         )

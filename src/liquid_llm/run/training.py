@@ -16,6 +16,7 @@ from liquid_llm.config import RunConfig, as_plain, build_run_config, build_sched
 from liquid_llm.errors import Interrupted
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.models.export import save_student
+from liquid_llm.models.loading import quiet_transformers
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.run.dry_run import check_place, check_records, estimate, print_findings, schedule_values
@@ -106,7 +107,8 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
                 remedy="run the same command again to go on",
             )
         recorder.finish()
-        save_student(parts.built.model, parts.text.tokenizer, place.run_dir / "student")
+        with quiet_transformers():
+            save_student(parts.built.model, parts.text.tokenizer, place.run_dir / "student")
         build_report(place.run_dir)
         uploader.close()
     log.info("done: %s", place.shown)
