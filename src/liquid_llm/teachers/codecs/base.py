@@ -78,9 +78,13 @@ class Codec(Protocol):
 
 def row_maximum(logits: Tensor) -> Tensor:
     """Largest logit of each row, [n, 1]. Raises SignalError where a row has none: NaN, plus infinity, all masked."""
-    if logits.shape[0] == 0:
-        return logits.new_zeros(0, 1)
-    top = logits.amax(dim=1, keepdim=True)
+    top = logits.amax(dim=1, keepdim=True) if logits.shape[0] else logits.new_zeros(0, 1)
+    require_finite(top)
+    return top
+
+
+def require_finite(top: Tensor) -> None:
+    """As :func:`row_maximum`, for rows whose largest logits [n, 1] are known: a NaN counts as larger than anything."""
     bad = ~torch.isfinite(top)
     if bool(bad.any()):
         position = int(bad.nonzero()[0, 0])
@@ -90,7 +94,6 @@ def row_maximum(logits: Tensor) -> Tensor:
             got=float(top[position]),
             remedy="load the teacher in float32 or bfloat16, or leave this sample out",
         )
-    return top
 
 
 def check_temperature(codec: Codec, temperature: float) -> None:

@@ -56,8 +56,8 @@ def tail_log_partition(logits: Tensor, ids: Tensor, edge: Tensor) -> Tensor:
         rows = slice(begin, min(begin + block, num))
         powers = buffer[: rows.stop - begin]
         one, two, four, six = powers.unbind(1)
-        torch.sub(logits[rows], edge[rows], out=one)
-        one.mul_(0.125).exp_().scatter_(1, ids[rows], 0.0)
+        torch.add(edge[rows] * -0.125, logits[rows], alpha=0.125, out=one)
+        one.exp_().scatter_(1, ids[rows], 0.0)
         torch.mul(one, one, out=two)
         torch.mul(two, two, out=four)
         torch.mul(two, four, out=six)

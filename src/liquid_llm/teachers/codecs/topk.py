@@ -23,13 +23,12 @@ from liquid_llm.teachers.codecs.base import (
     Rows,
     check_temperature,
     require,
-    row_maximum,
+    require_finite,
 )
 
 _LEVELS = 65535
-_MAX_GAP = (
-    120.0  # a token this far below the best has probability 1e-13 at T=4; a masked one would spoil the row's span
-)
+# A token this far below the best has probability 1e-13 at T=4; the distance of a masked one would spoil the row's span.
+_MAX_GAP = 120.0
 _BLOCK = 64
 
 
@@ -51,8 +50,9 @@ class TopKCodec:
         self.options: Options = {"k": k}
 
     def encode(self, logits: Tensor, generator: torch.Generator) -> Rows:
-        top = row_maximum(logits)
         values, ids = largest(logits, min(self.k, logits.shape[1]))
+        top = values[:, :1]
+        require_finite(top)
         gaps = (top - values).clamp_(max=_MAX_GAP)
         span = gaps[:, -1:]
         levels = (gaps * (_LEVELS / span.clamp(min=1e-6))).round_()
