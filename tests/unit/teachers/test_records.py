@@ -71,7 +71,6 @@ def test_truncated_bytes(share: float) -> None:
         from_bytes(data[: int(share * len(data))])
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # what torch says of some damage, before it is found
 @given(position=st.integers(0, 2**20), flip=st.integers(1, 255))
 def test_a_changed_byte_is_noticed_or_means_nothing(position: int, flip: int) -> None:
     """A zip has bytes without meaning (dates, attributes); any other change must be a RecordError and nothing else."""
