@@ -12,6 +12,7 @@ with inputs and weights made.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import resource
 import statistics
@@ -145,13 +146,13 @@ CONTESTANTS: dict[str, Callable[[Inputs], None]] = {
 
 
 def machine() -> str:
-    """One line on where the figures come from."""
+    """One line on where the figures come from, and on how busy that was with other things."""
     names = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
     flags = next((line for line in _cpu_lines() if line.startswith("flags")), "")
     amx = "AMX" if "amx_bf16" in flags else "no AMX"
     return (
         f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {amx}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
+        f"torch {torch.__version__}, Python {platform.python_version()}, load average {os.getloadavg()[0]:.1f}"
     )
 
 
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--teacher-hidden", type=int, help="teacher's width")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of hidden states and heads")
     parser.add_argument("--chunk-tokens", type=int, help="positions in a chunk of the fused loss")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--contestants", help="comma-separated parts of names; default all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
