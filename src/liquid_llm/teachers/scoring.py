@@ -66,7 +66,8 @@ class _Encoder:
 
     def __init__(self, item: Item, codec: Codec) -> None:
         self._codec = codec
-        self._generator = sample_generator(item.sample_id)
+        self._seed = record_seed(item.sample_id)
+        self._num_rows = 0
         self._parts: list[Rows] = []
         self._error: SignalError | None = None
 
@@ -74,11 +75,12 @@ class _Encoder:
         if self._error is not None:
             return
         try:
-            rows = self._codec.encode(logits, self._generator)
+            rows = self._codec.encode(logits, self._seed, self._num_rows)
         except SignalError as error:
             self._error = error
         else:
             self._parts.append({name: tensor.cpu() for name, tensor in rows.items()})
+            self._num_rows += logits.shape[0]
 
     def result(self) -> Rows | SignalError:
         if self._error is not None:
@@ -91,10 +93,10 @@ class _Encoder:
         )
 
 
-def sample_generator(sample_id: str) -> torch.Generator:
-    """The random numbers of a sample's record: the same in every capture of it."""
+def record_seed(sample_id: str) -> int:
+    """What the random numbers of a sample's record follow from: the same in every capture of it."""
     digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8, person=b"signal").digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def padded_ids(windows: Sequence[np.ndarray]) -> Tensor:

@@ -13,12 +13,12 @@ from liquid_llm.teachers.codecs import FullCodec, StoredSignal, TopKCodec
 
 def sparse(rows: int, k: int, seed: int = 0, temperature: float = 2.0) -> SparseSignal:
     codec = TopKCodec(k)
-    payload = codec.pack(codec.encode(random_logits(rows, 50, seed=seed), torch.Generator()))
+    payload = codec.pack(codec.encode(random_logits(rows, 50, seed=seed), 1, 0))
     return codec.decode(payload, 0, rows, temperature, 50)
 
 
 def full(rows: int, seed: int = 0) -> LogitsSignal:
-    payload = FullCodec().pack(FullCodec().encode(random_logits(rows, 50, seed=seed), torch.Generator()))
+    payload = FullCodec().pack(FullCodec().encode(random_logits(rows, 50, seed=seed), 1, 0))
     return FullCodec().decode(payload, 0, rows, 2.0, 50)
 
 

@@ -369,8 +369,8 @@ def test_many_near_equal_samples_share_batches() -> None:
 class DrawCodec(TopKCodec):
     """A codec that draws a random number a row, as sampling codecs do."""
 
-    def encode(self, logits: torch.Tensor, generator: torch.Generator) -> Rows:
-        return {"draw": torch.rand(logits.shape[0], generator=generator)}
+    def encode(self, logits: torch.Tensor, seed: int, start: int) -> Rows:
+        return {"draw": torch.arange(start, start + logits.shape[0]) + seed % 1_000_003}
 
 
 def drawn(teacher: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:

@@ -12,15 +12,23 @@ from tests.support.teachers import random_logits
 
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
-from liquid_llm.teachers.codecs import CODECS, Codec, FullCodec, PayloadError, TopKCodec, get_codec
+from liquid_llm.teachers.codecs import (
+    CODECS,
+    Codec,
+    FullCodec,
+    PayloadError,
+    SampledCodec,
+    TailCodec,
+    TopKCodec,
+    get_codec,
+)
 from liquid_llm.teachers.codecs.topk import largest
 
-GENERATOR = torch.Generator()
 TEMPERATURES = st.floats(0.67, 4.0)
 
 
 def stored(codec: Codec, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    return codec.pack(codec.encode(logits.clone(), GENERATOR))
+    return codec.pack(codec.encode(logits.clone(), 1, 0))
 
 
 def probabilities(signal: LogitsSignal | SparseSignal, temperature: float, vocab: int) -> torch.Tensor:
@@ -117,11 +125,13 @@ def test_topk_bytes_a_position(vocab: int) -> None:
     assert sum(tensor.nbytes for tensor in payload.values()) / 10 == (274 if vocab == 65_536 else 338)
 
 
-@pytest.mark.parametrize("codec", [FullCodec(), TopKCodec(8)], ids=lambda codec: codec.name)
+@pytest.mark.parametrize(
+    "codec", [FullCodec(), TopKCodec(8), TailCodec(), SampledCodec(20, 2.0)], ids=lambda codec: codec.name
+)
 class TestEveryCodec:
     def test_chunks_do_not_matter(self, codec: Codec) -> None:
         logits = random_logits(7, 200)
-        parts = [codec.encode(part.clone(), GENERATOR) for part in logits.split([3, 0, 4])]
+        parts = [codec.encode(logits[begin:end].clone(), 1, begin) for begin, end in ((0, 3), (3, 3), (3, 7))]
         joined = codec.pack({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         whole = stored(codec, logits)
         assert joined.keys() == whole.keys()
@@ -164,11 +174,11 @@ class TestEveryCodec:
         logits = random_logits(3, 200)
         logits[1, 7] = bad
         with pytest.raises(SignalError, match="row 1: the teacher's logits are not finite"):
-            codec.encode(logits, GENERATOR)
+            codec.encode(logits, 1, 0)
 
     def test_a_row_with_nothing_but_masked_tokens(self, codec: Codec) -> None:
         with pytest.raises(SignalError, match="not finite"):
-            codec.encode(torch.full((1, 200), -math.inf), GENERATOR)
+            codec.encode(torch.full((1, 200), -math.inf), 1, 0)
 
     @pytest.mark.parametrize("unmasked", [1, 5, 100])
     def test_masked_tokens_have_probability_zero(self, codec: Codec, unmasked: int) -> None:
@@ -179,6 +189,8 @@ class TestEveryCodec:
         assert all(tensor.isfinite().all() for tensor in tensors)
         got = probabilities(signal, 2.0, 200)
         assert float(got[:, unmasked:].amax()) < 1e-12
+        if codec.name in ("tail", "sampled"):
+            return  # random: tests of their own
         exact = torch.softmax(logits.double() / 2.0, dim=1)
         # eight gaps share one scale, the masked ones' distance of 120: 120 / 65535 / 2 per step
         torch.testing.assert_close(got.amax(1), exact.amax(1), rtol=2e-3, atol=0)
@@ -186,8 +198,8 @@ class TestEveryCodec:
     def test_made_again_from_its_identity(self, codec: Codec) -> None:
         again = get_codec(codec.name, codec.version, codec.options)
         payload = stored(codec, random_logits(2, 200))
-        first, second = codec.decode(payload, 0, 2, 1.5, 200), again.decode(payload, 0, 2, 1.5, 200)
-        assert torch.equal(probabilities(first, 1.5, 200), probabilities(second, 1.5, 200))
+        first, second = codec.decode(payload, 0, 2, 2.0, 200), again.decode(payload, 0, 2, 2.0, 200)
+        assert torch.equal(probabilities(first, 2.0, 200), probabilities(second, 2.0, 200))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.5, math.inf, math.nan])
@@ -223,7 +235,7 @@ def test_a_vocabulary_no_larger_than_k_has_no_tail() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "options", "message"),
     [
-        ("zip", None, None, r"unknown codec; got 'zip'; expected one of full, topk"),
+        ("zip", None, None, r"unknown codec; got 'zip'; expected one of full, tail, topk, sampled"),
         ("topk", 99, None, r"version 99; expected version 1\. Install the newer"),
         ("topk", 0, None, r"version 0; expected version 1\. Capture the signal again"),
         ("topk", None, {"q": 3}, r"options that codec 'topk' does not have"),
@@ -231,6 +243,12 @@ def test_a_vocabulary_no_larger_than_k_has_no_tail() -> None:
         ("topk", None, {"k": 0}, r"got 0; expected a positive integer"),
         ("topk", None, {"k": "8"}, r"expected a positive integer"),
         ("topk", None, {"k": True}, r"expected a positive integer"),
+        ("tail", None, {"draws_t2": 0}, r"number of draws as draws_t2; got 0; expected more than 0, at most 1024"),
+        ("tail", None, {"draws_t4": "8"}, r"number of draws as draws_t4; got 8"),
+        ("tail", None, {"draws_t1": True}, r"number of draws as draws_t1; got True"),
+        ("sampled", None, {"draws": 256}, r"got 256; expected 1 to 255"),
+        ("sampled", None, {"draws": 2.5}, r"got 2\.5; expected 1 to 255"),
+        ("sampled", None, {"temperature": 0}, r"needs a temperature; got 0; expected a positive number"),
     ],
 )
 def test_codecs_that_do_not_exist(name: str, version: int | None, options: dict[str, int] | None, message: str) -> None:

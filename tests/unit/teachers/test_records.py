@@ -31,7 +31,7 @@ from liquid_llm.teachers.records import (
 def make_record(num_tokens: int = 150, codec: TopKCodec | FullCodec | None = None) -> Record:
     codec = codec or TopKCodec(4)
     sample = make_samples(1, low=num_tokens, high=num_tokens)[0]
-    rows = codec.encode(random_logits(num_tokens - 1, 50), torch.Generator())
+    rows = codec.encode(random_logits(num_tokens - 1, 50), 1, 0)
     identity = SignalIdentity.of(
         codec, teacher_id="org/teacher", teacher_revision="r", tokenizer_hash="t", vocab_size=50
     )

@@ -38,7 +38,7 @@ def write(folder: Path | str, samples: list[Sample], seq_len: int = 1024, **chan
     for seed, sample in enumerate(samples):
         num_tokens = min(len(sample.input_ids), seq_len)
         logits = random_logits(num_tokens - 1, VOCAB, seed=seed)
-        rows = store.codec.encode(logits.clone(), torch.Generator())
+        rows = store.codec.encode(logits.clone(), 1, 0)
         store.write(sample, num_tokens, store.codec.pack(rows))
         made.append(logits)
     return made
@@ -78,7 +78,7 @@ def test_overwriting_replaces(place: str) -> None:
     store.write(
         sample,
         len(sample.input_ids),
-        CODEC.pack(CODEC.encode(random_logits(len(sample.input_ids) - 1, VOCAB, seed=9), torch.Generator())),
+        CODEC.pack(CODEC.encode(random_logits(len(sample.input_ids) - 1, VOCAB, seed=9), 1, 0)),
     )
     again = open_store(place)
     after = again.get(sample, 1024, 1.0).signal

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from liquid_llm.errors import SignalError
 from liquid_llm.teachers.codecs.base import Codec, Options, Payload, PayloadError, Rows, StoredSignal, check_temperature
 from liquid_llm.teachers.codecs.full import FullCodec
+from liquid_llm.teachers.codecs.sampled import SampledCodec
+from liquid_llm.teachers.codecs.tail import TailCodec
 from liquid_llm.teachers.codecs.topk import TopKCodec
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "Payload",
     "PayloadError",
     "Rows",
+    "SampledCodec",
     "StoredSignal",
+    "TailCodec",
     "TopKCodec",
     "check_temperature",
     "get_codec",
@@ -25,7 +29,9 @@ __all__ = [
 
 CODECS: dict[str, tuple[int, Callable[..., Codec]]] = {
     FullCodec.name: (FullCodec.version, FullCodec),
+    TailCodec.name: (TailCodec.version, TailCodec),
     TopKCodec.name: (TopKCodec.version, TopKCodec),
+    SampledCodec.name: (SampledCodec.version, SampledCodec),
 }
 
 

@@ -49,13 +49,14 @@ class Codec(Protocol):
     @property
     def temperature_range(self) -> tuple[float, float]: ...
 
-    def encode(self, logits: Tensor, generator: torch.Generator) -> Rows:
+    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         """Encode a chunk.
 
         Args:
             logits: [n, vocab] float32 on any device, n >= 0; may be overwritten.
-            generator: CPU generator of the sample the rows belong to, for codecs that draw. Rows arrive in order, so
-                that a record depends on the sample alone and not on its neighbours in the batch.
+            seed: of the record the rows belong to, at least 0 and below 2**63.
+            start: position of the first row in its record. A codec that draws takes its random numbers from these two
+                alone: a record depends neither on its neighbours in the batch nor on how it was cut into chunks.
 
         Raises:
             SignalError: a row holds NaN or plus infinity. Minus infinity (a masked token) is a probability of zero.

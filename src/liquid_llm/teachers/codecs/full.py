@@ -36,7 +36,7 @@ class FullCodec:
     def __init__(self) -> None:
         self.options: Options = {}
 
-    def encode(self, logits: Tensor, generator: torch.Generator) -> Rows:
+    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         shifted = logits.sub_(row_maximum(logits)).clamp_(min=_LOWEST)
         return {"logits": shifted.to(torch.float16)}
 

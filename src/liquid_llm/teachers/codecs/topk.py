@@ -49,7 +49,7 @@ class TopKCodec:
         self.k = k
         self.options: Options = {"k": k}
 
-    def encode(self, logits: Tensor, generator: torch.Generator) -> Rows:
+    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         values, ids = largest(logits, min(self.k, logits.shape[1]))
         top = values[:, :1]
         require_finite(top)

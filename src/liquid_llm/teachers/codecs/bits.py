@@ -1,0 +1,227 @@
+"""Columns of small integers as bits, written and read by whole columns and never value by value.
+
+    fixed    every value in its own number of bits, which the reader knows
+    unary    v as v zeros and a one: right for a geometric column of mean 1
+    rice     v as v >> k in unary and k fixed bits (Rice and Plaunt 1971); k is chosen by the writer, and stored
+    signed   0, -1, 1, -2, 2 ... as 0, 1, 2, 3, 4 ..., in Rice code; or so around the column's median
+    sparse   mostly zeros: a Rice column of the runs of zeros, and one of the other values
+    ranked   few different values: a Rice column of their places in a list by falling frequency
+
+The unary parts of a column lie together and so do its fixed parts: then both are read by a few array operations over
+all values at once, at memory speed, where a usual prefix code is read one value after the other. Every column starts
+at a byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+MAX_WIDTH = 24  # bits of a fixed value: it must lie within four bytes wherever it starts
+_MAX_RICE = 15
+
+
+class BitsError(ValueError):
+    """Bytes that end too early or say something impossible."""
+
+
+class BitWriter:
+    """Appends columns; ``bytes()`` is what a ``BitReader`` reads in the same order."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def number(self, value: int) -> None:
+        """One non-negative integer of any size, seven bits a byte (LEB128)."""
+        out = bytearray()
+        while True:
+            value, low = value >> 7, value & 0x7F
+            out.append(low | (0x80 if value else 0))
+            if not value:
+                break
+        self._parts.append(bytes(out))
+
+    def fixed(self, values: Ints, widths: Ints | int) -> None:
+        """``values[i]`` in ``widths[i]`` bits, lowest first."""
+        if isinstance(widths, int):
+            bits = (values[:, None] >> np.arange(widths)) & 1
+            self._append(bits.astype(np.uint8).ravel())
+            return
+        starts = np.cumsum(widths) - widths
+        within = np.arange(int(widths.sum())) - np.repeat(starts, widths)
+        self._append(((np.repeat(values, widths) >> within) & 1).astype(np.uint8))
+
+    def unary(self, values: Ints) -> None:
+        ends = np.cumsum(values + 1)
+        bits = np.zeros(int(ends[-1]) if ends.size else 0, np.uint8)
+        bits[ends - 1] = 1
+        self.number((bits.size + 7) // 8)
+        self._append(bits)
+
+    def rice(self, values: Ints) -> None:
+        """Non-negative values, with the k that makes the column shortest."""
+        sizes = [int((values >> k).sum()) + values.size * (1 + k) for k in range(_MAX_RICE + 1)]
+        k = int(np.argmin(sizes))
+        self.number(k)
+        self.unary(values >> k)
+        self.fixed(values & ((1 << k) - 1), k)
+
+    def rice_by(self, values: Ints, groups: Ints, num_groups: int) -> None:
+        """A Rice column with one k for each of ``num_groups`` groups of values, which the reader can tell apart."""
+        options = np.arange(_MAX_RICE + 1)
+        sizes = np.zeros((num_groups, options.size), np.int64)
+        np.add.at(sizes, groups, (values[:, None] >> options) + options)
+        ks = sizes.argmin(axis=1)
+        self.fixed(ks, 4)
+        k = ks[groups]
+        self.unary(values >> k)
+        self.fixed(values & ((1 << k) - 1), k)
+
+    def signed(self, values: Ints) -> None:
+        self.rice(np.where(values < 0, -2 * values - 1, 2 * values))
+
+    def around_median(self, values: Ints) -> None:
+        middle = int(np.median(values)) if values.size else 0
+        self.number(2 * middle if middle >= 0 else -2 * middle - 1)
+        self.signed(values - middle)
+
+    def sparse(self, values: Ints) -> None:
+        places = np.flatnonzero(values)
+        self.number(places.size)
+        self.rice(np.diff(places, prepend=-1) - 1)
+        self.rice(values[places] - 1)
+
+    def ranked(self, values: Ints, width: int) -> None:
+        """Values of ``width`` bits, at most 6."""
+        counts = np.bincount(values, minlength=1 << width)
+        order = np.argsort(-counts, kind="stable")
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(order.size)
+        self.fixed(order, width)
+        self.rice(ranks[values])
+
+    def bytes(self) -> bytes:
+        return b"".join(self._parts)
+
+    def _append(self, bits: Bytes) -> None:
+        self._parts.append(np.packbits(bits, bitorder="little").tobytes())
+
+
+class BitReader:
+    """Reads the columns of ``data``, which is one-dimensional uint8.
+
+    Raises:
+        BitsError: from every method, where the data cannot be what was written.
+    """
+
+    def __init__(self, data: Bytes) -> None:
+        self._size = data.size
+        self._data = data
+        # The four bytes from each byte on, lowest first: any value of up to MAX_WIDTH bits lies within four.
+        padded = np.concatenate([data, np.zeros(3, np.uint8)]).astype(np.uint32)
+        self._words = padded[:-3] | (padded[1:-2] << 8) | (padded[2:-1] << 16) | (padded[3:] << 24)
+        self._at = 0
+
+    @property
+    def bytes_left(self) -> int:
+        return self._size - self._at
+
+    def number(self) -> int:
+        value, shift = 0, 0
+        while True:
+            if self._at >= self._size or shift > 63:
+                raise BitsError("a number has no end")
+            byte = int(self._data[self._at])
+            self._at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    def count(self, per_byte: int) -> int:
+        """A number of things of which the rest of the data holds at most ``per_byte`` a byte."""
+        value = self.number()
+        if value > per_byte * self.bytes_left:
+            raise BitsError(f"{value} values in {self.bytes_left} bytes")
+        return value
+
+    def fixed(self, count: int, width: int) -> Ints:
+        """``count`` values of ``width`` bits each."""
+        if width == 0:
+            return np.zeros(count, np.int64)
+        return self._read(np.arange(count, dtype=np.int64) * width, width, count * width)
+
+    def ragged(self, widths: Ints) -> Ints:
+        """Values of ``widths`` bits each."""
+        ends = np.cumsum(widths)
+        return self._read(ends - widths, widths, int(ends[-1]) if ends.size else 0)
+
+    def unary(self, count: int) -> Ints:
+        size = self.number()
+        if size > self.bytes_left:
+            raise BitsError("a column ends too early")
+        bits = np.unpackbits(self._data[self._at : self._at + size], bitorder="little")
+        self._at += size
+        ends = np.flatnonzero(bits)
+        if ends.size != count:
+            raise BitsError(f"{ends.size} values in a column of {count}")
+        values: Ints = ends.copy()
+        values[1:] -= ends[:-1] + 1
+        return values
+
+    def rice(self, count: int) -> Ints:
+        k = self.number()
+        if k > _MAX_RICE:
+            raise BitsError("a Rice column of an unknown kind")
+        high = self.unary(count)
+        return high if k == 0 else (high << k) | self.fixed(count, k)
+
+    def rice_by(self, groups: Ints, num_groups: int) -> Ints:
+        k = self.fixed(num_groups, 4)[groups]
+        return (self.unary(groups.size) << k) | self.ragged(k)
+
+    def signed(self, count: int) -> Ints:
+        values = self.rice(count)
+        return _signed(values)
+
+    def around_median(self, count: int) -> Ints:
+        middle = self.number()
+        return self.signed(count) + _signed(np.array([middle], np.int64))
+
+    def sparse(self, count: int) -> Ints:
+        num_places = self.count(per_byte=8)
+        places = np.cumsum(self.rice(num_places) + 1) - 1
+        if num_places and int(places[-1]) >= count:
+            raise BitsError("a value behind the end of its column")
+        values = np.zeros(count, np.int64)
+        values[places] = self.rice(num_places) + 1
+        return values
+
+    def ranked(self, count: int, width: int) -> Ints:
+        order = self.fixed(1 << width, width)
+        ranks = self.rice(count)
+        if count and int(ranks.max()) >= order.size:
+            raise BitsError("a value that is not in its list")
+        values: Ints = order[ranks]
+        return values
+
+    def _read(self, starts: Ints, widths: Ints | int, num_bits: int) -> Ints:
+        size = (num_bits + 7) // 8
+        if size > self.bytes_left:
+            raise BitsError("a column ends too early")
+        if num_bits == 0:
+            return np.zeros(starts.size, np.int64)
+        starts = starts + self._at * 8
+        self._at += size
+        # A value without bits may lie behind the last byte.
+        words = self._words[np.minimum(starts >> 3, self._size - 1)].astype(np.int64)
+        values: Ints = (words >> (starts & 7)) & ((1 << np.asarray(widths, np.int64)) - 1)
+        return values
+
+
+def _signed(values: Ints) -> Ints:
+    """0, 1, 2, 3, 4 ... as 0, -1, 1, -2, 2 ..."""
+    return np.where(values & 1, -(values >> 1) - 1, values >> 1)

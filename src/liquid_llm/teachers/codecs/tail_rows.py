@@ -1,0 +1,239 @@
+"""The writer's half of codec ``tail``: logits -> which ids are kept, as integers, on the teacher's device.
+
+Words are those of ``intensity`` and ``candidates``. Real numbers are float32 where they are as many as logits and
+float64 where they are few.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from liquid_llm.teachers.codecs.base import Rows, row_maximum
+from liquid_llm.teachers.codecs.candidates import Candidates, candidates, device_tables, uniforms, window_starts
+from liquid_llm.teachers.codecs.intensity import (
+    DRAW_STEP,
+    DRAW_TURN,
+    HEAD_STEP,
+    NODES,
+    PARTITION_STEP,
+    TOP_STEP,
+    Draws,
+    dither_gain,
+)
+
+MOST_EXACT = 64  # ids that a position may store exactly
+EXACT_PRICE = 1.8  # bits of an exact id over bits of a draw
+_LEAST_BASE = -120.0  # of a masked token: far too small to be drawn, and finite
+_BLOCK_BYTES = 2**18
+_RUN = 64  # ids
+
+
+def most_draws(draws: Draws) -> int:
+    """Slots for draws in a row: their mean is at most the sum of the three, and far less in practice."""
+    return 64 + 2 * math.ceil(draws.at_1 + draws.at_2 + draws.at_4)
+
+
+def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
+    """Exact ids, draws and partitions of a chunk.
+
+    Args:
+        logits: [n, vocab] float32, overwritten.
+        seed: of the record; ``start``: position of the first row in it.
+
+    Returns:
+        ``head_counts`` [n], ``head_ids`` and ``head_levels`` [n, MOST_EXACT], ``partition`` [n, 3], ``draw_counts``
+        [n], ``draw_slots`` and ``draw_levels`` [n, most_draws]; ``seed`` and ``vocab_size`` [n], the same in all rows.
+
+    Raises:
+        SignalError: a row holds NaN or plus infinity.
+    """
+    n, vocab_size = logits.shape
+    known = candidates(vocab_size)
+    numbers = torch.from_numpy(uniforms(seed, start, n)).to(logits.device)
+    offsets = torch.from_numpy(window_starts(seed, start, n, known)).to(logits.device)
+    peaks = _peaks(logits)
+    top = row_maximum(peaks)
+    whole, log_sum = _partitions(logits, top)
+    shift = top / 2 + log_sum  # l = z / 2 - shift
+
+    values, ids, keep = _exact(logits, peaks, shift, whole, draws, known)
+    base = (values / 2 - shift).double()
+    dither = numbers[:, 1:2]
+    step = torch.full_like(base[:1], HEAD_STEP)
+    step[:, 0] = TOP_STEP
+    head_levels = torch.floor(base / step + dither)
+    rounded = ((head_levels + 0.5 - dither) * step).masked_fill_(~keep, -math.inf)
+    partition_levels, partition = [], []
+    for column, exponent in enumerate(NODES):
+        gain = torch.full_like(step, math.log(dither_gain(exponent, HEAD_STEP)))
+        gain[:, 0] = math.log(dither_gain(exponent, TOP_STEP))
+        head_sum = torch.logsumexp(exponent * rounded - gain, dim=1)
+        dither = numbers[:, 2 + column]
+        level = torch.floor((whole[:, column] - head_sum) / PARTITION_STEP + dither)
+        partition_levels.append(level)
+        partition.append(head_sum + (level + 0.5 - dither) * PARTITION_STEP)
+
+    rows, columns = keep.nonzero(as_tuple=True)
+    logits[rows, ids[rows, columns]] = -math.inf  # not to be drawn as well
+    found = [
+        _accepted(logits, shift, torch.stack(partition, dim=1), numbers, offsets, rows, draws, known)
+        for rows in _blocks(n, logits.device, 4 * known.window)
+    ]
+    row, slots, levels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    counts, (slots, levels) = _padded(n, most_draws(draws), row, (slots.to(torch.int16), levels.to(torch.int8)))
+    return {
+        "seed": torch.full((n,), seed, dtype=torch.int64),
+        "vocab_size": torch.full((n,), vocab_size, dtype=torch.int32),
+        "head_counts": keep.sum(dim=1).to(torch.uint8),
+        "head_ids": _widened(ids.to(torch.int32)),
+        "head_levels": _widened(head_levels.masked_fill_(~keep, 0).to(torch.int16)),
+        "partition": torch.stack(partition_levels, dim=1).to(torch.int16),
+        "draw_counts": counts.to(torch.int16),
+        "draw_slots": slots,
+        "draw_levels": levels,
+    }
+
+
+def _partitions(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """F at ``NODES`` [n, 3], and log sum exp((z - top) / 2) [n, 1], from one exponential of every logit."""
+    n, vocab_size = logits.shape
+    sums = logits.new_empty(n, 4)
+    blocks = _blocks(n, logits.device, 4 * vocab_size)
+    powers = logits.new_empty(blocks[0].stop - blocks[0].start, 3, vocab_size)
+    for rows in blocks:
+        used = powers[: rows.stop - rows.start]
+        one, two, four = used.unbind(1)
+        torch.sub(logits[rows], top[rows], out=one)
+        one.mul_(0.25).exp_()
+        torch.mul(one, one, out=two)
+        torch.mul(two, two, out=four)
+        products = torch.bmm(used, used.transpose(1, 2))
+        torch.sum(one, dim=1, out=sums[rows, 0])
+        sums[rows, 1:] = products[:, (0, 1, 1), (0, 1, 2)]
+    logs = sums.log_()
+    log_sum = logs[:, 1:2]
+    return logs[:, [0, 2, 3]] - log_sum * logs.new_tensor(NODES), log_sum
+
+
+def _peaks(logits: Tensor) -> Tensor:
+    """The largest logit of every run of ``_RUN`` ids [n, runs]; the last run may be shorter."""
+    n, vocab_size = logits.shape
+    even = vocab_size // _RUN * _RUN
+    peaks = logits[:, :even].reshape(n, even // _RUN, _RUN).amax(dim=2)
+    return peaks if even == vocab_size else torch.cat([peaks, logits[:, even:].amax(dim=1, keepdim=True)], dim=1)
+
+
+def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the logits above ``bound`` [n, 1]: few, so only the runs that have one are looked at."""
+    row, run = (peaks > bound).nonzero(as_tuple=True)
+    columns = run[:, None] * _RUN + torch.arange(_RUN, device=logits.device)
+    inside = columns < logits.shape[1]
+    values = logits[row[:, None], columns.clamp_(max=logits.shape[1] - 1)]
+    which, place = ((values > bound[row]) & inside).nonzero(as_tuple=True)
+    return row[which], columns[which, place]
+
+
+def _exact(
+    logits: Tensor, peaks: Tensor, shift: Tensor, whole: Tensor, draws: Draws, known: Candidates
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, k] and ids of what is stored exactly, likeliest first, and which of the k columns a row uses.
+
+    An id of intensity i, met in a window i' = min(i, share * window) times on average, adds i^2 / i' to the variance
+    (in units of 1 / draws^2) and costs i' draws, each of which would lower the variance by 1 elsewhere. It is stored
+    exactly where that exceeds the price; a position that has no such id stores its likeliest.
+    """
+    n, device = logits.shape[0], logits.device
+    met_most = known.share * known.window
+    least = float(met_most.clip(max=EXACT_PRICE / 2).min())
+    least = math.log(math.sqrt(least * (EXACT_PRICE - least)))  # no id of a lower log-intensity is worth it
+    bound = torch.stack([(least - constant) / slope for slope, constant in _lines(whole, draws)]).amin(dim=0)
+    row, column = _above(logits, peaks, 2 * (bound + shift))
+    value = logits[row, column]
+    base = value / 2 - shift[row, 0]
+    lines = [slope * base + constant[row, 0] for slope, constant in _lines(whole, draws)]
+    intensity = torch.stack(lines).amax(dim=0).exp()
+    log_share = device_tables(known.num_cells.size, device)[2]
+    met = torch.minimum(intensity, log_share[column].exp() * known.window)
+    worth = intensity * intensity / met + met > EXACT_PRICE
+    row, column, value = row[worth], column[worth], value[worth]
+    counts = torch.bincount(row, minlength=n)
+    width = max(1, int(counts.max())) if n else 1
+    _, (values, ids) = _padded(n, width, row, (value, column), (-math.inf, 0))
+    none = (counts == 0).nonzero().squeeze(1)
+    if none.numel():
+        values[none, 0], ids[none, 0] = logits[none].max(dim=1)
+    values, order = values.topk(min(width, MOST_EXACT), dim=1)
+    return values, ids.gather(1, order), values > -math.inf
+
+
+def _accepted(
+    logits: Tensor,
+    shift: Tensor,
+    partition: Tensor,
+    numbers: Tensor,
+    offsets: Tensor,
+    rows: slice,
+    draws: Draws,
+    known: Candidates,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, slot and level of every draw of a block of ``rows``, by row and slot.
+
+    An entry of a window is taken when its intensity over its share exceeds its slot plus the position's lateness: for
+    a random window and lateness that happens ``intensity`` times on average. Nearly all entries are refused by a bound
+    that takes few operations; only the rest are rounded and tested.
+    """
+    sequence, log_share, _ = device_tables(known.num_cells.size, logits.device)
+    steps = torch.arange(known.window, device=logits.device)
+    ids = sequence.unfold(0, known.window, 1)[offsets[rows]]
+    shares = log_share.unfold(0, known.window, 1)[offsets[rows]]
+    base = logits[rows].gather(1, ids).mul_(0.5).sub_(shift[rows])
+    needed = shares + torch.log(steps)
+    lines = _lines(partition[rows], draws)
+    possible = torch.zeros_like(needed, dtype=torch.bool)
+    for slope, constant in lines:  # rounding adds at most half a step, float32 far less than the hundredth more
+        possible |= torch.sub(needed, base, alpha=slope) < (constant + slope * (DRAW_STEP / 2 + 0.01)).float()
+    row, slot = possible.nonzero(as_tuple=True)
+    dither = (numbers[rows, 5][row] + slot * DRAW_TURN).remainder_(1.0)
+    level = torch.floor(base[row, slot].double().clamp_(min=_LEAST_BASE) / DRAW_STEP + dither)
+    rounded = (level + 0.5 - dither) * DRAW_STEP
+    intensity = torch.stack([slope * rounded + constant[row, 0] for slope, constant in lines]).amax(dim=0)
+    taken = intensity - shares[row, slot] > torch.log(slot + 1.0 - numbers[rows, 0][row])
+    return row[taken] + rows.start, slot[taken], level[taken]
+
+
+def _lines(partition: Tensor, draws: Draws) -> list[tuple[float, Tensor]]:
+    """Slope, and constant [n, 1], of the three lines in l whose maximum is the log-intensity."""
+    at_1, at_2, at_4 = draws.logs
+    return [
+        (1.0, torch.full_like(partition[:, :1], at_2)),
+        (2.0, at_1 - partition[:, 1:2]),
+        (0.5, at_4 - partition[:, 0:1]),
+    ]
+
+
+def _padded(
+    n: int, width: int, row: Tensor, columns: tuple[Tensor, Tensor], fill: tuple[float, float] = (0, 0)
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Values ordered by ``row`` as rows [n, width] of equal length, and their counts; what does not fit is left out."""
+    counts = torch.bincount(row, minlength=n)
+    place = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+    fits = place < width
+    row, place = row[fits], place[fits]
+    first, second = (column.new_full((n, width), value) for column, value in zip(columns, fill, strict=True))
+    first[row, place] = columns[0][fits]
+    second[row, place] = columns[1][fits]
+    return counts.clamp(max=width), (first, second)
+
+
+def _widened(columns: Tensor) -> Tensor:
+    """Columns up to ``MOST_EXACT``, so that chunks of a record can be joined."""
+    return torch.nn.functional.pad(columns, (0, MOST_EXACT - columns.shape[1]))
+
+
+def _blocks(n: int, device: torch.device, row_bytes: int) -> list[slice]:
+    """Runs of rows that stay in a processor's cache; one run elsewhere. At least one, which may be empty."""
+    block = max(n, 1) if device.type != "cpu" else max(1, _BLOCK_BYTES // row_bytes)
+    return [slice(begin, min(begin + block, n)) for begin in range(0, max(n, 1), block)]
