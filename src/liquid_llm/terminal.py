@@ -80,7 +80,7 @@ class _StderrHandler(_TextHandler):
     """Writes to whatever standard error is at the moment, one unwrapped line a record."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(stderr_console().file)
+        self.stream = stderr_console().file  # setStream would flush the old one, which may be closed by now
         super().emit(record)
 
 

@@ -223,6 +223,19 @@ def test_on_a_terminal_log_lines_are_text_not_markup(monkeypatch: pytest.MonkeyP
     assert "[red]***[/nonsense]" in strip_escapes(text.getvalue())
 
 
+@pytest.mark.usefixtures("restored_logging")
+def test_a_standard_error_that_was_closed_and_replaced_breaks_no_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning of the storage retries once raised "I/O operation on closed file" into an upload."""
+    setup_logging("INFO")
+    log = logging.getLogger("liquid_llm.x")
+    for _ in range(2):
+        stream = io.TextIOWrapper(io.BytesIO(), write_through=True)
+        monkeypatch.setattr("sys.stderr", stream)
+        log.warning("503")
+        assert stream.buffer.getvalue().endswith(b"WARNING 503\n")  # type: ignore[attr-defined]
+        stream.close()
+
+
 def test_there_is_one_console_for_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert stderr_console() is stderr_console()
     stderr_console().print("x")
