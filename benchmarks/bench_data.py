@@ -3,6 +3,7 @@
     python benchmarks/bench_data.py                             tokenising, micro-batches, padding on drawn lengths
     python benchmarks/bench_data.py --gsm8k train.jsonl         padding on real problems too
     python benchmarks/bench_data.py --megabytes 2000            a larger corpus, to see memory stay flat
+    python benchmarks/bench_data.py --dataset --megabytes 2000  the same as a dataset folder, as annealing reads it
 
 Tokenising runs in a process of its own; its memory is the peak of its resident set above what it held with everything
 imported and the tokenizer loaded. Padding is compared with what a user would pick instead: batches of ``batch_size``
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.data.buckets import plan_buckets
+from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.loader import Source, TrainingStream
 from liquid_llm.data.token_writer import read_meta
 from liquid_llm.data.tokens import TokenDataset, build_token_dataset
@@ -53,28 +57,37 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def tokenise_child(tokenizer_id: str, shard: str, cache: str) -> None:
-    """Tokenise one shard and print what it took, as one JSON line."""
+def tokenise_child(tokenizer_id: str, place: str, cache: str) -> None:
+    """Tokenise a shard, or the training split of a dataset folder, and print what it took, as one JSON line."""
     tokenizer = load_tokenizer(tokenizer_id)
     tokenizer(["warm up"] * 100, add_special_tokens=False)
+    if Path(place).is_dir():
+        import datasets  # noqa: F401  # measured is what is held while tokenising, not the library
     before, began = resident_bytes(), time.perf_counter()
-    dataset = build_token_dataset([shard], "lm", tokenizer, "bench", cache, eos_id=0)
+    if Path(place).is_dir():
+        dataset = load_hub_dataset(place, None, tokenizer, "bench", cache, eos_id=0, splits=("train",))["train"]
+    else:
+        dataset = build_token_dataset([place], "lm", tokenizer, "bench", cache, eos_id=0)
     seconds = time.perf_counter() - began
     print(json.dumps({"tokens": dataset.num_tokens, "seconds": seconds, "extra_bytes": resident_bytes() - before}))
 
 
-def tokenising_table(tokenizer_id: str, megabytes: list[int], folder: Path) -> Path:
+def tokenising_table(tokenizer_id: str, megabytes: list[int], folder: Path, as_dataset: bool) -> Path:
     """Rate and memory for corpora of growing size; gives the cache of the last one."""
     print(f"\n{'corpus':>9} {'tokens':>12} {'tokens/s':>10} {'extra memory':>13}")
     for size in megabytes:
-        shard, cache = folder / f"{size}.jsonl", folder / f"cache-{size}"
-        with shard.open("w") as file:
+        place, cache = folder / f"text-{size}", folder / f"cache-{size}"
+        place.mkdir()
+        with (place / "train.jsonl").open("w") as file:
             file.writelines(corpus(size, seed=size))
-        command = [sys.executable, __file__, "--child", tokenizer_id, str(shard), str(cache)]
-        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        read = place if as_dataset else place / "train.jsonl"
+        command = [sys.executable, __file__, "--child", tokenizer_id, str(read), str(cache)]
+        env = os.environ | {"HF_DATASETS_CACHE": str(folder / "arrow")}
+        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
         rate, extra = row["tokens"] / row["seconds"], row["extra_bytes"] / 2**20
-        print(f"{size:>6} MB {row['tokens']:>12,} {rate:>10,.0f} {extra:>9,.0f} MiB")
-        shard.unlink()
+        print(f"{size:>6} MB {row['tokens']:>12,} {rate:>10,.0f} {extra:>9,.0f} MiB", flush=True)
+        shutil.rmtree(place)
+        shutil.rmtree(folder / "arrow", ignore_errors=True)
     return cache
 
 
@@ -140,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default=TEACHER, help="model id")
     parser.add_argument("--megabytes", type=int, default=64, help="of text; a quarter of it is measured first")
+    parser.add_argument("--dataset", action="store_true", help="read it by datasets.load_dataset, as annealing does")
     parser.add_argument("--gsm8k", help="JSON lines with question and answer")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -149,7 +163,9 @@ def main() -> None:
     print(f"{platform.machine()}, {platform.platform()}, numpy {np.__version__}, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cache = tokenising_table(options.tokenizer, [options.megabytes // 4, options.megabytes], folder)
+        cache = tokenising_table(
+            options.tokenizer, [options.megabytes // 4, options.megabytes], folder, options.dataset
+        )
         tokenizer = load_tokenizer(options.tokenizer)
         problems = [{"text": text} for text in word_problems(5000, 0)]
         (folder / "maths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))

@@ -68,7 +68,7 @@ class TailCodec:
     version = 1
     temperature_range = TEMPERATURE_RANGE
 
-    def __init__(self, draws_t1: float = 40, draws_t2: float = 24, draws_t4: float = 8) -> None:
+    def __init__(self, draws_t1: float = 48, draws_t2: float = 30, draws_t4: float = 8) -> None:
         values = {"draws_t1": draws_t1, "draws_t2": draws_t2, "draws_t4": draws_t4}
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST_DRAWS:
