@@ -143,8 +143,41 @@ class HubRows:
 
 
 def _rows(table: Any, column: str) -> Iterator[str]:
+    files = _whole_files(table)
+    if files is not None:
+        for file in files:
+            yield from _streamed(file, column)
+        return
     for batch in table.select_columns([column]).iter(_ROWS_PER_READ):
         yield from (row or "" for row in batch[column])
+
+
+def _whole_files(table: Any) -> list[str] | None:
+    """The Arrow files a table consists of, in order; None where it is a selection of their rows, or lies in memory."""
+    import pyarrow as pa
+
+    files = [file["filename"] for file in table.cache_files]
+    if not files or table._indices is not None:
+        return None
+    rows = 0
+    for file in files:
+        # mapped, so that only the headers of its batches are read
+        with pa.memory_map(file) as source, pa.ipc.open_stream(source) as stream:
+            rows += sum(batch.num_rows for batch in stream)
+    return files if rows == len(table) else None
+
+
+def _streamed(file: str, column: str) -> Iterator[str]:
+    """One column, read batch by batch: the library maps the file, and what was read of it would stay resident."""
+    import pyarrow as pa
+
+    with pa.OSFile(file) as source:
+        with pa.ipc.open_stream(source) as whole:
+            wanted = pa.ipc.IpcReadOptions(included_fields=[whole.schema.get_field_index(column)])
+        source.seek(0)
+        with pa.ipc.open_stream(source, options=wanted) as stream:
+            for batch in stream:
+                yield from (row or "" for row in batch.column(0).to_pylist())
 
 
 def _load(name: str, config: str | None, token: str | None) -> Any:

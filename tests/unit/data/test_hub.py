@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.tokenizers import tiny_tokenizer
 
-from liquid_llm.data.hub import documents, load_hub_dataset, rows_are_lines
+from liquid_llm.data.hub import HubRows, documents, load_hub_dataset, rows_are_lines
 from liquid_llm.data.tokens import TokenDataset, held_out
 from liquid_llm.errors import DataError
 
@@ -217,6 +217,51 @@ def test_progress_bars_are_silenced_for_as_long_as_it_loads(tmp_path: Path, capf
     assert capfd.readouterr() == ("", "")
     assert not datasets.utils.are_progress_bars_disabled()
     assert datasets.utils.logging.get_verbosity() == verbosity
+
+
+def test_rows_are_the_same_from_files_from_memory_and_from_a_selection(tmp_path: Path) -> None:
+    rows: list[str | None] = [None if n % 7 == 0 else f"row {n} of many" for n in range(2500)]
+    made = datasets.Dataset.from_dict({"id": list(range(2500)), "text": rows})
+    made.save_to_disk(tmp_path / "saved", num_shards=3)
+    saved = datasets.load_from_disk(tmp_path / "saved")
+    chosen = saved.select(range(2499, 0, -2))
+    part = saved.select(range(100, 200))  # a slice keeps the whole file in its list
+    expected = [(n, row) for n, row in enumerate(rows) if row]
+    for table in (saved, made):
+        assert len(saved.cache_files) == 3
+        assert [(n, record.text) for n, record in HubRows(table, "text", "x", "train", False)] == expected
+    for table, numbers in ((chosen, range(2499, 0, -2)), (part, range(100, 200))):
+        texts_seen = [record.text for _, record in HubRows(table, "text", "x", "train", False)]
+        assert texts_seen == [rows[n] for n in numbers if rows[n]]
+
+
+READ_ALL = """
+import resource, sys
+import datasets
+from liquid_llm.data.hub import HubRows
+table = datasets.load_from_disk(sys.argv[1])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+iter(HubRows(table.select(range(10)), "text", "x", "train", False)).__next__()
+before = peak()
+characters = sum(len(record.text) for _, record in HubRows(table, "text", "x", "train", False))
+print(characters, peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in Linux's unit")
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["words and more words " * 100] * 50_000}).save_to_disk(tmp_path / "saved")
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL, str(tmp_path / "saved")],
+        env={**os.environ, "PYTHONPATH": str(root / "src"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    characters, extra_kib = map(int, done.stdout.split())
+    assert characters == 105_000_000
+    assert extra_kib < 40_000  # measured 3,300; with the file mapped 103,700
 
 
 OFFLINE = """
