@@ -114,6 +114,8 @@ class OutputConfig:
     keep_last: int
     metrics_every_steps: int
     upload_every_seconds: float
+    tensorboard_uri: str | None
+    model_uri: str | None
     run_id: str | None = None
 
 
@@ -138,6 +140,7 @@ class RunConfig:
 class StoreConfig:
     format: str
     codec: str
+    codec_options: str | None
     topk: int
     overwrite: bool
 

@@ -109,7 +109,7 @@ class Evaluator:
         return score
 
     def _signal(self, batch: MicroBatch) -> Signal | None:
-        if self.router is None:
+        if self.router is None or not self.router.answers(batch.type, PLAIN.kd_temperature):
             return None
         if id(batch) in self._online:
             return self._online[id(batch)]

@@ -131,8 +131,10 @@ OPTIONS = (
     Option("eval_ctx_lens", "ints", EVALUATION, "context_lengths", (), "context lengths to evaluate at, beside block_size"),
     Option("eval_tokens", "int", EVALUATION, "max_tokens", 65536, "validation tokens a type and length", minimum=2),
     # output
-    Option("output_gcs_uri", "str", OUTPUT, "uri", None, "where the run goes: path or URL (default: runs/ID here)"),
+    Option("output_gcs_uri", "str", OUTPUT, "uri", None, "where the run goes: path or URL (default: AIP_CHECKPOINT_DIR, else runs/ID here)"),
     Option("local_workdir", "str", OUTPUT, "workdir", None, "local folder of the run when the output is a URL"),
+    Option("tensorboard_uri", "str", OUTPUT, "tensorboard_uri", None, "where TensorBoard events go too (default: AIP_TENSORBOARD_LOG_DIR)"),
+    Option("model_uri", "str", OUTPUT, "model_uri", None, "where the finished student goes too (default: AIP_MODEL_DIR)"),
     Option("run_id", "str", OUTPUT, "run_id", None, "name of the run below the output (default: derived from the configuration)", faces=(TRAIN,)),
     Option("restart", "bool", OUTPUT, "restart", False, "ignore checkpoints in the run directory"),
     Option("save_every", "int", OUTPUT, "save_every_steps", 500, "steps between snapshots (0: only at the end)", face_defaults={TRAIN: 2000}, minimum=0),
@@ -143,7 +145,8 @@ OPTIONS = (
     Option("upload_interval", "float", OUTPUT, "upload_every_seconds", 60.0, "seconds between uploads of metrics while training", above=0),
     # the store written by capture
     Option("logits_format", "str", STORE, "format", "pt", "one .pt a sample, or packed shards", faces=(CAPTURE,), choices=("pt", "shards")),
-    Option("codec", "str", STORE, "codec", "topk", "how a position is encoded", faces=(CAPTURE,), choices=("full", "topk")),
+    Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=("tail", "full", "topk", "sampled")),
+    Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4)", faces=(CAPTURE,)),
     Option("topk", "int", STORE, "topk", 64, "ids kept a position by codec topk", faces=(CAPTURE,), minimum=1),
     Option("overwrite", "bool", STORE, "overwrite", False, "replace existing records", faces=(CAPTURE,)),
     # run

@@ -207,6 +207,24 @@ class StopSignal:
                 raise KeyboardInterrupt
 
 
+def launched_as() -> tuple[int, int]:
+    """Rank and world size as a launcher such as torchrun sets them; (0, 1) without one.
+
+    Raises:
+        UsageError: they are set to something else.
+    """
+    rank, world_size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
+        raise UsageError(
+            "not a rank of a world",
+            where="environment",
+            got=f"RANK={rank} WORLD_SIZE={world_size}",
+            expected="0 <= RANK < WORLD_SIZE",
+            remedy="unset both, or use torchrun",
+        )
+    return int(rank), int(world_size)
+
+
 def process_peak_memory_bytes() -> int | None:
     """The largest resident size this process has had, in bytes; None where the system does not tell (Windows)."""
     if os.name != "posix":

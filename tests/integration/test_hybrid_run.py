@@ -4,12 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 from tests.support.tiny import Tiny, build, run
 
 from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics
+from liquid_llm.run import parts
+from liquid_llm.training import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -167,6 +170,28 @@ def test_staying_near_the_old_logits_is_zero_at_first_and_ends_at_its_step(captu
     assert all(rows[step]["l2"] > 0 for step in (2, 3, 4))
     assert rows[5]["l2"] == rows[6]["l2"] == 0.0
     assert [rows[step]["l2_gamma"] for step in (1, 2, 3, 4, 5)] == pytest.approx([0.5, 0.375, 0.25, 0.125, 0.0])
+
+
+def test_the_reference_student_is_freed_when_its_weight_has_faded(captured, finished, tmp_path, monkeypatch):
+    references, alive = [], {}
+    make, step = parts._reference, Trainer.step
+
+    def spied_make(*arguments):
+        reference = make(*arguments)
+        references.append(weakref.ref(reference))
+        return reference
+
+    def spied_step(trainer):
+        result = step(trainer)
+        alive[result.step] = references[0]() is not None
+        return result
+
+    monkeypatch.setattr(parts, "_reference", spied_make)
+    monkeypatch.setattr(Trainer, "step", spied_step)
+    fading = {"keep_old_logit_l2": 0.5, "keep_old_logit_l2_fade_step": 3, "max_steps": 5, "eval_every": 0}
+    words = captured.train_words(tmp_path, resume_gcs_uri=finished / "student", **fading)
+    assert main(["train", *words]) == 0
+    assert alive == {1: True, 2: True, 3: True, 4: False, 5: False}
 
 
 def test_a_dry_run_looks_at_everything_and_leaves_no_trace(captured, tmp_path, capsys):

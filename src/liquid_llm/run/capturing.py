@@ -8,18 +8,18 @@ from collections.abc import Mapping
 
 import torch
 
-from liquid_llm.config import CaptureConfig, build_capture_config
+from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
-from liquid_llm.errors import UsageError
+from liquid_llm.errors import DataError, Interrupted, SignalError, UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.run.inputs import TextTools, read_manifest_inputs
 from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
 from liquid_llm.run.tokens import read_token
 from liquid_llm.run.unavailable import refuse_unavailable
-from liquid_llm.runtime import choose_device
+from liquid_llm.runtime import StopSignal, choose_device, launched_as
 from liquid_llm.teachers.capture import CaptureSummary, capture
-from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.teachers.codecs import Codec, get_codec
 from liquid_llm.teachers.store import StoreWriter
 from liquid_llm.terminal import Stage, setup_logging
 
@@ -31,26 +31,32 @@ def run_capture(given: Mapping[str, object]) -> int:
 
     Raises:
         LiquidError: any problem a user can cause.
+        Interrupted: the process was asked to stop; everything begun is written.
     """
     setup_logging("INFO")
     config = build_capture_config(given)
     refuse_unavailable(given)
     summary = capture_signal(config)
-    print(json.dumps(summary.as_dict(), sort_keys=True))
-    return 3 if summary.failed else 0
+    print(json.dumps(summary.as_dict(), sort_keys=True), flush=True)
+    if summary.interrupted:
+        raise Interrupted(
+            f"stopped with {summary.written + summary.skipped:,} records complete",
+            remedy="run the same command again to go on",
+        )
+    return DataError.exit_code if summary.failed else 0
 
 
 def capture_signal(config: CaptureConfig) -> CaptureSummary:
     """Score the maths and code samples of the manifest that have no complete record yet."""
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
+    codec = _codec(config.store)
     token = read_token(config.teacher)
     text = text_tools(load_tokenizer(teacher_id, token=token))
     datasets = _datasets(config, text)
     device = torch.device(choose_device().value)
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
-    options = {"k": config.store.topk} if config.store.codec == "topk" else {}
-    codec = get_codec(config.store.codec, options=options)
+    rank, world_size = launched_as()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
     writers = {
         kind: StoreWriter(_folder(config, kind), loaded.identity, codec, vocab_size=vocab_size) for kind in datasets
@@ -58,7 +64,7 @@ def capture_signal(config: CaptureConfig) -> CaptureSummary:
     windows = sum(
         int(dataset.lengths.clip(max=config.data.seq_len).sum()) for parts in datasets.values() for dataset in parts
     )
-    with Stage("capture", unit="tokens", total=windows) as stage:
+    with StopSignal() as stop, Stage("capture", unit="tokens", total=windows // world_size) as stage:
         return capture(
             datasets,
             writers,
@@ -68,7 +74,34 @@ def capture_signal(config: CaptureConfig) -> CaptureSummary:
             num_workers=config.data.num_workers,
             overwrite=config.store.overwrite,
             progress=stage.advance,
+            stopping=lambda: stop.requested,
+            rank=rank,
+            world_size=world_size,
         )
+
+
+def _codec(store: StoreConfig) -> Codec:
+    """The codec asked for.
+
+    Raises:
+        UsageError: a setting is not a name and a number, or not one of this codec's.
+    """
+    values: dict[str, int | float] = {"k": store.topk} if store.codec == "topk" else {}
+    for part in filter(None, (store.codec_options or "").split(",")):
+        name, _, number = part.partition("=")
+        try:
+            values[name.strip()] = int(number) if number.strip().isdigit() else float(number)
+        except ValueError:
+            raise UsageError(
+                "a codec's setting is not a name and a number",
+                where="--codec_options",
+                got=repr(part),
+                expected="name=number,name=number, such as draws_t1=48,draws_t2=30",
+            ) from None
+    try:
+        return get_codec(store.codec, options=values)
+    except SignalError as error:
+        raise UsageError(str(error), where="--codec_options") from error
 
 
 def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDataset]]:

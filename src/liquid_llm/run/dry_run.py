@@ -31,17 +31,19 @@ _SHOWN_STEPS = 3
 
 
 def check_place(place: Place) -> dict[str, Any]:
-    """Whether the run directory and its mirror can be written, without leaving a trace; what it would continue.
+    """Whether the run directory and its mirrors can be written, without leaving a trace; what it would continue.
 
     Raises:
         StorageError: one of them cannot.
     """
     storage.check_writable(str(place.run_dir))
-    if place.remote is not None:
-        storage.check_writable(place.remote)
+    elsewhere = {"mirror": place.remote, "tensorboard": place.tensorboard, "model": place.model}
+    for uri in elsewhere.values():
+        if uri is not None:
+            storage.check_writable(uri)
     found = latest_checkpoint(place.run_dir) if place.run_dir.is_dir() else None
     continues = None if found is None else {"checkpoint": str(found.path), "step": found.step}
-    return {"run_directory": str(place.run_dir), "mirror": place.remote, "would_continue": continues}
+    return {"run_directory": str(place.run_dir), **elsewhere, "would_continue": continues}
 
 
 def check_records(stores: Mapping[str, StoreReader], inputs: Inputs, window: int) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,9 @@
-"""Where a run lives: a local folder it writes, and the place that folder is mirrored to."""
+"""Where a run lives: a local folder it writes, and the places that folder and parts of it are mirrored to.
+
+A job on Vertex AI finds its places in the environment: AIP_CHECKPOINT_DIR, AIP_TENSORBOARD_LOG_DIR and AIP_MODEL_DIR
+stand in for ``--output_gcs_uri``, ``--tensorboard_uri`` and ``--model_uri`` where those are not given, and
+CLOUD_ML_JOB_ID for ``--run_id``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liquid_llm import storage
-from liquid_llm.config import RunConfig, run_name
+from liquid_llm.config import OutputConfig, RunConfig, run_name
 from liquid_llm.options import TRAIN
 
 
@@ -19,10 +24,14 @@ class Place:
     Attributes:
         run_dir: local folder.
         remote: URL it is mirrored to while training, or None when the output is local.
+        tensorboard: where its TensorBoard events go as well, path or URL, or None.
+        model: where the finished student goes as well, path or URL, or None.
     """
 
     run_dir: Path
     remote: str | None
+    tensorboard: str | None = None
+    model: str | None = None
 
     @property
     def shown(self) -> str:
@@ -37,17 +46,28 @@ def resolve_place(config: RunConfig) -> Place:
     """
     output = config.output
     name = output.run_id or os.environ.get("CLOUD_ML_JOB_ID") or run_name(config)
-    below = config.face == TRAIN
-    if output.uri is None:
+    run_dir, remote = _folders(output, name, config.face == TRAIN)
+    return Place(
+        run_dir,
+        remote,
+        tensorboard=output.tensorboard_uri or os.environ.get("AIP_TENSORBOARD_LOG_DIR") or None,
+        model=output.model_uri or os.environ.get("AIP_MODEL_DIR") or None,
+    )
+
+
+def _folders(output: OutputConfig, name: str, below: bool) -> tuple[Path, str | None]:
+    """The local folder of a run, and the URL of its mirror. ``below``: a folder ``name`` is made in the output."""
+    output_uri = output.uri or os.environ.get("AIP_CHECKPOINT_DIR")
+    if not output_uri:
         if output.workdir is not None:
-            return Place(Path(output.workdir) / name if below else Path(output.workdir), None)
-        return Place(Path("runs") / name, None)
-    uri = storage.join(output.uri, name) if below else output.uri
+            return Path(output.workdir) / name if below else Path(output.workdir), None
+        return Path("runs") / name, None
+    uri = storage.join(output_uri, name) if below else output_uri
     if not storage.is_remote(uri):
-        return Place(storage.local_path(uri), None)
+        return storage.local_path(uri), None
     base = Path(output.workdir) if output.workdir else cache_dir() / "runs"
     digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
-    return Place(base / f"{uri.rstrip('/').rsplit('/', 1)[-1]}-{digest}", uri)
+    return base / f"{uri.rstrip('/').rsplit('/', 1)[-1]}-{digest}", uri
 
 
 def cache_dir() -> Path:

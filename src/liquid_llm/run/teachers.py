@@ -126,7 +126,8 @@ def make_teachers(
     Raises:
         UsageError: a type that needs a store has no folder named, or a teacher cannot see so long a context.
         DataError: a whole run would have no stored signal.
-        SignalError: a store is missing, empty or of another teacher, tokenizer or vocabulary.
+        SignalError: a store is missing, empty or of another teacher, tokenizer or vocabulary, or cannot be read at the
+            run's temperature.
     """
     teacher = config.teacher
     online_types = _online_types(config, inputs)
@@ -145,6 +146,10 @@ def make_teachers(
             log.warning("no teacher is named: plain cross-entropy")
         return RunTeachers(None)
     router = TeacherRouter(online, stores, strict=teacher.hybrid_strict, online_types=online_types)
+    router.check_temperatures({config.objective.temperature})
+    for kind, store in stores.items():
+        if not router.answers(kind, 1.0):
+            log.warning("%s: codec %r is not read at T=1: no val_kd for this type", kind, store.codec.name)
     datasets = {kind: [source.dataset for source in inputs.sources if source.dataset.type == kind] for kind in stores}
     coverage = router.coverage(datasets, window=config.data.seq_len)
     for kind, row in coverage.items():

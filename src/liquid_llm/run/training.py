@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm.checkpoint.store import CheckpointStore
-from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules
 from liquid_llm.errors import Interrupted
 from liquid_llm.metrics import MetricsWriter
@@ -21,6 +20,7 @@ from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.run.dry_run import check_place, check_records, estimate, print_findings, schedule_values
 from liquid_llm.run.hooks import Recorder
+from liquid_llm.run.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.run.parts import BatchFeed, Parts, build_parts
 from liquid_llm.run.places import Place, resolve_place
 from liquid_llm.run.starting import Start, find_start, settle_context, shown_metadata
@@ -50,6 +50,8 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
             store.set_aside()
         config, start = _merge(face, given, config, find_start(config, place, store))
         if _nothing_to_do(config, start, store):
+            if config.optimizer.steps > 0 and start.kind == "continue":
+                send_what_is_lacking(place)
             return 0
         _train(config, place, store, start)
     return 0
@@ -88,10 +90,9 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum))
         resume_step = parts.progress.step if start.kind == "continue" else None
         metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step))
-        every_seconds = config.output.upload_every_seconds
-        uploader = stack.enter_context(Uploader(place.run_dir, place.remote, every_seconds=every_seconds))
+        mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
         trainer = _trainer(config, parts, feed, lambda: stop.requested)
-        recorder = Recorder(config, trainer, parts, store, metrics, uploader, waited=lambda: feed.waited)
+        recorder = Recorder(config, trainer, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
         trainer.hooks = recorder.hooks()
         if start.state is None:
             recorder.evaluate()
@@ -100,7 +101,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
             done = trainer.train()
         if not done:
             recorder.save(snapshot=True)
-            uploader.close()
+            mirrors.close()
             raise Interrupted(
                 f"stopped at step {trainer.progress.step} of {trainer.total_steps} with the state saved",
                 where=place.shown,
@@ -110,7 +111,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         with quiet_transformers():
             save_student(parts.built.model, parts.text.tokenizer, place.run_dir / "student")
         build_report(place.run_dir)
-        uploader.close()
+        mirrors.finish()
     log.info("done: %s", place.shown)
 
 

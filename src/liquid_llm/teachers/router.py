@@ -161,6 +161,13 @@ class TeacherRouter:
             for store in self._stores.values():
                 check_temperature(store.codec, temperature)
 
+    def answers(self, type: str, temperature: float) -> bool:
+        """Whether the teacher of ``type`` can be asked at ``temperature``: a store of draws holds one alone."""
+        if type not in self._stores:
+            return True
+        lowest, highest = self._stores[type].codec.temperature_range
+        return lowest <= temperature <= highest
+
     def coverage(self, datasets: Mapping[str, Sequence[SampleSource]], *, window: int) -> dict[str, TypeCoverage]:
         """Stored signal by type for the data of a run, before its first step.
 

@@ -1,0 +1,154 @@
+"""What launchers expect: places in the environment, ranks, a signal before the end, a finished run started again."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from tests.support.gcs import Bucket
+from tests.support.tiny import Tiny, build, run, start
+
+from liquid_llm import storage
+from liquid_llm.cli.main import main
+
+pytestmark = pytest.mark.slow
+CAPTURE = "stage1_hybrid.precompute_hybrid_logits"
+SHORT = {"max_steps": 4, "eval_every": 0, "save_every": 0}
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory) -> Tiny:
+    tiny = build(tmp_path_factory.mktemp("tiny"))
+    assert main(["capture", *tiny.capture_words()]) == 0
+    return tiny
+
+
+def names(uri: str) -> set[str]:
+    return {info.name for info in storage.list_files(uri)}
+
+
+@pytest.fixture
+def vertex(gcs: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CLOUD_ML_JOB_ID", "4711")
+    for name, place in (("CHECKPOINT", "checkpoints"), ("MODEL", "model"), ("TENSORBOARD_LOG", "logs")):
+        monkeypatch.setenv(f"AIP_{name}_DIR", f"{gcs.uri}/job/{place}/")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"{gcs.uri}/job"
+
+
+def test_a_vertex_job_writes_where_vertex_says(captured: Tiny, vertex: str) -> None:
+    words = captured.train_words("", output_gcs_uri=None, run_id=None, **SHORT)
+    assert main(["train", *words]) == 0
+    assert {"final.pt", "final.meta.json", "metrics.jsonl"} <= names(f"{vertex}/checkpoints/4711")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names(f"{vertex}/model")
+    events = names(f"{vertex}/logs")
+    assert events
+    assert all("tfevents" in name for name in events)
+
+
+def test_options_win_over_what_vertex_says(captured: Tiny, vertex: str, tmp_path: Path) -> None:
+    other = {"tensorboard_uri": tmp_path / "tb", "model_uri": f"{vertex}/elsewhere"}
+    assert main(["train", *captured.train_words(tmp_path / "out", run_id="mine", **other, **SHORT)]) == 0
+    assert (tmp_path / "out" / "mine" / "final.pt").exists()
+    assert list((tmp_path / "tb").glob("*tfevents*"))
+    assert "config.json" in names(f"{vertex}/elsewhere")
+    assert not names(f"{vertex}/checkpoints")
+    assert not names(f"{vertex}/model")
+
+
+def test_a_finished_run_started_again_sends_what_a_mirror_lacks(captured: Tiny, vertex: str) -> None:
+    words = captured.train_words("", output_gcs_uri=None, run_id=None, **SHORT)
+    assert main(["train", *words]) == 0
+    whole = names(vertex)
+    for name in ("checkpoints/4711/final.pt", "checkpoints/4711/final.meta.json", "model/config.json"):
+        storage.remove(f"{vertex}/{name}", missing_ok=False)
+    assert main(["train", *words]) == 0
+    assert names(vertex) == whole
+
+
+def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tiny, tmp_path: Path) -> None:
+    words = captured.capture_words(
+        math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code", batch_size=1, logits_format="pt"
+    )
+    process = start(CAPTURE, words)
+    while not list(tmp_path.glob("math/*.pt")) and not list(tmp_path.glob("code/*.pt")):
+        assert process.poll() is None
+        time.sleep(0)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    stopped = json.loads(out)
+    assert stopped["interrupted"]
+    assert "Run the same command again" in err
+    again = run(CAPTURE, words)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
+    assert stopped["written"] > 0
+    assert stopped["written"] + summary["written"] == 80
+    assert summary["skipped"] == stopped["written"]
+
+
+def test_a_sample_that_cannot_be_captured_is_reported_by_the_exit_code_and_the_rest_goes_on(
+    captured: Tiny, tmp_path: Path
+) -> None:
+    words = captured.capture_words(
+        math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code", logits_format="pt"
+    )
+    assert main(["capture", *words]) == 0
+    victim = sorted((tmp_path / "math").glob("*.pt"))[0]
+    victim.unlink()
+    victim.mkdir()
+    done = run(CAPTURE, [*words, "--overwrite=true"])
+    assert done.returncode == 3, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["failed"], summary["written"]) == (1, 79)
+    assert summary["failures"][0]["reason"]
+
+
+def test_ranks_take_disjoint_samples_and_another_world_completes_the_store(captured: Tiny, tmp_path: Path) -> None:
+    words = captured.capture_words(math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code")
+    first = run(CAPTURE, words, RANK="1", WORLD_SIZE="3")
+    assert first.returncode == 0, first.stderr
+    one = json.loads(first.stdout)["written"]
+    assert 0 < one < 80
+    ranks = [run(CAPTURE, words, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    rest = [json.loads(done.stdout) for done in ranks]
+    assert one + sum(summary["written"] for summary in rest) == 80
+    assert sum(summary["skipped"] for summary in rest) == one
+
+
+def test_a_rank_outside_its_world_is_refused(captured: Tiny) -> None:
+    done = run(CAPTURE, captured.capture_words(), RANK="2", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "RANK=2 WORLD_SIZE=2" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--codec_options=draws_t1=many", "--codec_options=speed=3"])
+def test_a_codec_setting_that_does_not_exist_is_refused(captured: Tiny, tmp_path: Path, option: str, capsys) -> None:
+    words = captured.capture_words(math_logits_dir=tmp_path / "m", code_logits_dir=tmp_path / "c")
+    assert main(["capture", *words, option]) == 2
+    assert "codec" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_temperature_no_store_answers_at_is_refused_before_anything_is_trained(
+    captured: Tiny, tmp_path: Path, capsys
+) -> None:
+    assert main(["train", *captured.train_words(tmp_path, kd_temperature=9.0)]) == 3
+    assert "--kd_temperature" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_store_of_draws_at_one_temperature_trains_there(captured: Tiny, tmp_path: Path, caplog) -> None:
+    folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
+    codec = {"codec": "sampled", "codec_options": "draws=20,temperature=2"}
+    assert main(["capture", *captured.capture_words(**folders, **codec)]) == 0
+    assert main(["train", *captured.train_words(tmp_path / "out", **folders, **{**SHORT, "max_steps": 12})]) == 0
+    lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert any(row["by_type"].get("math_tool", {}).get("kd_coverage") == 1.0 for row in rows if row["kind"] == "train")
+    evaluated = [row["by_type"]["math_tool"] for row in rows if row["kind"] == "eval"]
+    assert all("val_kd" not in row and row["val_loss"] > 0 for row in evaluated)
+    assert "no val_kd for this type" in caplog.text
+    shutil.rmtree(tmp_path / "out")
