@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import http.server
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,9 +36,10 @@ class _Fault:
 
 @dataclass
 class FaultyProxy:
-    """``base`` is the URL to talk to; ``requests`` is everything that came, in order."""
+    """``base`` is the URL to talk to; ``requests`` is everything that came, in order; each waits ``delay_seconds``."""
 
     base: str
+    delay_seconds: float = 0.0
     requests: list[Seen] = field(default_factory=list)
     _faults: list[_Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -71,6 +73,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._body()
         name = _object_name(self.path, body)
         self.proxy.requests.append(Seen(self.command, self.path, len(body), name))
+        time.sleep(self.proxy.delay_seconds)
         fault = self.proxy.fault_for(self.command, self.path)
         if isinstance(fault, int):
             self._answer(fault, {}, f'{{"error": {{"code": {fault}, "message": "as asked"}}}}'.encode())
