@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, CAPTURE, TRAIN, options_of
+from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, TRAIN, options_of
 from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule, parse_piecewise
 
 DEFAULT_BLOCK_SIZE = {ANNEAL: 512, TRAIN: 1024, CAPTURE: 1024}
@@ -155,6 +155,19 @@ class CaptureConfig:
     store: StoreConfig
 
 
+@dataclass(frozen=True)
+class PrepareConfig:
+    """One data preparation; see ``DataConfig`` for the names both have. ``only``: comma-separated names, or None."""
+
+    prepare: str
+    datasets_yaml: str
+    only: str | None
+    toolkit_uri: str | None
+    toolkit_sha256: str | None
+    toolkit_dir: str | None
+    toolkit_timeout_seconds: int
+
+
 def build_run_config(face: str, given: Mapping[str, object], metadata: Mapping[str, object] | None = None) -> RunConfig:
     """The configuration of a training face.
 
@@ -203,6 +216,26 @@ def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
     )
     _raise_all(capture_problems(config))
     return config
+
+
+def build_prepare_config(given: Mapping[str, object]) -> PrepareConfig:
+    """The configuration of a data preparation.
+
+    Raises:
+        UsageError: every problem found, one a line.
+    """
+    config = PrepareConfig(**_by_group(PREPARE, given)["data"])
+    missing = [] if config.datasets_yaml else ["--datasets_yaml is missing: name the file that lists the datasets"]
+    _raise_all(missing + _toolkit_problems(config))
+    return config
+
+
+def _toolkit_problems(data: DataConfig | PrepareConfig) -> list[str]:
+    if data.toolkit_uri is not None:
+        skipped = data.prepare == "skip"
+        return ["--prep_toolkit_zip_uri is never run with --prepare_data=skip: leave one out"] if skipped else []
+    given = (("prep_toolkit_sha256", data.toolkit_sha256), ("prep_extract_dir", data.toolkit_dir))
+    return [f"--{name} is of no use without --prep_toolkit_zip_uri" for name, value in given if value is not None]
 
 
 def _by_group(face: str, given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
@@ -255,7 +288,7 @@ def run_problems(config: RunConfig) -> list[str]:
         )
     problems += _collect(lambda: _parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: _parsed(objective.temp_schedule, "--temp_schedule", None))
-    return problems + _token_problems(teacher)
+    return problems + _token_problems(teacher) + _toolkit_problems(data)
 
 
 def _teacher_problems(teacher: TeacherConfig) -> list[str]:
@@ -285,7 +318,7 @@ def capture_problems(config: CaptureConfig) -> list[str]:
         problems.append("--dataset_manifest is missing: name a JSONL manifest")
     if not (config.teacher.math_dir or config.teacher.code_dir):
         problems.append("--math_logits_dir and --code_logits_dir are both missing: say where the signal goes")
-    return problems + _token_problems(config.teacher)
+    return problems + _token_problems(config.teacher) + _toolkit_problems(config.data)
 
 
 def _collect(parse: Callable[[], object]) -> list[str]:

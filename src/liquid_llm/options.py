@@ -1,9 +1,9 @@
 """Every option of every command, once.
 
 A *face* is a command that takes options: ``anneal`` (``python -m trainer.entrypoint``), ``train``
-(``python -m stage1_hybrid.cli``) and ``capture`` (``python -m stage1_hybrid.precompute_hybrid_logits``). An option's ``field``
-says which value of the configuration it sets; two options of different faces may set the same field. Defaults live here and
-nowhere else. A default of ``None`` means "decided by what the run finds" and the help text says how.
+(``python -m stage1_hybrid.cli``), ``capture`` (``python -m stage1_hybrid.precompute_hybrid_logits``) and ``prepare`` (no
+module, no reference). An option's ``field`` says which value of the configuration it sets; two options of different faces
+may set the same field. Defaults live here and nowhere else. A default of ``None`` means "decided by what the run finds" and the help text says how.
 
 Only light imports: ``--help`` must answer at once.
 """
@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-ANNEAL, TRAIN, CAPTURE = "anneal", "train", "capture"
+ANNEAL, TRAIN, CAPTURE, PREPARE = "anneal", "train", "capture", "prepare"
 TRAINING = (ANNEAL, TRAIN)
 EVERY = (ANNEAL, TRAIN, CAPTURE)
+PREPARING = (TRAIN, CAPTURE, PREPARE)
 
 STUDENT, TEACHER, DATA, OBJECTIVE, OPTIMIZER, EVALUATION, OUTPUT, STORE, RUN = (
     "student",
@@ -97,12 +98,13 @@ OPTIONS = (
     Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), minimum=0),
     Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
     Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
-    Option("prepare_data", "str", DATA, "prepare", "auto", "prepare raw inputs named by the manifest", faces=(TRAIN, CAPTURE), choices=("auto", "force", "skip")),
-    Option("datasets_yaml", "str", DATA, "datasets_yaml", None, "raw inputs and where their shards go", faces=(TRAIN, CAPTURE)),
-    Option("prep_toolkit_zip_uri", "str", DATA, "toolkit_uri", None, "outside preparation toolkit, run only when named", faces=(TRAIN, CAPTURE)),
-    Option("prep_toolkit_sha256", "str", DATA, "toolkit_sha256", None, "expected hash of the toolkit", faces=(TRAIN, CAPTURE)),
-    Option("prep_extract_dir", "str", DATA, "toolkit_dir", None, "where the toolkit is unpacked", faces=(TRAIN, CAPTURE)),
-    Option("prep_timeout_s", "int", DATA, "toolkit_timeout_seconds", 3600, "longest the toolkit may run", faces=(TRAIN, CAPTURE), minimum=1),
+    Option("prepare_data", "str", DATA, "prepare", "auto", "auto prepares datasets that lack complete shards, force all, skip none", faces=PREPARING, choices=("auto", "force", "skip")),
+    Option("datasets_yaml", "str", DATA, "datasets_yaml", None, "raw inputs and where their shards go (default: datasets.yaml beside the manifest)", faces=PREPARING),
+    Option("only", "str", DATA, "only", None, "names of the datasets to prepare, comma-separated (default: all)", faces=(PREPARE,)),
+    Option("prep_toolkit_zip_uri", "str", DATA, "toolkit_uri", None, "outside preparation toolkit, for datasets with format: toolkit; run only when named", faces=PREPARING),
+    Option("prep_toolkit_sha256", "str", DATA, "toolkit_sha256", None, "expected hash of the toolkit", faces=PREPARING),
+    Option("prep_extract_dir", "str", DATA, "toolkit_dir", None, "where the toolkit is unpacked", faces=PREPARING),
+    Option("prep_timeout_s", "int", DATA, "toolkit_timeout_seconds", 3600, "longest the toolkit may run", faces=PREPARING, minimum=1),
     # objective
     Option("alpha", "float", OBJECTIVE, "alpha", 0.5, "weight of the KD term", faces=(ANNEAL,), minimum=0),
     Option("T", "float", OBJECTIVE, "temperature", 1.0, "KD temperature", faces=(ANNEAL,), above=0),

@@ -116,7 +116,7 @@ def test_stored_signal_of_another_teacher_is_refused_naming_both(captured, tmp_p
 
 
 def test_options_of_later_work_are_refused_not_ignored(captured, tmp_path, capsys):
-    fails(capsys, 2, "not available yet", words=captured.train_words(tmp_path / "out", prepare_data="force"))
+    fails(capsys, 2, "--datasets_yaml", words=captured.train_words(tmp_path / "out", prepare_data="force"))
     assert main(["capture", *captured.capture_words(logits_format="shards")]) == 2
     assert "not available yet" in capsys.readouterr().err
 

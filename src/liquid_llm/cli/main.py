@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda rest: run_face(CAPTURE, rest, "liquid capture"),
             "store a teacher's signal for maths and code",
         ),
+        "prepare": (_prepare, "stream raw datasets into shards"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
         "report": (_report, "make report.html of a run again from its files"),
     }
@@ -111,6 +112,12 @@ def _demo(words: list[str]) -> int:
         return run_demo(options.dir, options.teacher, options.student, options.scale, options.seed)
 
     return guarded(job)
+
+
+def _prepare(words: list[str]) -> int:
+    from liquid_llm.cli.prepare import prepare
+
+    return guarded(lambda: prepare(words))
 
 
 def _inspect(words: list[str]) -> int:

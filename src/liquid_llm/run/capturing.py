@@ -14,6 +14,7 @@ from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, Interrupted, SignalError, UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.run.inputs import TextTools, read_manifest_inputs
+from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
 from liquid_llm.run.tokens import read_token
 from liquid_llm.run.unavailable import refuse_unavailable
@@ -36,6 +37,7 @@ def run_capture(given: Mapping[str, object]) -> int:
     setup_logging("INFO")
     config = build_capture_config(given)
     refuse_unavailable(given)
+    prepare_inputs(config.data, STORED_TYPES)
     summary = capture_signal(config)
     print(json.dumps(summary.as_dict(), sort_keys=True), flush=True)
     if summary.interrupted:

@@ -16,6 +16,7 @@ from liquid_llm.data.tokens import Progress, TokenDataset, build_token_dataset, 
 from liquid_llm.data.types import STORED_TYPES, TYPES, ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
 from liquid_llm.run.places import cache_dir
+from liquid_llm.run.preparing import resolve_entries
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def read_manifest_inputs(
         DataError: the manifest, a shard or a record cannot be used, or nothing of the types is named.
     """
     assert config.manifest is not None
-    entries = [entry for entry in read_manifest(config.manifest) if entry.type in only]
+    entries = resolve_entries(config, [entry for entry in read_manifest(config.manifest) if entry.type in only])
     if not entries:
         raise DataError(
             "no entry of the types needed", where=config.manifest, expected=f"a line of {' or '.join(only)}"

@@ -23,6 +23,7 @@ from liquid_llm.run.hooks import Recorder
 from liquid_llm.run.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.run.parts import BatchFeed, Parts, build_parts
 from liquid_llm.run.places import Place, resolve_place
+from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.starting import Start, find_start, settle_context, shown_metadata
 from liquid_llm.run.unavailable import refuse_unavailable
 from liquid_llm.runtime import StopSignal
@@ -83,8 +84,9 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
 
 
 def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
+    preparation = prepare_inputs(config.data)
     parts = build_parts(config, start)
-    _write_provenance(config, place, start, parts)
+    _write_provenance(config, place, start, parts, preparation)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum))
@@ -129,13 +131,23 @@ def _trainer(config: RunConfig, parts: Parts, feed: BatchFeed, stopping: Callabl
     )
 
 
-def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Parts) -> None:
+def _write_provenance(
+    config: RunConfig, place: Place, start: Start, parts: Parts, preparation: Mapping[str, Any]
+) -> None:
     write_provenance(
         place.run_dir,
         config=as_plain(config),
         manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in parts.inputs.entries],
-        readiness={"types": parts.inputs.readiness(), "signal": parts.teachers.coverage},
-        datasets={"name": config.data.dataset_name, "config": config.data.dataset_config},
+        readiness={
+            "types": parts.inputs.readiness(),
+            "signal": parts.teachers.coverage,
+            **preparation.get("readiness", {}),
+        },
+        datasets={
+            "name": config.data.dataset_name,
+            "config": config.data.dataset_config,
+            **preparation.get("datasets", {}),
+        },
         choices={name: {"value": str(choice.value), "reason": choice.reason} for name, choice in parts.choices.items()},
         extra={
             "start": {"kind": start.kind, "source": start.source, "step": start.step},

@@ -10,11 +10,6 @@ _Effect = Callable[[object], bool]
 
 # option -> whether a value asks for something that does not exist yet
 _NOT_YET: dict[str, _Effect] = {
-    "prepare_data": lambda value: value == "force",
-    "datasets_yaml": lambda value: value is not None,
-    "prep_toolkit_zip_uri": lambda value: value is not None,
-    "prep_toolkit_sha256": lambda value: value is not None,
-    "prep_extract_dir": lambda value: value is not None,
     "logits_format": lambda value: value == "shards",
 }
 

@@ -1,0 +1,169 @@
+"""Where the text lies in an object, and how maths and code are written out.
+
+layout: how objects with certain keys become one text; format: what a catalog may state: a layout and the kinds of file
+it comes in.
+
+A word problem becomes ``Question: …`` and ``Answer: …`` on two lines, then ``#### RESULT``; arithmetic is written as a
+calculator trace, ``12*7=<<12*7=84>>84``, as GSM8K has it, so that one student sees one notation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+OBJECTS = frozenset({"lines", "array", "parquet"})  # kinds of file that hold objects
+
+_ARITHMETIC = re.compile(r"[\d+\-*/().%]+")
+_NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(?:/\d+)?")
+_POINT_ZERO = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
+
+
+class UnusableError(ValueError):
+    """An object has no usable text; the message says why."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How objects with certain keys become text.
+
+    Attributes:
+        keys: an object with all of these has this layout.
+        more_keys: others it reads where they are there.
+        text: object -> text, raising ``UnusableError``.
+    """
+
+    keys: tuple[str, ...]
+    text: Callable[[Mapping[str, Any]], str]
+    more_keys: tuple[str, ...] = ()
+
+
+def field_layout(key: str) -> Layout:
+    """The text is what lies under ``key``, untouched."""
+    return Layout((key,), lambda value: _string(value, key))
+
+
+def find_layout(keys: Collection[str]) -> Layout | None:
+    """The layout of objects with these keys; the one that asks for most of them."""
+    fitting = [layout for layout in _LAYOUTS if set(layout.keys) <= set(keys)]
+    return fitting[0] if fitting else None
+
+
+def _string(value: Mapping[str, Any], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str):
+        raise UnusableError(f"{key} is missing" if text is None else f"{key} is no string but {type(text).__name__}")
+    return text
+
+
+def _plain(value: Mapping[str, Any], key: str) -> str:
+    """A string or a number as text, ``51.0`` as ``51``."""
+    found = value.get(key)
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        return _POINT_ZERO.sub(r"\1", str(found))
+    return _POINT_ZERO.sub(r"\1", _string(value, key).strip())
+
+
+def _problem(question: str, answer: str) -> str:
+    if not question.strip() or not answer.strip():
+        raise UnusableError("question or answer is empty")
+    return f"Question: {question.strip()}\nAnswer: {answer.strip()}"
+
+
+def _gsm8k(value: Mapping[str, Any]) -> str:
+    return _problem(_string(value, "question"), _string(value, "answer"))
+
+
+def _svamp(value: Mapping[str, Any]) -> str:
+    result = _plain(value, "Answer")
+    equation = _without_outer_brackets(_plain(value, "Equation").replace(" ", ""))
+    return _problem(f"{_plain(value, 'Body')} {_plain(value, 'Question')}", _worked(f"{equation}={result}", result))
+
+
+def _asdiv(value: Mapping[str, Any]) -> str:
+    result, _, unit = _plain(value, "Answer").partition(" (")
+    formula = _plain(value, "Formula").replace(" ", "")
+    question = f"{_plain(value, 'Body')} {_plain(value, 'Question')}"
+    return _problem(question, _worked(formula, result, unit.rstrip(") ")))
+
+
+def _worked(formula: str, result: str, unit: str = "") -> str:
+    """A formula as a trace where it is plain arithmetic that ends in the result, else as it stands."""
+    left, _, right = formula.rpartition("=")
+    words = f" {unit}" if unit else ""
+    if _ARITHMETIC.fullmatch(left) and _NUMBER.fullmatch(right) and right == result:
+        return f"{left}=<<{left}={right}>>{right}{words}\n#### {result}"
+    return f"{formula}{words}\n#### {result}"
+
+
+def _without_outer_brackets(text: str) -> str:
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[1:-1] if position == len(text) - 1 else text
+    return text
+
+
+def _humaneval(value: Mapping[str, Any]) -> str:
+    return _string(value, "prompt") + _string(value, "canonical_solution")
+
+
+# CodeSearchNet as published, and as it was republished; the whole function comes first, its comment included.
+_CODE_KEYS = ("original_string", "whole_func_string", "func_code_string", "code")
+
+
+def _code(value: Mapping[str, Any]) -> str:
+    return _string(value, next((key for key in _CODE_KEYS if value.get(key) is not None), _CODE_KEYS[0]))
+
+
+_TEXT = field_layout("text")
+_GSM8K = Layout(("question", "answer"), _gsm8k)
+_SVAMP = Layout(("Body", "Question", "Equation", "Answer"), _svamp)
+_ASDIV = Layout(("Body", "Question", "Formula", "Answer"), _asdiv)
+_HUMANEVAL = Layout(("prompt", "canonical_solution"), _humaneval)
+_CODE = Layout((), _code, _CODE_KEYS)
+
+_LAYOUTS = (
+    _SVAMP,
+    _ASDIV,
+    _HUMANEVAL,
+    _GSM8K,
+    *(Layout((key,), _code, _CODE_KEYS) for key in _CODE_KEYS[:3]),
+    _TEXT,
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a catalog may state.
+
+    Attributes:
+        kinds: kinds of file it comes in, see ``formats``.
+        layout: of the objects in them; None where the layout is found from their keys or there are no objects.
+    """
+
+    kinds: frozenset[str]
+    layout: Layout | None = None
+
+
+FORMATS = {
+    "wikitext": Format(frozenset({"text"})),
+    "wikipedia": Format(frozenset({"mediawiki"})),
+    "c4": Format(OBJECTS, _TEXT),
+    "dolma": Format(OBJECTS, _TEXT),
+    "fineweb-edu": Format(OBJECTS, _TEXT),
+    "gsm8k": Format(OBJECTS, _GSM8K),
+    "svamp": Format(OBJECTS, _SVAMP),
+    "asdiv": Format(OBJECTS | {"problems"}, _ASDIV),
+    "codesearchnet": Format(OBJECTS, _CODE),
+    "humaneval": Format(OBJECTS, _HUMANEVAL),
+    "jsonl": Format(frozenset({"lines"})),
+    "json": Format(frozenset({"array"})),
+    "parquet": Format(frozenset({"parquet"})),
+    "txt": Format(frozenset({"text"})),
+}
