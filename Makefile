@@ -39,8 +39,13 @@ check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## run the benchmarks, each prints a table
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+LONG := benchmarks/bench_codec_train.py
+bench: $(STAMP)  ## run the benchmarks, each prints a table; bench-NAME runs one: capture codec codec-train data loss store
+	@set -e; for file in $(filter-out $(LONG),$(wildcard benchmarks/bench_*.py)); do \
+	  echo "== $$file"; $(BIN)/python "$$file"; done
+
+bench-%: $(STAMP)
+	$(BIN)/python benchmarks/bench_$(subst -,_,$*).py $(ARGS)
 
 soak: $(STAMP)  ## property tests with 20 times the examples, and the tests too long for `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak --timeout=3600 $(ARGS)
