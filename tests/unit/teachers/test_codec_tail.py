@@ -191,6 +191,15 @@ def test_all_integers_survive(vocab: int, rows: int, seed: int, spread: float) -
     assert write_levels(levels, DRAWS) == payload["bytes"].numpy().tobytes()
 
 
+def test_parts_add_up_to_the_payload() -> None:
+    payload = stored(random_logits(40, 700, seed=5, spread=3.0), 9)
+    parts = CODEC.parts(payload, 700)
+    assert sum(parts.values()) == payload["bytes"].numel()
+    assert parts["exact ids"] > 0
+    assert parts["draws"] > 0
+    assert CODEC.parts(stored(torch.zeros(0, 700)), 700) == {}
+
+
 def test_a_draw_below_the_least_level_is_left_out() -> None:
     """As float32 and float64 may disagree by a rounding error: it must not shift the levels of the others."""
     data = stored(random_logits(4, 300))["bytes"].numpy()

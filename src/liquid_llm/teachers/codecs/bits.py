@@ -106,6 +106,11 @@ class BitWriter:
     def bytes(self) -> bytes:
         return b"".join(self._parts)
 
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return sum(map(len, self._parts))
+
     def _append(self, bits: Bytes) -> None:
         self._parts.append(np.packbits(bits, bitorder="little").tobytes())
 

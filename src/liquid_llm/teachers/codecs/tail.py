@@ -128,6 +128,22 @@ class TailCodec:
         draw_log -= dither_shift(exponent, DRAW_STEP)
         return _padded(levels, values, (head_weight, head_log), (draw_weight, draw_log), start, stop, temperature)
 
+    def parts(self, payload: Payload, vocab_size: int) -> dict[str, int]:
+        """Bytes of ``payload`` by what they say: they add up to all of it.
+
+        Raises:
+            PayloadError: the payload does not have the form ``pack`` gives it.
+        """
+        data = require(payload, "bytes", torch.uint8, (None,)).numpy()
+        sizes: dict[str, int] = {}
+        if data.size:
+            try:
+                levels, _ = read_levels(data, self._draws, vocab_size)
+            except BitsError as error:
+                raise PayloadError(str(error)) from error
+            write_levels(levels, self._draws, sizes)
+        return sizes
+
 
 def _partition(levels: Levels, values: Values, exponent: float) -> Floats:
     """F(exponent) of every position [n]."""

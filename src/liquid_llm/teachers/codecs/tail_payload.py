@@ -124,21 +124,30 @@ class Values:
         return least
 
 
-def write_levels(levels: Levels, draws: Draws) -> bytes:
-    """The stored bytes."""
+def write_levels(levels: Levels, draws: Draws, sizes: dict[str, int] | None = None) -> bytes:
+    """The stored bytes; ``sizes`` is told how many of them each part takes."""
     out = BitWriter()
+
+    def end_of(part: str) -> None:
+        if sizes is not None:
+            sizes[part] = out.size - sum(sizes.values())
+
     for number in (levels.num_positions, levels.vocab_size, levels.seed):
         out.number(number)
+    end_of("header")
     out.rice(levels.head_counts - 1)
     first = np.zeros(levels.head_ids.size, bool)
     first[np.cumsum(levels.head_counts) - levels.head_counts] = True
     out.signed(-levels.head_levels[first])
     out.rice(-np.diff(np.where(first, _coarse(levels.head_levels), levels.head_levels), prepend=0)[~first])
+    end_of("exact levels")
     for column in range(len(NODES)):
         out.around_median(levels.partition[:, column])
+    end_of("partitions")
     classes = np.searchsorted(_CLASS_STARTS, levels.head_ids, side="right") - 1
     out.ranked(classes, _CLASS_BITS)
     out.fixed(levels.head_ids - _CLASS_STARTS[classes], classes + _FIRST_CLASS_BITS)
+    end_of("exact ids")
 
     values = Values(levels, candidates(levels.vocab_size))
     excess = levels.draw_levels - values.least_levels(draws)
@@ -149,7 +158,9 @@ def write_levels(levels: Levels, draws: Draws) -> bytes:
     slots = levels.draw_slots[taken]
     places, groups = _places(counts)
     out.rice_by(np.where(places == 0, slots, np.diff(slots, prepend=-1) - 1), groups, _GAP_GROUPS)
+    end_of("draws")
     out.sparse(excess[taken])
+    end_of("draw levels")
     return out.bytes()
 
 
