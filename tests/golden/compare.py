@@ -29,7 +29,7 @@ def present() -> list[dict[str, float | None]]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             tiny = build(Path(folder))
-            assert main(["capture", *tiny.capture_words(teacher_precision="float32")]) == 0
+            assert main(["capture", *tiny.capture_words(teacher_precision="float32", codec="topk")]) == 0
             precise = {"precision": "float32", "teacher_precision": "float32", "eval_every": 0, "save_every": 0}
             assert main(["train", *tiny.train_words(folder, max_steps=STEPS, **precise)]) == 0
             rows = [row for row in read_metrics(Path(folder) / "run") if row["kind"] == "train"]
