@@ -325,7 +325,7 @@ def _collect(parse: Callable[[], object]) -> list[str]:
     try:
         parse()
     except UsageError as error:
-        return [str(error)]
+        return [str(error).removesuffix(".")]
     return []
 
 
@@ -342,18 +342,13 @@ class Schedules:
     l2: Schedule
 
 
-def build_schedules(config: RunConfig, *, after_step: int = -1) -> Schedules:
-    """The schedules of alpha, temperature and the L2 weight.
-
-    Args:
-        after_step: step of the checkpoint an inherited schedule is taken up from. An initial value given by a person
-            together with a schedule inherited from metadata replaces the entries already applied, so they are dropped.
-    """
+def build_schedules(config: RunConfig) -> Schedules:
+    """The schedules of alpha, temperature and the L2 weight."""
     objective = config.objective
     if config.face == ANNEAL:
         return Schedules(
-            _piecewise(config, objective.alpha, objective.alpha_schedule, "alpha", "alpha_schedule", 1.0, after_step),
-            _piecewise(config, objective.temperature, objective.temp_schedule, "T", "temp_schedule", None, after_step),
+            Piecewise(objective.alpha, _parsed(objective.alpha_schedule, "--alpha_schedule", 1.0)),
+            Piecewise(objective.temperature, _parsed(objective.temp_schedule, "--temp_schedule", None)),
             Constant(0.0),
         )
     over_steps = round(objective.anneal_share * config.optimizer.steps)
@@ -364,19 +359,22 @@ def build_schedules(config: RunConfig, *, after_step: int = -1) -> Schedules:
     )
 
 
-def _piecewise(
-    config: RunConfig,
-    initial: float,
-    text: str | None,
-    level: str,
-    schedule: str,
-    maximum: float | None,
-    after_step: int,
-) -> Schedule:
-    entries = _parsed(text, f"--{schedule}", maximum)
-    if level in config.given and schedule not in config.given:
-        entries = tuple((step, value) for step, value in entries if step > after_step)
-    return Piecewise(initial, entries)
+def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
+    """What of the schedules has no effect from ``first_step`` to the end, in words; allowed, but seldom meant."""
+    objective, steps = config.objective, config.optimizer.steps
+    remarks = []
+    for level, name, value, text in (
+        ("alpha", "alpha_schedule", objective.alpha, objective.alpha_schedule),
+        ("T", "temp_schedule", objective.temperature, objective.temp_schedule),
+    ):
+        entries = _parsed(text, f"--{name}", None) if text is not None else ()
+        late = [f"{step}:{entry:g}" for step, entry in entries if step >= steps]
+        if late:
+            remarks.append(f"--{name} has entries that are never reached with --train_steps={steps}: {', '.join(late)}")
+        begun = [entry for step, entry in entries if step <= first_step]
+        if begun and level in config.given and name in config.given and begun[-1] != value:
+            remarks.append(f"--{level}={value:g} is never used: --{name} says {begun[-1]:g} from the first step on")
+    return remarks
 
 
 def as_plain(config: RunConfig | CaptureConfig) -> dict[str, Any]:

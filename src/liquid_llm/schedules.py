@@ -48,9 +48,6 @@ class Piecewise:
         applied = self.pending(step)
         return self.entries[applied - 1][1] if applied else self.initial
 
-    def __str__(self) -> str:
-        return ",".join(f"{step}:{value:g}" for step, value in self.entries)
-
 
 @dataclass(frozen=True)
 class Ramp:
@@ -125,6 +122,12 @@ def parse_piecewise(text: str, *, option: str, maximum: float | None = None) -> 
             )
         entries.append((step, value))
     return tuple(entries)
+
+
+def level_from(text: str, step: int, value: float) -> str:
+    """A schedule's text with everything up to ``step`` replaced by one entry ``step:value``."""
+    later = [part for part in text.split(",") if int(part.partition(":")[0]) > step]
+    return ",".join([f"{step}:{value!r}", *later])
 
 
 def _parse_entry(part: str, option: str) -> tuple[int, float]:

@@ -194,7 +194,8 @@ class Stage:
         worked = self.done - self._first
         rate = f", {format_count(worked / seconds)} {self.unit}/s" if worked > 0 and seconds > 0 else ""
         ending = "" if error is None else f" (stopped: {type(error).__name__})"
-        line = f"{self.name}: {format_count(self.done)} {self.unit} in {format_seconds(seconds)}{rate}{ending}"
+        done = f"{format_count(self.done)} {self.unit} in" if worked > 0 or error is not None else "nothing new to do,"
+        line = f"{self.name}: {done} {format_seconds(seconds)}{rate}{ending}"
         self._console.print(Text(line), soft_wrap=True)
 
     def _counted(self) -> str:

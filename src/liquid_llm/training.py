@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
-from liquid_llm.errors import NumericalError
+from liquid_llm.errors import CheckpointError, NumericalError
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.signals import DenseSignal, LossOutput, Signal
 from liquid_llm.models.heads import hidden_states, output_head
@@ -231,3 +232,52 @@ def build_optimizer(
     ]
     fused = bool(parameters) and parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    *,
+    where: object,
+    resize: Mapping[nn.Parameter, Callable[[Tensor], Tensor]] | None = None,
+) -> None:
+    """Give ``optimizer`` the moments of a saved one; learning rate, decay and betas stay its own.
+
+    Args:
+        optimizer: newly built, of the same architecture.
+        state: its ``state_dict()`` as it was saved.
+        where: the checkpoint, for messages.
+        resize: what was done to a parameter since, to be done to its moments too.
+
+    Raises:
+        CheckpointError: the state is of other parameters. torch compares no shapes when it loads, and its fused kernel
+            then reads past the end.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    saved = [list(group["params"]) for group in state["param_groups"]]
+    if [len(group) for group in saved] != [len(group["params"]) for group in own]:
+        raise _foreign_moments(where, f"groups of {[len(group) for group in saved]} parameters")
+    moments = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, index in zip(parameters, [index for group in saved for index in group], strict=True):
+        change = (resize or {}).get(parameter)
+        kept = {
+            name: change(value) if change is not None and value.dim() else value
+            for name, value in state["state"].get(index, {}).items()
+        }
+        for name, value in kept.items():
+            if value.dim() and value.shape != parameter.shape:
+                raise _foreign_moments(where, f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
+        if kept:
+            moments[index] = kept
+    groups = [{**group, "params": indices} for group, indices in zip(own, saved, strict=True)]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _foreign_moments(where: object, got: str) -> CheckpointError:
+    return CheckpointError(
+        "the optimizer's state is of other parameters than the student's",
+        where=where,
+        got=got,
+        remedy="start the optimizer afresh with --reset_optim, or choose another checkpoint",
+    )

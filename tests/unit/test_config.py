@@ -2,7 +2,7 @@
 
 import pytest
 
-from liquid_llm.config import build_capture_config, build_run_config, build_schedules, run_name
+from liquid_llm.config import build_capture_config, build_run_config, build_schedules, run_name, schedule_remarks
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, TRAIN
 
@@ -101,14 +101,38 @@ def test_hybrid_schedules_follow_the_reference():
     assert schedules.l2.value(200) == 0.0
 
 
-def test_a_given_alpha_replaces_the_entries_an_inherited_schedule_has_already_applied():
-    metadata = {"alpha": 0.5, "alpha_schedule": "0:0.7,400:0.5,800:0.3"}
-    inherited = build_schedules(anneal(metadata), after_step=500).alpha
-    assert [inherited.value(step) for step in (500, 799, 800)] == [0.5, 0.5, 0.3]
-    replaced = build_schedules(anneal(metadata, alpha=0.6), after_step=500).alpha
-    assert [replaced.value(step) for step in (500, 799, 800)] == [0.6, 0.6, 0.3]
-    both = build_schedules(anneal(metadata, alpha=0.6, alpha_schedule="0:0.1"), after_step=500).alpha
-    assert both.value(500) == 0.1
+def test_schedules_come_from_the_command_line_then_from_metadata():
+    metadata = {"alpha": 0.5, "alpha_schedule": "0:0.7,400:0.5,800:0.3", "T": 1.5}
+    inherited = build_schedules(anneal(metadata))
+    assert [inherited.alpha.value(step) for step in (500, 799, 800)] == [0.5, 0.5, 0.3]
+    assert inherited.temperature.value(500) == 1.5
+    given = build_schedules(anneal(metadata, alpha=0.6, alpha_schedule="5:0.1"))
+    assert [given.alpha.value(step) for step in (0, 4, 5, 900)] == [0.6, 0.6, 0.1, 0.1]
+    nothing = build_schedules(anneal())
+    assert (nothing.alpha.value(0), nothing.temperature.value(0)) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "first_step", "parts"),
+    [
+        ({"alpha_schedule": "0:0.7,400:0.5,1000:0.3", "train_steps": 1000}, 0, ["--alpha_schedule", ": 1000:0.3"]),
+        ({"temp_schedule": "5:0.5,6:0.25", "train_steps": 5}, 0, ["--temp_schedule", "5:0.5, 6:0.25", "=5"]),
+        ({"alpha": 0.9, "alpha_schedule": "0:0.7"}, 0, ["--alpha=0.9", "never used", "0.7"]),
+        ({"alpha": 0.9, "alpha_schedule": "4:0.7"}, 4, ["--alpha=0.9"]),
+        ({"alpha": 0.7, "alpha_schedule": "0:0.7", "T": 1.5, "temp_schedule": "1:2"}, 0, []),
+        ({"alpha_schedule": "0:0.7,999:0.1", "train_steps": 1000}, 0, []),
+    ],
+)
+def test_what_a_schedule_says_in_vain_is_allowed_and_said(given, first_step, parts):
+    remarks = schedule_remarks(anneal(**given), first_step)
+    assert len(remarks) == bool(parts)
+    assert all(part in remarks[0] for part in parts)
+
+
+def test_a_problem_ends_in_one_full_stop():
+    with pytest.raises(UsageError) as caught:
+        anneal(alpha_schedule="0:0.7,400")
+    assert str(caught.value).endswith("such as 400:0.5.")
 
 
 def test_the_same_command_gets_the_same_run_name_and_another_seed_another():

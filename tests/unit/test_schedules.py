@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liquid_llm.errors import UsageError
-from liquid_llm.schedules import Piecewise, Ramp, WarmupCosine, parse_piecewise
+from liquid_llm.schedules import Piecewise, Ramp, WarmupCosine, level_from, parse_piecewise
 
 ALPHA = parse_piecewise("0:0.7,400:0.5,800:0.3", option="--alpha_schedule", maximum=1.0)
 
@@ -33,6 +33,21 @@ def test_a_schedule_reads_back_as_written(entries):
     entries = sorted(entries)
     text = ",".join(f"{step}:{value!r}" for step, value in entries)
     assert list(parse_piecewise(text, option="--x", maximum=1.0)) == entries
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True),
+    st.integers(0, 45),
+    st.floats(0, 1, allow_subnormal=False),
+)
+def test_a_level_given_anew_holds_until_the_next_entry(steps, at, level):
+    text = ",".join(f"{step}:{1 / (step + 2)!r}" for step in sorted(steps))
+    before, after = (
+        Piecewise(0.0, parse_piecewise(one, option="--x", maximum=1.0)) for one in (text, level_from(text, at, level))
+    )
+    following = min((step for step in steps if step > at), default=50)
+    assert all(after.value(step) == level for step in range(at, following))
+    assert all(after.value(step) == before.value(step) for step in range(following, 50))
 
 
 @pytest.mark.parametrize(

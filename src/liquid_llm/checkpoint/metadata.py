@@ -27,7 +27,7 @@ class CheckpointMetadata:
         step: optimizer steps taken.
         tokens_seen: real tokens trained on.
         block_size: context length in tokens.
-        kd_alpha, kd_temperature: values applied at the last step.
+        kd_alpha, kd_temperature: values in force from this step on: what the next step takes.
         alpha_schedule, temp_schedule: the schedules as they were written on the command line, or None.
         schedule_state: for each schedule, which entry is next.
         grad_accum: micro-batches a step.

@@ -16,6 +16,8 @@ description returned says so. Nothing is ever made shorter: a longer table alrea
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,28 @@ _TABLE_NAMES = ("wpe", "embed_positions", "position_embeddings", "positions_embe
 _LIMIT_NAMES = ("max_position_embeddings", "max_seq_len")
 # Rotary kinds whose angles do not depend on max_position_embeddings, so that raising it changes nothing else.
 _RAISABLE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How the rows of a learned position table move when the context grows.
+
+    Attributes:
+        parameter: the table's name in the state dict.
+        offset: rows before position 0, which stay.
+        trained: rows that are interpolated.
+        block_size: rows they become; what lies beyond in a longer table stays.
+    """
+
+    parameter: str
+    offset: int
+    trained: int
+    block_size: int
+
+    def __call__(self, table: Tensor) -> Tensor:
+        """The stretched table, or whatever has one row a position, such as the optimizer's moments: [rows, dim]."""
+        stretched = resize_learned_positions(table[self.offset : self.offset + self.trained], self.block_size)
+        return torch.cat((table[: self.offset], stretched, table[self.offset + self.block_size :]))
 
 
 def positional_embedding(model: Any) -> str:
@@ -91,6 +115,20 @@ def resize_learned_positions(table: Tensor, new_len: int) -> Tensor:
     return torch.lerp(work[below], work[above], share).to(table.dtype)
 
 
+def planned_stretch(model: Any, block_size: int, trained_positions: int | None = None) -> Stretch | None:
+    """What ``fit_positions`` with the same arguments would do to a learned table; None where it is left alone."""
+    table = _learned_table(model)
+    if table is None:
+        return None
+    offset = _offset(table)
+    rows = int(table.weight.shape[0]) - offset
+    trained = rows if trained_positions is None else min(trained_positions, rows)
+    if block_size <= trained:
+        return None
+    name = next(name for name, parameter in model.named_parameters() if parameter is table.weight)
+    return Stretch(name, offset, trained, block_size)
+
+
 def fit_positions(
     model: Any, block_size: int, rope_scale: float | None = None, *, trained_positions: int | None = None
 ) -> str:
@@ -130,24 +168,36 @@ def fit_positions(
     return f"{kind} positions: nothing to fit"
 
 
+def match_table(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Give a model about to take ``weights`` as many learned positions as they have; what its table held is lost."""
+    table = _learned_table(model)
+    if table is None:
+        return
+    name = next(name for name, parameter in model.named_parameters() if parameter is table.weight)
+    rows = weights[name].shape[0] if name in weights and weights[name].dim() == 2 else table.weight.shape[0]
+    if rows == table.weight.shape[0] or rows <= _offset(table):
+        return
+    table.weight = nn.Parameter(torch.zeros(rows, table.weight.shape[1], dtype=table.weight.dtype))
+    table.num_embeddings = rows
+    _text_config(model).max_position_embeddings = rows - _offset(table)
+    _renew_derived(model)
+
+
 def _fit_learned(model: Any, block_size: int, trained: int | None) -> str:
     table = _learned_table(model)
-    offset = _offset(table)
-    rows = int(table.weight.shape[0]) - offset
-    trained = rows if trained is None else min(trained, rows)
-    if block_size <= trained:
+    rows = int(table.weight.shape[0]) - _offset(table)
+    stretch = planned_stretch(model, block_size, trained)
+    if stretch is None:
         return f"learned positions: {rows} rows cover block_size {block_size}"
     with torch.no_grad():
-        weight = table.weight
-        stretched = resize_learned_positions(weight[offset : offset + trained], block_size)
-        new = torch.cat((weight[:offset], stretched, weight[offset + block_size :]))
-    table.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+        new = stretch(table.weight)
+    table.weight = nn.Parameter(new, requires_grad=table.weight.requires_grad)
     table.num_embeddings = new.shape[0]
     config = _text_config(model)
-    config.max_position_embeddings = new.shape[0] - offset
+    config.max_position_embeddings = new.shape[0] - stretch.offset
     if rows < block_size:
         _renew_derived(model)
-    return f"learned positions: {trained} trained rows interpolated to {block_size}"
+    return f"learned positions: {stretch.trained} trained rows interpolated to {block_size}"
 
 
 def _fit_rotary(model: Any, block_size: int, rope_scale: float | None) -> str:

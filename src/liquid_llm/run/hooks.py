@@ -58,7 +58,7 @@ class Recorder:
         config = self.config
         hooks: list[tuple[Callable[[StepResult], None], int]] = [
             (self._count, 1),
-            (self._write_row, config.output.metrics_every_steps),
+            (self._write_due_row, 1),
         ]
         if config.evaluation.every_steps:
             hooks.append((lambda _: self.evaluate(), config.evaluation.every_steps))
@@ -77,6 +77,11 @@ class Recorder:
 
         if self.stage is not None:
             self.stage.advance()
+
+    def _write_due_row(self, result: StepResult) -> None:
+        # The last step has a row whatever the interval: a short run would else say nothing of its losses.
+        if result.step % self.config.output.metrics_every_steps == 0 or result.step == self.trainer.total_steps:
+            self._write_row(result)
 
     def _write_row(self, result: StepResult) -> None:
         now, waited = self.clock(), self.waited()
@@ -133,7 +138,7 @@ class Recorder:
             self._save(names=(), snapshot=snapshot)
 
     def finish(self) -> None:
-        """Last row, last evaluation, final checkpoint."""
+        """Last evaluation, final checkpoint."""
         self.evaluate()
         if self._saved is None or self._saved.step != self.trainer.progress.step:
             self._save(names=("final",), snapshot=True)
@@ -199,4 +204,11 @@ class Recorder:
         )
 
     def _run_values(self) -> dict[str, Any]:
-        return {"face": self.config.face, "seed": self.config.seed, "total_steps": self.trainer.total_steps}
+        config = self.config
+        levels = {"alpha": config.objective.alpha, "T": config.objective.temperature}
+        return {
+            "face": config.face,
+            "seed": config.seed,
+            "total_steps": self.trainer.total_steps,
+            "given_levels": {name: value for name, value in levels.items() if name in config.given},
+        }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from liquid_llm.checkpoint.resume import read_student_weights
-from liquid_llm.config import RunConfig, build_schedules
+from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import MicroBatch
@@ -30,7 +30,7 @@ from liquid_llm.runtime import Choice, choose_device, choose_dtype, seed_everyth
 from liquid_llm.schedules import WarmupCosine
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
-from liquid_llm.training import Progress, StepSchedules, Student, build_optimizer
+from liquid_llm.training import Progress, StepSchedules, Student, build_optimizer, load_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
     )
     progress, accumulator = Progress(), StepAccumulator()
-    _restore(start, progress, optimizer, accumulator)
+    _restore(start, built, progress, optimizer, accumulator)
     return Parts(
         text=text,
         inputs=inputs,
@@ -120,7 +120,9 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None) -> Input
 
 
 def _schedules(config: RunConfig, start: Start) -> StepSchedules:
-    parts = build_schedules(config, after_step=start.step)
+    for remark in schedule_remarks(config, start.step):
+        log.warning("%s", remark)
+    parts = build_schedules(config)
     lr = WarmupCosine(config.optimizer.peak, config.optimizer.warmup_steps, config.optimizer.steps)
     return StepSchedules(parts.alpha, parts.temperature, parts.l2, lr)
 
@@ -143,11 +145,18 @@ def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: Ste
     return reference.requires_grad_(False).eval()
 
 
-def _restore(start: Start, progress: Progress, optimizer: torch.optim.Optimizer, accumulator: StepAccumulator) -> None:
+def _restore(
+    start: Start,
+    built: BuiltStudent,
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    accumulator: StepAccumulator,
+) -> None:
     state, metadata = start.state, start.metadata
     if state is None or metadata is None:
         return
-    optimizer.load_state_dict(state["optimizer"])
+    resize = {} if built.stretch is None else {built.model.get_parameter(built.stretch.parameter): built.stretch}
+    load_optimizer(optimizer, state["optimizer"], where=start.source, resize=resize)
     progress.step = metadata.step
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position
@@ -159,9 +168,9 @@ def _restore(start: Start, progress: Progress, optimizer: torch.optim.Optimizer,
 
 
 class BatchFeed:
-    """Micro-batches with their teacher signal, in order; what can be done ahead of need is done in a thread."""
+    """Micro-batches with their teacher signal, in order; what can be done ahead of need is done in threads."""
 
-    def __init__(self, parts: Parts, grad_accum: int) -> None:
+    def __init__(self, parts: Parts, grad_accum: int, num_workers: int) -> None:
         stream, schedules, device = parts.stream, parts.schedules, parts.device
         router: TeacherRouter | None = parts.teachers.router
         first_step, first_index = parts.progress.step, parts.progress.data_position
@@ -173,7 +182,8 @@ class BatchFeed:
             return batch.to(device), prepared
 
         self._router = router
-        self._prefetcher = Prefetcher(fetch, first_index, depth=max(2, grad_accum))
+        workers = max(1, num_workers)
+        self._prefetcher = Prefetcher(fetch, first_index, depth=max(2 * workers, grad_accum), workers=workers)
 
     @property
     def waited(self) -> float:

@@ -21,6 +21,7 @@ from liquid_llm.checkpoint.store import CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
 from liquid_llm.options import ANNEAL
 from liquid_llm.run.places import Place, cache_dir
+from liquid_llm.schedules import level_from
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Start:
         """The step training goes on from."""
         return self.metadata.step if self.state is not None and self.metadata is not None else 0
 
-    def options(self, face: str) -> dict[str, object]:
-        """Option values the metadata stands for; they rank behind the command line and before defaults."""
+    def options(self, face: str, given: Mapping[str, object]) -> dict[str, object]:
+        """Option values the checkpoint stands for; they rank behind those ``given`` and before defaults."""
         if self.metadata is None:
             return {}
         metadata = self.metadata
@@ -72,8 +73,24 @@ class Start:
             }
         if face == ANNEAL and self.state is not None:
             # Steps of an inherited schedule count from the old step 0: it is taken up only where the step goes on.
-            values |= {"alpha_schedule": metadata.alpha_schedule, "temp_schedule": metadata.temp_schedule}
+            values |= {
+                "alpha_schedule": self._schedule(metadata.alpha_schedule, "alpha", given),
+                "temp_schedule": self._schedule(metadata.temp_schedule, "T", given),
+            }
+            decayed = self.state["optimizer"]["param_groups"][0]
+            values |= {"weight_decay": decayed["weight_decay"], "betas": tuple(decayed["betas"])}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _schedule(self, text: str | None, level: str, given: Mapping[str, object]) -> str | None:
+        """A checkpoint's schedule, with what it has reached replaced by a newly given level.
+
+        A command that is run again to continue gives the level it gave before: that is not given anew.
+        """
+        assert self.metadata is not None
+        known = self.metadata.run.get("given_levels", {}) if self.kind == "continue" else {}
+        if text is None or level not in given or given[level] == known.get(level):
+            return text
+        return level_from(text, self.step, float(str(given[level])))
 
 
 def shown_metadata(metadata: CheckpointMetadata) -> str:
@@ -137,6 +154,9 @@ def settle_context(start: Start, config: RunConfig) -> Start:
     reset = changed and config.optimizer.reset_on_context_change
     if reset or (config.optimizer.reset and start.kind == "resume"):
         log.info("optimizer, LR schedule and step start afresh; weights are kept")
+        for name, text in (("alpha", metadata.alpha_schedule), ("temp", metadata.temp_schedule)):
+            if text is not None and f"{name}_schedule" not in config.given:
+                log.info("the checkpoint's %s schedule %s is not taken up: its steps have ended", name, text)
         return replace(start, state=None)
     if changed:
         log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)

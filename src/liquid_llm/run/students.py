@@ -15,7 +15,14 @@ from torch import nn
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import CheckpointError, UsageError
-from liquid_llm.models.positions import fit_positions, max_positions, positional_embedding
+from liquid_llm.models.positions import (
+    Stretch,
+    fit_positions,
+    match_table,
+    max_positions,
+    planned_stretch,
+    positional_embedding,
+)
 from liquid_llm.models.student import build_student, enable_gradient_checkpointing
 from liquid_llm.run.inputs import TextTools
 from liquid_llm.run.starting import Start
@@ -31,11 +38,13 @@ class BuiltStudent:
         model: float32 parameters, dropout off.
         positional_embedding: ``learned``, ``rotary`` or ``none``.
         description: plain values a checkpoint keeps to build it again.
+        stretch: what was done to its learned positions since the checkpoint, if anything.
     """
 
     model: nn.Module
     positional_embedding: str
     description: dict[str, Any]
+    stretch: Stretch | None = None
 
 
 def make_student(
@@ -53,6 +62,7 @@ def make_student(
         load_weights(model, start.weights, start.source)
     trained = start.metadata.student.get("trained_positions") if start.metadata is not None else None
     longest = max(config.data.block_size, config.data.seq_len)
+    stretch = planned_stretch(model, longest, trained)
     log.info("%s", fit_positions(model, longest, config.student.rope_scale, trained_positions=trained))
     _require_positions(model, config.evaluation.context_lengths)
     if config.student.grad_checkpoint:
@@ -61,36 +71,43 @@ def make_student(
     kind = positional_embedding(model)
     trained = longest if start.kind == "fresh" else max(longest, trained or max_positions(model) or longest)
     description = {"spec": config.student.spec, "config": model.config.to_dict(), "trained_positions": trained}
-    return BuiltStudent(model, kind, description)
+    return BuiltStudent(model, kind, description, stretch)
 
 
 def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:
     """The architecture: the checkpoint's own where it says, else ``--student`` with the tokenizer's vocabulary."""
     longest = max(config.data.block_size, *config.evaluation.context_lengths, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        spec, vocab_size = config.student.spec, text.vocab_size
-        if start.student_config is not None:
-            spec = str(Path(folder) / "config.json")
-            Path(spec).write_text(json.dumps(start.student_config), encoding="utf-8")
-            vocab_size = int(start.student_config.get("vocab_size", vocab_size))
-        if vocab_size < text.vocab_size:
-            raise CheckpointError(
-                "the weights are of a smaller vocabulary than the tokenizer's",
-                where=start.source,
-                got=vocab_size,
-                expected=f"at least {text.vocab_size}",
-                remedy="use the tokenizer the student was trained with",
-            )
-        bos_id = text.tokenizer.bos_token_id
+    bos_id = text.tokenizer.bos_token_id
+
+    def build(spec: str, vocab_size: int, block_size: int) -> Any:
         return build_student(
             spec,
             vocab_size=vocab_size,
             bos_id=text.eos_id if bos_id is None else bos_id,
             eos_id=text.eos_id,
-            block_size=_table_rows(start) or (2 if start.student_config is not None else longest),
+            block_size=block_size,
             seed=config.seed,
             token=token,
         )
+
+    if start.student_config is None:
+        return build(config.student.spec, text.vocab_size, longest)
+    vocab_size = int(start.student_config.get("vocab_size", text.vocab_size))
+    if vocab_size < text.vocab_size:
+        raise CheckpointError(
+            "the weights are of a smaller vocabulary than the tokenizer's",
+            where=start.source,
+            got=vocab_size,
+            expected=f"at least {text.vocab_size}",
+            remedy="use the tokenizer the student was trained with",
+        )
+    known = None if start.metadata is None else start.metadata.student.get("spec")
+    if "student" in config.given and config.student.spec != known:
+        require_weights_of(build(config.student.spec, vocab_size, 2), start.weights or {}, start.source)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(start.student_config), encoding="utf-8")
+        return build(str(path), vocab_size, 2)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
@@ -99,6 +116,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     Raises:
         CheckpointError: names or shapes differ; the message says which.
     """
+    require_weights_of(model, weights, source)
+    model.load_state_dict(dict(weights), strict=False)
+
+
+def require_weights_of(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise CheckpointError unless ``weights`` are those of ``model``, whose learned positions become as many."""
+    match_table(model, weights)
     expected = model.state_dict()
     tied = {
         name for name, value in expected.items() if any(value is other for n, other in expected.items() if n != name)
@@ -119,15 +143,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
             where=source,
             got=", ".join(parts),
             expected=f"those of {type(model).__name__}",
-            remedy="give the --student they were trained as",
+            remedy="give the --student they were trained as, or leave it out if the checkpoint names it",
         )
-    model.load_state_dict(dict(weights), strict=False)
-
-
-def _table_rows(start: Start) -> int | None:
-    """Rows of a learned position table among weights that came without a configuration."""
-    names = [name for name in start.weights or {} if name.endswith(("wpe.weight", "embed_positions.weight"))]
-    return int((start.weights or {})[names[0]].shape[0]) if names else None
 
 
 def _require_positions(model: nn.Module, lengths: tuple[int, ...]) -> None:

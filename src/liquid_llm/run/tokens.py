@@ -22,25 +22,29 @@ def read_token(config: TeacherConfig) -> str | None:
     """
     if config.token_file is not None:
         try:
-            return _stripped(Path(config.token_file).read_text(encoding="utf-8"), "--hf_token_file")
+            return _stripped(Path(config.token_file).read_bytes(), "--hf_token_file")
         except OSError as error:
             raise UsageError(
                 "cannot read the token file", where=f"--hf_token_file={config.token_file}", got=error.strerror
             ) from None
     if config.token_uri is not None:
-        return _stripped(storage.read_bytes(config.token_uri).decode("utf-8"), "--hf_token_uri")
+        return _stripped(storage.read_bytes(config.token_uri), "--hf_token_uri")
     if config.token_secret is not None:
         return _stripped(_read_secret(config.token_secret), "--hf_token_secret")
     return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), None)
 
 
-def _stripped(text: str, option: str) -> str:
-    if not text.strip():
-        raise UsageError("the token is empty", where=option)
-    return text.strip()
+def _stripped(content: bytes, option: str) -> str:
+    try:
+        token = content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise UsageError("the token is not text", where=option) from None
+    if not token or any(character.isspace() for character in token):
+        raise UsageError("the token is empty or holds spaces or several lines", where=option)
+    return token
 
 
-def _read_secret(name: str) -> str:
+def _read_secret(name: str) -> bytes:
     """Latest version of ``projects/P/secrets/S[/versions/V]`` by Secret Manager's REST interface."""
     import google.auth
     from google.auth.exceptions import GoogleAuthError
@@ -59,5 +63,9 @@ def _read_secret(name: str) -> str:
     except (GoogleAuthError, RequestException) as error:
         raise StorageError("cannot reach Secret Manager", where=where, got=str(error)) from None
     if answer.status_code != 200:
-        raise StorageError("Secret Manager refused", where=where, got=f"HTTP {answer.status_code}")
-    return base64.b64decode(answer.json()["payload"]["data"]).decode("utf-8")
+        remedy = "check its name, and that the account may access the secret (Secret Manager Secret Accessor)"
+        raise StorageError("Secret Manager refused", where=where, got=f"HTTP {answer.status_code}", remedy=remedy)
+    try:
+        return base64.b64decode(answer.json()["payload"]["data"], validate=True)
+    except (ValueError, KeyError, TypeError):
+        raise StorageError("Secret Manager gave an answer without a secret", where=where) from None

@@ -47,8 +47,6 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
     if config.dry_run:
         return _dry_run(face, given, config, place)
     with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
-        if config.output.restart:
-            store.set_aside()
         config, start = _merge(face, given, config, find_start(config, place, store))
         if _nothing_to_do(config, start, store):
             if config.optimizer.steps > 0 and start.kind == "continue":
@@ -60,17 +58,17 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
 
 def _merge(face: str, given: Mapping[str, object], config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
     """The configuration with the checkpoint's metadata behind what was given, and what goes on at that block size."""
-    config = build_run_config(face, given, start.options(face))
+    config = build_run_config(face, given, start.options(face, given))
     settled = settle_context(start, config)
     if start.metadata is not None:
         log.info("checkpoint metadata: %s", shown_metadata(start.metadata))
     log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.source)
-    return build_run_config(face, given, settled.options(face)), settled
+    return build_run_config(face, given, settled.options(face, given)), settled
 
 
 def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> bool:
     step, steps = start.step, config.optimizer.steps
-    schedules = build_schedules(config, after_step=step)
+    schedules = build_schedules(config)
     log.info("step %d: alpha %g, T %g", step, schedules.alpha.value(step), schedules.temperature.value(step))
     if steps == 0:
         log.info("0 steps asked for: nothing is trained or written")
@@ -86,10 +84,12 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
 def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
     preparation = prepare_inputs(config.data)
     parts = build_parts(config, start)
+    if config.output.restart:  # not before everything that can fail has not
+        store.set_aside()
     _write_provenance(config, place, start, parts, preparation)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum))
+        feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
         resume_step = parts.progress.step if start.kind == "continue" else None
         metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step))
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
@@ -176,7 +176,7 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
             "schedules": schedule_values(parts.schedules, start.step),
         }
         one_more = replace(config.optimizer, steps=parts.progress.step + 1)
-        with BatchFeed(parts, config.optimizer.grad_accum) as feed:
+        with BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers) as feed:
             trainer = _trainer(replace(config, optimizer=one_more), parts, feed, lambda: False)
             print_findings(findings, trainer.step())
     return 0

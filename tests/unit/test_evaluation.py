@@ -1,0 +1,108 @@
+"""Evaluation: every figure against one computed by transformers alone, token by token."""
+
+import math
+
+import pytest
+import torch
+from tests.support.models import tiny_model
+
+from liquid_llm.data.loader import collate
+from liquid_llm.evaluation import Evaluator
+from liquid_llm.models.loading import LoadedModel
+from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.training import Student
+
+VOCAB_SIZE = 512
+LENGTHS = (8, 16, 50)
+
+
+def text():
+    return torch.randint(0, VOCAB_SIZE, (150,), generator=torch.Generator().manual_seed(2))
+
+
+def cut(length, per_batch):
+    """The text in blocks of ``length``, the last one shorter, ``per_batch`` a micro-batch."""
+    blocks = [block.numpy() for block in text().split(length) if len(block) > 1]
+    return [collate("lm", blocks[n : n + per_batch]) for n in range(0, len(blocks), per_batch)]
+
+
+def by_hand(model, length):
+    """Log-probabilities [positions, vocab] of every labelled position, and the labels, one block at a time."""
+    logits, labels = [], []
+    with torch.no_grad():
+        for block in text().split(length):
+            if len(block) > 1:
+                logits.append(model(block[None]).logits[0, :-1].double().log_softmax(-1))
+                labels.append(block[1:])
+    return torch.cat(logits), torch.cat(labels)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_model("llama", seed=1).train(), tiny_model("gpt2", seed=2)
+
+
+@pytest.fixture(scope="module")
+def row(models):
+    student, teacher = models
+    sets = {length: {"lm": cut(length, 3)} for length in LENGTHS}
+    return Evaluator(sets, 16, LENGTHS, router_of(teacher))(Student(student, torch.float32))
+
+
+def router_of(teacher):
+    loaded = LoadedModel(model=teacher, tokenizer=None, identity=None)
+    return TeacherRouter(OnlineTeacher(loaded, VOCAB_SIZE), {}, strict=False, online_types=["lm"])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_losses_are_means_over_tokens_not_over_batches(models, row, length):
+    student, teacher = models
+    ours, labels = by_hand(student, length)
+    theirs, _ = by_hand(teacher, length)
+    picked = labels.unsqueeze(1)
+    assert row[f"val_loss_student@{length}"] == pytest.approx(-ours.gather(1, picked).mean().item(), rel=1e-5)
+    assert row[f"val_loss_teacher@{length}"] == pytest.approx(-theirs.gather(1, picked).mean().item(), rel=1e-5)
+    divergence = (theirs.exp() * (theirs - ours)).sum(1).mean().item()
+    assert row[f"val_kd@{length}"] == pytest.approx(divergence, rel=1e-4)
+    assert row[f"val_ppl_student@{length}"] == pytest.approx(math.exp(row[f"val_loss_student@{length}"]))
+
+
+def test_the_mean_of_batch_means_would_be_another_number(models):
+    # 150 tokens in blocks of 50: the cuts below have a last batch of another size, so weighting shows
+    means = [by_batch(models[0], batch) for batch in cut(16, 3)]
+    ours, labels = by_hand(models[0], 16)
+    assert abs(sum(means) / len(means) + ours.gather(1, labels.unsqueeze(1)).mean().item()) > 1e-4
+
+
+def by_batch(model, batch):
+    with torch.no_grad():
+        logits = model(batch.input_ids).logits.flatten(0, 1).double()
+    return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100).item()
+
+
+def test_plain_keys_are_those_of_the_training_length(row):
+    for name in ("val_loss_student", "val_loss_teacher", "val_kd", "val_ppl_student"):
+        assert row[name] == row[f"{name}@16"]
+    assert row["by_type"] == {
+        "lm": {"val_loss": row["val_loss_student"], "val_kd": row["val_kd"], "positions": 150 - 10}
+    }
+
+
+def test_without_a_teacher_there_are_no_teacher_keys(models):
+    row = Evaluator({16: {"lm": cut(16, 3)}}, 16, (16,), None)(Student(models[0], torch.float32))
+    assert {key for key in row if "teacher" in key or "kd" in key} == set()
+    assert row["val_loss_student"] == row["val_loss_student@16"]
+
+
+def test_it_is_repeatable_and_leaves_student_and_generators_as_they_were(models, row):
+    student, teacher = models
+    before, state = {name: p.clone() for name, p in student.state_dict().items()}, torch.get_rng_state()
+    evaluator = Evaluator({length: {"lm": cut(length, 3)} for length in LENGTHS}, 16, LENGTHS, router_of(teacher))
+    first = evaluator(Student(student, torch.float32))
+    again = evaluator(Student(student, torch.float32))  # the teacher's part comes from the cache now
+    assert first == again == row
+    assert student.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in student.parameters())

@@ -1,0 +1,198 @@
+"""The optimizer's groups, what a loaded optimizer keeps, and what is applied before each step."""
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from tests.support.models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from liquid_llm.data.loader import collate
+from liquid_llm.errors import CheckpointError, NumericalError
+from liquid_llm.models.positions import fit_positions, planned_stretch
+from liquid_llm.models.student import PRESETS
+from liquid_llm.schedules import Constant, Piecewise, WarmupCosine
+from liquid_llm.training import Progress, StepSchedules, Student, Trainer, build_optimizer, load_optimizer
+
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+
+
+def preset_model(name):
+    preset = PRESETS[name]
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(preset.model_type, **preset.settings))
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_norms_biases_and_vectors_of_every_preset_are_not_decayed(name):
+    model = preset_model(name)
+    optimizer = build_optimizer(model, **OPTIONS)
+    assert type(optimizer) is torch.optim.AdamW
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups)
+    named = dict(model.named_parameters())
+    assert {id(p) for p in named.values()} == set(decay)
+    for key, parameter in named.items():
+        vector = parameter.dim() < 2
+        assert vector or not key.endswith("bias"), key
+        assert vector or "norm" not in key.lower(), key
+        assert decay[id(parameter)] == (0.0 if vector else 0.1), key
+    assert {0.0, 0.1} == set(decay.values())
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_model("gpt2")
+    model.transformer.wte.weight.requires_grad_(False)
+    held = {id(p) for group in build_optimizer(model, **OPTIONS).param_groups for p in group["params"]}
+    assert id(model.transformer.wte.weight) not in held
+
+
+def test_without_a_gradient_only_matrices_shrink_and_the_fused_kernel_is_used():
+    model = tiny_model("llama")
+    optimizer = build_optimizer(model, **OPTIONS)
+    assert all(group["fused"] for group in optimizer.param_groups)  # the CPU has one
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if parameter.dim() < 2 else 1 - 1e-2 * 0.1
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+# loading
+
+
+def stepped(model, **changes):
+    """An optimizer of ``model`` after a step with gradients that differ from row to row."""
+    optimizer = build_optimizer(model, **{**OPTIONS, **changes})
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    return optimizer
+
+
+def test_moments_are_loaded_and_settings_stay():
+    model = tiny_model("gpt2")
+    saved = stepped(model).state_dict()
+    other = build_optimizer(model, lr=1.0, weight_decay=0.3, betas=(0.5, 0.6))
+    load_optimizer(other, saved, where="x")
+    for parameter in model.parameters():
+        assert torch.equal(other.state[parameter]["exp_avg"], parameter.grad * (1 - 0.9))
+    assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in other.param_groups} == {(0.5, 0.6)}
+    assert all(group["fused"] for group in other.param_groups)
+
+
+@pytest.mark.parametrize(("block_size", "trained"), [(100, None), (40, 16), (128, 16)])
+def test_moments_of_learned_positions_go_where_their_rows_go(block_size, trained):
+    model = tiny_model("gpt2")
+    table = model.transformer.wpe.weight
+    optimizer = stepped(model)
+    saved = optimizer.state_dict()
+    averages = {name: optimizer.state[table][name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    stretch = planned_stretch(model, block_size, trained)
+    fit_positions(model, block_size, trained_positions=trained)
+    new = model.get_parameter(stretch.parameter)
+    other = build_optimizer(model, **OPTIONS)
+    load_optimizer(other, saved, where="x", resize={new: stretch})
+    for name, before in averages.items():
+        assert torch.equal(other.state[new][name], stretch(before))
+        assert other.state[new][name].shape == new.shape
+    assert (other.state[new]["exp_avg_sq"] >= 0).all()
+    assert float(other.state[new]["step"]) == 1.0
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    other.step()
+
+
+def test_moments_of_other_shapes_are_refused_instead_of_read_past_their_end():
+    model = tiny_model("gpt2")
+    saved = stepped(model).state_dict()
+    fit_positions(model, 100)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt: the optimizer's state.*\(64, 32\) for a parameter \(100, 32\)"
+    ):
+        load_optimizer(build_optimizer(model, **OPTIONS), saved, where="last.pt")
+    with pytest.raises(CheckpointError, match="groups of"):
+        load_optimizer(build_optimizer(tiny_model("llama"), **OPTIONS), saved, where="last.pt")
+
+
+# steps
+
+
+def batches(model, rows):
+    """Micro-batches of ``rows`` sequences for ever, the same for the same seed."""
+    generator = torch.Generator().manual_seed(9)
+    while True:
+        drawn = [torch.randint(0, model.config.vocab_size, (12,), generator=generator) for _ in range(rows)]
+        yield collate("lm", [row.numpy() for row in drawn]), None
+
+
+def trainer(schedules, *, grad_accum=1, rows=4, total_steps=6, **options):
+    model = tiny_model("gpt2")  # in evaluation mode: no dropout
+    optimizer = build_optimizer(model, **OPTIONS)
+    student = Student(model, torch.float32)
+    return Trainer(
+        student, optimizer, schedules, batches(model, rows), Progress(), total_steps, grad_accum, 1.0, **options
+    )
+
+
+SCHEDULES = StepSchedules(
+    Piecewise(0.9, ((0, 0.7), (2, 0.5))), Piecewise(1.2, ((4, 1.0),)), Constant(0.0), WarmupCosine(1e-2, 3, 6)
+)
+
+
+def test_the_values_of_a_step_are_applied_before_it_is_taken():
+    run = trainer(SCHEDULES)
+    seen = []
+    loss, step = run.student.loss, run.optimizer.step
+    rates = []
+
+    def watched_loss(batch, signal, values):
+        seen.append(values)
+        return loss(batch, signal, values)
+
+    def watched_step():
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+        return step()
+
+    run.student.loss, run.optimizer.step = watched_loss, watched_step
+    assert run.train()
+    assert [values.kd_alpha for values in seen] == [0.7, 0.7, 0.5, 0.5, 0.5, 0.5]
+    assert [values.kd_temperature for values in seen] == [1.2, 1.2, 1.2, 1.2, 1.0, 1.0]
+    assert rates == [[pytest.approx(SCHEDULES.lr.value(number))] * 2 for number in range(6)]
+
+
+def test_accumulating_gives_the_step_of_one_large_batch():
+    many, one = trainer(SCHEDULES, grad_accum=4, rows=2), trainer(SCHEDULES, grad_accum=1, rows=8)
+    first, second = many.step(), one.step()
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-5)
+    for a, b in zip(many.student.model.parameters(), one.student.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert (many.progress.data_position, one.progress.data_position) == (4, 1)
+    assert many.progress.tokens_seen == one.progress.tokens_seen == 96
+
+
+def test_hooks_run_every_so_many_steps_and_a_stop_is_heeded_between_steps():
+    calls = []
+    run = trainer(SCHEDULES, hooks=[(lambda result: calls.append(result.step), 2)], stopping=lambda: len(calls) == 2)
+    assert not run.train()
+    assert calls == [2, 4]
+    assert run.progress.step == 4
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights():
+    run = trainer(SCHEDULES)
+    run.student.model.transformer.ln_f.weight.data[0] = float("nan")
+    before = [p.detach().clone() for p in run.student.model.parameters()]
+    with pytest.raises(NumericalError, match=r"step 0.*not finite"):
+        run.step()
+    for a, b in zip(before, run.student.model.parameters(), strict=True):
+        assert torch.equal(
+            a,
+            b,
+        ) or (torch.isnan(a).any() and torch.isnan(b).any())
+    assert run.progress.step == 0
