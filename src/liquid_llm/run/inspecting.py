@@ -10,7 +10,8 @@ from liquid_llm import storage
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.errors import UsageError
 from liquid_llm.metrics import read_metrics
-from liquid_llm.teachers.store import STORE_FILE, open_store
+from liquid_llm.teachers.store import open_store
+from liquid_llm.teachers.store_file import STORE_FILE
 
 _CHECKPOINT = ".pt"
 _SIDECAR = ".meta.json"

@@ -144,7 +144,11 @@ def capture(
         job.progress(found.skipped_tokens)
         for item, reason in found.refused:
             job.fail(item, reason)
-        job.run(batches(found.todo, batch_size * seq_len), stopping)
+        try:
+            job.run(batches(found.todo, batch_size * seq_len), stopping)
+        finally:
+            for writer in dict.fromkeys(writers.values()):
+                job.summary.bytes += writer.finish()
     job.summary.seconds = time.monotonic() - started
     return job.summary
 

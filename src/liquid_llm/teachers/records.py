@@ -2,11 +2,12 @@
 
     header         plain values: whose signal it is, of which tokens, in which codec
     payload        the codec's tensors
-    token hashes   of the first 64, 128, ... tokens and of all captured ones; a record is used only for the very
-                   tokens it was made from, and a mismatch can say where the texts part
+    token hashes   of all captured tokens, and short ones of the first 64, 128, ...: a record is used only for the very
+                   tokens it was made from, and where a text has changed behind a window, for that window still
     checksum       crc32 over header and payload; a damaged record is told from a foreign one
 
-``.pt`` bytes hold both as one dictionary of tensors and plain values and load with ``weights_only=True``.
+``.pt`` bytes hold both as one dictionary of tensors and plain values and load with ``weights_only=True``. Shards hold
+the same in fewer bytes (``shards.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -28,8 +30,9 @@ from torch import Tensor
 
 from liquid_llm.teachers.codecs import Codec, Payload
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had a whole hash for every 64 tokens; both are read
 PREFIX_TOKENS = 64
+WHOLE_BYTES, MARK_BYTES = 8, 4
 SUFFIX = ".pt"
 
 # What torch.load is known to raise on damaged bytes (found by fuzzing, see the tests).
@@ -49,10 +52,15 @@ _DAMAGE = (
     pickle.UnpicklingError,
 )
 _END_OF_ZIP = b"PK\x05\x06"
+_DISPENSABLE = (".format_version", ".storage_alignment", ".data/serialization_id")  # of what torch.save writes
 
 
 class RecordError(Exception):
     """Bytes that are not a complete record."""
+
+
+class RecordMissingError(RecordError):
+    """There is no record of the sample."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +119,12 @@ class RecordHeader:
     type: str
     identity: SignalIdentity
     num_tokens: int
-    token_hashes: tuple[str, ...]
+    token_hashes: bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, flat."""
         values = asdict(self)
-        return {**values.pop("identity"), **values, "token_hashes": list(self.token_hashes)}
+        return {**values.pop("identity"), **values, "token_hashes": self.token_hashes.hex()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RecordHeader:
@@ -128,7 +136,7 @@ class RecordHeader:
             str(values["type"]),
             identity,
             int(values["num_tokens"]),
-            tuple(str(value) for value in values["token_hashes"]),
+            _hashes_of(values),
         )
 
 
@@ -140,26 +148,53 @@ class Record:
     payload: Payload
 
 
-def token_hashes(input_ids: np.ndarray) -> tuple[str, ...]:
-    """Hashes of the first 64, 128, ... tokens and, last, of all: 16 hexadecimal digits each (blake2b)."""
+def token_hashes(input_ids: np.ndarray) -> bytes:
+    """Hash of all tokens (8 bytes of blake2b), then of the first 64, 128, ... as far as they go (4 bytes each).
+
+    Another text passes for this one with odds of 2^-64. The short ones cost a sixteenth of a byte a token and let a
+    window be used of a text that has changed behind it; one that has changed inside passes with odds of 2^-32 or less.
+    """
     data = np.ascontiguousarray(input_ids, dtype="<i4")
-    running = hashlib.blake2b(digest_size=8)
-    found = []
-    for start in range(0, max(len(data), 1), PREFIX_TOKENS):
-        running.update(data[start : start + PREFIX_TOKENS].tobytes())
-        found.append(running.copy().hexdigest())
-    return tuple(found)
+    running = hashlib.blake2b(digest_size=WHOLE_BYTES)
+    full = len(data) // PREFIX_TOKENS * PREFIX_TOKENS
+    marks = []
+    for start in range(0, full, PREFIX_TOKENS):
+        running.update(data[start : start + PREFIX_TOKENS].data)
+        marks.append(running.digest()[:MARK_BYTES])
+    running.update(data[full:].data)
+    return running.digest() + b"".join(marks)
 
 
-def first_difference(header: RecordHeader, input_ids: np.ndarray) -> str | None:
-    """Where a sample's tokens part from the ones a record was made from; None where they agree."""
-    if len(input_ids) < header.num_tokens:
-        return f"the text has {len(input_ids)} tokens, {header.num_tokens} were captured"
-    now = token_hashes(input_ids[: header.num_tokens])
-    if now == header.token_hashes:
+def tokens_agreeing(header: RecordHeader, input_ids: np.ndarray) -> int:
+    """How many leading tokens of a text are known to be those a record was made from."""
+    n = header.num_tokens
+    if len(input_ids) >= n:
+        data = np.ascontiguousarray(input_ids[:n], dtype="<i4")
+        if hashlib.blake2b(data.data, digest_size=WHOLE_BYTES).digest() == header.token_hashes[:WHOLE_BYTES]:
+            return n
+    now, then = token_hashes(input_ids[:n])[WHOLE_BYTES:], header.token_hashes[WHOLE_BYTES:]
+    places = range(0, min(len(now), len(then)), MARK_BYTES)
+    pieces = slice(0, MARK_BYTES)
+    agreeing = next((at for at in places if now[at:][pieces] != then[at:][pieces]), len(places) * MARK_BYTES)
+    return agreeing // MARK_BYTES * PREFIX_TOKENS
+
+
+def first_difference(header: RecordHeader, input_ids: np.ndarray, window: int) -> str | None:
+    """Where the captured tokens of a text's first ``window`` part from the text; None where they agree."""
+    agreeing = tokens_agreeing(header, input_ids)
+    if agreeing >= min(window, header.num_tokens):
         return None
-    agreeing = next((n for n, (a, b) in enumerate(zip(now, header.token_hashes, strict=False)) if a != b), len(now))
-    return f"the text differs from the captured one after token {agreeing * PREFIX_TOKENS}"
+    if len(input_ids) < header.num_tokens and agreeing == len(input_ids) // PREFIX_TOKENS * PREFIX_TOKENS:
+        return f"the text has {len(input_ids)} tokens, {header.num_tokens} were captured"
+    return f"the text differs from the captured one after token {agreeing}"
+
+
+def _hashes_of(values: Mapping[str, Any]) -> bytes:
+    hashes = values["token_hashes"]
+    if int(values["format_version"]) > 1:
+        return bytes.fromhex(hashes)
+    whole = [bytes.fromhex(one) for one in hashes]
+    return whole[-1] + b"".join(one[:MARK_BYTES] for one in whole[: int(values["num_tokens"]) // PREFIX_TOKENS])
 
 
 def file_name(sample_id: str) -> str:
@@ -177,7 +212,19 @@ def to_bytes(record: Record) -> bytes:
     header["checksum"] = _checksum(header, payload)
     buffer = io.BytesIO()
     torch.save({"header": header, "payload": payload}, buffer)
-    return buffer.getvalue()
+    return _without_slack(buffer)
+
+
+def _without_slack(saved: io.BytesIO) -> bytes:
+    """The same archive without alignment and what ``torch.load`` does not need: a kilobyte less a record."""
+    small = io.BytesIO()
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(small, "w") as target:
+        for entry in source.infolist():
+            name = entry.filename.partition("/")[2]
+            if name not in _DISPENSABLE:
+                method = zipfile.ZIP_DEFLATED if name == "data.pkl" else zipfile.ZIP_STORED
+                target.writestr(zipfile.ZipInfo(f"r/{name}"), source.read(entry), method)
+    return small.getvalue()
 
 
 def from_bytes(data: bytes) -> Record:

@@ -1,7 +1,7 @@
 """A signal store: the records of one teacher in one folder, local or behind any URL.
 
     store.json    in the folder: whose signal it holds, in which codec and layout
-    layout        how records lie in the folder; ``pt`` is one file a sample
+    layout        how records lie in the folder: ``pt`` is one file a sample, ``shards`` thousands in one
     missing       no record of a sample; stale: a record of other tokens, another teacher or too short a window;
                   corrupt: bytes that cannot be a whole record
 
@@ -11,9 +11,9 @@ that expects another. What concerns single samples is never an error: it is a ``
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -30,13 +30,20 @@ from liquid_llm.teachers.records import (
     Record,
     RecordError,
     RecordHeader,
+    RecordMissingError,
     SignalIdentity,
     first_difference,
     from_bytes,
     token_hashes,
 )
+from liquid_llm.teachers.shards_layout import ShardsLayout, is_shard
+from liquid_llm.teachers.shards_remote import ShardCache
+from liquid_llm.teachers.shards_writer import PART_SECONDS, SHARD_BYTES, ShardsWriter
+from liquid_llm.teachers.store_file import STORE_FILE, read_store_file, write_store_file
 
-STORE_FILE = "store.json"
+log = logging.getLogger(__name__)
+
+LAYOUTS = ("pt", "shards")
 _CAPTURE = (
     "liquid capture --mc-teacher-id=TEACHER --dataset-manifest=MANIFEST --math-logits-dir=DIR --code-logits-dir=DIR"
 )
@@ -63,6 +70,9 @@ class Lookup:
 class Layout(Protocol):
     """How the records of a store lie in its folder."""
 
+    @property
+    def name(self) -> str: ...
+
     def __len__(self) -> int:
         """Number of records, complete or not."""
         ...
@@ -75,6 +85,14 @@ class Layout(Protocol):
         """The sample's record. Raises RecordError or StorageError."""
         ...
 
+    def records(self) -> Iterator[tuple[str, Record | RecordError]]:
+        """Every sample's id and record; what cannot be read under the name of its file."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open."""
+        ...
+
 
 class StoreReader:
     """Reads one store; safe to use from several threads. Made by :func:`open_store`.
@@ -83,21 +101,22 @@ class StoreReader:
         uri: the folder.
         identity: whose signal it holds.
         codec: that decodes it.
+        layout: how its records lie in the folder.
     """
 
     def __init__(self, uri: str, identity: SignalIdentity, layout: Layout) -> None:
         self.uri = uri
         self.identity = identity
         self.codec: Codec = get_codec(identity.codec, identity.codec_version, identity.codec_options)
-        self._layout = layout
+        self.layout = layout
         self._threads = ThreadPoolExecutor(_REMOTE_READERS, "signal") if storage.is_remote(uri) else None
 
     def __len__(self) -> int:
-        return len(self._layout)
+        return len(self.layout)
 
     def has(self, sample_id: str) -> bool:
         """Whether there is a record of that name; whether it is usable only :meth:`check` knows."""
-        return self._layout.has(sample_id)
+        return self.layout.has(sample_id)
 
     def check(self, sample: Sample, window: int) -> Lookup:
         """Whether the first ``window`` tokens of ``sample`` have a usable record, without decoding it."""
@@ -133,18 +152,21 @@ class StoreReader:
 
     def describe(self) -> dict[str, Any]:
         """What the store is, as plain values for provenance."""
-        return {"uri": self.uri, "records": len(self), **asdict(self.identity)}
+        return {"uri": self.uri, "layout": self.layout.name, "records": len(self), **asdict(self.identity)}
 
     def close(self) -> None:
-        """End the threads of a remote store."""
+        """Close its files and end the threads of a remote store."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
+        self.layout.close()
 
     def _find(self, sample: Sample, window: int) -> Record | Lookup:
-        if not self._layout.has(sample.sample_id):
+        if not self.layout.has(sample.sample_id):
             return Lookup("missing", f"no record in {self.uri}")
         try:
-            record = self._layout.read(sample.sample_id)
+            record = self.layout.read(sample.sample_id)
+        except RecordMissingError as error:
+            return Lookup("missing", str(error))
         except RecordError as error:
             return Lookup("corrupt", str(error))
         reason = stale_reason(record.header, self.identity, sample, window)
@@ -159,13 +181,25 @@ class StoreWriter:
         teacher: what the teacher is.
         codec: that encodes the records.
         vocab_size: entries given to the codec.
+        layout: ``pt`` or ``shards``.
+        shard_bytes, part_seconds: of layout ``shards``, see ``ShardsWriter``.
 
     Raises:
-        SignalError: the folder holds another teacher's signal, or signal in another codec, or foreign ``.pt`` files.
+        SignalError: the folder holds another teacher's signal, or signal in another codec or layout, or foreign files.
         StorageError: the folder cannot be read or written.
     """
 
-    def __init__(self, uri: str, teacher: ModelIdentity, codec: Codec, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        uri: str,
+        teacher: ModelIdentity,
+        codec: Codec,
+        *,
+        vocab_size: int,
+        layout: str = "pt",
+        shard_bytes: int = SHARD_BYTES,
+        part_seconds: float = PART_SECONDS,
+    ) -> None:
         self.uri = uri
         self.codec = codec
         self.identity = SignalIdentity.of(
@@ -175,14 +209,20 @@ class StoreWriter:
             tokenizer_hash=teacher.tokenizer_hash,
             vocab_size=vocab_size,
         )
-        names = {info.name for info in storage.list_files(uri)}
-        self._layout = PtLayout(uri, names)
+        infos = storage.list_files(uri)
+        names = {info.name for info in infos}
         if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):
-            self._require_own()
+            self._require_own(layout)
         else:
             self._refuse_foreign_files(names)
-            contents = {"format_version": FORMAT_VERSION, "layout": "pt", **asdict(self.identity)}
-            storage.write_bytes(storage.join(uri, STORE_FILE), json.dumps(contents, indent=1).encode())
+            write_store_file(uri, self.identity, layout)
+        self._layout: PtLayout | ShardsLayout
+        self._sink: PtLayout | ShardsWriter
+        if layout == "pt":
+            self._layout = self._sink = PtLayout(uri, names)
+        else:
+            self._layout = ShardsLayout(uri, infos)
+            self._sink = ShardsWriter(uri, self.identity, names, shard_bytes=shard_bytes, part_seconds=part_seconds)
 
     def has(self, sample_id: str) -> bool:
         """Whether a record of that name was there when the writer was made."""
@@ -199,7 +239,10 @@ class StoreWriter:
         return stale_reason(header, self.identity, sample, window) is None
 
     def write(self, sample: Sample, num_tokens: int, payload: Payload) -> int:
-        """Publish the record of the first ``num_tokens`` tokens of ``sample``, replacing any; returns its bytes."""
+        """Store the first ``num_tokens`` tokens of ``sample``, replacing any record; returns its bytes.
+
+        Layout ``pt`` publishes it at once, ``shards`` with others, all of them by :meth:`finish`.
+        """
         header = RecordHeader(
             FORMAT_VERSION,
             sample.sample_id,
@@ -208,10 +251,22 @@ class StoreWriter:
             num_tokens,
             token_hashes(sample.input_ids[:num_tokens]),
         )
-        return self._layout.write(Record(header, payload))
+        return self.put(Record(header, payload))
 
-    def _require_own(self) -> None:
-        there, _ = _read_store_file(self.uri)
+    def put(self, record: Record) -> int:
+        """Store a record that is made already, of this store's identity; otherwise as :meth:`write`."""
+        return self._sink.write(record)
+
+    def finish(self) -> int:
+        """Publish what is held back; returns the bytes of files beyond those told by ``write``. More may be written.
+
+        Raises:
+            StorageError: something could not be published.
+        """
+        return self._sink.finish()
+
+    def _require_own(self, layout: str) -> None:
+        there, present_layout = read_store_file(self.uri)
         difference = there.difference(self.identity)
         if difference is not None:
             name, theirs, ours = difference
@@ -222,12 +277,21 @@ class StoreWriter:
                 expected=theirs,
                 remedy="write to another folder, or remove this one first",
             )
+        if present_layout != layout:
+            raise SignalError(
+                "this folder holds a store in another layout",
+                where=self.uri,
+                got=layout,
+                expected=present_layout,
+                remedy=f"go on with --logits_format={present_layout}, or pack it: liquid store pack {self.uri} FOLDER",
+            )
 
     def _refuse_foreign_files(self, names: set[str]) -> None:
-        foreign = sorted(name for name in names if name.endswith(SUFFIX))
+        foreign = sorted(name for name in names if name.endswith(SUFFIX) or is_shard(name))
         if foreign:
+            kind = "shards" if is_shard(foreign[0]) else ".pt files"
             raise SignalError(
-                f"this folder has .pt files but no {STORE_FILE}: they are not records of this program",
+                f"this folder has {kind} but no {STORE_FILE}: they are not records of this program",
                 where=self.uri,
                 got=f"{len(foreign)} such files, the first {foreign[0]}",
                 remedy="write to another folder",
@@ -241,6 +305,7 @@ def open_store(
     teacher_revision: str | None = None,
     tokenizer_hash: str | None = None,
     vocab_size: int | None = None,
+    cache: ShardCache | None = None,
 ) -> StoreReader:
     """Open a store for reading; the folder is listed once, so that a missing record costs no request.
 
@@ -248,32 +313,40 @@ def open_store(
         uri: the folder.
         teacher_id, teacher_revision: the teacher expected, as its ``ModelIdentity`` says; None takes any.
         tokenizer_hash, vocab_size: likewise.
+        cache: where whole shards of a remote store are kept; a temporary folder when None.
 
     Raises:
         SignalError: there is no store or no record, or it is of another teacher, tokenizer or vocabulary, or it was
             written by a newer program.
         StorageError: the folder cannot be read.
     """
-    names = {info.name for info in storage.list_files(uri)}
+    infos = storage.list_files(uri)
+    names = {info.name for info in infos}
     if STORE_FILE not in names:
         kind = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
         raise SignalError(kind, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
-    identity, layout_name = _read_store_file(uri)
+    identity, layout_name = read_store_file(uri)
     _require(uri, identity, "teacher", identity.teacher_id, teacher_id)
     _require(uri, identity, "revision of the teacher", identity.teacher_revision, teacher_revision)
     _require(uri, identity, "tokenizer", identity.tokenizer_hash, tokenizer_hash)
     _require(uri, identity, "vocabulary size", identity.vocab_size, vocab_size)
-    if layout_name != "pt":
+    if layout_name not in LAYOUTS:
         raise SignalError(
             "a store in a layout that this program does not know",
             where=storage.join(uri, STORE_FILE),
             got=repr(layout_name),
-            expected="'pt'",
+            expected=" or ".join(map(repr, LAYOUTS)),
             remedy="install a newer liquid-llm",
         )
-    layout = PtLayout(uri, names)
+    layout = PtLayout(uri, names) if layout_name == "pt" else ShardsLayout(uri, infos, cache)
+    problems = [] if isinstance(layout, PtLayout) else layout.condition.problems()
     if not len(layout):
-        raise SignalError("the signal store has no record", where=uri, remedy=f"capture them first: {_CAPTURE}")
+        got = "; ".join(problems) or None
+        raise SignalError(
+            "the signal store has no record", where=uri, got=got, remedy=f"capture them first: {_CAPTURE}"
+        )
+    for problem in problems:
+        log.warning("%s: %s", uri, problem)
     return StoreReader(uri, identity, layout)
 
 
@@ -287,7 +360,7 @@ def read_header(uri: str | os.PathLike[str]) -> RecordHeader:
 
 def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample, window: int) -> str | None:
     """Why a whole record cannot serve the first ``window`` tokens of ``sample`` in a store of ``identity``, or None."""
-    if header.format_version != FORMAT_VERSION:
+    if header.format_version > FORMAT_VERSION:
         return f"record format {header.format_version}, this program reads {FORMAT_VERSION}"
     difference = header.identity.difference(identity)
     if difference is not None:
@@ -296,37 +369,12 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
     if (header.sample_id, header.type) != (sample.sample_id, sample.type):
         return f"it is the record of {header.type} sample {header.sample_id!r}"
     needed = min(window, len(sample.input_ids))
-    difference_at = first_difference(header, sample.input_ids)
+    difference_at = first_difference(header, sample.input_ids, needed)
     if difference_at is not None:
         return difference_at
     if header.num_tokens < needed:
         return f"captured at {header.num_tokens} tokens, {needed} wanted"
     return None
-
-
-def _read_store_file(uri: str) -> tuple[SignalIdentity, str]:
-    """Identity and layout as ``store.json`` says."""
-    where = storage.join(uri, STORE_FILE)
-    try:
-        values = json.loads(storage.read_bytes(where))
-        version, layout = int(values.pop("format_version")), str(values.pop("layout"))
-        identity = None if version > FORMAT_VERSION else SignalIdentity(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SignalError(
-            "not a description of a signal store",
-            where=where,
-            got=f"{type(error).__name__}: {error}",
-            remedy="capture into an empty folder",
-        ) from error
-    if identity is None:
-        raise SignalError(
-            "the store was written by a newer program",
-            where=where,
-            got=f"format {version}",
-            expected=f"at most {FORMAT_VERSION}",
-            remedy="install a newer liquid-llm",
-        )
-    return identity, layout
 
 
 def _require(uri: str, identity: SignalIdentity, what: str, stored: object, expected: object) -> None:

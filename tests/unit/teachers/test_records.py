@@ -20,11 +20,13 @@ from liquid_llm.teachers.records import (
     RecordError,
     RecordHeader,
     SignalIdentity,
+    _checksum,
     file_name,
     first_difference,
     from_bytes,
     to_bytes,
     token_hashes,
+    tokens_agreeing,
 )
 
 
@@ -163,25 +165,51 @@ def test_other_files_are_refused(data: bytes) -> None:
 def test_hashes_of_prefixes(count: int) -> None:
     tokens = np.arange(count, dtype=np.int32)
     hashes = token_hashes(tokens)
-    assert len(hashes) == max(1, -(-count // 64))
+    assert len(hashes) == 8 + 4 * (count // 64)
     assert hashes == token_hashes(tokens.astype(np.int64))  # how tokens are held is no part of what they are
-    for place, found in enumerate(hashes):
-        assert token_hashes(tokens[: (place + 1) * 64])[-1] == found
+    for place in range(count // 64):
+        assert token_hashes(tokens[: (place + 1) * 64])[:4] == hashes[8 + 4 * place : 12 + 4 * place]
 
 
-@given(length=st.integers(1, 300), place=st.integers(0, 10_000), extra=st.integers(0, 100))
-def test_a_changed_token_is_found(length: int, place: int, extra: int) -> None:
-    header = replace(make_record().header, num_tokens=length, token_hashes=token_hashes(np.arange(length)))
+def header_of(length: int) -> RecordHeader:
+    return replace(make_record().header, num_tokens=length, token_hashes=token_hashes(np.arange(length)))
+
+
+@given(length=st.integers(1, 300), place=st.integers(0, 10_000), extra=st.integers(0, 100), window=st.integers(1, 400))
+def test_a_changed_token_is_found_wherever_it_matters(length: int, place: int, extra: int, window: int) -> None:
+    """Never missed inside the window; behind it the record serves as soon as a mark lies between."""
+    header = header_of(length)
     tokens = np.arange(length + extra)  # the untruncated sample may go on after the window
-    assert first_difference(header, tokens) is None
+    assert first_difference(header, tokens, window) is None
     place %= length
     tokens[place] = 9999
-    assert first_difference(header, tokens) == f"the text differs from the captured one after token {place // 64 * 64}"
+    assert tokens_agreeing(header, tokens) == place // 64 * 64
+    found = first_difference(header, tokens, window)
+    assert (found is None) == (min(window, length) <= place // 64 * 64)
+    assert found in (None, f"the text differs from the captured one after token {place // 64 * 64}")
 
 
-def test_a_text_that_became_shorter() -> None:
-    header = replace(make_record().header, num_tokens=150, token_hashes=token_hashes(np.arange(150)))
-    assert first_difference(header, np.arange(100)) == "the text has 100 tokens, 150 were captured"
+@pytest.mark.parametrize(("window", "served"), [(64, True), (65, False), (100, False), (1024, False)])
+def test_a_text_that_became_shorter(window: int, served: bool) -> None:
+    found = first_difference(header_of(150), np.arange(100), window)
+    assert found == (None if served else "the text has 100 tokens, 150 were captured")
+
+
+def test_records_of_the_first_format_are_read() -> None:
+    record = make_record(150)
+    tokens = make_samples(1, low=150, high=150)[0].input_ids
+    whole = [token_hashes(tokens[:end])[:8].hex() for end in (64, 128, 150)]
+    header = {**record.header.to_dict(), "format_version": 1, "token_hashes": whole}
+    payload = {name: tensor.clone() for name, tensor in record.payload.items()}
+    header["checksum"] = _checksum(header, payload)
+    again = from_bytes(saved({"header": header, "payload": payload}))
+    assert again.header == replace(record.header, format_version=1)
+    assert first_difference(again.header, tokens, 1024) is None
+
+
+def test_a_file_costs_less_than_a_kilobyte_beyond_its_tensors() -> None:
+    record = replace(make_record(1024), payload={"bytes": torch.zeros(9000, dtype=torch.uint8)})
+    assert len(to_bytes(record)) < 9000 + 1000
 
 
 # --------------------------------------------------------------------------------------------------------------- names

@@ -1,4 +1,7 @@
-"""A store: written, found again, and refused where it is of another teacher, stale, damaged or not there."""
+"""A store: written, found again, and refused where it is of another teacher, stale, damaged or not there.
+
+What concerns the files of layout ``shards`` alone is in ``test_shards*.py``.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,23 @@ from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.teachers.codecs import FullCodec, TopKCodec
 from liquid_llm.teachers.records import file_name, from_bytes, to_bytes
-from liquid_llm.teachers.store import STORE_FILE, StoreWriter, open_store, read_header
+from liquid_llm.teachers.store import StoreWriter, open_store, read_header
+from liquid_llm.teachers.store_file import STORE_FILE
 
 VOCAB = 300
 CODEC = TopKCodec(4)
 
 
 def writer(folder: Path | str, **changes: Any) -> StoreWriter:
-    arguments: dict[str, Any] = {"teacher": IDENTITY, "codec": CODEC, "vocab_size": VOCAB, **changes}
-    return StoreWriter(str(folder), arguments["teacher"], arguments["codec"], vocab_size=arguments["vocab_size"])
+    """A folder named ``shards`` somewhere in its path is one of that layout."""
+    arguments: dict[str, Any] = {
+        "teacher": IDENTITY,
+        "codec": CODEC,
+        "vocab_size": VOCAB,
+        "layout": "shards" if "shards" in Path(folder).parts else "pt",
+        **changes,
+    }
+    return StoreWriter(str(folder), **arguments)
 
 
 def write(folder: Path | str, samples: list[Sample], seq_len: int = 1024, **changes: Any) -> list[torch.Tensor]:
@@ -41,16 +52,24 @@ def write(folder: Path | str, samples: list[Sample], seq_len: int = 1024, **chan
         rows = store.codec.encode(logits.clone(), 1, 0)
         store.write(sample, num_tokens, store.codec.pack(rows))
         made.append(logits)
+    store.finish()
     return made
 
 
-@pytest.fixture(params=["local", "gcs"])
+@pytest.fixture(params=["pt", "shards", "pt in a bucket", "shards in a bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder that does not exist yet, on disk and in a bucket."""
-    if request.param == "local":
-        return str(tmp_path / "signal" / "math")
+    layout, _, bucket_wanted = request.param.partition(" ")
+    if not bucket_wanted:
+        return str(tmp_path / "signal" / layout)
     bucket: Bucket = request.getfixturevalue("gcs")
-    return f"{bucket.uri}/signal/math/"
+    return f"{bucket.uri}/signal/{layout}/"
+
+
+@pytest.fixture(params=["pt", "shards"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The same on disk only."""
+    return tmp_path / request.param
 
 
 def test_written_and_read(place: str) -> None:
@@ -64,6 +83,7 @@ def test_written_and_read(place: str) -> None:
         assert isinstance(lookup.signal, SparseSignal)
         exact = torch.softmax(made / 2.0, dim=1).gather(1, lookup.signal.ids)
         torch.testing.assert_close(lookup.signal.weights, exact, rtol=2e-3, atol=1e-6)
+    assert store.describe()["layout"] in place
     other = make_samples(1, prefix="other")[0]
     lookup = store.get(other, 1024, 2.0)
     assert (lookup.status, lookup.signal) == ("missing", None)
@@ -80,6 +100,7 @@ def test_overwriting_replaces(place: str) -> None:
         len(sample.input_ids),
         CODEC.pack(CODEC.encode(random_logits(len(sample.input_ids) - 1, VOCAB, seed=9), 1, 0)),
     )
+    store.finish()
     again = open_store(place)
     after = again.get(sample, 1024, 1.0).signal
     assert len(again) == 1
@@ -101,10 +122,10 @@ def test_any_sample_id(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [2, 3, 63, 64, 65, 100])
-def test_a_shorter_window_of_a_longer_record(tmp_path: Path, window: int) -> None:
+def test_a_shorter_window_of_a_longer_record(folder: Path, window: int) -> None:
     sample = make_samples(1, low=100, high=100)[0]
-    write(tmp_path, [sample])
-    store = open_store(str(tmp_path))
+    write(folder, [sample])
+    store = open_store(str(folder))
     whole, part = store.get(sample, 1024, 2.0).signal, store.get(sample, window, 2.0).signal
     assert isinstance(whole, SparseSignal)
     assert isinstance(part, SparseSignal)
@@ -123,26 +144,27 @@ def status(folder: Path, sample: Sample, window: int = 1024) -> tuple[str, str]:
     return lookup.status, lookup.reason
 
 
-def test_a_record_of_a_shorter_window_is_stale(tmp_path: Path) -> None:
+def test_a_record_of_a_shorter_window_is_stale(folder: Path) -> None:
     sample = make_samples(1, low=150, high=150)[0]
-    write(tmp_path, [sample], seq_len=100)
-    assert status(tmp_path, sample, 100) == ("usable", "")
-    assert status(tmp_path, sample, 101) == ("stale", "captured at 100 tokens, 101 wanted")
-    assert status(tmp_path, sample, 1024) == ("stale", "captured at 100 tokens, 150 wanted")
+    write(folder, [sample], seq_len=100)
+    assert status(folder, sample, 100) == ("usable", "")
+    assert status(folder, sample, 101) == ("stale", "captured at 100 tokens, 101 wanted")
+    assert status(folder, sample, 1024) == ("stale", "captured at 100 tokens, 150 wanted")
 
 
-def test_a_changed_text_is_stale(tmp_path: Path) -> None:
+def test_a_changed_text_is_stale(folder: Path) -> None:
     sample = make_samples(1, low=150, high=150)[0]
-    write(tmp_path, [sample])
+    write(folder, [sample])
     tokens = sample.input_ids.copy()
     tokens[70] += 1
     changed = replace(sample, input_ids=tokens)
-    assert status(tmp_path, changed) == ("stale", "the text differs from the captured one after token 64")
+    assert status(folder, changed) == ("stale", "the text differs from the captured one after token 64")
+    assert status(folder, changed, 64) == ("usable", "")  # nothing changed inside this window
     longer = replace(sample, input_ids=np.concatenate([sample.input_ids, sample.input_ids]))
-    assert status(tmp_path, longer) == ("stale", "captured at 150 tokens, 300 wanted")
-    assert status(tmp_path, longer, 150) == ("usable", "")
+    assert status(folder, longer) == ("stale", "captured at 150 tokens, 300 wanted")
+    assert status(folder, longer, 150) == ("usable", "")
     shorter = replace(sample, input_ids=sample.input_ids[:149])
-    assert status(tmp_path, shorter) == ("stale", "the text has 149 tokens, 150 were captured")
+    assert status(folder, shorter) == ("stale", "the text has 149 tokens, 150 were captured")
 
 
 def test_a_record_of_another_sample_or_type_is_stale(tmp_path: Path) -> None:
@@ -180,8 +202,8 @@ def test_a_record_of_a_newer_format_is_stale(tmp_path: Path) -> None:
     write(tmp_path, [sample])
     path = tmp_path / file_name(sample.sample_id)
     record = from_bytes(path.read_bytes())
-    path.write_bytes(to_bytes(replace(record, header=replace(record.header, format_version=2))))
-    assert status(tmp_path, sample) == ("stale", "record format 2, this program reads 1")
+    path.write_bytes(to_bytes(replace(record, header=replace(record.header, format_version=3))))
+    assert status(tmp_path, sample) == ("stale", "record format 3, this program reads 2")
 
 
 @pytest.mark.parametrize(
@@ -208,18 +230,20 @@ def test_a_damaged_record_is_corrupt_and_not_complete(
     assert not writer(tmp_path).complete(sample, 1024)
 
 
-def test_a_payload_that_is_not_the_codecs_is_corrupt(tmp_path: Path) -> None:
+def test_a_payload_that_is_not_the_codecs_is_corrupt(folder: Path) -> None:
     sample = make_samples(1)[0]
-    writer(tmp_path).write(sample, len(sample.input_ids), {"gaps": torch.zeros(3)})
-    found, said = status(tmp_path, sample)
+    store = writer(folder)
+    store.write(sample, len(sample.input_ids), {"gaps": torch.zeros(3)})
+    store.finish()
+    found, said = status(folder, sample)
     assert found == "corrupt"
     assert "not one of codec 'topk'" in said
 
 
-def test_complete_means_serving_the_window(tmp_path: Path) -> None:
+def test_complete_means_serving_the_window(folder: Path) -> None:
     sample, other = make_samples(2, low=150, high=150)
-    write(tmp_path, [sample], seq_len=100)
-    store = writer(tmp_path)
+    write(folder, [sample], seq_len=100)
+    store = writer(folder)
     assert store.complete(sample, 64)
     assert store.complete(sample, 100)
     assert not store.complete(sample, 128)
@@ -259,10 +283,21 @@ def test_a_second_teacher_or_codec_is_refused(place: str, changes: dict[str, Any
         ({"vocab_size": 512}, r"another vocabulary size; got 300 \(of org/teacher@commit-1\); expected 512"),
     ],
 )
-def test_a_reader_that_expects_another_is_refused(tmp_path: Path, expected: dict[str, Any], message: str) -> None:
-    write(tmp_path, make_samples(1))
+def test_a_reader_that_expects_another_is_refused(folder: Path, expected: dict[str, Any], message: str) -> None:
+    write(folder, make_samples(1))
     with pytest.raises(SignalError, match=message):
-        open_store(str(tmp_path), **expected)
+        open_store(str(folder), **expected)
+
+
+@pytest.mark.parametrize(("there", "wanted"), [("pt", "shards"), ("shards", "pt")])
+def test_another_layout_is_refused(tmp_path: Path, there: str, wanted: str) -> None:
+    sample = make_samples(1)[0]
+    write(tmp_path, [sample], layout=there)
+    with pytest.raises(
+        SignalError, match=rf"another layout; got {wanted}; expected {there}\. Go on with --logits_format"
+    ):
+        writer(tmp_path, layout=wanted)
+    assert status(tmp_path, sample) == ("usable", "")
 
 
 def test_no_store(place: str) -> None:
@@ -286,10 +321,10 @@ def test_records_without_store_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("contents", [b"", b"{", b"[]", b"{}", b'{"format_version": "x", "layout": "pt"}', b"\xff\xfe"])
-def test_a_damaged_store_file(tmp_path: Path, contents: bytes) -> None:
-    write(tmp_path, make_samples(1))
-    (tmp_path / STORE_FILE).write_bytes(contents)
-    for act in (lambda: open_store(str(tmp_path)), lambda: writer(tmp_path)):
+def test_a_damaged_store_file(folder: Path, contents: bytes) -> None:
+    write(folder, make_samples(1))
+    (folder / STORE_FILE).write_bytes(contents)
+    for act in (lambda: open_store(str(folder)), lambda: writer(folder)):
         with pytest.raises(SignalError, match=r"store\.json: not a description of a signal store"):
             act()
 
@@ -303,12 +338,12 @@ def test_a_damaged_store_file(tmp_path: Path, contents: bytes) -> None:
         ({"codec_version": 9}, r"version 9; expected version 1\. Install the newer"),
     ],
 )
-def test_a_store_of_a_newer_program(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    write(tmp_path, make_samples(1))
-    values = json.loads((tmp_path / STORE_FILE).read_text())
-    (tmp_path / STORE_FILE).write_text(json.dumps({**values, **changes}))
+def test_a_store_of_a_newer_program(folder: Path, changes: dict[str, Any], message: str) -> None:
+    write(folder, make_samples(1))
+    values = json.loads((folder / STORE_FILE).read_text())
+    (folder / STORE_FILE).write_text(json.dumps({**values, **changes}))
     with pytest.raises(SignalError, match=message):
-        open_store(str(tmp_path))
+        open_store(str(folder))
 
 
 def test_other_files_beside_the_records_do_no_harm(tmp_path: Path) -> None:
@@ -321,11 +356,11 @@ def test_other_files_beside_the_records_do_no_harm(tmp_path: Path) -> None:
     assert len(open_store(str(tmp_path))) == 2
 
 
-def test_a_temperature_outside_the_codecs_range(tmp_path: Path) -> None:
+def test_a_temperature_outside_the_codecs_range(folder: Path) -> None:
     sample = make_samples(1)[0]
-    write(tmp_path, [sample])
+    write(folder, [sample])
     with pytest.raises(SignalError, match=r"got 0\.5; expected 0\.667 to 4"):
-        open_store(str(tmp_path)).get(sample, 1024, 0.5)
+        open_store(str(folder)).get(sample, 1024, 0.5)
 
 
 def test_read_header(tmp_path: Path) -> None:
@@ -337,7 +372,7 @@ def test_read_header(tmp_path: Path) -> None:
         read_header(str(tmp_path / STORE_FILE))
 
 
-def test_description_is_plain(tmp_path: Path) -> None:
-    write(tmp_path, make_samples(3))
-    found = json.loads(json.dumps(open_store(str(tmp_path)).describe()))
+def test_description_is_plain(folder: Path) -> None:
+    write(folder, make_samples(3))
+    found = json.loads(json.dumps(open_store(str(folder)).describe()))
     assert (found["records"], found["teacher_id"], found["codec_options"]) == (3, "org/teacher", {"k": 4})

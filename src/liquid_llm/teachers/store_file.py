@@ -1,0 +1,48 @@
+"""``store.json``: whose signal a folder holds, and in which layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from liquid_llm import storage
+from liquid_llm.errors import SignalError
+from liquid_llm.teachers.records import SignalIdentity
+
+STORE_FILE = "store.json"
+STORE_VERSION = 1
+
+
+def write_store_file(uri: str, identity: SignalIdentity, layout: str) -> None:
+    """Publish the file in folder ``uri``."""
+    contents = {"format_version": STORE_VERSION, "layout": layout, **asdict(identity)}
+    storage.write_bytes(storage.join(uri, STORE_FILE), json.dumps(contents, indent=1).encode())
+
+
+def read_store_file(uri: str) -> tuple[SignalIdentity, str]:
+    """Identity and layout that the file in folder ``uri`` says.
+
+    Raises:
+        SignalError: it is damaged, or of a newer program.
+    """
+    where = storage.join(uri, STORE_FILE)
+    try:
+        values = json.loads(storage.read_bytes(where))
+        version, layout = int(values.pop("format_version")), str(values.pop("layout"))
+        identity = None if version > STORE_VERSION else SignalIdentity(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SignalError(
+            "not a description of a signal store",
+            where=where,
+            got=f"{type(error).__name__}: {error}",
+            remedy="capture into an empty folder",
+        ) from error
+    if identity is None:
+        raise SignalError(
+            "the store was written by a newer program",
+            where=where,
+            got=f"format {version}",
+            expected=f"at most {STORE_VERSION}",
+            remedy="install a newer liquid-llm",
+        )
+    return identity, layout

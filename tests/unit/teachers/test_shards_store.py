@@ -1,0 +1,259 @@
+"""Folders of shards: written in parts and by several at once, packed under a reader, read from a bucket."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support.faults import faulty_proxy
+from tests.support.gcs import Bucket
+from tests.support.stores import SAMPLES, assert_usable, condition, put, shard_files, statuses, write, writer
+from tests.support.teachers import HARD_IDS, make_samples
+
+from liquid_llm import storage
+from liquid_llm.errors import SignalError, StorageError
+from liquid_llm.teachers import shards_writer
+from liquid_llm.teachers.shards_index import INDEX_FILE
+from liquid_llm.teachers.shards_remote import ShardCache, cost_seconds
+from liquid_llm.teachers.store import open_store
+from liquid_llm.teachers.store_file import STORE_FILE
+
+
+def ids_of(folder: Path | str) -> Any:
+    store = open_store(str(folder))
+    return [store.get(sample, 1024, 2.0).signal.ids for sample in SAMPLES]  # type: ignore[union-attr]
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_any_sample_id_and_no_name_decides_a_path(tmp_path: Path) -> None:
+    ids = [*HARD_IDS, "Case", "case", "CASE"]
+    samples = [replace(sample, sample_id=id) for sample, id in zip(make_samples(len(ids)), ids, strict=True)]
+    write(tmp_path / "a" / "store", samples)
+    assert_usable(tmp_path / "a" / "store", samples)
+    (shard,) = shard_files(tmp_path / "a" / "store")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {STORE_FILE, INDEX_FILE, shard.name}
+    assert shard.parent == tmp_path / "a" / "store"
+
+
+def test_full_shards_and_the_rest(tmp_path: Path) -> None:
+    write(tmp_path, SAMPLES, shard_bytes=4000)
+    sizes = [path.stat().st_size for path in shard_files(tmp_path)]
+    assert len(sizes) > 2
+    assert all(4000 < size < 8000 for size in sizes[:-1])
+    assert_usable(tmp_path)
+    assert condition(open_store(str(tmp_path))).unindexed == []
+
+
+def await_records(folder: Path, count: int) -> None:
+    for _ in range(500):
+        if shard_files(folder) and len(open_store(str(folder))) == count:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("they never came")
+
+
+def test_nothing_is_held_back_longer_than_asked(tmp_path: Path) -> None:
+    """A writer that is never finished, as when its process is killed: the records are there after ``part_seconds``."""
+    store = writer(tmp_path, part_seconds=0.05)
+    for end in (6, 12):
+        put(store, SAMPLES[end - 6 : end])
+        await_records(tmp_path, end)
+    parts = shard_files(tmp_path)
+    assert len(parts) >= 2
+    store.finish()
+    assert len(shard_files(tmp_path)) == 1
+    assert not set(parts) & set(shard_files(tmp_path))
+    assert_usable(tmp_path)
+
+
+def test_a_crash_between_a_full_shard_and_the_removal_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = writer(tmp_path, part_seconds=0.05)
+    put(store, SAMPLES[:6])
+    await_records(tmp_path, 6)
+    put(store, SAMPLES[6:])
+
+    def crash(uri: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards_writer.storage, "remove", crash)
+    with pytest.raises(KeyboardInterrupt):
+        store.finish()
+    monkeypatch.undo()
+    assert len(shard_files(tmp_path)) >= 2
+    assert_usable(tmp_path)
+
+
+def test_several_writers_at_once_and_the_last_record_counts(tmp_path: Path) -> None:
+    first, second = writer(tmp_path), writer(tmp_path)
+    put(first, SAMPLES[:8], seed=0)
+    put(second, SAMPLES[4:], seed=100)
+    first.finish()
+    second.finish()
+    assert_usable(tmp_path)
+    store = open_store(str(tmp_path))
+    assert len([name for name, _ in store.layout.records()]) == len(SAMPLES)
+    before = ids_of(tmp_path)
+    write(tmp_path, SAMPLES, seed=500)  # a later job's records hide what was there
+    assert_usable(tmp_path)
+    assert not any(torch.equal(a, b) for a, b in zip(before, ids_of(tmp_path), strict=True))
+    (tmp_path / INDEX_FILE).unlink()
+    after = ids_of(tmp_path)
+    write(tmp_path, [])
+    assert all(torch.equal(a, b) for a, b in zip(after, ids_of(tmp_path), strict=True))
+
+
+def test_threads_write_one_store(tmp_path: Path) -> None:
+    samples = make_samples(80, low=20, high=90)
+    store = writer(tmp_path, shard_bytes=5000, part_seconds=0.01)
+    threads = [threading.Thread(target=put, args=(store, samples[n::4])) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.finish()
+    assert_usable(tmp_path, samples)
+
+
+def test_a_place_that_cannot_be_written_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = writer(tmp_path, shard_bytes=1)
+    refused = StorageError("the disk is full", where=tmp_path)
+    calls: list[str] = []
+
+    def refuse(uri: str, data: bytes) -> None:
+        calls.append(uri)
+        raise refused
+
+    monkeypatch.setattr(shards_writer.storage, "write_bytes", refuse)
+    put(store, SAMPLES[:2])  # two failures are taken with a warning
+    with pytest.raises(StorageError, match="disk is full"):
+        put(store, SAMPLES[2:3])
+    with pytest.raises(StorageError, match="disk is full"):
+        store.finish()
+    monkeypatch.undo()
+    store.finish()
+    assert len(calls) == 4
+    assert_usable(tmp_path, SAMPLES[:3])
+
+
+# ---------------------------------------------------------------------------------------------------- packed meanwhile
+
+
+def pack_in_place(folder: str) -> None:
+    """What compaction does, as far as a reader notices: new shards, then the old ones go."""
+    before = [info.uri for info in storage.list_files(folder) if info.name.startswith("shard-")]
+    store = writer(folder)
+    for _, found in open_store(folder).layout.records():
+        store.put(found)  # type: ignore[arg-type]
+    store.finish()
+    for uri in before:
+        storage.remove(uri)
+
+
+@pytest.mark.parametrize("where", ["local", "gcs"])
+def test_a_reader_survives_that_its_shards_are_packed(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = str(tmp_path / "s") if where == "local" else f"{request.getfixturevalue('gcs').uri}/signal/"
+    write(folder, SAMPLES, shard_bytes=2000)
+    store = open_store(folder)
+    assert store.get(SAMPLES[0], 1024, 2.0).status == "usable"
+    pack_in_place(folder)
+    assert set(statuses(store)) == {"usable"}
+    assert condition(store).lost == 0
+    store.close()
+
+
+def test_a_folder_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, SAMPLES, shard_bytes=2000)
+    (tmp_path / INDEX_FILE).unlink()
+    real, packed = storage.list_files, []
+
+    def list_then_pack(uri: str) -> Any:
+        infos = real(uri)
+        if not packed:
+            packed.append(True)
+            pack_in_place(uri)
+        return infos
+
+    monkeypatch.setattr("liquid_llm.teachers.store.storage.list_files", list_then_pack)
+    assert_usable(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------- remote
+
+
+def test_ranges_first_then_the_whole_shard(gcs: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{gcs.uri}/signal"
+    write(uri, SAMPLES)
+    with faulty_proxy(gcs.base) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.base)
+        cache = ShardCache(tmp_path / "cache")
+        store = open_store(uri, cache=cache)
+        assert {store.get(sample, 1024, 2.0).status for sample in SAMPLES} == {"usable"}
+        reads = [seen for seen in proxy.requests if "shard-" in seen.path and "alt=media" in seen.path]
+        # The shard is so small that its price is one request: the front by range, then the whole.
+        assert len(reads) <= 3
+        (held,) = (tmp_path / "cache").glob("*.shard")
+        proxy.requests.clear()
+        again = open_store(uri, cache=ShardCache(tmp_path / "cache"))  # another run on this machine
+        assert set(statuses(again)) == {"usable"}
+        assert not [seen for seen in proxy.requests if "shard-" in seen.path and "alt=media" in seen.path]
+        data = bytearray(held.read_bytes())
+        data[-300:] = bytes(300)
+        held.write_bytes(data)  # a damaged copy is replaced, not believed
+        third = open_store(uri, cache=ShardCache(tmp_path / "cache"))
+        assert set(statuses(third)) == {"usable"}
+        for one in (store, again, third):
+            one.close()
+
+
+def test_the_price_of_ranges_never_exceeds_that_of_the_whole_by_much() -> None:
+    whole, record = cost_seconds(64_000_000), cost_seconds(7000)
+    spent, reads = 0.0, 0
+    while spent < whole:
+        spent += record
+        reads += 1
+    assert reads == 9
+    assert spent < 1.2 * whole
+
+
+def test_the_cache_keeps_to_its_bound(gcs: Bucket, tmp_path: Path) -> None:
+    uri = f"{gcs.uri}/signal"
+    write(uri, SAMPLES, shard_bytes=3000)
+    sizes = [info.size for info in storage.list_files(uri) if info.name.startswith("shard-")]
+    bound = max(sizes) + 10
+    store = open_store(uri, cache=ShardCache(tmp_path, bound))
+    for _ in range(3):
+        assert set(statuses(store)) == {"usable"}
+        assert sum(path.stat().st_size for path in tmp_path.glob("*.shard")) <= bound
+    none = open_store(uri, cache=ShardCache(tmp_path / "none", 10))
+    assert set(statuses(none)) == {"usable"}
+    assert not (tmp_path / "none").exists()
+    for one in (store, none):
+        one.close()
+
+
+def test_a_temporary_cache_is_removed(gcs: Bucket) -> None:
+    uri = f"{gcs.uri}/signal"
+    write(uri, SAMPLES)
+    store = open_store(uri)
+    assert set(statuses(store)) == {"usable"}
+    folder = store.layout._cache._folder  # type: ignore[attr-defined]
+    assert folder.is_dir()
+    store.close()
+    assert not folder.exists()
+
+
+def test_an_empty_store_of_shards(tmp_path: Path) -> None:
+    writer(tmp_path).finish()
+    with pytest.raises(SignalError, match="the signal store has no record"):
+        open_store(str(tmp_path))
+    assert not (tmp_path / INDEX_FILE).exists()
