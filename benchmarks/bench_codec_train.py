@@ -1,6 +1,6 @@
 """Does a stored signal train as well as the teacher itself? Students from one start, the same batches, another signal.
 
-    python benchmarks/bench_codec_train.py                                    texts of this machine, about 45 minutes
+    python benchmarks/bench_codec_train.py                                    texts of this machine, about an hour on two cores
     python benchmarks/bench_codec_train.py --jsonl maths.jsonl,code.jsonl.gz  texts of JSONL files
     python benchmarks/bench_codec_train.py --seeds 1 --steps 50               a first look
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="a step")
     parser.add_argument("--alpha", type=float, default=0.7)
     parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--codecs", default="tail,topk")
+    parser.add_argument("--codecs", default="tail")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
 
