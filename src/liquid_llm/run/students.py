@@ -70,8 +70,16 @@ def make_student(
     model.to(device)
     kind = positional_embedding(model)
     trained = longest if start.kind == "fresh" else max(longest, trained or max_positions(model) or longest)
-    description = {"spec": config.student.spec, "config": model.config.to_dict(), "trained_positions": trained}
+    description = {"spec": _spec(config, start), "config": model.config.to_dict(), "trained_positions": trained}
     return BuiltStudent(model, kind, description, stretch)
+
+
+def _spec(config: RunConfig, start: Start) -> str:
+    """What the student is called: as it was asked for, else as its checkpoint calls it, else where it was read."""
+    if "student" in config.given or start.student_config is None:
+        return config.student.spec
+    called = start.metadata.student.get("spec") if start.metadata is not None else config.student.resume_uri
+    return str(called or config.student.spec)
 
 
 def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:

@@ -1,0 +1,21 @@
+"""Fixtures of the annealing tests, made once by each process that runs some of them; only read after that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support.annealing import make_world, short_run
+from tests.support.tiny import Tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A teacher, students' configurations and texts to anneal on."""
+    return make_world(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def short(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of eight steps at 32 tokens, whose schedules reach past its end."""
+    return short_run(tiny, tmp_path_factory.mktemp("short"))
