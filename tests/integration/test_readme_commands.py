@@ -24,6 +24,7 @@ TESTED_BY = {
     "liquid --help": f"{Path(__file__).relative_to(REPOSITORY)}::test_activation_finds_the_command",
     "python -m stage1_hybrid.precompute_hybrid_logits": f"{REFERENCE}::test_hybrid_commands_run_as_written",
     "python -m stage1_hybrid.cli": f"{REFERENCE}::test_hybrid_commands_run_as_written",
+    "liquid prepare": "tests/integration/test_prepare.py::test_the_example_of_the_readme_works",
     "python -m trainer.entrypoint": f"{REFERENCE}::test_annealing_commands_run_as_written",
 }
 

@@ -68,7 +68,7 @@ _CREDENTIAL_PLACES = frozenset(
 _USERINFO = re.compile(r"://[^/\s]*@")
 _LINE_BYTES = 4096
 _LAST_LINES = 3
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 
 
@@ -263,7 +263,7 @@ def _alive(process: subprocess.Popen[bytes]) -> bool:
 
 def _log_output(stream: IO[bytes], last: list[str]) -> None:
     masker = Masker(secret_values(os.environ))
-    with contextlib.suppress(ValueError):  # closed while reading: the group was ended
+    with stream:
         while line := stream.readline(_LINE_BYTES):
             text = masker.text(line.decode(errors="replace").rstrip())
             log.info("toolkit: %s", text)

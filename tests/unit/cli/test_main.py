@@ -10,7 +10,7 @@ def test_without_a_command_the_commands_are_listed(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("demo", "train", "anneal", "capture", "inspect", "report"):
+    for name in ("demo", "train", "anneal", "capture", "prepare", "inspect", "report"):
         assert shown.count(f"  {name} ") == 2
 
 
@@ -34,7 +34,7 @@ def test_errors_never_show_a_secret_of_the_environment(capsys, monkeypatch):
     assert "planted" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "report", "demo"])
+@pytest.mark.parametrize("command", ["inspect", "report", "demo", "prepare"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -356,7 +356,7 @@ def _read_json(dataset: Dataset, name: str) -> dict[str, Any] | None:
 
 
 def _write_json(dataset: Dataset, name: str, value: dict[str, Any]) -> None:
-    body = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    body = json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
     storage.write_bytes(storage.join(dataset.out, dataset.state_name, name), body)
 
 

@@ -23,7 +23,7 @@ _QUOTES = re.compile(r"'{2,5}")
 _HEADING = re.compile(r"^(={2,6})[ \t]*(.*?)[ \t]*\1[ \t]*$", re.MULTILINE)
 _MAGIC_WORD = re.compile(r"__[A-Z]{3,}__")
 _LIST_MARK = re.compile(r"^[*#:;]+[ \t]*", re.MULTILINE)
-_SPACES = re.compile(r"[ \t\u00a0]+")
+_SPACES = re.compile(r"[ \t\u00a0]{2,}|[\t\u00a0]")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 _NAMESPACES = frozenset({"file", "image", "category", "media"})
 
