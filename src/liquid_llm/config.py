@@ -138,7 +138,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    format: str
+    format: str | None
     codec: str
     codec_options: str | None
     topk: int

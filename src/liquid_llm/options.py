@@ -146,7 +146,7 @@ OPTIONS = (
     Option("metrics_interval", "int", OUTPUT, "metrics_every_steps", 100, "steps between metric rows", faces=(TRAIN,), minimum=1),
     Option("upload_interval", "float", OUTPUT, "upload_every_seconds", 60.0, "seconds between uploads of metrics while training", above=0),
     # the store written by capture
-    Option("logits_format", "str", STORE, "format", "pt", "one .pt a sample, or packed shards", faces=(CAPTURE,), choices=("pt", "shards")),
+    Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt)", faces=(CAPTURE,), choices=("pt", "shards")),
     Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=("tail", "full", "topk", "sampled")),
     Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4)", faces=(CAPTURE,)),
     Option("topk", "int", STORE, "topk", 64, "ids kept a position by codec topk", faces=(CAPTURE,), minimum=1),

@@ -115,10 +115,13 @@ def test_stored_signal_of_another_teacher_is_refused_naming_both(captured, tmp_p
     fails(capsys, 3, "bigger", "teacher", words=words)
 
 
-def test_options_of_later_work_are_refused_not_ignored(captured, tmp_path, capsys):
+def test_preparation_without_a_list_of_datasets_is_refused(captured, tmp_path, capsys):
     fails(capsys, 2, "--datasets_yaml", words=captured.train_words(tmp_path / "out", prepare_data="force"))
-    assert main(["capture", *captured.capture_words(logits_format="shards")]) == 2
-    assert "not available yet" in capsys.readouterr().err
+
+
+def test_a_store_is_not_gone_on_with_in_another_layout(captured, capsys):
+    assert main(["capture", *captured.capture_words(logits_format="pt")]) == 3
+    assert "got pt; expected shards. Go on with --logits_format=shards" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_a_storage_error(captured, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """The main job by its real command lines on small real models: capture, hybrid training, what a run leaves behind."""
 
 import json
-import shutil
 import subprocess
 import sys
 import weakref
@@ -210,7 +209,9 @@ def test_a_dry_run_looks_at_everything_and_leaves_no_trace(captured, tmp_path, c
 
 def test_a_dry_run_finds_the_missing_the_stale_and_the_corrupt(captured, tmp_path, capsys):
     store = tmp_path / "math"
-    shutil.copytree(captured.root / "signal" / "math", store)
+    folders = {"math_logits_dir": store, "code_logits_dir": tmp_path / "code"}
+    assert main(["capture", *captured.capture_words(**folders, logits_format="pt")]) == 0
+    capsys.readouterr()
     missing, corrupt = sorted(store.glob("*.pt"))[:2]
     missing.unlink()
     corrupt.write_bytes(corrupt.read_bytes()[:-200])

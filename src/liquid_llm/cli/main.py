@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (lambda rest: run_face(TRAIN, rest, "liquid train"), "hybrid training"),
         "anneal": (lambda rest: run_face(ANNEAL, rest, "liquid anneal"), "annealing of schedules and context length"),
         "capture": (
-            lambda rest: run_face(CAPTURE, rest, "liquid capture"),
+            lambda rest: run_face(CAPTURE, rest, "liquid capture", "shards"),
             "store a teacher's signal for maths and code",
         ),
         "prepare": (_prepare, "stream raw datasets into shards"),
@@ -50,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return commands[words[0]][0](words[1:])
 
 
-def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
-    """Run one face with the given words (``sys.argv`` when None) and return the exit code."""
+def run_face(face: str, argv: Sequence[str] | None, prog: str, new_layout: str = "pt") -> int:
+    """Run one face with the given words (``sys.argv`` when None) and return the exit code.
+
+    ``new_layout`` is that of stores which a capture makes; the references know ``.pt`` files.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
 
     def job() -> int:
@@ -59,7 +62,7 @@ def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
         if face == CAPTURE:
             from liquid_llm.run.capturing import run_capture
 
-            return run_capture(given)
+            return run_capture(given, new_layout)
         from liquid_llm.run.training import run_training
 
         return run_training(face, given)

@@ -17,18 +17,22 @@ from liquid_llm.run.inputs import TextTools, read_manifest_inputs
 from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
 from liquid_llm.run.tokens import read_token
-from liquid_llm.run.unavailable import refuse_unavailable
 from liquid_llm.runtime import StopSignal, choose_device, launched_as
 from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.codecs import Codec, get_codec
 from liquid_llm.teachers.store import StoreWriter
+from liquid_llm.teachers.store_file import present_layout
 from liquid_llm.terminal import Stage, setup_logging
 
 log = logging.getLogger(__name__)
 
 
-def run_capture(given: Mapping[str, object]) -> int:
+def run_capture(given: Mapping[str, object], new_layout: str) -> int:
     """Run one capture job; prints its summary as one JSON line on stdout and returns the exit code.
+
+    Args:
+        given: option name -> value.
+        new_layout: of stores that are not there yet, where no option says so.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -36,9 +40,8 @@ def run_capture(given: Mapping[str, object]) -> int:
     """
     setup_logging("INFO")
     config = build_capture_config(given)
-    refuse_unavailable(given)
     prepare_inputs(config.data, STORED_TYPES)
-    summary = capture_signal(config)
+    summary = capture_signal(config, new_layout)
     print(json.dumps(summary.as_dict(), sort_keys=True), flush=True)
     if summary.interrupted:
         raise Interrupted(
@@ -48,7 +51,7 @@ def run_capture(given: Mapping[str, object]) -> int:
     return DataError.exit_code if summary.failed else 0
 
 
-def capture_signal(config: CaptureConfig) -> CaptureSummary:
+def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
     """Score the maths and code samples of the manifest that have no complete record yet."""
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
@@ -60,9 +63,12 @@ def capture_signal(config: CaptureConfig) -> CaptureSummary:
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
     rank, world_size = launched_as()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
-    writers = {
-        kind: StoreWriter(_folder(config, kind), loaded.identity, codec, vocab_size=vocab_size) for kind in datasets
-    }
+    writers = {}
+    for kind in datasets:
+        folder = _folder(config, kind)
+        layout = config.store.format or present_layout(folder) or new_layout
+        writers[kind] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout)
+        log.info("%s goes to %s, layout %s", kind, folder, layout)
     windows = sum(
         int(dataset.lengths.clip(max=config.data.seq_len).sum()) for parts in datasets.values() for dataset in parts
     )

@@ -23,6 +23,7 @@ from liquid_llm.run.starting import Start
 from liquid_llm.runtime import Choice, choose_attention, choose_dtype, torch_dtype
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.shards_remote import ShardCache
 from liquid_llm.teachers.store import StoreReader, open_store
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ def _open_stores(config: RunConfig, inputs: Inputs, text: TextTools, online_type
             teacher_id=_stored_name(config.teacher.stored_id),
             tokenizer_hash=text.hash,
             vocab_size=text.vocab_size,
+            cache=ShardCache(cache_dir() / "signal"),
         )
     return stores
 

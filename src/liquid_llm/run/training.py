@@ -25,7 +25,6 @@ from liquid_llm.run.parts import BatchFeed, Parts, build_parts
 from liquid_llm.run.places import Place, resolve_place
 from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.starting import Start, find_start, settle_context, shown_metadata
-from liquid_llm.run.unavailable import refuse_unavailable
 from liquid_llm.runtime import StopSignal
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.training import Trainer
@@ -42,7 +41,6 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
     """
     setup_logging("INFO")
     config = build_run_config(face, given)
-    refuse_unavailable(given)
     place = resolve_place(config)
     if config.dry_run:
         return _dry_run(face, given, config, place)

@@ -46,3 +46,8 @@ def read_store_file(uri: str) -> tuple[SignalIdentity, str]:
             remedy="install a newer liquid-llm",
         )
     return identity, layout
+
+
+def present_layout(uri: str) -> str | None:
+    """The layout of the store in folder ``uri``; None where there is none."""
+    return read_store_file(uri)[1] if storage.exists(storage.join(uri, STORE_FILE)) else None
