@@ -114,12 +114,15 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     for option in ("alpha", "T", "alpha_schedule", "temp_schedule", "eval_ctx_lens", "reset_optim_on_ctx_change"):
         assert f"--{option}" in shown
 
+    world.new_bucket("dummy")  # so that a write would succeed, and show
     zero = "--alpha=0.6 --T=1.1 --alpha_schedule=0:0.6,1:0.5 --temp_schedule=0:1.1,1:1.0 --train_steps=0"
     place = "--local_workdir=liquid_test --output_gcs_uri=gs://dummy"
     nothing = f"{ENTRY} --resume_gcs_uri {STAGE0_STUDENT} {DATA} {zero} {EVERY_STEP} {place}"
     done = succeed(world.run(nothing))
     assert "0 steps" in done.stderr
-    assert not (world.bucket.parent / "dummy").exists()
+    assert "step 0: alpha 0.6, T 1.1" in done.stderr
+    assert world.objects(BUCKET), "the server is asked rightly"
+    assert world.objects("dummy") == []
     assert not list((world.workdir / "liquid_test").rglob("*.pt"))
 
     one = "--train_steps=1 --alpha=0.5 --T=1.0 --alpha_schedule=0:0.5,1:0.4 --temp_schedule=0:1.0,1:0.9"
@@ -131,3 +134,9 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     assert {"val_loss_student@512", "val_loss_student@1024", "val_loss_teacher@1024"} <= rows(run, "eval")[-1].keys()
     sidecar = json.loads((run / "final.meta.json").read_text(encoding="utf-8"))
     assert (sidecar["kd_alpha"], sidecar["kd_temperature"]) == (0.4, 0.9), "what the next step would take"
+
+    saved = nothing.replace(STAGE0_STUDENT, str(run / "best.pt"))
+    merged = succeed(world.run(saved)).stderr
+    assert '"alpha_schedule": "0:0.5,1:0.4"' in merged, "the checkpoint's metadata is logged"
+    assert "step 1: alpha 0.5, T 1\n" in merged, "the schedules given win, at the checkpoint's step"
+    assert world.objects("dummy") == []

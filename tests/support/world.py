@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import texts
-from tests.support.gcs import running_server
+from tests.support.gcs import FakeGcs, running_server
 
 BUCKET = "liquid-llm-bucket-2"
 MANIFEST = f"gs://{BUCKET}/datasets/stage1/manifests/stage1.jsonl"
@@ -74,6 +74,16 @@ class World:
     def put(self, name: str, data: bytes) -> None:
         """Put an object into the bucket, by the front door: the server keeps attributes beside what it is sent."""
         _upload(self.env["STORAGE_EMULATOR_HOST"], name, data)
+
+    def new_bucket(self, name: str) -> None:
+        """Make another bucket, empty, on the same server."""
+        FakeGcs(self.env["STORAGE_EMULATOR_HOST"], self.bucket.parent).new_bucket(name)
+
+    def objects(self, bucket: str) -> list[str]:
+        """Names of all objects in a bucket, as the server tells them."""
+        url = f"{self.env['STORAGE_EMULATOR_HOST']}/storage/v1/b/{bucket}/o"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return [item["name"] for item in json.load(answer).get("items", [])]
 
 
 def build(folder: Path) -> None:
