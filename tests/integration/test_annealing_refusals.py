@@ -140,6 +140,11 @@ def test_a_teacher_with_another_tokenizer_than_the_checkpoints(tiny, short, tmp_
     assert contents(run) == before
 
 
+def test_without_a_teacher_a_preset_has_no_tokenizer(tiny, tmp_path, capsys):
+    assert anneal(tiny, tmp_path / "run", teacher_name=None, student="gpt2-test") == 2
+    assert_refused(capsys, ["--student=gpt2-test", "which tokenizer", "--teacher_name"])
+
+
 def test_a_folder_that_was_not_there_gets_no_checkpoint(tiny, tmp_path, capsys):
     assert anneal(tiny, tmp_path / "run", block_size=512) == 2
     assert_refused(capsys, ["at most 256"])

@@ -60,6 +60,7 @@ def test_a_context_past_the_table_without_the_flag_keeps_optimizer_and_step(tiny
     assert optimizer_steps(tmp_path) == {11.0}
     after = checkpoint(tmp_path)
     assert after["student"][TABLE].shape[0] == 128
+    assert (tmp_path / "best.pt").exists(), "losses at 32 tokens and of another run are no measure here"
     again = tmp_path / "again"
     assert anneal(tiny, again, resume_gcs_uri=tmp_path / "last.pt", block_size=128, train_steps=12) == 0
     assert all(math.isfinite(row["loss"]) for row in rows(again))

@@ -78,7 +78,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
     )
     progress, accumulator = Progress(), StepAccumulator()
-    _restore(start, built, progress, optimizer, accumulator)
+    _restore(start, built, progress, optimizer, accumulator, config.data.block_size)
     return Parts(
         text=text,
         inputs=inputs,
@@ -151,6 +151,7 @@ def _restore(
     progress: Progress,
     optimizer: torch.optim.Optimizer,
     accumulator: StepAccumulator,
+    block_size: int,
 ) -> None:
     state, metadata = start.state, start.metadata
     if state is None or metadata is None:
@@ -160,9 +161,9 @@ def _restore(
     progress.step = metadata.step
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position
-    if metadata.best_val_loss is not None:
-        progress.best_val_loss = metadata.best_val_loss
     if start.kind == "continue":
+        if metadata.best_val_loss is not None and metadata.block_size == block_size:
+            progress.best_val_loss = metadata.best_val_loss  # of another run or length it would keep best.pt away
         set_random_state(state["random"])
         accumulator.load_state_dict(state["accumulator"])
 

@@ -15,6 +15,7 @@ from liquid_llm.flash_attention import provide
 from liquid_llm.models.loading import LoadedModel, load_teacher, load_tokenizer
 from liquid_llm.models.positions import max_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
+from liquid_llm.models.student import PRESETS
 from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
 from liquid_llm.options import ANNEAL
 from liquid_llm.run.inputs import Inputs, TextTools
@@ -72,6 +73,14 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
         # Otherwise it is not needed here: the store itself says which tokenizer its signal is of.
         sources.append((f"stored teacher {config.teacher.stored_id}", config.teacher.stored_id))
     if not sources:
+        if config.student.spec in PRESETS or config.student.spec.endswith(".json"):
+            option = "--teacher_name" if config.face == ANNEAL else "--lm_teacher_id"
+            raise UsageError(
+                "nothing says which tokenizer to use",
+                where=f"--student={config.student.spec}",
+                got="a shape without a tokenizer, and no teacher",
+                remedy=f"give {option}, or a Hugging Face model or folder as --student",
+            )
         sources.append((f"--student={config.student.spec}", config.student.spec))
     first_name, first_id = sources[0]
     tokenizer = load_tokenizer(first_id, token=token)
