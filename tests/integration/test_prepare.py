@@ -311,7 +311,11 @@ def strange(tmp_path: Path) -> str:
 
 
 def test_a_toolkit_is_run_when_named_and_gets_no_secrets(
-    strange: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    strange: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted0123456789")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/planted/key.json")
@@ -326,6 +330,7 @@ def test_a_toolkit_is_run_when_named_and_gets_no_secrets(
     assert json.loads(captured.out)["strange"]["toolkit_sha256"] == sha256
     assert "toolkit: environment [] True" in captured.err
     assert "toolkit: says *** aloud" in captured.err
+    assert "planted" not in caplog.text
     found = [json.loads(line)["text"] for line in (tmp_path / "out/strange-00000-00000.jsonl").read_text().splitlines()]
     assert found == ["ONE", "TWO"]
     assert not list(extract.iterdir())

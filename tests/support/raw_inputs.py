@@ -33,9 +33,9 @@ def jsonl(rows: Sequence[Any]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+def as_parquet(rows: list[dict[str, Any]], row_group_size: int = 2) -> bytes:
     file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=2)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=row_group_size)
     return file.getvalue()
 
 

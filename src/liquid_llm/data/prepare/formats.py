@@ -33,7 +33,7 @@ _PACKINGS = ("gz", "bz2", "zst")
 _MEMBERS = re.compile(r"\.(jsonl|json|ndjson|xml|txt|text|raw|tokens)(\.(gz|bz2|zst))?$", re.IGNORECASE)
 _MEDIAWIKI = re.compile(rb"\s*(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->\s*)*<mediawiki\b", re.DOTALL)
 _UNKNOWN_OBJECTS = 1000  # objects without a known key after which a file is given up
-_PARQUET_ROWS = 256
+_PARQUET_ROWS = 16  # taken out at once: rows may be whole books
 _FILE_NAMESPACES = ("6", "14")  # MediaWiki's numbers of File and Category
 _ARTICLES = "0"
 
@@ -270,7 +270,8 @@ class _Input:
 
         self._require("parquet")
         try:
-            table = parquet.ParquetFile(stream)
+            # by default it reads every row group ahead: the whole file would come to lie in memory
+            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=streams.CHUNK_BYTES)
             names = table.schema_arrow.names
             layout = self._stated_layout() or self._layout_of(names)
             if layout is None or not set(layout.keys) <= set(names):
