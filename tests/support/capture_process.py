@@ -2,6 +2,8 @@
 
     python capture_process.py FOLDER COUNT PAUSE_SECONDS [RANK WORLD_SIZE]
 
+A folder named ``shards`` is of that layout: full at 20 kB, written in parts every 50 ms.
+
 Prints ``written N`` after each record and ``summary JSON`` at the end.
 """
 
@@ -11,11 +13,16 @@ import json
 import sys
 import time
 
-from tests.support.teachers import VOCAB, ListSource, make_samples, tiny_teacher
+from tests.support.teachers import IDENTITY, VOCAB, ListSource, make_samples, tiny_teacher
 
 from liquid_llm.teachers.capture import capture
 from liquid_llm.teachers.codecs import TopKCodec
 from liquid_llm.teachers.store import StoreWriter
+
+
+def make_writer(folder: str) -> StoreWriter:
+    options = {"layout": "shards", "shard_bytes": 20_000, "part_seconds": 0.05} if folder.endswith("shards") else {}
+    return StoreWriter(folder, IDENTITY, TopKCodec(8), vocab_size=VOCAB, **options)
 
 
 def main(folder: str, count: str, pause_seconds: str, rank: str = "0", world_size: str = "1") -> None:
@@ -30,7 +37,7 @@ def main(folder: str, count: str, pause_seconds: str, rank: str = "0", world_siz
 
     summary = capture(
         {"math_tool": [ListSource(make_samples(int(count)))]},
-        {"math_tool": StoreWriter(folder, teacher.identity, TopKCodec(8), vocab_size=VOCAB)},
+        {"math_tool": make_writer(folder)},
         teacher,
         seq_len=100,
         batch_size=1,

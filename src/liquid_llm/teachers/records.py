@@ -208,7 +208,7 @@ def to_bytes(record: Record) -> bytes:
     """The record as a ``.pt`` file's bytes."""
     header = record.header.to_dict()
     # torch.save writes all of the storage behind a view, and a single row may keep odd strides: a copy has neither
-    payload = {name: _compact(tensor) for name, tensor in record.payload.items()}
+    payload = {name: compact(tensor) for name, tensor in record.payload.items()}
     header["checksum"] = _checksum(header, payload)
     buffer = io.BytesIO()
     torch.save({"header": header, "payload": payload}, buffer)
@@ -248,7 +248,8 @@ def from_bytes(data: bytes) -> Record:
     return Record(header, payload)
 
 
-def _compact(tensor: Tensor) -> Tensor:
+def compact(tensor: Tensor) -> Tensor:
+    """The same values with memory of its own in the usual order, also where a single entry hides odd strides."""
     if tensor.dim() and tensor.stride(-1) == 1 and tensor.nbytes == tensor.untyped_storage().nbytes():
         return tensor.contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -40,6 +40,7 @@ from liquid_llm.teachers.records import (
     RecordError,
     RecordHeader,
     SignalIdentity,
+    compact,
 )
 
 SHARD_VERSION = 1
@@ -189,8 +190,7 @@ def unpack_record(head: ShardHead, sample_id: str, data: bytes) -> Record:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    # an empty tensor may have strides that no view is allowed on
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return compact(tensor).reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def _tensors(data: bytes, at: int, form: Form, lengths: Sequence[int]) -> tuple[Payload, int]:

@@ -90,6 +90,12 @@ def test_round_trip(made: list[Payload], lengths: list[int]) -> None:
         assert_same(found[one.header.sample_id], one)
 
 
+@pytest.mark.parametrize("tensor", [torch.zeros(5, 8)[:1, 0], torch.arange(12.0).view(3, 4).T, torch.zeros(9)[::3]])
+def test_tensors_of_odd_strides(tensor: torch.Tensor) -> None:
+    made = record(payload={"x": tensor})
+    assert_same(records_of(shard_of(made))["s"], made)
+
+
 def test_any_sample_id() -> None:
     ids = [*HARD_IDS, "Case", "case", "CASE", "x" * 301]
     found = records_of(shard_of(*(record(name, num_tokens=n + 1) for n, name in enumerate(ids))))
