@@ -384,6 +384,19 @@ time.sleep(600)
         assert not alive(int(pid))
 
 
+def test_a_toolkit_ends_with_the_command_that_runs_it(strange: str, tmp_path: Path) -> None:
+    script = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + ' ')\ntime.sleep(600)\n"
+    words = [f"--datasets_yaml={strange}", *toolkit_zip(tmp_path / "t.zip", prepare_py=script)]
+    process = subprocess.Popen([sys.executable, "-m", "liquid_llm.cli.main", "prepare", *words], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and " " in (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
 def alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
