@@ -20,6 +20,7 @@ from liquid_llm.errors import DataError
 
 _CHUNK_BYTES = 1 << 18  # unpacked it may be ten times as large
 _PARQUET_ROWS = 1024
+_PARQUET_BUFFER_BYTES = 2**18
 _FORMATS = ".jsonl, .json, .jsonl.gz, .json.gz, .jsonl.zst, .json.zst or .parquet"
 _COLUMNS = ("text", "type", "sample_id")
 
@@ -101,7 +102,8 @@ class Shard:
         number = 0
         with storage.open_read(self.uri) as stream:
             try:
-                table = parquet.ParquetFile(stream)
+                # a whole row group would be read ahead, compressed, otherwise
+                table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES)
                 columns = [name for name in table.schema_arrow.names if name in _COLUMNS]
                 if "text" not in columns:
                     raise DataError(

@@ -79,7 +79,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
             loaded,
             seq_len=config.data.seq_len,
             batch_size=config.data.batch_size,
-            num_workers=config.data.num_workers,
+            num_workers=max(1, config.data.num_workers),
             overwrite=config.store.overwrite,
             progress=stage.advance,
             stopping=lambda: stop.requested,
