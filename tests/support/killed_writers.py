@@ -3,8 +3,8 @@
     python killed_writers.py FOLDER ROUNDS
 
 Each round forks two writers that begin with the samples that are not there yet, one from either end, and kills them by
-SIGKILL within 60 ms. Whatever is in the folder then must be whole, right, and no less than before. A last writer is left
-alone. Prints one line of JSON with what was seen.
+SIGKILL within 60 ms. Whatever is in the folder then must be whole, right, and no less than before. One more writer is
+left alone at the end. Prints one line of JSON with what was seen.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def words(options: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
-def build(root: Path) -> Tiny:
+def build(root: Path, teacher_steps: int = 150) -> Tiny:
     """Write teacher, student configuration and data below ``root``; nothing is captured yet."""
     tiny = Tiny(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -105,12 +105,12 @@ def build(root: Path) -> Tiny:
     texts_of_all = [
         json.loads(row)["text"] for kind in makers for row in (root / f"{kind}.jsonl").read_text().splitlines()
     ]
-    _trained_teacher(tokenizer, texts_of_all).save_pretrained(tiny.teacher)
+    _trained_teacher(tokenizer, texts_of_all, teacher_steps).save_pretrained(tiny.teacher)
     tokenizer.save_pretrained(tiny.teacher)
     return tiny
 
 
-def _trained_teacher(tokenizer: Any, lines: list[str]) -> Any:
+def _trained_teacher(tokenizer: Any, lines: list[str], steps: int) -> Any:
     """A teacher that knows something no text says: what it predicts follows from the next token by a fixed rule.
 
     Cross-entropy on the text therefore leads away from it: only its signal can bring a student near.
@@ -119,7 +119,7 @@ def _trained_teacher(tokenizer: Any, lines: list[str]) -> Any:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rng = random.Random(3)
     encoded = [torch.tensor(tokenizer(line, add_special_tokens=False)["input_ids"][:64]) for line in lines]
-    for _ in range(150):
+    for _ in range(steps):
         rows = rng.sample(encoded, 8)
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         contrary = [(row * 7 + 3) % VOCAB_SIZE for row in rows]

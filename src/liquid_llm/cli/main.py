@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "store a teacher's signal for maths and code",
         ),
         "prepare": (_prepare, "stream raw datasets into shards"),
+        "store": (_store, "pack, verify, measure and compare stores of teacher signal"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
         "report": (_report, "make report.html of a run again from its files"),
     }
@@ -121,6 +122,12 @@ def _prepare(words: list[str]) -> int:
     from liquid_llm.cli.prepare import prepare
 
     return guarded(lambda: prepare(words))
+
+
+def _store(words: list[str]) -> int:
+    from liquid_llm.cli.store import store
+
+    return guarded(lambda: store(words))
 
 
 def _inspect(words: list[str]) -> int:

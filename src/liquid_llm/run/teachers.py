@@ -205,7 +205,7 @@ def _open_stores(config: RunConfig, inputs: Inputs, text: TextTools, online_type
             )
         stores[kind] = open_store(
             folder,
-            teacher_id=_stored_name(config.teacher.stored_id),
+            teacher_id=stored_name(config.teacher.stored_id),
             tokenizer_hash=text.hash,
             vocab_size=text.vocab_size,
             cache=ShardCache(cache_dir() / "signal"),
@@ -213,7 +213,7 @@ def _open_stores(config: RunConfig, inputs: Inputs, text: TextTools, online_type
     return stores
 
 
-def _stored_name(model_id: str | None) -> str | None:
+def stored_name(model_id: str | None) -> str | None:
     """What a store calls the teacher named by an option; a hub is not asked, for the teacher itself is not needed."""
     if model_id is None or model_id.startswith(PACKAGE_PREFIX):
         return model_id

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
@@ -156,6 +157,27 @@ class ShardsLayout:
                 yield ids[row], found
         for name, why in self.condition.damaged.items():
             yield name, RecordError(why)
+
+    def some(self, count: int, seed: int) -> Iterator[tuple[str, Record | RecordError]]:
+        """``count`` samples drawn at random, all where there are fewer, as :meth:`records` gives them."""
+        rows = np.random.default_rng(seed).permutation(len(self.index))[:count]
+        places = sorted(self.index.place(int(row)) for row in self.index.rows[rows])
+        for number, mine in groupby(places, key=lambda place: place[0]):
+            entry = self.index.shards[number]
+            try:
+                reader = self._reader(entry.name)
+                front = reader.front if isinstance(reader, RemoteShard) else reader
+                ids = read_ids(read_head(front, entry.size), front)
+            except RecordError as error:
+                yield entry.name, error
+                continue
+            for _, row in mine:
+                found: Record | RecordError
+                try:
+                    found = self._read(entry, row, ids[row])
+                except RecordError as error:
+                    found = error
+                yield ids[row], found
 
     def heads(self) -> Iterator[tuple[ShardEntry, ShardHead | RecordError]]:
         """The front of every shard."""

@@ -257,6 +257,17 @@ class StoreWriter:
         """Store a record that is made already, of this store's identity; otherwise as :meth:`write`."""
         return self._sink.write(record)
 
+    def holds(self, record: Record) -> bool:
+        """Whether a whole record of the same tokens was there when the writer was made. Reads it."""
+        if not self.has(record.header.sample_id):
+            return False
+        try:
+            there = self._layout.read(record.header.sample_id).header
+        except RecordError:
+            return False
+        mine = record.header
+        return (there.type, there.num_tokens, there.token_hashes) == (mine.type, mine.num_tokens, mine.token_hashes)
+
     def finish(self) -> int:
         """Publish what is held back; returns the bytes of files beyond those told by ``write``. More may be written.
 

@@ -1,0 +1,97 @@
+"""``liquid store``: words in, exit code out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from liquid_llm.cli.parse import Parser, normalise
+from liquid_llm.errors import UsageError
+from liquid_llm.options import PRECISIONS
+
+_EPILOG = "Folders may be local or URLs. diff, verify and pack end with 3 where something is not as it should be."
+_TEACHER_OPTIONS = ("mc_teacher_id", "dataset_manifest", "seed", "teacher_precision", "data_cache", "hf_token_file")
+
+
+def store(words: list[str]) -> int:
+    """Parse and run one ``liquid store ACTION``; returns the exit code.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    options = _parser().parse_args(normalise(words))
+    from liquid_llm.run import storing
+
+    if options.action == "pack":
+        return storing.run_pack(options.source, options.target, as_json=options.json)
+    if options.action == "diff":
+        return storing.run_diff(options.first, options.second, temperature=options.temperature, as_json=options.json)
+    given = {name: getattr(options, name) for name in _TEACHER_OPTIONS if getattr(options, name) is not None}
+    for kind in ("math", "code"):
+        given[f"{kind}_logits_dir"] = options.store
+    if options.action == "verify":
+        return storing.run_verify(
+            options.store, given, samples=options.samples, temperatures=options.temperatures, as_json=options.json
+        )
+    if ("mc_teacher_id" in given) != ("dataset_manifest" in given):
+        raise UsageError("--teacher and --manifest go together: fidelity is measured on the manifest's texts")
+    return storing.run_stats(
+        options.store, given, samples=options.samples, temperature=options.temperature, as_json=options.json
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="liquid store", description="Look after stores of teacher signal.", epilog=_EPILOG)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    packing = _action(
+        actions, "pack", "copy a store's records into full shards; in place when SRC and DST are the same"
+    )
+    packing.add_argument("source", metavar="SRC", help="store of any layout")
+    packing.add_argument("target", metavar="DST", help="folder for the shards")
+    verifying = _action(actions, "verify", "score a random sample again and compare it with what is stored")
+    _teacher(verifying, required=True)
+    verifying.add_argument("--samples", type=_count, default=32, help="records to score again [32]")
+    verifying.add_argument("--temperatures", type=_temperatures, default=(1.0, 2.0), help="to compare at [1,2]")
+    stats = _action(actions, "stats", "bytes a token by part, mass covered, tail share; with a teacher also fidelity")
+    _teacher(stats, required=False)
+    stats.add_argument("--samples", type=_count, default=200, help="records to look at [200]")
+    differing = _action(actions, "diff", "which records differ, are missing or were made from other tokens")
+    differing.add_argument("first", metavar="A", help="a store")
+    differing.add_argument("second", metavar="B", help="another")
+    for one in (stats, differing):
+        one.add_argument("--temperature", type=_temperature, default=2.0, help="to decode at [2]")
+    return parser
+
+
+def _action(actions: argparse._SubParsersAction[Parser], name: str, words: str) -> Parser:
+    action: Parser = actions.add_parser(name, help=words, description=words, allow_abbrev=False)
+    action.add_argument("--json", action="store_true", help="print one JSON object")
+    return action
+
+
+def _teacher(parser: Parser, *, required: bool) -> None:
+    parser.add_argument("store", metavar="STORE", help="the store")
+    parser.add_argument("--teacher", dest="mc_teacher_id", required=required, help="the teacher it was captured from")
+    parser.add_argument("--manifest", dest="dataset_manifest", required=required, help="manifest with its texts")
+    parser.add_argument("--teacher_precision", choices=PRECISIONS, help="teacher's arithmetic [auto]")
+    parser.add_argument("--data_cache", help="folder for tokenised data")
+    parser.add_argument("--hf_token_file", help="file with a Hugging Face token (else HF_TOKEN)")
+    parser.add_argument("--seed", type=int, default=1234, help="which records [1234]")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected more than 0")
+    return value
+
+
+def _temperatures(text: str) -> Sequence[float]:
+    return tuple(_temperature(part) for part in text.split(","))

@@ -1,0 +1,302 @@
+"""``liquid store`` on captured stores: packed, verified against their teacher, measured and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.gcs import Bucket
+from tests.support.models import tiny_model
+from tests.support.tiny import VOCAB_SIZE, Tiny, build
+from tests.support.tokenizers import tiny_tokenizer
+
+from liquid_llm import storage
+from liquid_llm.cli.main import main
+from liquid_llm.teachers.store import open_store
+
+pytestmark = pytest.mark.slow
+
+CODEC = {"codec": "topk", "topk": 16}  # quicker than the default, which has a test of its own
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Captured in both layouts; maths and code of each in one folder."""
+    made = build(tmp_path_factory.mktemp("tiny"), teacher_steps=20)
+    for layout in ("pt", "shards"):
+        folder = made.root / layout
+        words = made.capture_words(math_logits_dir=folder, code_logits_dir=folder, logits_format=layout, **CODEC)
+        assert main(["capture", *words]) == 0
+    return made
+
+
+@pytest.fixture
+def store(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the shards that a test may damage."""
+    return shutil.copytree(tiny.root / "shards", tmp_path / "store")
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.safetensors"))
+
+
+def asked(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> dict[str, Any]:
+    """What a command says as JSON; it must end with ``code``."""
+    capsys.readouterr()
+    assert main(["store", *map(str, words), "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def teacher_words(tiny: Tiny, teacher: Path | None = None) -> list[str]:
+    return [
+        f"--teacher={teacher or tiny.teacher}",
+        f"--manifest={tiny.manifest}",
+        f"--data-cache={tiny.root / 'tokens'}",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- pack
+
+
+def test_pack_and_diff_by_url(tiny: Tiny, gcs: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
+    """From files to a bucket, in place there, and back: the same signal everywhere."""
+    uri = f"{gcs.uri}/signal/packed"
+    first = asked(capsys, 0, "pack", tiny.root / "pt", uri)
+    assert (first["packed"], first["present"], first["left_out_count"]) == (80, 0, 0)
+    assert first["files_after"] == 3
+    assert first["bytes_after"] < 0.85 * first["bytes_before"]
+    assert asked(capsys, 0, "diff", tiny.root / "pt", uri)["equal"] == 80
+    again = asked(capsys, 0, "pack", tiny.root / "pt", uri)
+    assert (again["packed"], again["present"]) == (0, 80)
+    names = {info.name for info in storage.list_files(uri)}
+    assert asked(capsys, 0, "pack", uri, uri)["packed"] == 80
+    assert len({info.name for info in storage.list_files(uri)} & names) == 2  # store.json and the index
+    found = asked(capsys, 0, "diff", uri, tiny.root / "shards")
+    assert (found["same"], found["equal"]) == (True, 80)
+    stats = asked(capsys, 0, "stats", uri, "--samples=10")
+    assert (stats["sampled"], stats["corrupt"], stats["superseded"]) == (10, 0, 0)
+    assert asked(capsys, 0, "verify", uri, *teacher_words(tiny), "--samples=4")["agrees"]
+
+
+def test_pack_in_place_removes_what_is_superseded(tiny: Tiny, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = tiny.capture_words(math_logits_dir=store, code_logits_dir=store, overwrite="true", **CODEC)
+    assert main(["capture", *words]) == 0
+    before = asked(capsys, 0, "stats", store)
+    assert before["superseded"] == 80
+    assert asked(capsys, 0, "pack", store, store)["packed"] == 80
+    after = asked(capsys, 0, "stats", store)
+    assert (after["superseded"], after["records"]) == (0, 80)
+    assert after["bytes"] < 0.6 * before["bytes"]
+    assert len(shards_of(store)) == 1
+    assert asked(capsys, 0, "diff", store, tiny.root / "shards")["equal"] == 80
+
+
+def test_pack_leaves_out_what_is_damaged_and_removes_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(shards_of(store)[0].read_bytes())
+    data[-10] ^= 1
+    shards_of(store)[0].write_bytes(data)
+    before = set(shards_of(store))
+    done = asked(capsys, 3, "pack", store, store)
+    assert done["left_out_count"] == 1
+    assert list(done["left_out"].values()) == ["the checksum does not match"]
+    assert before < set(shards_of(store))
+
+
+def test_pack_into_another_teachers_store_is_refused(
+    tiny: Tiny, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    values = json.loads((store / "store.json").read_text())
+    (tmp_path / "other" / "store.json").write_text(json.dumps({**values, "teacher_id": "org/other"}))
+    assert main(["store", "pack", str(store), str(tmp_path / "other")]) == 3
+    assert "holds the signal of org/other" in capsys.readouterr().err
+    assert main(["store", "pack", str(tiny.root / "pt"), str(tiny.root / "pt")]) == 3
+    assert "another layout" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("layout", ["pt", "shards"])
+def test_verify_agrees_with_the_teacher(tiny: Tiny, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, 0, "verify", tiny.root / layout, *teacher_words(tiny), "--samples=12")
+    assert (found["looked_at"], found["usable"], found["differing"], found["agrees"]) == (12, 12, 0, True)
+    assert {(row["type"], row["temperature"]) for row in found["measured"]} == {
+        (kind, temperature) for kind in ("math_tool", "code") for temperature in (1.0, 2.0)
+    }
+    for row in found["measured"]:
+        assert abs(row["stored_divergence"]) < 0.03
+        assert row["stored_error"] == pytest.approx(row["fresh_error"], abs=1e-3)
+
+
+def test_verify_refuses_another_teacher(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("llama", VOCAB_SIZE, seed=5).save_pretrained(tmp_path / "other")
+    tiny_tokenizer(VOCAB_SIZE).save_pretrained(tmp_path / "other")
+    assert main(["store", "verify", str(tiny.root / "shards"), *teacher_words(tiny, tmp_path / "other")]) == 3
+    assert "another teacher" in capsys.readouterr().err
+
+
+def test_verify_finds_a_store_that_only_says_it_is_of_this_teacher(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Signal of other weights under this teacher's name: identities, hashes and checksums are all in order."""
+    other = tmp_path / "elsewhere" / tiny.teacher.name
+    model = tiny_model("llama", VOCAB_SIZE, seed=9, max_position_embeddings=256)
+    model.save_pretrained(other)
+    tiny_tokenizer(VOCAB_SIZE).save_pretrained(other)
+    folder = tmp_path / "store"
+    words = tiny.capture_words(mc_teacher_id=other, math_logits_dir=folder, code_logits_dir=folder, **CODEC)
+    assert main(["capture", *words]) == 0
+    true = json.loads((tiny.root / "shards" / "store.json").read_text())
+    source = open_store(str(folder))
+    assert source.identity.teacher_revision != true["teacher_revision"]
+    forged = shutil.copytree(tiny.root / "pt", tmp_path / "forged")
+    _forge(folder, forged)
+    found = asked(capsys, 3, "verify", forged, *teacher_words(tiny), "--samples=10")
+    assert (found["usable"], found["differing"], found["agrees"]) == (10, 10, False)
+    assert all(row["drifted"] for row in found["measured"] if row["temperature"] == 1.0)
+
+
+def _forge(source: Path, target: Path) -> None:
+    """Replace the payloads of ``target``'s records by those of ``source``."""
+    from dataclasses import replace
+
+    from liquid_llm.teachers.records import Record, file_name, to_bytes
+
+    there = open_store(str(target))
+    for name, record in open_store(str(source)).layout.records():
+        mine = there.layout.read(name)
+        assert isinstance(record, Record)
+        (target / file_name(name)).write_bytes(to_bytes(replace(mine, payload=record.payload)))
+
+
+def test_verify_counts_stale_and_corrupt_apart(
+    tiny: Tiny, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bytearray(shards_of(store)[0].read_bytes())
+    data[-10] ^= 1
+    shards_of(store)[0].write_bytes(data)
+    rows = [json.loads(line) for line in (tiny.root / "code.jsonl").read_text().splitlines()]
+    changed = [{**rows[0], "text": "def other():\n    return 1\n"}, *rows[1:]]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    shutil.copy(tiny.root / "math_tool.jsonl", tmp_path)
+    lines = [{"path": f"{kind}.jsonl", "type": kind, "weight": 1.0} for kind in ("math_tool", "code")]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [f"--teacher={tiny.teacher}", f"--manifest={manifest}", f"--data-cache={tmp_path / 'tokens'}"]
+    found = asked(capsys, 3, "verify", store, *words, "--samples=1000")
+    assert (found["looked_at"], found["usable"], found["stale"], found["corrupt"]) == (80, 78, 1, 1)
+    assert sorted(why.split(":")[0] for why in found["examples"].values()) == ["corrupt", "stale"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- stats
+
+
+@pytest.mark.parametrize("layout", ["pt", "shards"])
+def test_stats_add_up(tiny: Tiny, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.root / layout
+    found = asked(capsys, 0, "stats", folder)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert found["bytes"] == sum(path.stat().st_size for path in files)
+    assert found["files"] == len(files)
+    assert sum(found["parts_bytes_per_token"].values()) == pytest.approx(found["bytes_per_token"])
+    assert sum(name.startswith("payload: ") for name in found["parts_bytes_per_token"]) == 4
+    assert {kind: row["records"] for kind, row in found["types"].items()} == {"math_tool": 40, "code": 40}
+    assert (found["sampled"], found["corrupt"], found["stale"], found["problems"]) == (80, 0, 0, [])
+    for row in found["types"].values():
+        assert row["mass"] == pytest.approx(1, abs=1e-3)
+        assert 0 < row["tail_share"] < 1
+
+
+def test_the_default_codec_tells_its_parts_and_agrees(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = (tiny.root / "code.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "code.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "manifest.jsonl").write_text('{"path": "code.jsonl", "type": "code", "weight": 1.0}\n')
+    words = {"dataset_manifest": tmp_path / "manifest.jsonl", "code_logits_dir": tmp_path / "store"}
+    assert main(["capture", *tiny.capture_words(**words)]) == 0
+    teacher = [f"--teacher={tiny.teacher}", f"--manifest={words['dataset_manifest']}"]
+    found = asked(capsys, 0, "stats", tmp_path / "store", *teacher, f"--data-cache={tiny.root / 'tokens'}")
+    assert (found["codec"], found["layout"], found["sampled"]) == ("tail", "shards", 6)
+    assert sum(name.startswith("payload: ") for name in found["parts_bytes_per_token"]) > 4
+    assert found["types"]["code"]["mass"] == pytest.approx(1, abs=0.1)
+    (measured,) = found["fidelity"]["measured"]
+    assert found["fidelity"]["identical"] == 6
+    assert abs(measured["stored_divergence"]) < 0.05
+    assert measured["stored_error"] < 0.1
+
+
+def test_stats_with_the_teacher_show_fidelity(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    found = asked(capsys, 0, "stats", tiny.root / "shards", *teacher_words(tiny), "--samples=8", "--temperature=2")
+    assert {row["type"] for row in found["fidelity"]["measured"]} <= {"math_tool", "code"}
+    assert found["fidelity"]["agrees"]
+    assert main(["store", "stats", str(tiny.root / "shards"), f"--teacher={tiny.teacher}"]) == 2
+    assert "--teacher and --manifest go together" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------- diff
+
+
+def test_diff_names_what_differs(tiny: Tiny, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "half"
+    codec = {"math_logits_dir": folder, "code_logits_dir": folder, "codec": "topk", "topk": 8, "seq_len": 40}
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"path": str(tiny.root / "code.jsonl"), "type": "code", "weight": 1.0}) + "\n")
+    assert main(["capture", *tiny.capture_words(**codec, dataset_manifest=manifest)]) == 0
+    found = asked(capsys, 3, "diff", store, folder)
+    assert found["identity"]["field"] == "codec options"
+    assert (found["only_first"], found["only_second"], found["equal"]) == (40, 0, 0)
+    assert found["payload"] + found["tokens"] == 40
+    assert found["tokens"] > 0
+    assert all(name.startswith("math_tool-") for name in found["examples"]["only_first"])
+    assert asked(capsys, 3, "diff", folder, store)["only_second"] == 40
+
+
+# ------------------------------------------------------------------------------------------------------------ the words
+
+
+def test_every_action_prints_a_table_for_people(
+    tiny: Tiny, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, expected in (
+        (["stats", store], ["bytes a token", "tail share", "sample ids"]),
+        (["verify", store, *teacher_words(tiny), "--samples=3"], ["the store says what its teacher says", "fresh"]),
+        (["pack", store, tmp_path / "packed"], ["records packed", "80"]),
+        (["diff", store, tmp_path / "packed"], ["equal", "80"]),
+    ):
+        capsys.readouterr()
+        assert main(["store", *map(str, words)]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in expected), shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["stats", "/no/such/folder"], 3, "there is no signal store here"),
+        (["pack"], 2, "SRC, DST"),
+        (["mend", "x"], 2, "mend"),
+        ([], 2, "ACTION"),
+        (["stats", "x", "--samples=0"], 2, "at least 1"),
+        (["diff", "a", "b", "--temperature=-1"], 2, "more than 0"),
+        (["verify", "x"], 2, "--teacher"),
+        (["stats", "x", "--sample=3"], 2, "--sample"),
+    ],
+)
+def test_mistakes_are_one_message(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["store", *words]) == code
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_a_temperature_the_codec_does_not_know(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "stats", str(tiny.root / "shards"), "--temperature=9"]) == 3
+    assert "cannot be read at this temperature" in capsys.readouterr().err
