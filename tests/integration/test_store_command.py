@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.support.gcs import Bucket
 from tests.support.models import tiny_model
-from tests.support.tiny import VOCAB_SIZE, Tiny, build
+from tests.support.tiny import VOCAB_SIZE, Tiny, build, start
 from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm import storage
@@ -57,6 +57,19 @@ def teacher_words(tiny: Tiny, teacher: Path | None = None) -> list[str]:
         f"--manifest={tiny.manifest}",
         f"--data-cache={tiny.root / 'tokens'}",
     ]
+
+
+def test_ranks_at_once_make_one_store(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As torchrun starts them, with the real command, into one folder of shards."""
+    folder = tmp_path / "store"
+    words = tiny.capture_words(math_logits_dir=folder, code_logits_dir=folder, **CODEC)
+    ranks = [start("liquid_llm.cli.main", ["capture", *words], RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    done = [(rank.communicate(timeout=240), rank.returncode) for rank in ranks]
+    assert [code for _, code in done] == [0, 0], done
+    assert sum(json.loads(out)["written"] for (out, _), _ in done) == 80
+    found = asked(capsys, 0, "diff", folder, tiny.root / "shards")
+    assert (found["equal"], found["same"]) == (80, True)
+    assert asked(capsys, 0, "stats", folder)["superseded"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- pack
