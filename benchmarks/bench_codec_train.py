@@ -1,8 +1,8 @@
 """Does a stored signal train as well as the teacher itself? Students from one start, the same batches, another signal.
 
-    python benchmarks/bench_codec_train.py                                    texts of this machine, about an hour on two cores
-    python benchmarks/bench_codec_train.py --jsonl maths.jsonl,code.jsonl.gz  texts of JSONL files
-    python benchmarks/bench_codec_train.py --seeds 1 --steps 50               a first look
+    python benchmarks/bench_codec_train.py                               texts of this machine, an hour on two cores
+    python benchmarks/bench_codec_train.py --jsonl maths.jsonl,code.jsonl.gz
+    python benchmarks/bench_codec_train.py --seeds 1 --steps 50          a first look
 
 Each seed draws a start and an order of the texts. From that start, on the same batches of whole samples of about 1,024
 tokens, one student each is trained with
