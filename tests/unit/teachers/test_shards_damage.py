@@ -78,7 +78,11 @@ def test_a_truncated_shard(folder: Path, indexed: bool, caplog: pytest.LogCaptur
     cut = shard_files(folder)[0 if indexed else 2]
     cut.write_bytes(cut.read_bytes()[: int(0.8 * cut.stat().st_size)])
     assert f"1 shards are truncated, the first {cut.name}" in warned(folder, caplog)
-    found = statuses(open_store(str(folder)))
+    store = open_store(str(folder))
+    found = statuses(store)
+    reasons = {store.get(sample, 1024, 2.0).reason for sample in SAMPLES} - {""}
+    assert reasons
+    assert all(reason.startswith(f"shard {cut.name} is truncated") for reason in reasons)
     hit = set(found[:4] if indexed else found[8:])
     assert hit == {"usable", "corrupt"}
     assert found.count("usable") >= 9
