@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from google.oauth2.service_account import Credentials
 
 from liquid_llm.config import TeacherConfig
 from liquid_llm.errors import StorageError, UsageError
@@ -79,6 +80,8 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         (tmp_path / "account.json").write_text(json.dumps(service_account(cloud.base)))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
         monkeypatch.setenv("SECRET_MANAGER_ENDPOINT", cloud.base)
+        # a thread of google-auth asks iamcredentials.googleapis.com about the account: nothing here leaves this machine
+        monkeypatch.setattr(Credentials, "_is_regional_access_boundary_lookup_required", lambda _: False, raising=False)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield cloud
