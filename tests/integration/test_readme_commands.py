@@ -24,6 +24,9 @@ TESTED_BY = {
     "liquid --help": f"{Path(__file__).relative_to(REPOSITORY)}::test_activation_finds_the_command",
     "python -m stage1_hybrid.precompute_hybrid_logits": f"{REFERENCE}::test_hybrid_commands_run_as_written",
     "python -m stage1_hybrid.cli": f"{REFERENCE}::test_hybrid_commands_run_as_written",
+    "liquid store stats": "tests/integration/test_store_command.py::test_stats_add_up",
+    "liquid store verify": "tests/integration/test_store_command.py::test_verify_agrees_with_the_teacher",
+    "liquid store pack": "tests/integration/test_store_command.py::test_pack_and_diff_by_url",
     "liquid prepare": "tests/integration/test_prepare.py::test_the_example_of_the_readme_works",
     "python -m trainer.entrypoint": f"{REFERENCE}::test_annealing_commands_run_as_written",
 }
