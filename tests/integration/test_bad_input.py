@@ -67,7 +67,7 @@ def test_a_missing_manifest_is_named(captured, tmp_path, capsys):
     [
         ("empty.jsonl", b"", ["empty.jsonl"]),
         ("bad.parquet", b"PAR1 not really", ["bad.parquet"]),
-        ("torn.jsonl.gz", gzip.compress(b'{"text": "a b c"}\n' * 500)[:-20], ["torn.jsonl.gz"]),
+        ("torn.jsonl.gz", gzip.compress(b'{"text": "a b c"}\n' * 500, mtime=0)[:-20], ["torn.jsonl.gz"]),
         ("line.jsonl", b'{"text": "fine and well"}\n{"text": 5}\n', ["line.jsonl:2", "text"]),
         ("type.jsonl", b'{"text": "fine", "type": "code"}\n', ["type.jsonl:1", "code"]),
     ],
