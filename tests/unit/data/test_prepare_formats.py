@@ -266,6 +266,13 @@ def test_array_items_do_not_depend_on_how_the_bytes_come(
     assert list(streams.array_items(in_chunks(data, cuts))) == items
 
 
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_number_may_be_cut_anywhere(cut: int) -> None:
+    items = [0.5, 12, -1e300, 1e-07, 0, -3]
+    data = json.dumps(items).encode()
+    assert list(streams.array_items([data[:cut], data[cut:]])) == items
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"[", b"[1", b"[1,", b"[1 2]", b"[1]x", b"{}", b"[1,]", b'["a', b"[\xff]", b"[,1]"]
 )

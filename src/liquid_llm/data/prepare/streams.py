@@ -10,6 +10,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -23,6 +24,7 @@ MAX_PIECE_BYTES = 64 * 2**20  # a longer line, item or element is not kept in me
 HEAD_BYTES = 1 << 16
 
 _BUFFER_BYTES = 1 << 20
+_OPEN_NUMBER = re.compile(r"[0-9.eE+\-]*\Z")  # what may still be a number when more comes
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 
 
@@ -183,8 +185,8 @@ class _ArrayReader:
             if len(self._text) - position > self._limit:
                 raise DamageError(f"an item is not JSON or longer than {self._limit:,} characters") from error
             return None, None  # its end may be in the next chunk
-        if end == len(self._text) and not final:
-            return None, None  # 12 may go on as 123
+        if not final and _OPEN_NUMBER.match(self._text, end) and len(self._text) - position <= self._limit:
+            return None, None  # 12 may go on as 123, and "0." as 0.5
         return item, end
 
 
