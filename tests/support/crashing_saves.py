@@ -15,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tests.support.checkpoints import metadata_of, state_of
+from tests.support.dying import die_before_call
 
 from liquid_llm.checkpoint.store import CheckpointStore
 
@@ -45,24 +45,6 @@ def in_child(work: Callable[[], None]) -> int:
     return pid
 
 
-def crash_before_call(number: int) -> None:
-    """Let the process end, as if killed, right before its ``number``-th file-system call from now on."""
-    done = 0
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == number:
-                os._exit(CRASHED)
-            return call(*args, **kwargs)
-
-        return wrapper
-
-    for name in CALLS:
-        setattr(os, name, counted(getattr(os, name)))
-
-
 def crashing_runs(before: Path, work: Callable[[Path], None]) -> Iterator[tuple[Path, bool]]:
     """For each file-system call of ``work``: a copy of ``before`` in which it died right before that call.
 
@@ -77,7 +59,7 @@ def crashing_runs(before: Path, work: Callable[[Path], None]) -> Iterator[tuple[
             os.link(path, run / path.name)  # data is replaced, never changed: links to it are as good as copies
 
         def crash(run: Path = run, number: int = number) -> None:
-            crash_before_call(number)
+            die_before_call(number, CALLS, lambda: os._exit(CRASHED))
             work(run)
 
         _, status = os.waitpid(in_child(crash), 0)

@@ -14,10 +14,10 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from tests.support.dying import die_before_call
 
 from liquid_llm.data.prepare.catalog import Dataset, read_catalog
 from liquid_llm.data.prepare.dataset import fingerprints, input_files, prepare, read_complete, sources_of
@@ -36,28 +36,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.endswith(".tmp")}
 
 
-def kill_before_call(number: int) -> None:
-    done = 0
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return wrapper
-
-    for name in CALLS:
-        setattr(os, name, counted(getattr(os, name)))
-
-
 def killed(dataset: Dataset, number: int) -> bool:
     """Whether a child preparing ``dataset`` died at call ``number``; else it was done before."""
     pid = os.fork()
     if pid == 0:
-        kill_before_call(number)
+        die_before_call(number, CALLS, lambda: os.kill(os.getpid(), signal.SIGKILL))
         prepare_now(dataset)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
