@@ -39,7 +39,7 @@ from liquid_llm.teachers.capture_plan import Item, batches
 from liquid_llm.teachers.codecs import get_codec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.scoring import chunks, padded_ids
-from liquid_llm.teachers.store import StoreWriter, open_store
+from liquid_llm.teachers.store import LAYOUTS, StoreWriter, open_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -121,7 +121,9 @@ def contestants(
     if not arguments.skip_plain:
         yield Contestant("plain forward", lambda: plain(loaded, work))
     for name in arguments.codecs.split(","):
-        writer = StoreWriter(str(folder / name), loaded.identity, get_codec(name), vocab_size=vocab_size)
+        writer = StoreWriter(
+            str(folder / name), loaded.identity, get_codec(name), vocab_size=vocab_size, layout=arguments.layout
+        )
 
         def run(writer: StoreWriter = writer) -> CaptureSummary:
             sizes = {"seq_len": arguments.seq_len, "batch_size": arguments.batch_size}
@@ -170,7 +172,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--codecs", default="topk,full")
+    parser.add_argument("--codecs", default="tail,topk,full")
+    parser.add_argument("--layout", choices=LAYOUTS, default="shards")
     parser.add_argument("--precision", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip-plain", action="store_true")

@@ -71,10 +71,11 @@ class BitWriter:
 
     def rice_by(self, values: Ints, groups: Ints, num_groups: int) -> None:
         """A Rice column with one k for each of ``num_groups`` groups of values, which the reader can tell apart."""
-        options = np.arange(_MAX_RICE + 1)
-        sizes = np.zeros((num_groups, options.size), np.int64)
-        np.add.at(sizes, groups, (values[:, None] >> options) + options)
-        ks = sizes.argmin(axis=1)
+        counts = np.bincount(groups, minlength=num_groups)
+        sizes = [
+            np.bincount(groups, weights=values >> k, minlength=num_groups) + counts * k for k in range(_MAX_RICE + 1)
+        ]
+        ks = np.argmin(sizes, axis=0)
         self.fixed(ks, 4)
         k = ks[groups]
         self.unary(values >> k)

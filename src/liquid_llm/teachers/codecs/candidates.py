@@ -16,7 +16,7 @@ All is integer arithmetic: the same on every machine.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class Candidates:
     window: int
     stride: int
 
-    @property
+    @cached_property
     def share(self) -> NDArray[np.float64]:
         """The prior of every id [vocab]."""
         return self.num_cells / self.total_cells

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from liquid_llm.teachers.codecs.intensity import (
 MOST_EXACT = 64  # ids that a position may store exactly
 EXACT_PRICE = 1.8  # bits of an exact id over bits of a draw
 _LEAST_BASE = -120.0  # of a masked token: far too small to be drawn, and finite
-_BLOCK_BYTES = 2**18
+_BLOCK_BYTES = 2**20  # for each thread
 _RUN = 64  # ids
 
 
@@ -54,9 +55,8 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
     known = candidates(vocab_size)
     numbers = torch.from_numpy(uniforms(seed, start, n)).to(logits.device)
     offsets = torch.from_numpy(window_starts(seed, start, n, known)).to(logits.device)
-    peaks = _peaks(logits)
+    peaks, whole, log_sum, met = _scan(logits, offsets, known)
     top = row_maximum(peaks)
-    whole, log_sum = _partitions(logits, top)
     shift = top / 2 + log_sum  # l = z / 2 - shift
 
     values, ids, keep = _exact(logits, peaks, shift, whole, draws, known)
@@ -76,13 +76,9 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
         partition_levels.append(level)
         partition.append(head_sum + (level + 0.5 - dither) * PARTITION_STEP)
 
-    rows, columns = keep.nonzero(as_tuple=True)
-    logits[rows, ids[rows, columns]] = -math.inf  # not to be drawn as well
-    found = [
-        _accepted(logits, shift, torch.stack(partition, dim=1), numbers, offsets, rows, draws, known)
-        for rows in _blocks(n, logits.device, 4 * known.window)
-    ]
-    row, slots, levels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    exact = ids.masked_fill(~keep, -1)
+    lines = _lines(torch.stack(partition, dim=1), draws)
+    row, slots, levels = _accepted(met, shift, lines, numbers, offsets, exact, known)
     counts, (slots, levels) = _padded(n, most_draws(draws), row, (slots.to(torch.int16), levels.to(torch.int8)))
     return {
         "seed": torch.full((n,), seed, dtype=torch.int64),
@@ -97,33 +93,38 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
     }
 
 
-def _partitions(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """F at ``NODES`` [n, 3], and log sum exp((z - top) / 2) [n, 1], from one exponential of every logit."""
+def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that needs every logit, block by block: a block is read from memory once and then found in the cache.
+
+    Returns:
+        the largest logit of every run of ``_RUN`` ids [n, runs], the last run may be shorter; F at ``NODES`` [n, 3];
+        log sum exp((z - top) / 2) [n, 1]; the logits in each position's window [n, window].
+    """
     n, vocab_size = logits.shape
+    sequence = device_tables(vocab_size, logits.device)[0].unfold(0, known.window, 1)
+    even = vocab_size // _RUN * _RUN
+    peaks = logits.new_empty(n, -(-vocab_size // _RUN))
+    met = logits.new_empty(n, known.window)
     sums = logits.new_empty(n, 4)
     blocks = _blocks(n, logits.device, 4 * vocab_size)
-    powers = logits.new_empty(blocks[0].stop - blocks[0].start, 3, vocab_size)
+    powers = logits.new_empty(2, blocks[0].stop - blocks[0].start, vocab_size)
     for rows in blocks:
-        used = powers[: rows.stop - rows.start]
-        one, two, four = used.unbind(1)
-        torch.sub(logits[rows], top[rows], out=one)
-        one.mul_(0.25).exp_()
+        block, total = logits[rows], sums[rows]
+        runs = block[:, :even].view(block.shape[0], even // _RUN, _RUN)
+        torch.amax(runs, dim=2, out=peaks[rows, : even // _RUN])
+        if even < vocab_size:
+            torch.amax(block[:, even:], dim=1, out=peaks[rows, -1])
+        torch.gather(block, 1, sequence[offsets[rows]], out=met[rows])
+        one, two = powers[:, : block.shape[0]]  # exp(z / 4) and its powers
+        torch.add(peaks[rows].amax(dim=1, keepdim=True) * -0.25, block, alpha=0.25, out=one).exp_()
+        torch.sum(one, dim=1, out=total[:, 0])
+        torch.linalg.vector_norm(one, dim=1, out=total[:, 1])
         torch.mul(one, one, out=two)
-        torch.mul(two, two, out=four)
-        products = torch.bmm(used, used.transpose(1, 2))
-        torch.sum(one, dim=1, out=sums[rows, 0])
-        sums[rows, 1:] = products[:, (0, 1, 1), (0, 1, 2)]
-    logs = sums.log_()
+        torch.linalg.vector_norm(two, dim=1, out=total[:, 2])
+        torch.linalg.vector_norm(two.mul_(one), dim=1, out=total[:, 3])
+    logs = sums.log_() * sums.new_tensor([1.0, 2.0, 2.0, 2.0])
     log_sum = logs[:, 1:2]
-    return logs[:, [0, 2, 3]] - log_sum * logs.new_tensor(NODES), log_sum
-
-
-def _peaks(logits: Tensor) -> Tensor:
-    """The largest logit of every run of ``_RUN`` ids [n, runs]; the last run may be shorter."""
-    n, vocab_size = logits.shape
-    even = vocab_size // _RUN * _RUN
-    peaks = logits[:, :even].reshape(n, even // _RUN, _RUN).amax(dim=2)
-    return peaks if even == vocab_size else torch.cat([peaks, logits[:, even:].amax(dim=1, keepdim=True)], dim=1)
+    return peaks, logs[:, [0, 2, 3]] - log_sum * logs.new_tensor(NODES), log_sum, met
 
 
 def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,38 +171,57 @@ def _exact(
 
 
 def _accepted(
-    logits: Tensor,
+    met: Tensor,
     shift: Tensor,
-    partition: Tensor,
+    lines: list[tuple[float, Tensor]],
     numbers: Tensor,
     offsets: Tensor,
-    rows: slice,
-    draws: Draws,
+    exact: Tensor,
     known: Candidates,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, slot and level of every draw of a block of ``rows``, by row and slot.
+    """Row, slot and level of every draw, by row and slot.
 
     An entry of a window is taken when its intensity over its share exceeds its slot plus the position's lateness: for
-    a random window and lateness that happens ``intensity`` times on average. Nearly all entries are refused by a bound
-    that takes few operations; only the rest are rounded and tested.
+    a random window and lateness that happens ``intensity`` times on average. Ids that are stored exactly are not drawn.
     """
-    sequence, log_share, _ = device_tables(known.num_cells.size, logits.device)
-    steps = torch.arange(known.window, device=logits.device)
-    ids = sequence.unfold(0, known.window, 1)[offsets[rows]]
-    shares = log_share.unfold(0, known.window, 1)[offsets[rows]]
-    base = logits[rows].gather(1, ids).mul_(0.5).sub_(shift[rows])
-    needed = shares + torch.log(steps)
-    lines = _lines(partition[rows], draws)
-    possible = torch.zeros_like(needed, dtype=torch.bool)
-    for slope, constant in lines:  # rounding adds at most half a step, float32 far less than the hundredth more
-        possible |= torch.sub(needed, base, alpha=slope) < (constant + slope * (DRAW_STEP / 2 + 0.01)).float()
-    row, slot = possible.nonzero(as_tuple=True)
-    dither = (numbers[rows, 5][row] + slot * DRAW_TURN).remainder_(1.0)
-    level = torch.floor(base[row, slot].double().clamp_(min=_LEAST_BASE) / DRAW_STEP + dither)
+    sequence, log_share, _ = device_tables(known.num_cells.size, met.device)
+    row, slot = _possible(met, shift, lines, offsets, known)
+    dither = (numbers[:, 5][row] + slot * DRAW_TURN).remainder_(1.0)
+    base = (met[row, slot] / 2 - shift[row, 0]).double().clamp_(min=_LEAST_BASE)
+    level = torch.floor(base / DRAW_STEP + dither)
     rounded = (level + 0.5 - dither) * DRAW_STEP
     intensity = torch.stack([slope * rounded + constant[row, 0] for slope, constant in lines]).amax(dim=0)
-    taken = intensity - shares[row, slot] > torch.log(slot + 1.0 - numbers[rows, 0][row])
-    return row[taken] + rows.start, slot[taken], level[taken]
+    taken = intensity - log_share[offsets[row] + slot] > torch.log(slot + 1.0 - numbers[:, 0][row])
+    row, slot, level = row[taken], slot[taken], level[taken]
+    drawn = (exact[row] != sequence[offsets[row] + slot, None]).all(dim=1)
+    return row[drawn], slot[drawn], level[drawn]
+
+
+def _possible(
+    met: Tensor, shift: Tensor, lines: list[tuple[float, Tensor]], offsets: Tensor, known: Candidates
+) -> tuple[Tensor, Tensor]:
+    """Row and slot of the few entries of all windows that may be drawn, by a bound that takes few operations."""
+    shares = device_tables(known.num_cells.size, met.device)[1].unfold(0, known.window, 1)
+    log_steps = torch.log(torch.arange(known.window, device=met.device))
+    # Rounding adds at most half a step, float32 far less than the hundredth more.
+    most = [(slope, (constant + slope * (DRAW_STEP / 2 + 0.01)).float()) for slope, constant in lines]
+    found = []
+    for rows in _blocks(met.shape[0], met.device, 16 * known.window):
+        base = torch.sub(met[rows], 2 * shift[rows]).mul_(0.5)
+        needed = shares[offsets[rows]].add_(log_steps)
+        short, other = torch.empty_like(base).fill_(math.inf), torch.empty_like(base)
+        for slope, constant in most:
+            torch.minimum(short, torch.sub(needed, base, alpha=slope, out=other).sub_(constant[rows]), out=short)
+        found.append(_negative(short) + rows.start * known.window)
+    places = torch.cat(found)
+    return places // known.window, places % known.window
+
+
+def _negative(values: Tensor) -> Tensor:
+    """Flat places of the values below zero; on CPUs by numpy, which is five times quicker where they are few."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
+    return (values < 0).flatten().nonzero().squeeze(1)
 
 
 def _lines(partition: Tensor, draws: Draws) -> list[tuple[float, Tensor]]:
@@ -235,5 +255,5 @@ def _widened(columns: Tensor) -> Tensor:
 
 def _blocks(n: int, device: torch.device, row_bytes: int) -> list[slice]:
     """Runs of rows that stay in a processor's cache; one run elsewhere. At least one, which may be empty."""
-    block = max(n, 1) if device.type != "cpu" else max(1, _BLOCK_BYTES // row_bytes)
+    block = max(n, 1) if device.type != "cpu" else max(1, torch.get_num_threads() * _BLOCK_BYTES // row_bytes)
     return [slice(begin, min(begin + block, n)) for begin in range(0, max(n, 1), block)]
