@@ -3,9 +3,10 @@
     python benchmarks/bench_codec_train.py                               texts of this machine, an hour on two cores
     python benchmarks/bench_codec_train.py --jsonl maths.jsonl,code.jsonl.gz
     python benchmarks/bench_codec_train.py --seeds 1 --steps 50          a first look
+    python benchmarks/bench_codec_train.py --start-steps 0 --constant    from random weights, at one learning rate
 
-Each seed draws a start and an order of the texts. From that start, on the same batches of whole samples of about 1,024
-tokens, one student each is trained with
+Each seed draws a start (a student after some plain steps) and an order of the texts. From that start, on the same
+batches of whole samples of about 1,024 tokens and with this project's learning rates, one student each is trained with
 
     CE        next-token cross-entropy only
     full      the teacher's whole distribution, as an online teacher gives it
@@ -24,7 +25,7 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,9 @@ from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import load_teacher
 from liquid_llm.models.student import build_student
 from liquid_llm.models.tokenizers import end_of_text_id
+from liquid_llm.schedules import WarmupCosine
 from liquid_llm.teachers.assembly import assemble
-from liquid_llm.teachers.codecs import Codec, StoredSignal, get_codec
+from liquid_llm.teachers.codecs import Codec, StoredSignal, TailCodec, get_codec
 
 TOP = 64
 
@@ -71,7 +73,20 @@ def read_texts(files: str, count: int) -> list[str]:
     return mixed[:count]
 
 
-def score(model: Any, tokenizer: Any, texts: Sequence[str], codecs: Sequence[Codec], temperature: float) -> list[Text]:
+def codecs_of(names: str, times: str) -> dict[str, Codec]:
+    """The codecs of these ``names`` and, of ``tail``, one for each of ``times`` as many draws as its default."""
+    codecs = {name: get_codec(name) for name in names.split(",") if name != "tail"}
+    if "tail" in names.split(","):
+        usual = TailCodec().options
+        for factor in map(int, times.split(",")):
+            options = {name: factor * float(value) for name, value in usual.items()}
+            codecs["tail" if factor == 1 else f"tail, draws x {factor}"] = TailCodec(**options)
+    return codecs
+
+
+def score(
+    model: Any, tokenizer: Any, texts: Sequence[str], codecs: Mapping[str, Codec], temperature: float
+) -> list[Text]:
     """Every text with what each way of storing gives back of the teacher's signal; one text at a time."""
     vocab_size = len(tokenizer)
     head = output_head(model).cut(vocab_size)
@@ -87,9 +102,9 @@ def score(model: Any, tokenizer: Any, texts: Sequence[str], codecs: Sequence[Cod
         values, top = torch.log_softmax(logits / temperature, dim=1).topk(TOP, dim=1)
         whole = values.logsumexp(dim=1, keepdim=True)
         stored: dict[str, StoredSignal] = {f"top-{TOP} renormalised": sparse(top, values - whole, temperature)}
-        for codec in codecs:
+        for name, codec in codecs.items():
             payload = codec.pack(codec.encode(logits.clone(), seed=7919 * number + 1, start=0))
-            stored[codec.name] = codec.decode(payload, 0, logits.shape[0], temperature, vocab_size)
+            stored[name] = codec.decode(payload, 0, logits.shape[0], temperature, vocab_size)
         scored.append(Text(window, hidden, stored))
     return scored
 
@@ -105,6 +120,17 @@ def batches_of(texts: Sequence[Text], tokens: int) -> list[list[Text]]:
         batches[-1].append(text)
         room -= text.ids.numel()
     return batches
+
+
+def shuffled(texts: Sequence[Text], tokens: int, steps: int, seed: int) -> list[list[Text]]:
+    """``steps`` batches of ``texts`` in the order of ``seed``."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return batches_of([texts[number] for number in order], tokens)[:steps]
+
+
+def learning_rate(steps: int, *, constant: bool) -> WarmupCosine:
+    """1e-3 after 20 steps; from there a cosine to a tenth of it, as a run of this project has it."""
+    return WarmupCosine(1e-3, 20, steps, floor_ratio=1.0 if constant else 0.1)
 
 
 def positions(model: Any, batch: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -125,12 +151,14 @@ def kept(name: str) -> Arm:
     return lambda batch: assemble([text.stored[name] for text in batch], [text.ids.numel() - 1 for text in batch])
 
 
-def train(start: Any, batches: Sequence[Sequence[Text]], arm: Arm, alpha: float, temperature: float) -> Any:
+def train(
+    start: Any, batches: Sequence[Sequence[Text]], arm: Arm, alpha: float, temperature: float, lr: WarmupCosine
+) -> Any:
     """A copy of ``start`` after one step a batch."""
     model = copy.deepcopy(start)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr.value)
     for batch in batches:
         hidden, labels = positions(model, batch)
         output = fused_loss(
@@ -179,9 +207,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=1024, help="a step")
+    parser.add_argument("--start-steps", type=int, default=80, help="of cross-entropy, which all students begin after")
+    parser.add_argument("--constant", action="store_true", help="do not lower the learning rate after its warm-up")
     parser.add_argument("--alpha", type=float, default=0.7)
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--codecs", default="tail")
+    parser.add_argument("--draws", default="1,4", help="of tail, multiples of its default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
 
@@ -189,7 +220,7 @@ def main() -> None:
     began = time.perf_counter()
     loaded = load_teacher(arguments.teacher, dtype=torch.float32, device="cpu")
     tokenizer, head = loaded.tokenizer, output_head(loaded.model).cut(len(loaded.tokenizer))
-    codecs = [get_codec(name) for name in arguments.codecs.split(",")]
+    codecs = codecs_of(arguments.codecs, arguments.draws)
     texts = read_texts(arguments.jsonl, (arguments.steps + 20) * arguments.tokens // 100)
     validation, pool, used, room = [], [], 0, (arguments.steps + 2) * arguments.tokens
     for number in range(0, len(texts), 20):
@@ -204,7 +235,8 @@ def main() -> None:
     print(
         f"{platform.platform()}, torch {torch.__version__}, {arguments.threads} threads; {arguments.teacher},"
         f" {len(pool)} texts of {used:,} tokens, held out {sum(t.ids.numel() for t in validation):,} tokens;"
-        f" alpha {arguments.alpha:g}, T {arguments.temperature:g}; scored in {time.perf_counter() - began:.0f} s"
+        f" alpha {arguments.alpha:g}, T {arguments.temperature:g}, {arguments.start_steps} plain steps before;"
+        f" scored in {time.perf_counter() - began:.0f} s"
     )
     arms: dict[str, Arm] = {"CE": lambda batch: None, "full": dense(head)}
     arms |= {name: kept(name) for name in pool[0].stored}
@@ -212,10 +244,12 @@ def main() -> None:
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in arms}
     for seed in range(arguments.seeds):
         start = build_student("llama-16m", vocab_size=len(tokenizer), bos_id=end, eos_id=end, block_size=512, seed=seed)
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
-        batches = batches_of([pool[n] for n in order], arguments.tokens)[: arguments.steps]
+        first = shuffled(pool, arguments.tokens, arguments.start_steps, seed + 1000)
+        start = train(start, first, arms["CE"], 0.0, arguments.temperature, learning_rate(len(first), constant=True))
+        batches = shuffled(pool, arguments.tokens, arguments.steps, seed)
+        lr = learning_rate(len(batches), constant=arguments.constant)
         for name, arm in arms.items():
-            model = train(start, batches, arm, arguments.alpha, arguments.temperature)
+            model = train(start, batches, arm, arguments.alpha, arguments.temperature, lr)
             results[name].append(tuple(divergence(model, held_out, head, t) for t in temperatures))
             print(f"seed {seed} {name}: {results[name][-1]}, {time.perf_counter() - began:.0f} s", flush=True)
         print_table(results, temperatures)
