@@ -229,6 +229,22 @@ def test_any_vocabulary(vocab: int) -> None:
             torch.testing.assert_close(signal.weights, torch.ones(2, 1), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2, 7])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_chunks_change_no_byte(threads: int, rows_at_once: int) -> None:
+    """Of a vocabulary so large that one row's sums are shared among threads and few rows make a block."""
+    logits = random_logits(7, 50_001, seed=3)
+    expected = stored(logits)["bytes"]
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        chunks = [CODEC.encode(logits[at : at + rows_at_once].clone(), 1, at) for at in range(0, 7, rows_at_once)]
+    finally:
+        torch.set_num_threads(usual)
+    found = CODEC.pack({name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+    assert torch.equal(found["bytes"], expected)
+
+
 def test_no_positions() -> None:
     payload = stored(torch.zeros(0, 300))
     signal = CODEC.decode(payload, 0, 0, 2.0, 300)
