@@ -141,7 +141,7 @@ class StoreConfig:
     format: str | None
     codec: str
     codec_options: str | None
-    topk: int
+    topk: int | None
     overwrite: bool
 
 

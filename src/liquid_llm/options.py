@@ -94,7 +94,7 @@ OPTIONS = (
     Option("dataset_manifest", "str", DATA, "manifest", None, "JSONL manifest: path, type and weight a line", faces=(TRAIN, CAPTURE)),
     Option("block_size", "int", DATA, "block_size", None, "context length in tokens (default: the checkpoint's, else 512 annealing, 1024 hybrid)", minimum=2),
     Option("seq_len", "int", DATA, "seq_len", None, "longest maths or code window, tokens (default: block_size; capture: 1024)", faces=(TRAIN, CAPTURE), minimum=2),
-    Option("batch_size", "int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens", faces=EVERY, face_defaults={CAPTURE: 4}, minimum=1),
+    Option("batch_size", "int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens (capture: x seq_len)", faces=EVERY, face_defaults={CAPTURE: 4}, minimum=1),
     Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), minimum=0),
     Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
     Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
@@ -148,8 +148,8 @@ OPTIONS = (
     # the store written by capture
     Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt)", faces=(CAPTURE,), choices=("pt", "shards")),
     Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=("tail", "full", "topk", "sampled")),
-    Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4)", faces=(CAPTURE,)),
-    Option("topk", "int", STORE, "topk", 64, "ids kept a position by codec topk", faces=(CAPTURE,), minimum=1),
+    Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4; sampled: draws, temperature; topk: k)", faces=(CAPTURE,)),
+    Option("topk", "int", STORE, "topk", None, "ids kept a position by codec topk (default: 64)", faces=(CAPTURE,), minimum=1),
     Option("overwrite", "bool", STORE, "overwrite", False, "replace existing records", faces=(CAPTURE,)),
     # run
     Option("seed", "int", RUN, "seed", 1234, "seed of data order and initial weights", faces=EVERY, minimum=0),

@@ -124,11 +124,31 @@ def test_a_rank_outside_its_world_is_refused(captured: Tiny) -> None:
     assert "RANK=2 WORLD_SIZE=2" in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--codec_options=draws_t1=many", "--codec_options=speed=3"])
-def test_a_codec_setting_that_does_not_exist_is_refused(captured: Tiny, tmp_path: Path, option: str, capsys) -> None:
-    words = captured.capture_words(math_logits_dir=tmp_path / "m", code_logits_dir=tmp_path / "c")
-    assert main(["capture", *words, option]) == 2
-    assert "codec" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--codec_options=draws_t1=many"], "not a name and a number; got 'draws_t1=many'"),
+        (["--codec_options=draws_t1=nan"], "not a name and a number; got 'draws_t1=nan'"),
+        (
+            ["--codec_options=speed=3"],
+            "does not have; got {'speed': 3}; expected some of draws_t1, draws_t2, draws_t4.",
+        ),
+        (["--codec_options=draws_t1=9,draws_t1=8"], "'draws_t1' is there twice; got 'draws_t1=8'"),
+        (["--codec_options=draws_t1=-3"], "got -3; expected more than 0"),
+        (["--codec=full", "--codec_options=k=3"], "does not have; got {'k': 3}; expected none."),
+        (["--topk=8"], "--topk: a setting of codec 'topk' only, to be given once; got --codec=tail."),
+        (["--codec=topk", "--topk=8", "--codec_options=k=9"], "to be given once"),
+        (["--codec=topk", "--topk=100000000"], "more ids than there are; got 100000000; expected at most"),
+    ],
+)
+def test_a_codec_setting_without_effect_is_refused(
+    captured: Tiny, tmp_path: Path, words: list[str], said: str, capsys
+) -> None:
+    folders = captured.capture_words(math_logits_dir=tmp_path / "m", code_logits_dir=tmp_path / "c")
+    assert main(["capture", *folders, *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert ".." not in error
     assert not (tmp_path / "m").exists()
 
 

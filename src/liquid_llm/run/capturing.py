@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,7 @@ from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
 from liquid_llm.run.tokens import read_token
 from liquid_llm.runtime import StopSignal, choose_device, launched_as
 from liquid_llm.teachers.capture import CaptureSummary, capture
-from liquid_llm.teachers.codecs import Codec, get_codec
+from liquid_llm.teachers.codecs import Codec, TopKCodec, get_codec
 from liquid_llm.teachers.store import StoreWriter
 from liquid_llm.teachers.store_file import present_layout
 from liquid_llm.terminal import Stage, setup_logging
@@ -58,6 +59,9 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     codec = _codec(config.store)
     token = read_token(config.teacher)
     text = text_tools(load_tokenizer(teacher_id, token=token))
+    if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
+        expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
+        raise UsageError("more ids than there are", where="--topk", got=codec.k, expected=expected)
     datasets = _datasets(config, text)
     device = torch.device(choose_device().value)
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
@@ -92,24 +96,42 @@ def _codec(store: StoreConfig) -> Codec:
     """The codec asked for.
 
     Raises:
-        UsageError: a setting is not a name and a number, or not one of this codec's.
+        UsageError: a setting is not a name and a number, is given twice, or is not one that this codec has.
     """
-    values: dict[str, int | float] = {"k": store.topk} if store.codec == "topk" else {}
-    for part in filter(None, (store.codec_options or "").split(",")):
-        name, _, number = part.partition("=")
-        try:
-            values[name.strip()] = int(number) if number.strip().isdigit() else float(number)
-        except ValueError:
+    values = _settings(store.codec_options or "")
+    if store.topk is not None:
+        if store.codec != TopKCodec.name or "k" in values:
             raise UsageError(
-                "a codec's setting is not a name and a number",
-                where="--codec_options",
-                got=repr(part),
-                expected="name=number,name=number, such as draws_t1=48,draws_t2=30",
-            ) from None
+                "a setting of codec 'topk' only, to be given once",
+                where="--topk",
+                got=f"--codec={store.codec}" + (f" --codec_options={store.codec_options}" if values else ""),
+                remedy="leave --topk out, or give --codec=topk",
+            )
+        values["k"] = store.topk
     try:
         return get_codec(store.codec, options=values)
     except SignalError as error:
-        raise UsageError(str(error), where="--codec_options") from error
+        raise UsageError(error.problem, where="--codec_options", got=error.got, expected=error.expected) from error
+
+
+def _settings(text: str) -> dict[str, int | float]:
+    """``name=number,name=number`` as a mapping."""
+    values: dict[str, int | float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = (word.strip() for word in part.partition("="))
+        try:
+            value: int | float = int(number) if number.lstrip("-").isdigit() else float(number)
+        except ValueError:
+            value = math.nan
+        if not name or name in values or not math.isfinite(value):
+            raise UsageError(
+                f"the setting {name!r} is there twice" if name in values else "a setting is not a name and a number",
+                where="--codec_options",
+                got=repr(part),
+                expected="name=number,name=number, such as draws_t1=48,draws_t2=30",
+            )
+        values[name] = value
+    return values
 
 
 def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDataset]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from liquid_llm.errors import SignalError
@@ -55,7 +56,8 @@ def get_codec(name: str, version: int | None = None, options: Options | None = N
             expected=f"version {newest}",
             remedy="install the newer liquid-llm" if version > newest else "capture the signal again",
         )
-    try:
-        return make(**(options or {}))
-    except TypeError:
-        raise SignalError(f"options that codec {name!r} does not have", got=dict(options or {})) from None
+    given, known = dict(options or {}), inspect.signature(make).parameters
+    if not given.keys() <= known.keys():
+        expected = f"some of {', '.join(known)}" if known else "none"
+        raise SignalError(f"options that codec {name!r} does not have", got=given, expected=expected)
+    return make(**given)
