@@ -147,8 +147,7 @@ def capture(
         try:
             job.run(batches(found.todo, batch_size * seq_len), stopping)
         finally:
-            for writer in dict.fromkeys(writers.values()):
-                job.summary.bytes += writer.finish()
+            job.finish()
     job.summary.seconds = time.monotonic() - started
     return job.summary
 
@@ -196,6 +195,17 @@ class _Job:
             self._collect(FIRST_COMPLETED)
         if self._storage_error is not None and not self.summary.written:
             raise self._storage_error
+
+    def finish(self) -> None:
+        """Publish what the writers hold back. All are finished, though one fails; then the first error is raised."""
+        errors: list[StorageError] = []
+        for writer in dict.fromkeys(self._writers.values()):
+            try:
+                self.summary.bytes += writer.finish()
+            except StorageError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def fail(self, item: Item, reason: str) -> None:
         """Count a sample that cannot be captured."""

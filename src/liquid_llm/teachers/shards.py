@@ -183,7 +183,7 @@ def unpack_record(head: ShardHead, sample_id: str, data: bytes) -> Record:
         payload, at = _tensors(data, at + marks, form, lengths)
         kind = head.types[type_number]
     except (IndexError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise RecordError(f"unreadable: {type(error).__name__}") from error
+        raise RecordError("its fields do not fit together") from error
     if at != len(data):
         raise RecordError(f"{len(data)} bytes, {at} expected")
     return Record(RecordHeader(RECORD_VERSION, sample_id, kind, head.identity, num_tokens, hashes), payload)
@@ -304,7 +304,8 @@ def read_head(read: Reader, size: int) -> ShardHead:
             records_at[2],
         )
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise RecordError(f"not a whole shard ({size} bytes): {type(error).__name__}") from error
+        what = f"its front is damaged, {size:,} bytes" if size else "it is empty"
+        raise RecordError(what) from error
 
 
 def read_ids(head: ShardHead, read: Reader) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -94,6 +94,16 @@ class ShardIndex:
         shards = self._starts.searchsorted(self.rows, side="right") - 1
         return self.high, self.low, shards.astype(np.int64)
 
+    def part(self, names: Collection[str]) -> ShardIndex:
+        """What is known of some of the shards, for the ones that can no longer be asked."""
+        chosen = [number for number, entry in enumerate(self.shards) if entry.name in names]
+        entries = [self.shards[number] for number in chosen]
+        moved = np.zeros(len(self.shards), np.int64)
+        moved[chosen] = _starts(entries)[:-1] - self._starts[chosen]
+        high, low, shards = self.keys()
+        mine = np.isin(shards, chosen)
+        return ShardIndex(entries, high[mine], low[mine], (self.rows + moved[shards])[mine].astype(np.uint32))
+
 
 def build_index(tables: Iterable[tuple[ShardEntry, NDArray[np.uint64]]], base: ShardIndex | None = None) -> ShardIndex:
     """An index of shards, each with its keys [records, 2] in the order of its records, and of those in ``base``."""
@@ -170,7 +180,7 @@ def read_index(read: Reader) -> ShardIndex:
             raise RecordError("its checksum does not match")
         return ShardIndex([ShardEntry(*entry) for entry in values["shards"]], *arrays)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
-        raise RecordError(f"damaged: {type(error).__name__}") from error
+        raise RecordError("it is damaged") from error
 
 
 def _starts(shards: Sequence[ShardEntry]) -> NDArray[np.int64]:

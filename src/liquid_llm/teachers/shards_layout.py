@@ -55,7 +55,7 @@ class Condition:
 
     Attributes:
         unindexed: shards that the index file does not name.
-        damaged: shard -> what is wrong with its front.
+        damaged: shard -> what is wrong with its front; only of shards that no index knows.
         truncated: shards that are shorter than they were written.
         gone: shards that the index file names and that are not there.
         lost: samples that had a record in those and have none elsewhere.
@@ -74,14 +74,19 @@ class Condition:
         found = []
         if self.damaged:
             name, why = next(iter(self.damaged.items()))
-            found.append(f"{len(self.damaged)} shards cannot be read, the first {name} ({why}): capture again")
-        if self.truncated:
-            found.append(f"{len(self.truncated)} shards are truncated, the first {self.truncated[0]}: capture again")
-        if self.gone and self.lost:
             found.append(
-                f"{len(self.gone)} shards of the index are not there, the first {self.gone[0]}:"
-                f" {self.lost} samples have lost their record"
+                f"{_shards(len(self.damaged))} cannot be read, the first {name} ({why}):"
+                " capture again, after that such a file may be removed"
             )
+        if self.truncated:
+            verb = "is" if len(self.truncated) == 1 else "are"
+            found.append(
+                f"{_shards(len(self.truncated))} {verb} truncated, the first {self.truncated[0]}: capture again"
+            )
+        if self.gone and self.lost:
+            verb = "is" if len(self.gone) == 1 else "are"
+            lost = "1 sample has lost its record" if self.lost == 1 else f"{self.lost} samples have lost their record"
+            found.append(f"{_shards(len(self.gone))} of the index {verb} not there, the first {self.gone[0]}: {lost}")
         if self.index_problem:
             found.append(f"{INDEX_FILE} is not used ({self.index_problem}): the shards are read without it")
         return found
@@ -118,9 +123,20 @@ class ShardsLayout:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def index_due(self) -> bool:
+        """Whether the index file is missing, damaged or does not name what can be read, as found when opened."""
+        new = set(self.condition.unindexed) - self.condition.damaged.keys()
+        return bool(self.index.shards) and bool(self.condition.gone or new)
+
     def has(self, sample_id: str) -> bool:
         """Whether the index knows the sample."""
         return self.index.find(sample_key(sample_id)) is not None
+
+    def shard_of(self, sample_id: str) -> str | None:
+        """Name of the shard whose record of the sample counts."""
+        place = self.index.find(sample_key(sample_id))
+        return None if place is None else self.index.shards[place[0]].name
 
     def read(self, sample_id: str) -> Record:
         """The sample's record. Raises RecordError or StorageError."""
@@ -138,9 +154,12 @@ class ShardsLayout:
     def records(self) -> Iterator[tuple[str, Record | RecordError]]:
         """Every sample's id and record, shard by shard; a shard that cannot be read is one error under its name.
 
-        Remote shards are fetched whole, one after the other.
+        Remote shards are fetched whole, one after the other; one whose records are all superseded is not.
         """
         for number, entry in enumerate(self.index.shards):
+            rows = self.index.rows_of(number).tolist()
+            if not rows:
+                continue
             try:
                 read = self._whole(entry.name)
                 head = read_head(read, entry.size)
@@ -148,7 +167,7 @@ class ShardsLayout:
             except RecordError as error:
                 yield entry.name, error
                 continue
-            for row in self.index.rows_of(number).tolist():
+            for row in rows:
                 found: Record | RecordError
                 try:
                     found = unpack_record(head, ids[row], read(*head.span(row)))
@@ -220,9 +239,19 @@ class ShardsLayout:
         named = set() if base is None else {entry.name for entry in base.shards}
         condition.unindexed = [name for name in self.files if name not in named]
         tables = [table for table in self._in_threads(self._table, condition.unindexed) if table is not None]
+        if known is not None and base is None:
+            base = self._unreadable(known)
         self.index = base if base is not None and not tables else build_index(tables, base)
         if known is not None and condition.gone:
             condition.lost = lost_keys(known, condition.gone, self.index)
+
+    def _unreadable(self, known: ShardIndex) -> ShardIndex | None:
+        """What an index that is out of date says of shards with damaged fronts: nothing else can tell."""
+        names = self.condition.damaged.keys() & {entry.name for entry in known.shards}
+        for name in names:
+            del self.condition.damaged[name]
+            self.condition.unindexed.remove(name)
+        return known.part(names) if names else None
 
     def _index_file(self, info: FileInfo | None) -> ShardIndex | None:
         if info is None:
@@ -320,6 +349,10 @@ class ShardsLayout:
         if isinstance(reader, MappedFile):
             return reader
         return self._cache.find(reader.info) or partial(_slice, storage.read_bytes(reader.info.uri))
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _slice(data: bytes, begin: int, end: int) -> bytes:

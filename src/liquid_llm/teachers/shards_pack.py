@@ -1,7 +1,8 @@
 """Packing: the records of any store into full shards, in another folder or, for small and superseded shards, in place.
 
-Records are copied as they are. In place, new shards are published first and the old ones removed only if everything in
-them could be read, so a crash at any moment loses nothing. Into another folder, running again goes on.
+Records are copied as they are. In place, new shards are published first; then those shards go that the reader knew when
+it was opened and whose records were all copied or are superseded. What another process publishes meanwhile is not among
+them, and a crash at any moment loses nothing. Into another folder, running again goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.models.loading import ModelIdentity
+from liquid_llm.storage import FileInfo
 from liquid_llm.teachers.records import RecordError
-from liquid_llm.teachers.shards_layout import is_shard
+from liquid_llm.teachers.shards_layout import ShardsLayout
 from liquid_llm.teachers.shards_writer import SHARD_BYTES, write_index
 from liquid_llm.teachers.store import StoreReader, StoreWriter
 
@@ -64,11 +66,14 @@ def pack(
     writer = StoreWriter(
         target, teacher, source.codec, vocab_size=identity.vocab_size, layout="shards", shard_bytes=shard_bytes
     )
+    left_out: set[str] = set()
     for name, record in source.layout.records():
         progress(1)
         if isinstance(record, RecordError):
+            left_out.add(name)
             summary.leave_out(name, str(record))
         elif (difference := record.header.identity.difference(identity)) is not None:
+            left_out.add(name)
             summary.leave_out(name, f"captured with {difference[0]} {difference[1]}")
         elif not in_place and writer.holds(record):
             summary.present += 1
@@ -76,14 +81,21 @@ def pack(
             writer.put(record)
             summary.packed += 1
     writer.finish()
-    if in_place and not summary.left_out_count:
-        for info in before:
-            if is_shard(info.name):
-                storage.remove(info.uri)
+    if in_place and isinstance(source.layout, ShardsLayout):
+        for info in _done_with(source.layout, left_out):
+            storage.remove(info.uri)
         write_index(target)
     after = storage.list_files(target)
     summary.bytes_after, summary.files_after = sum(info.size for info in after), len(after)
     return summary
+
+
+def _done_with(layout: ShardsLayout, left_out: set[str]) -> list[FileInfo]:
+    """The shards that hold nothing of what was left out (samples, or shards that cannot be read), and empty files."""
+    kept = left_out | {layout.shard_of(name) for name in left_out}
+    known = [entry.name for entry in layout.index.shards if entry.name not in kept]
+    empty = [name for name in layout.condition.damaged if not layout.files[name].size]
+    return [layout.files[name] for name in known + empty if name in layout.files]
 
 
 def _same_place(first: str, second: str) -> bool:

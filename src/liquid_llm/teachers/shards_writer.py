@@ -10,7 +10,6 @@ of what was there. A crash between publishing and removing leaves a record twice
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import threading
@@ -18,7 +17,6 @@ from collections.abc import Iterable
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
-from liquid_llm.storage import FileInfo
 from liquid_llm.teachers.records import Record, SignalIdentity
 from liquid_llm.teachers.shards import PREFIX, SUFFIX, Names, Packed, build_shard, pack_record
 from liquid_llm.teachers.shards_index import INDEX_FILE, index_bytes
@@ -44,6 +42,7 @@ class ShardsWriter:
         names: of the files in it.
         shard_bytes: of records in a full shard; a longer record has one of its own.
         part_seconds: the longest that records are held back.
+        index_due: the index file is missing or out of date, so that :meth:`finish` writes it in any case.
     """
 
     def __init__(
@@ -54,6 +53,7 @@ class ShardsWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         part_seconds: float = PART_SECONDS,
+        index_due: bool = False,
     ) -> None:
         self._uri = uri
         self._identity = identity
@@ -71,14 +71,17 @@ class ShardsWriter:
         self._in_parts = 0  # how many of them, from the first, are in parts
         self._parts: list[str] = []
         self._timer: threading.Timer | None = None
+        self._index_due = index_due
         self._failures = 0
+        self._error: StorageError | None = None  # of the last of several failures; None once something is published
         self._overhead = 0
 
     def write(self, record: Record) -> int:
         """Take a record; returns its bytes. It is certain to be in the folder after :meth:`finish` only.
 
         Raises:
-            StorageError: publishing failed three times in a row.
+            StorageError: publishing failed three times in a row, here or behind the timer. The record is kept and
+                tried again all the same.
         """
         with self._lock:
             packed = pack_record(record, self._names)
@@ -96,6 +99,9 @@ class ShardsWriter:
                 self._failed(error)
             finally:
                 self._publishing.release()
+        failed = self._error  # the timer may take it back at any moment
+        if failed is not None:
+            raise failed
         return len(packed.data)
 
     def finish(self) -> int:
@@ -107,10 +113,22 @@ class ShardsWriter:
         with self._publishing:
             if self._records:
                 self._publish(full=True)
-        if self._number:
-            write_index(self._uri)
+        self._finish_index()
         overhead, self._overhead = self._overhead, 0
         return overhead
+
+    def _finish_index(self) -> None:
+        if not self._number and not self._index_due:
+            return
+        try:
+            write_index(self._uri)
+        except StorageError as error:
+            if self._number:
+                raise
+            # The shards are read without it, and nothing else was to be written.
+            log.warning("the index could not be repaired: %s", error)
+            return
+        self._index_due = False
 
     def _write_part(self) -> None:
         """What the timer does: a thread of its own, since a slow teacher lets no record come for minutes."""
@@ -118,14 +136,12 @@ class ShardsWriter:
             try:
                 self._publish(full=False)
             except StorageError as error:
-                self._timer = None
-                with contextlib.suppress(StorageError):  # the next writes meet it too
-                    self._failed(error)
+                self._failed(error)
 
     def _failed(self, error: StorageError) -> None:
         self._failures += 1
         if self._failures >= _FAILURES:
-            raise error
+            self._error = error  # the next write raises it
         log.warning("a shard could not be written; its records are kept and tried again: %s", error)
 
     def _publish(self, *, full: bool) -> None:
@@ -142,7 +158,7 @@ class ShardsWriter:
         latest = {record.sample_id: record for record in records}
         data = build_shard(latest.values(), names, self._identity)
         storage.write_bytes(storage.join(self._uri, name), data)
-        self._failures = 0
+        self._failures, self._error = 0, None
         self._number += 1
         if not full:
             self._parts.append(name)
@@ -160,10 +176,7 @@ class ShardsWriter:
 
 def write_index(uri: str, cache: ShardCache | None = None) -> None:
     """Publish the index of what is in the folder now, where it is not there already."""
-    infos: list[FileInfo] = storage.list_files(uri)
-    layout = ShardsLayout(uri, infos, cache)
-    condition = layout.condition
-    there = any(info.name == INDEX_FILE for info in infos) and not condition.index_problem
-    if layout.index.shards and not (there and not condition.gone and not condition.unindexed):
+    layout = ShardsLayout(uri, storage.list_files(uri), cache)
+    if layout.index_due:
         storage.write_bytes(storage.join(uri, INDEX_FILE), index_bytes(layout.index))
     layout.close()

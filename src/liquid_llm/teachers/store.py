@@ -221,8 +221,10 @@ class StoreWriter:
         if layout == "pt":
             self._layout = self._sink = PtLayout(uri, names)
         else:
-            self._layout = ShardsLayout(uri, infos)
-            self._sink = ShardsWriter(uri, self.identity, names, shard_bytes=shard_bytes, part_seconds=part_seconds)
+            self._layout = there = ShardsLayout(uri, infos)
+            self._sink = ShardsWriter(
+                uri, self.identity, names, shard_bytes=shard_bytes, part_seconds=part_seconds, index_due=there.index_due
+            )
 
     def has(self, sample_id: str) -> bool:
         """Whether a record of that name was there when the writer was made."""
@@ -353,9 +355,7 @@ def open_store(
     problems = [] if isinstance(layout, PtLayout) else layout.condition.problems()
     if not len(layout):
         got = "; ".join(problems) or None
-        raise SignalError(
-            "the signal store has no record", where=uri, got=got, remedy=f"capture them first: {_CAPTURE}"
-        )
+        raise SignalError("the signal store has no record", where=uri, got=got, remedy=f"capture first: {_CAPTURE}")
     for problem in problems:
         log.warning("%s: %s", uri, problem)
     return StoreReader(uri, identity, layout)

@@ -306,6 +306,28 @@ def test_writing_that_keeps_failing_ends_the_job(tmp_path: Path, teacher: Loaded
     assert len(done) < 30
 
 
+def test_a_store_that_fails_at_the_end_takes_no_other_with_it(
+    tmp_path: Path, teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are published by ``finish``: that of the second type comes, and the first error is the one raised."""
+    kinds = ("math_tool", "code", "general")
+    samples = {kind: make_samples(3, type=kind, prefix=kind) for kind in kinds}
+    writers = {
+        kind: StoreWriter(str(tmp_path / kind), teacher.identity, CODEC, vocab_size=VOCAB, layout="shards")
+        for kind in kinds
+    }
+
+    def refused(kind: str) -> int:
+        raise StorageError("the disk is full", where=kind)
+
+    for kind in ("math_tool", "general"):
+        monkeypatch.setattr(writers[kind], "finish", lambda kind=kind: refused(kind))
+    datasets = {kind: [ListSource(iter(samples[kind]))] for kind in kinds}
+    with pytest.raises(StorageError, match="math_tool: the disk is full"):
+        capture(datasets, writers, teacher, seq_len=100, batch_size=2)
+    assert len(open_store(str(tmp_path / "code"))) == 3
+
+
 def contents_of_files(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.pt") if path.is_file()]
 

@@ -13,7 +13,10 @@ from tests.support.teachers import IDENTITY
 
 from liquid_llm.errors import SignalError
 from liquid_llm.teachers.codecs import TopKCodec
+from liquid_llm.teachers.records import RecordError
+from liquid_llm.teachers.shards import read_head
 from liquid_llm.teachers.shards_index import INDEX_FILE
+from liquid_llm.teachers.shards_layout import Condition
 from liquid_llm.teachers.store import open_store
 from liquid_llm.teachers.store_file import STORE_FILE
 
@@ -54,7 +57,7 @@ def test_a_damaged_index_is_named_and_done_without(
     data = (folder / INDEX_FILE).read_bytes()
     (folder / INDEX_FILE).write_bytes(data[:-9] if contents is None else contents)
     assert_usable(folder)
-    assert "index.safetensors is not used" in warned(folder, caplog)
+    assert "index.safetensors is not used (it is damaged): " in warned(folder, caplog)
     write(folder, SAMPLES[:1])  # the next writer makes it again
     assert "index.safetensors" not in warned(folder, caplog)
 
@@ -63,7 +66,7 @@ def test_an_index_without_its_shard(folder: Path, caplog: pytest.LogCaptureFixtu
     gone = shard_files(folder)[0]
     gone.unlink()
     text = warned(folder, caplog)
-    assert f"1 shards of the index are not there, the first {gone.name}: 4 samples have lost their record" in text
+    assert f"1 shard of the index is not there, the first {gone.name}: 4 samples have lost their record" in text
     store = open_store(str(folder))
     assert statuses(store) == ["missing"] * 4 + ["usable"] * 8
     assert condition(store).lost == 4
@@ -77,7 +80,7 @@ def test_a_truncated_shard(folder: Path, indexed: bool, caplog: pytest.LogCaptur
     """Its records before the cut are served, the others are corrupt, and are made again."""
     cut = shard_files(folder)[0 if indexed else 2]
     cut.write_bytes(cut.read_bytes()[: int(0.8 * cut.stat().st_size)])
-    assert f"1 shards are truncated, the first {cut.name}" in warned(folder, caplog)
+    assert f"1 shard is truncated, the first {cut.name}" in warned(folder, caplog)
     store = open_store(str(folder))
     found = statuses(store)
     reasons = {store.get(sample, 1024, 2.0).reason for sample in SAMPLES} - {""}
@@ -101,7 +104,7 @@ def test_a_shard_whose_front_is_damaged(folder: Path, indexed: bool, caplog: pyt
     found = statuses(open_store(str(folder)))
     assert found == (["corrupt"] * 4 + ["usable"] * 8 if indexed else ["usable"] * 8 + ["missing"] * 4)
     if not indexed:
-        assert f"1 shards cannot be read, the first {shard.name}" in warned(folder, caplog)
+        assert f"1 shard cannot be read, the first {shard.name} (its front is damaged, " in warned(folder, caplog)
 
 
 def test_a_wrong_checksum_hits_one_record(folder: Path) -> None:
@@ -148,7 +151,7 @@ def test_every_shard_damaged_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, SAMPLES)
     (tmp_path / INDEX_FILE).unlink()
     shard_files(tmp_path)[0].write_bytes(b"junk")
-    with pytest.raises(SignalError, match=r"no record; got 1 shards cannot be read.*liquid capture"):
+    with pytest.raises(SignalError, match=r"no record; got 1 shard cannot be read.*liquid capture"):
         open_store(str(tmp_path))
 
 
@@ -160,3 +163,25 @@ def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(2):
         assert set(statuses(store)) == {"usable"}
         assert len(store.layout._open) == 3  # type: ignore[attr-defined]
+
+
+def test_problems_are_counted_in_plain_words() -> None:
+    """One or several; an empty file is called empty, whatever Python made of it."""
+    with pytest.raises(RecordError, match=r"^it is empty$"):
+        read_head(lambda begin, end: b"", 0)
+    with pytest.raises(RecordError, match=r"^its front is damaged, 1,000 bytes$"):
+        read_head(lambda begin, end: bytes(1000)[begin:end], 1000)
+    one = Condition(damaged={"a": "it is empty"}, truncated=["a"], gone=["a"], lost=1).problems()
+    two = Condition(damaged={"a": "it is empty", "b": ""}, truncated=["a", "b"], gone=["a", "b"], lost=2).problems()
+    assert [text.partition(",")[0] for text in one] == [
+        "1 shard cannot be read",
+        "1 shard is truncated",
+        "1 shard of the index is not there",
+    ]
+    assert [text.partition(",")[0] for text in two] == [
+        "2 shards cannot be read",
+        "2 shards are truncated",
+        "2 shards of the index are not there",
+    ]
+    assert one[2].endswith(": 1 sample has lost its record")
+    assert two[2].endswith(": 2 samples have lost their record")

@@ -57,6 +57,16 @@ def test_shards_added_in_any_order_give_the_same(shards: list[list[str]], known:
     assert_finds(read_back(index_bytes(index)), shards)
 
 
+@given(shards=SHARDS, unreadable=st.sets(st.integers(0, 5)))
+def test_what_is_known_of_some_shards(shards: list[list[str]], unreadable: set[int]) -> None:
+    """With the others read again it is the whole index, their superseded records excepted, which no one counts."""
+    tables = [table(number, ids) for number, ids in enumerate(shards)]
+    whole = build_index(tables)
+    part = whole.part({tables[number][0].name for number in unreadable if number < len(shards)})
+    assert [entry.name for entry in part.shards] == [f"shard-{n:03d}" for n in sorted(unreadable) if n < len(shards)]
+    assert_finds(build_index((one for n, one in enumerate(tables) if n not in unreadable), part), shards)
+
+
 def test_keys_that_agree_in_their_first_half() -> None:
     keys = np.array([[7, 3], [7, 1], [7, 2], [2**64 - 1, 2**64 - 1]], np.uint64)
     index = build_index([(ShardEntry("a", 1, 4), keys)])

@@ -143,6 +143,74 @@ def test_a_place_that_cannot_be_written_loses_nothing(tmp_path: Path, monkeypatc
     assert_usable(tmp_path, SAMPLES[:3])
 
 
+def test_a_slow_teacher_hears_of_what_the_timer_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts fail behind its back, and no shard is full for an hour: the write after the third failure says so."""
+    store = writer(tmp_path, part_seconds=0.01)
+    calls = threading.Semaphore(0)
+
+    def refuse(uri: str, data: bytes) -> None:
+        calls.release()
+        raise StorageError("the disk is full", where=tmp_path)
+
+    monkeypatch.setattr(shards_writer.storage, "write_bytes", refuse)
+    for number in range(3):
+        put(store, SAMPLES[number : number + 1])
+        assert calls.acquire(timeout=30)
+        for _ in range(500):
+            if store._sink._failures > number:  # type: ignore[union-attr]
+                break
+            threading.Event().wait(0.01)
+    with pytest.raises(StorageError, match="disk is full"):
+        put(store, SAMPLES[3:4])
+    with pytest.raises(StorageError, match="disk is full"):
+        store.finish()
+    monkeypatch.undo()
+    store.finish()
+    put(store, SAMPLES[4:5])  # the error is over once something could be published
+    store.finish()
+    assert_usable(tmp_path, SAMPLES[:5])
+
+
+@pytest.mark.parametrize("contents", [None, b"", b"junk" * 100])
+def test_a_writer_with_nothing_to_write_repairs_the_index(
+    tmp_path: Path, contents: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, SAMPLES, shard_bytes=4000)
+    index = tmp_path / INDEX_FILE
+    whole = index.read_bytes()
+    index.unlink()
+    if contents is not None:
+        index.write_bytes(contents)
+    store = writer(tmp_path)
+    store.finish()
+    assert index.read_bytes() == whole
+    listed: list[str] = []
+    real = storage.list_files
+    monkeypatch.setattr(shards_writer.storage, "list_files", lambda uri: listed.append(uri) or real(uri))
+    store.finish()
+    assert listed == []
+    writer(tmp_path).finish()
+    assert len(listed) == 1  # the opening's own: of an index that is whole nothing is asked
+
+
+def test_an_index_that_cannot_be_repaired_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, SAMPLES)
+    (tmp_path / INDEX_FILE).unlink()
+    store = writer(tmp_path)
+
+    def refuse(uri: str, data: bytes) -> None:
+        raise StorageError("permission denied", where=uri)
+
+    monkeypatch.setattr(shards_writer.storage, "write_bytes", refuse)
+    store.finish()
+    assert "the index could not be repaired" in caplog.text
+    put(store, SAMPLES[:1])
+    with pytest.raises(StorageError, match="permission denied"):
+        store.finish()
+
+
 # ---------------------------------------------------------------------------------------------------- packed meanwhile
 
 
