@@ -33,6 +33,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return made
 
 
+@pytest.fixture(scope="module")
+def one_shard(tiny: Tiny) -> Path:
+    """Maths and code in a single shard."""
+    assert main(["store", "pack", str(tiny.root / "shards"), str(tiny.root / "packed")]) == 0
+    assert len(shards_of(tiny.root / "packed")) == 1
+    return tiny.root / "packed"
+
+
 @pytest.fixture
 def store(tiny: Tiny, tmp_path: Path) -> Path:
     """A copy of the shards that a test may damage."""
@@ -95,6 +103,42 @@ def test_pack_and_diff_by_url(tiny: Tiny, gcs: Bucket, capsys: pytest.CaptureFix
     assert asked(capsys, 0, "verify", uri, *teacher_words(tiny), "--samples=4")["agrees"]
 
 
+def test_stats_are_of_live_records(
+    tiny: Tiny, one_shard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A longer window of some of the code, so that a shard has live and superseded records."""
+    store = shutil.copytree(one_shard, tmp_path / "store")
+    before = asked(capsys, 0, "stats", store)
+    rows = (tiny.root / "code.jsonl").read_text().splitlines()[:15]
+    (tmp_path / "code.jsonl").write_text("\n".join(rows) + "\n")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"path": "code.jsonl", "type": "code", "weight": 1.0}) + "\n")
+    again = {"code_logits_dir": store, "dataset_manifest": manifest, "seq_len": 96, **CODEC}
+    assert main(["capture", *tiny.capture_words(**again)]) == 0
+    found = asked(capsys, 0, "stats", store)
+    longer = found["superseded"]
+    assert 0 < longer <= 15
+    live = [record for _, record in open_store(str(store)).layout.records()]
+    for kind, row in found["types"].items():
+        headers = [record.header for record in live if record.header.type == kind]  # type: ignore[union-attr]
+        assert row["records"] == len(headers) == 40
+        assert row["positions"] == sum(header.num_tokens - 1 for header in headers)
+    assert found["positions"] == sum(row["positions"] for row in found["types"].values()) > before["positions"]
+    assert found["bytes"] == sum(path.stat().st_size for path in store.iterdir())
+    parts = sum(found["parts_bytes_per_token"].values())
+    assert parts == pytest.approx(found["bytes_per_token"])
+    assert parts * found["positions"] + found["superseded_bytes"] == pytest.approx(found["bytes"], abs=2)
+    assert main(["store", "stats", str(store)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{longer} more" in shown
+    assert f"liquid store pack {store} {store} gives the room back" in shown
+    asked(capsys, 0, "pack", store, store)
+    packed = asked(capsys, 0, "stats", store)
+    assert (packed["superseded_bytes"], packed["positions"]) == (0, found["positions"])
+    assert packed["types"] == {kind: pytest.approx(row) for kind, row in found["types"].items()}
+    assert packed["bytes_per_token"] == pytest.approx(found["bytes_per_token"], rel=0.02)
+
+
 def test_pack_in_place_removes_what_is_superseded(tiny: Tiny, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = tiny.capture_words(math_logits_dir=store, code_logits_dir=store, overwrite="true", **CODEC)
     assert main(["capture", *words]) == 0
@@ -108,15 +152,15 @@ def test_pack_in_place_removes_what_is_superseded(tiny: Tiny, store: Path, capsy
     assert asked(capsys, 0, "diff", store, tiny.root / "shards")["equal"] == 80
 
 
-def test_pack_leaves_out_what_is_damaged_and_removes_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = bytearray(shards_of(store)[0].read_bytes())
+def test_pack_leaves_out_what_is_damaged_and_keeps_its_shard(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = shards_of(store)[0]
+    data = bytearray(damaged.read_bytes())
     data[-10] ^= 1
-    shards_of(store)[0].write_bytes(data)
-    before = set(shards_of(store))
+    damaged.write_bytes(data)
     done = asked(capsys, 3, "pack", store, store)
     assert done["left_out_count"] == 1
     assert list(done["left_out"].values()) == ["the checksum does not match"]
-    assert before < set(shards_of(store))
+    assert damaged.read_bytes() == data
 
 
 def test_pack_into_another_teachers_store_is_refused(
@@ -127,8 +171,15 @@ def test_pack_into_another_teachers_store_is_refused(
     (tmp_path / "other" / "store.json").write_text(json.dumps({**values, "teacher_id": "org/other"}))
     assert main(["store", "pack", str(store), str(tmp_path / "other")]) == 3
     assert "holds the signal of org/other" in capsys.readouterr().err
-    assert main(["store", "pack", str(tiny.root / "pt"), str(tiny.root / "pt")]) == 3
-    assert "another layout" in capsys.readouterr().err
+
+
+def test_a_store_of_files_is_not_packed_in_place(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name for path in (tiny.root / "pt").iterdir()}
+    assert main(["store", "pack", str(tiny.root / "pt"), f"{tiny.root}/./pt/"]) == 2
+    shown = capsys.readouterr().err
+    assert f"liquid store pack {tiny.root / 'pt'} FOLDER" in shown
+    assert "--logits_format" not in shown
+    assert {path.name for path in (tiny.root / "pt").iterdir()} == before
 
 
 # --------------------------------------------------------------------------------------------------------------- verify
@@ -204,6 +255,28 @@ def test_verify_counts_stale_and_corrupt_apart(
     found = asked(capsys, 3, "verify", store, *words, "--samples=1000")
     assert (found["looked_at"], found["usable"], found["stale"], found["corrupt"]) == (80, 78, 1, 1)
     assert sorted(why.split(":")[0] for why in found["examples"].values()) == ["corrupt", "stale"]
+    assert found["verdict"] == "1 stale, 1 corrupt, 0 differing: the usable ones say what the teacher says"
+
+
+def test_verify_says_how_many_samples_have_a_record(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    manifest = tmp_path / "manifest.jsonl"
+    rows = (tiny.root / "code.jsonl").read_text().splitlines()[:6]
+    (tmp_path / "code.jsonl").write_text("\n".join(rows) + "\n")
+    manifest.write_text(json.dumps({"path": "code.jsonl", "type": "code", "weight": 1.0}) + "\n")
+    words = {"math_logits_dir": folder, "code_logits_dir": folder, "dataset_manifest": manifest, **CODEC}
+    assert main(["capture", *tiny.capture_words(**words)]) == 0
+    found = asked(capsys, 0, "verify", folder, *teacher_words(tiny), "--samples=3")
+    assert (found["with_record"], found["samples"]) == (6, 80)
+    assert found["coverage"]["math_tool"] == {"samples": 40, "with_record": 0}
+    (shard,) = shards_of(folder)
+    shard.write_bytes(b"")
+    found = asked(capsys, 3, "verify", folder, *teacher_words(tiny), "--samples=3")
+    assert (found["agrees"], found["verdict"]) == (False, "3 corrupt, 0 differing: none could be compared")
+    assert main(["store", "verify", str(folder), *teacher_words(tiny), "--samples=3"]) == 3
+    assert "6 of 80 samples of the manifest have a record (math_tool 0 of 40, code 6 of 40)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------- stats
@@ -252,6 +325,50 @@ def test_stats_with_the_teacher_show_fidelity(tiny: Tiny, capsys: pytest.Capture
     assert "--teacher and --manifest go together" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("keep", [0, 40, -200])
+def test_stats_count_what_cannot_be_read(
+    one_shard: Path, tmp_path: Path, keep: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard emptied, cut inside its front, and cut before its last records."""
+    store = shutil.copytree(one_shard, tmp_path / "store")
+    (shard,) = shards_of(store)
+    shard.write_bytes(shard.read_bytes()[:keep])
+    found = asked(capsys, 0, "stats", store)
+    assert found["records"] == 80
+    assert found["bytes"] == sum(path.stat().st_size for path in store.iterdir())
+    assert main(["store", "stats", str(store)]) == 0
+    shown = capsys.readouterr().out
+    if keep < 0:
+        assert 0 < found["unreadable"] < 10
+        assert sum(row["records"] for row in found["types"].values()) == 80 - found["unreadable"]
+        assert found["corrupt"] == found["unreadable"] == len(found["examples"])
+        assert all(why.startswith("corrupt: ") for why in found["examples"].values())
+        return
+    assert (found["unreadable"], found["positions"], found["bytes_per_token"]) == (80, 0, None)
+    assert (found["sampled"], found["types"], list(found["examples"])) == (0, {}, [shard.name])
+    rows = dict(line.split("  ", 1) for line in shown.splitlines() if not line.startswith(" "))
+    assert rows["records"].strip() == "80 in 3 files, - positions"
+    assert rows["unreadable"].strip().startswith("80 of these records")
+    assert rows["bytes a token"].strip() == "-"
+
+
+def test_stats_of_stale_and_damaged_files_name_them(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny.root / "pt", tmp_path / "pt")
+    values = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps({**values, "teacher_revision": "another"}))
+    next(folder.glob("math_tool-*.pt")).write_bytes(b"")
+    found = asked(capsys, 0, "stats", folder)
+    assert (found["stale"], found["corrupt"], found["unreadable"], len(found["examples"])) == (79, 1, 1, 20)
+    assert any(why.startswith("stale: captured with teacher revision") for why in found["examples"].values())
+    assert [row["mass"] for row in found["types"].values()] == [None, None]
+    assert main(["store", "stats", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("none decoded") == 2
+    assert "mass 0" not in shown
+
+
 # ----------------------------------------------------------------------------------------------------------------- diff
 
 
@@ -264,10 +381,31 @@ def test_diff_names_what_differs(tiny: Tiny, store: Path, tmp_path: Path, capsys
     found = asked(capsys, 3, "diff", store, folder)
     assert found["identity"]["field"] == "codec options"
     assert (found["only_first"], found["only_second"], found["equal"]) == (40, 0, 0)
-    assert found["payload"] + found["tokens"] == 40
-    assert found["tokens"] > 0
+    assert found["payload"] + found["length"] == 40
+    assert found["length"] > 0  # windows of 40 and of more tokens: no hash in common, and another codec's signal
     assert all(name.startswith("math_tool-") for name in found["examples"]["only_first"])
     assert asked(capsys, 3, "diff", folder, store)["only_second"] == 40
+
+
+@pytest.mark.parametrize("shorter", [40, 64])
+def test_diff_tells_a_longer_window_from_other_tokens(
+    tiny: Tiny, tmp_path: Path, shorter: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """64 tokens have a hash; of 40 the equal signal says that they are the same."""
+    short, long = tmp_path / "short", tmp_path / "long"
+    for folder, length in ((short, shorter), (long, 96)):
+        words = tiny.capture_words(math_logits_dir=folder, code_logits_dir=folder, seq_len=length, **CODEC)
+        assert main(["capture", *words]) == 0
+    found = asked(capsys, 3, "diff", short, long)
+    longer = found["longer_second"]
+    assert longer > 0
+    assert (found["equal"], found["tokens"], found["length"], found["payload"]) == (80 - longer, 0, 0, 0)
+    assert found["common_positions"] == longer * (shorter - 1)
+    assert found["common_difference_max"] < 1e-4
+    assert found["decoded_difference_mean"] is None
+    assert asked(capsys, 3, "diff", long, short)["longer_first"] == longer
+    assert main(["store", "diff", str(short), str(long)]) == 3
+    assert f"longer window in {long}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------ the words
@@ -294,6 +432,13 @@ def test_every_action_prints_a_table_for_people(
         (["stats", "/no/such/folder"], 3, "there is no signal store here"),
         (["pack"], 2, "SRC, DST"),
         (["mend", "x"], 2, "mend"),
+        (["stat", "x"], 2, "Did you mean stats?"),
+        (["pack", "x", ""], 2, "DST: got '', expected a folder"),
+        (["stats", "x", "--seed=-1"], 2, "--seed: got -1, expected at least 0"),
+        (["verify", "x", "--teacher=t", "--manifest=m", "--seed=-1"], 2, "--seed: got -1, expected at least 0"),
+        (["stats", "x", "--seed=abc"], 2, "--seed: got 'abc', expected a whole number"),
+        (["diff", "a", "b", "--temperature=abc"], 2, "--temperature: got 'abc', expected a number"),
+        (["verify", "x", "--temperatures=1,abc"], 2, "--temperatures: got 'abc', expected a number"),
         ([], 2, "ACTION"),
         (["stats", "x", "--samples=0"], 2, "at least 1"),
         (["diff", "a", "b", "--temperature=-1"], 2, "more than 0"),
@@ -311,5 +456,33 @@ def test_mistakes_are_one_message(
 
 
 def test_a_temperature_the_codec_does_not_know(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["store", "stats", str(tiny.root / "shards"), "--temperature=9"]) == 3
-    assert "cannot be read at this temperature" in capsys.readouterr().err
+    folder = str(tiny.root / "shards")
+    teacher = teacher_words(tiny)
+    for words, option in (
+        (["stats", folder, "--temperature=9"], "--temperature"),
+        (["diff", folder, folder, "--temperature=9"], "--temperature"),
+        (["verify", folder, *teacher, "--temperatures=1,9"], "--temperatures"),
+    ):
+        assert main(["store", *words]) == 2
+        shown = capsys.readouterr().err
+        assert f"{option}, store {folder}" in shown
+        assert "got 9; expected " in shown
+        assert "kd_temperature" not in shown
+
+
+def test_the_usual_temperature_moves_to_the_codecs(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Codec ``sampled`` is read at the temperature of its capture alone."""
+    folder, other = tmp_path / "one", tmp_path / "three"
+    for store, temperature in ((folder, 1), (other, 3)):
+        codec = {"codec": "sampled", "codec_options": f"temperature={temperature}"}
+        assert main(["capture", *tiny.capture_words(math_logits_dir=store, code_logits_dir=store, **codec)]) == 0
+    assert asked(capsys, 0, "stats", folder)["temperature"] == 1
+    found = asked(capsys, 0, "verify", folder, *teacher_words(tiny), "--samples=4")
+    assert (found["temperatures"], {row["temperature"] for row in found["measured"]}) == ([1], {1})
+    assert asked(capsys, 0, "diff", folder, folder)["temperature"] == 1
+    found = asked(capsys, 3, "diff", folder, other)
+    assert (found["temperature"], found["payload"], found["decoded_difference_mean"]) == (None, 80, None)
+    assert main(["store", "stats", str(folder)]) == 0
+    assert "1 instead of 2: codec 'sampled' is read at 1" in capsys.readouterr().out

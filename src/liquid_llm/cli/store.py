@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 
 from liquid_llm.cli.parse import Parser, normalise
@@ -10,6 +11,8 @@ from liquid_llm.errors import UsageError
 from liquid_llm.options import PRECISIONS
 
 _EPILOG = "Folders may be local or URLs. diff, verify and pack end with 3 where something is not as it should be."
+_ACTIONS = ("pack", "verify", "stats", "diff")
+_MOVED = "; the nearest that the codec is read at"
 _TEACHER_OPTIONS = ("mc_teacher_id", "dataset_manifest", "seed", "teacher_precision", "data_cache", "hf_token_file")
 
 
@@ -19,6 +22,10 @@ def store(words: list[str]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
+    if words and not words[0].startswith("-") and words[0] not in _ACTIONS:
+        near = difflib.get_close_matches(words[0], _ACTIONS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_ACTIONS)}"
+        raise UsageError("unknown action", where="liquid store", got=repr(words[0]), remedy=remedy)
     options = _parser().parse_args(normalise(words))
     from liquid_llm.run import storing
 
@@ -44,22 +51,24 @@ def _parser() -> Parser:
     parser = Parser(prog="liquid store", description="Look after stores of teacher signal.", epilog=_EPILOG)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     packing = _action(
-        actions, "pack", "copy a store's records into full shards; in place when SRC and DST are the same"
+        actions,
+        "pack",
+        "copy a store's records into full shards; shards also in place, when SRC and DST are the same",
     )
-    packing.add_argument("source", metavar="SRC", help="store of any layout")
-    packing.add_argument("target", metavar="DST", help="folder for the shards")
+    packing.add_argument("source", type=_folder, metavar="SRC", help="store of any layout")
+    packing.add_argument("target", type=_folder, metavar="DST", help="folder for the shards; not that of a .pt store")
     verifying = _action(actions, "verify", "score a random sample again and compare it with what is stored")
     _teacher(verifying, required=True)
     verifying.add_argument("--samples", type=_count, default=32, help="records to score again [32]")
-    verifying.add_argument("--temperatures", type=_temperatures, default=(1.0, 2.0), help="to compare at [1,2]")
+    verifying.add_argument("--temperatures", type=_temperatures, help=f"to compare at [1,2{_MOVED}]")
     stats = _action(actions, "stats", "bytes a token by part, mass covered, tail share; with a teacher also fidelity")
     _teacher(stats, required=False)
     stats.add_argument("--samples", type=_count, default=200, help="records to look at [200]")
     differing = _action(actions, "diff", "which records differ, are missing or were made from other tokens")
-    differing.add_argument("first", metavar="A", help="a store")
-    differing.add_argument("second", metavar="B", help="another")
+    differing.add_argument("first", type=_folder, metavar="A", help="a store")
+    differing.add_argument("second", type=_folder, metavar="B", help="another")
     for one in (stats, differing):
-        one.add_argument("--temperature", type=_temperature, default=2.0, help="to decode at [2]")
+        one.add_argument("--temperature", type=_temperature, help=f"to decode at [2{_MOVED}]")
     return parser
 
 
@@ -70,24 +79,44 @@ def _action(actions: argparse._SubParsersAction[Parser], name: str, words: str) 
 
 
 def _teacher(parser: Parser, *, required: bool) -> None:
-    parser.add_argument("store", metavar="STORE", help="the store")
+    parser.add_argument("store", type=_folder, metavar="STORE", help="the store")
     parser.add_argument("--teacher", dest="mc_teacher_id", required=required, help="the teacher it was captured from")
     parser.add_argument("--manifest", dest="dataset_manifest", required=required, help="manifest with its texts")
     parser.add_argument("--teacher_precision", choices=PRECISIONS, help="teacher's arithmetic [auto]")
     parser.add_argument("--data_cache", help="folder for tokenised data")
     parser.add_argument("--hf_token_file", help="file with a Hugging Face token (else HF_TOKEN)")
-    parser.add_argument("--seed", type=int, default=1234, help="which records [1234]")
+    parser.add_argument("--seed", type=_seed, default=1234, help="which records [1234]")
+
+
+def _folder(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder or URL")
+    return text
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    return _whole_number(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, minimum: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number") from None
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least {minimum}")
     return value
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number") from None
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text}, expected more than 0")
     return value

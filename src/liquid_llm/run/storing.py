@@ -10,6 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
-from liquid_llm.errors import DataError, SignalError
+from liquid_llm.errors import DataError, SignalError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.run.inputs import read_manifest_inputs
@@ -26,13 +27,14 @@ from liquid_llm.run.places import cache_dir
 from liquid_llm.run.teachers import load_online, stored_name, text_tools
 from liquid_llm.run.tokens import read_token
 from liquid_llm.runtime import choose_device
-from liquid_llm.teachers.codecs import PayloadError, check_temperature
+from liquid_llm.teachers.codecs import PayloadError
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.records import Record, RecordError
 from liquid_llm.teachers.shards_pack import pack
 from liquid_llm.teachers.shards_remote import ShardCache
 from liquid_llm.teachers.store import Lookup, StoreReader, open_store
-from liquid_llm.teachers.store_compare import Verifier, compare
+from liquid_llm.teachers.store_compare import Difference, Verifier, compare
+from liquid_llm.teachers.store_file import present_layout
 from liquid_llm.teachers.store_survey import survey
 from liquid_llm.terminal import Stage, setup_logging
 
@@ -40,12 +42,19 @@ log = logging.getLogger(__name__)
 
 _LISTED = 20
 _LEFT_OUT = DataError.exit_code
+_TEMPERATURE, _TEMPERATURES = 2.0, (1.0, 2.0)  # where none is asked for
 
 
 def run_pack(source: str, target: str, *, as_json: bool) -> int:
     """``liquid store pack``. Raises LiquidError for any problem a user can cause."""
     setup_logging("INFO")
     store = _open(source)
+    if present_layout(target) not in (None, "shards"):
+        raise UsageError(
+            "this folder holds one .pt file a sample, and packing makes shards, in another folder",
+            where=target,
+            remedy=f"name another: liquid store pack {source} FOLDER",
+        )
     with Stage("pack", unit="records", total=len(store)) as stage:
         summary = pack(store, target, progress=stage.advance)
     store.close()
@@ -64,18 +73,19 @@ def run_pack(source: str, target: str, *, as_json: bool) -> int:
     return _LEFT_OUT if summary.left_out_count else 0
 
 
-def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperature: float, as_json: bool) -> int:
+def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperature: float | None, as_json: bool) -> int:
     """``liquid store stats``; with a teacher and a manifest in ``given`` the fidelity is measured too."""
     setup_logging("WARNING" if as_json else "INFO")
     store = _open(uri)
-    check_temperature(store.codec, temperature)
+    at, moved = _temperature([store], temperature, "--temperature")
+    assert at is not None  # one store has a range
     seed = int(str(given.get("seed", 1234)))
-    found = survey(store, samples=samples, temperature=temperature, seed=seed).as_dict()
-    report = {**store.describe(), "temperature": temperature, **found}
-    lines = _stats_lines(report)
+    found = survey(store, samples=samples, temperature=at, seed=seed).as_dict()
+    report = {**store.describe(), "temperature": at, **found}
+    lines = [*_stats_lines(report), *moved]
     code = 0
     if "mc_teacher_id" in given:
-        verified, code = _verify(store, build_capture_config(given), samples, (temperature,))
+        verified, code = _verify(store, build_capture_config(given), samples, (at,))
         report["fidelity"] = verified
         lines += _verify_lines(verified)
     store.close()
@@ -84,47 +94,72 @@ def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperatur
 
 
 def run_verify(
-    uri: str, given: Mapping[str, object], *, samples: int, temperatures: Sequence[float], as_json: bool
+    uri: str, given: Mapping[str, object], *, samples: int, temperatures: Sequence[float] | None, as_json: bool
 ) -> int:
     """``liquid store verify``: 3 unless all records looked at are usable and say what the teacher says."""
     setup_logging("WARNING" if as_json else "INFO")
     config = build_capture_config(given)
     store = _open(uri, teacher_id=stored_name(config.teacher.stored_id))
-    for temperature in temperatures:
-        check_temperature(store.codec, temperature)
-    report, code = _verify(store, config, samples, tuple(temperatures))
+    if temperatures is None:
+        tried = [_temperature([store], None, "--temperatures", usual) for usual in _TEMPERATURES]
+    else:
+        tried = [_temperature([store], one, "--temperatures") for one in temperatures]
+    chosen = tuple(dict.fromkeys(at for at, _ in tried if at is not None))
+    report, code = _verify(store, config, samples, chosen)
     store.close()
-    _show({**store.describe(), **report}, as_json, [("store", uri), *_verify_lines(report)])
+    moved = [line for _, lines in tried for line in lines]
+    report["temperatures"] = chosen
+    _show({**store.describe(), **report}, as_json, [("store", uri), *moved, *_verify_lines(report)])
     return code
 
 
-def run_diff(first: str, second: str, *, temperature: float, as_json: bool) -> int:
+def run_diff(first: str, second: str, *, temperature: float | None, as_json: bool) -> int:
     """``liquid store diff``: 3 unless both hold the same signal of the same samples."""
     setup_logging("WARNING" if as_json else "INFO")
     stores = _open(first), _open(second)
-    for store in stores:
-        check_temperature(store.codec, temperature)
-    found = compare(*stores, temperature)
+    at, moved = _temperature(stores, temperature, "--temperature")
+    found = compare(*stores, at)
     for store in stores:
         store.close()
-    words = {
-        "equal": "equal",
-        "payload": "same tokens, other signal",
-        "tokens": "made from other tokens (stale in one of them)",
-        "only_first": f"only in {first}",
-        "only_second": f"only in {second}",
-        "unreadable": "unreadable",
-    }
-    lines = [(words[kind], f"{count:,}") for kind, count in found.counts.items()]
-    report = found.as_dict()
-    if found.identity is not None:
-        name, mine, theirs = found.identity
-        lines.append((f"the {name} differs", f"{mine} and {theirs}"))
-    if found.decoded:
-        lines.append(("decoded difference", f"mean {report['decoded_difference_mean']:.3g}"))
-    lines += [(words[kind], name) for kind, names in found.examples.items() for name in names]
-    _show({"first": first, "second": second, "temperature": temperature, **report}, as_json, lines)
+    report = {"first": first, "second": second, "temperature": at, **found.as_dict()}
+    _show(report, as_json, [*moved, *_diff_lines(found, first, second)])
     return 0 if found.same else _LEFT_OUT
+
+
+def _temperature(
+    stores: Sequence[StoreReader], asked: float | None, option: str, usual: float = _TEMPERATURE
+) -> tuple[float | None, list[tuple[str, str]]]:
+    """The temperature to decode at, and a line of output where it is not the usual one.
+
+    Where none is ``asked`` for it is the ``usual`` one, moved into what the codecs of all ``stores`` can be read at;
+    None where they have nothing in common.
+
+    Raises:
+        UsageError: one asked for that a store cannot be read at.
+    """
+    ranges = [store.codec.temperature_range for store in stores]
+    if asked is not None:
+        for store, (lowest, highest) in zip(stores, ranges, strict=True):
+            if not lowest <= asked <= highest:
+                raise UsageError(
+                    f"signal stored with codec {store.codec.name!r} cannot be read at this temperature",
+                    where=f"{option}, store {store.uri}",
+                    got=f"{asked:g}",
+                    expected=_range_words(lowest, highest),
+                    remedy=f"choose {option} in this range, or leave it out",
+                )
+        return asked, []
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    if low > high:
+        return None, [("temperature", "none that both can be read at: nothing was decoded")]
+    at = min(max(usual, low), high)
+    names = " and ".join(dict.fromkeys(repr(store.codec.name) for store in stores))
+    why = f"{at:g} instead of {usual:g}: codec {names} is read at {_range_words(low, high)}"
+    return at, [] if at == usual else [("temperature", why)]
+
+
+def _range_words(lowest: float, highest: float) -> str:
+    return f"{lowest:.3g}" if lowest == highest else f"{lowest:.3g} to {highest:.3g}"
 
 
 # --------------------------------------------------------------------------------------------------------------- verify
@@ -147,6 +182,7 @@ def _verify(
         inputs = read_manifest_inputs(
             config.data, text, only=STORED_TYPES, progress=lambda _, tokens: stage.advance(tokens)
         )
+    coverage = _coverage(store, inputs.everything)
     chosen = list(_chosen(store, inputs.everything, samples, config.seed))
     if not chosen:
         raise SignalError("no sample of the manifest has a record", where=store.uri, got=config.data.manifest)
@@ -165,8 +201,11 @@ def _verify(
                 examples.setdefault(dataset.sample_id(index), f"{status}: {why}")
             stage.advance()
     drifted = any(one.drifted for one in verifier.measured.values())
-    agrees = not drifted and not verifier.differing and statuses["usable"] == len(chosen)
+    differs = drifted or bool(verifier.differing)
+    agrees = not differs and statuses["usable"] == len(chosen)
     report = {
+        **{name: sum(row[name] for row in coverage.values()) for name in ("samples", "with_record")},
+        "coverage": coverage,
         "looked_at": len(chosen),
         **{name: statuses[name] for name in ("usable", "stale", "corrupt")},
         "identical": verifier.identical,
@@ -178,8 +217,29 @@ def _verify(
             for (kind, temperature), one in sorted(verifier.measured.items())
         ],
         "agrees": agrees,
+        "verdict": _verdict(statuses, len(verifier.differing), differs),
     }
     return report, 0 if agrees else _LEFT_OUT
+
+
+def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str, dict[str, int]]:
+    """Samples by type, and how many of them have a record of their name."""
+    found: dict[str, dict[str, int]] = {}
+    for dataset in datasets:
+        row = found.setdefault(dataset.type, {"samples": 0, "with_record": 0})
+        row["samples"] += len(dataset)
+        row["with_record"] += sum(store.has(dataset.sample_id(index)) for index in range(len(dataset)))
+    return found
+
+
+def _verdict(statuses: Mapping[str, int], differing: int, differs: bool) -> str:
+    if differs:
+        return "the store does NOT say what its teacher says"
+    bad = ", ".join(f"{statuses[name]} {name}" for name in ("stale", "corrupt") if statuses[name])
+    if not bad:
+        return "the store says what its teacher says"
+    rest = "the usable ones say what the teacher says" if statuses["usable"] else "none could be compared"
+    return f"{bad}, {differing} differing: {rest}"
 
 
 def _check(store: StoreReader, verifier: Verifier, dataset: TokenDataset, index: int) -> tuple[str, str]:
@@ -231,28 +291,76 @@ def _show(report: Mapping[str, Any], as_json: bool, lines: Iterable[tuple[str, s
 
 
 def _stats_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    parts = report["parts_bytes_per_token"].items()
+    positions = f"{report['positions']:,}" if report["positions"] else "-"
     lines = [
         ("store", f"{report['uri']}, layout {report['layout']}"),
         ("teacher", f"{report['teacher_id']}@{report['teacher_revision'][:12]}"),
         ("codec", f"{report['codec']} {report['codec_version']} {report['codec_options']}"),
-        ("records", f"{report['records']:,} in {report['files']:,} files, {report['positions']:,} positions"),
-        ("superseded", f"{report['superseded']:,}"),
+        ("records", f"{report['records']:,} in {report['files']:,} files, {positions} positions"),
+    ]
+    if report["unreadable"] or report["unreadable_bytes"]:
+        size = format_bytes(report["unreadable_bytes"])
+        lines.append(("unreadable", f"{report['unreadable']:,} of these records, {size}"))
+    if report["superseded"]:
+        room = f"liquid store pack {report['uri']} {report['uri']} gives the room back"
+        lines.append(
+            ("superseded", f"{report['superseded']:,} more, {format_bytes(report['superseded_bytes'])}; {room}")
+        )
+    lines += [
         ("size", format_bytes(report["bytes"])),
-        ("bytes a token", f"{report['bytes_per_token']:.2f}"),
-        *((f"  {name}", f"{size:.2f}") for name, size in parts),
+        ("bytes a token", _or_dash(report["bytes_per_token"])),
+        *((f"  {name}", f"{size:.2f}") for name, size in report["parts_bytes_per_token"].items()),
         ("looked at", f"{report['sampled']:,}: {report['corrupt']} corrupt, {report['stale']} stale"),
     ]
     for kind, row in report["types"].items():
-        size = f"{row['records']:,} records, {row['payload_bytes_per_token']:.2f} bytes a token of payload"
-        mass = f"mass {row['mass']:.4f}, tail share {row['tail_share']:.3f}, mass error {row['mass_error']:.3f}"
+        size = f"{row['records']:,} records, {_or_dash(row['payload_bytes_per_token'])} bytes a token of payload"
+        mass = "none decoded"
+        if row["mass"] is not None:
+            mass = f"mass {row['mass']:.4f}, tail share {row['tail_share']:.3f}, mass error {row['mass_error']:.3f}"
         lines.append((kind, f"{size}; {mass} at T={report['temperature']:g}"))
+    lines += list(report["examples"].items())
     return lines + [("problem", problem) for problem in report["problems"]]
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _diff_lines(found: Difference, first: str, second: str) -> list[tuple[str, str]]:
+    words = {
+        "equal": "equal",
+        "payload": "same tokens, other signal",
+        "longer_first": f"longer window in {first}",
+        "longer_second": f"longer window in {second}",
+        "length": "other window, too short to tell whether the tokens agree",
+        "tokens": "made from other tokens (stale in one of them)",
+        "only_first": f"only in {first}",
+        "only_second": f"only in {second}",
+        "unreadable": "unreadable",
+    }
+    lines = [(words[kind], f"{count:,}") for kind, count in found.counts.items()]
+    if found.identity is not None:
+        name, mine, theirs = found.identity
+        lines.append((f"the {name} differs", f"{mine} and {theirs}"))
+    for name, values in (("decoded difference", found.decoded), ("difference in common", found.common)):
+        if values:
+            what = "relative Euclidean distance of a record's distributions"
+            if values is found.common:
+                what += f", at {found.common_positions:,} positions common to both windows"
+            lines.append((name, f"mean {fmean(values):.3g}, largest {max(values):.3g} ({what})"))
+    return lines + [(words[kind], name) for kind, names in found.examples.items() for name in names]
 
 
 def _verify_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = ", ".join(f"{report[name]} {name}" for name in ("usable", "stale", "corrupt", "identical", "differing"))
-    lines = [("re-scored", f"{report['looked_at']} records: {counts}")]
+    by_type = ", ".join(
+        f"{kind} {row['with_record']:,} of {row['samples']:,}" for kind, row in report["coverage"].items()
+    )
+    covered = f"{report['with_record']:,} of {report['samples']:,} samples of the manifest have a record"
+    lines = [
+        ("manifest", f"{covered} ({by_type})"),
+        ("re-scored", f"{report['looked_at']} records: {counts}"),
+    ]
     for row in report["measured"]:
         words = [
             f"{words} {row[f'stored_{name}']:.5f} (fresh {row[f'fresh_{name}']:.5f})"
@@ -265,7 +373,4 @@ def _verify_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"{row['type']} at T={row['temperature']:g}", f"{'; '.join(words)}; {row['positions']:,} rows"))
     lines += [(name, why) for name, why in report["examples"].items()]
     lines += [(name, "not what the teacher says") for name in report["differing_samples"]]
-    verdict = (
-        "the store says what its teacher says" if report["agrees"] else "the store does NOT say what its teacher says"
-    )
-    return [*lines, ("verdict", verdict)]
+    return [*lines, ("verdict", report["verdict"])]

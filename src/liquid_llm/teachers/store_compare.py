@@ -8,8 +8,10 @@ error         how far the mean of the stored distributions over many positions l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ from torch import Tensor
 from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.teachers.codecs import PayloadError, Rows, StoredSignal
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.records import Record, RecordError
+from liquid_llm.teachers.records import MARK_BYTES, PREFIX_TOKENS, WHOLE_BYTES, Record, RecordError, RecordHeader
 from liquid_llm.teachers.scoring import record_seed
 from liquid_llm.teachers.store import StoreReader
 
 # A divergence this far from that of a fresh encoding is not what the teacher says. Other arithmetic gives other draws:
 # their noise (see the decision on shards) is allowed for.
 _DIFFERS_NATS, _NOISE_NATS = 0.02, 0.45
+_SAME_SIGNAL = 0.01  # what arithmetic makes of it is some 1e-6; one position of other tokens among 64 is some 0.1
 _CHUNK_BYTES = 64 * 2**20
 _LISTED = 20
 
@@ -169,23 +172,32 @@ class Verifier:
 # ----------------------------------------------------------------------------------------------------------- two stores
 
 
+KINDS = (
+    *("equal", "payload", "longer_first", "longer_second", "length"),
+    *("tokens", "only_first", "only_second", "unreadable"),
+)
+
+
 @dataclass
 class Difference:
     """How two stores differ. Lists hold sample ids, the first few; counts hold all.
 
     Attributes:
-        counts: only_first, only_second, tokens (made from different texts or lengths), payload, unreadable, equal.
+        counts: equal; payload (same tokens); longer_first, longer_second (one is of a longer window, see
+            ``common_tokens``); length (likewise, but too short for the hashes to say more); tokens (made from different
+            texts); only_first, only_second; unreadable.
         examples: kind -> sample ids.
-        decoded: relative differences of the decoded distributions where payloads differ.
+        decoded: of each record whose payloads differ, how far the decoded distributions lie apart: the Euclidean
+            distance over all its positions, relatively.
+        common: likewise for each longer window, over the positions known to be common.
+        common_positions: number of those.
     """
 
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("equal", "payload", "tokens", "only_first", "only_second", "unreadable"), 0
-        )
-    )
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     examples: dict[str, list[str]] = field(default_factory=dict)
     decoded: list[float] = field(default_factory=list)
+    common: list[float] = field(default_factory=list)
+    common_positions: int = 0
     identity: tuple[str, object, object] | None = None
 
     def add(self, kind: str, sample_id: str) -> None:
@@ -200,21 +212,26 @@ class Difference:
         return others == 0 and self.identity is None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        decoded = torch.tensor(self.decoded or [0.0], dtype=torch.float64)
+        """Plain values; None where nothing was decoded."""
         name, first, second = self.identity or ("", None, None)
         return {
             "same": self.same,
             "identity": {"field": name, "first": first, "second": second} if self.identity else None,
             **self.counts,
             "examples": self.examples,
-            "decoded_difference_mean": float(decoded.mean()),
-            "decoded_difference_max": float(decoded.max()),
+            "common_positions": self.common_positions,
+            **{
+                f"{words}_difference_{how}": function(values) if values else None
+                for words, values in (("decoded", self.decoded), ("common", self.common))
+                for how, function in (("mean", fmean), ("max", max))
+            },
         }
 
 
-def compare(first: StoreReader, second: StoreReader, temperature: float) -> Difference:
+def compare(first: StoreReader, second: StoreReader, temperature: float | None) -> Difference:
     """Every record of two stores, compared by tokens, bytes and, where those differ, by what is decoded.
+
+    Nothing is decoded where ``temperature`` is None.
 
     Raises:
         SignalError: a codec cannot answer at this temperature.
@@ -241,17 +258,55 @@ def compare(first: StoreReader, second: StoreReader, temperature: float) -> Diff
     return found
 
 
+def common_tokens(a: RecordHeader, b: RecordHeader) -> int | None:
+    """How many leading tokens two records are known to share; None where they are known to part before that.
+
+    All tokens have a hash, and every 64 from the start; so of windows of different length only whole 64s are known.
+    """
+    if (a.num_tokens, a.token_hashes) == (b.num_tokens, b.token_hashes):
+        return a.num_tokens
+    marks = min(a.num_tokens, b.num_tokens) // PREFIX_TOKENS
+    part = slice(WHOLE_BYTES, WHOLE_BYTES + marks * MARK_BYTES)
+    if a.num_tokens == b.num_tokens or a.token_hashes[part] != b.token_hashes[part]:
+        return None
+    return marks * PREFIX_TOKENS
+
+
 def _compare(
-    first: StoreReader, mine: Record, second: StoreReader, theirs: Record, temperature: float, found: Difference
+    first: StoreReader, mine: Record, second: StoreReader, theirs: Record, temperature: float | None, found: Difference
 ) -> str:
     a, b = mine.header, theirs.header
-    if (a.type, a.num_tokens, a.token_hashes) != (b.type, b.num_tokens, b.token_hashes):
+    common = common_tokens(a, b)
+    if a.type != b.type or common is None:
         return "tokens"
+    if a.num_tokens != b.num_tokens:
+        longer = "longer_first" if a.num_tokens > b.num_tokens else "longer_second"
+        # The signal of a position is of the tokens up to it, so even windows too short for a mark show by the same
+        # signal that they begin alike.
+        shorter_rows = max(min(a.num_tokens, b.num_tokens) - 1, 0)
+        rows = min(common, shorter_rows) if common else shorter_rows
+        if temperature is None:
+            return longer if common else "length"
+        distance = _distance(first, mine, second, theirs, rows, temperature)
+        if not common and (distance > _SAME_SIGNAL or not rows):
+            return "length"
+        found.common.append(distance)
+        found.common_positions += rows
+        return longer
     if mine.payload.keys() == theirs.payload.keys() and all(
         torch.equal(tensor, theirs.payload[name]) for name, tensor in mine.payload.items()
     ):
         return "equal"
-    rows = max(a.num_tokens - 1, 0)
+    if temperature is not None:
+        rows = max(a.num_tokens - 1, 0)
+        found.decoded.append(_distance(first, mine, second, theirs, rows, temperature))
+    return "payload"
+
+
+def _distance(
+    first: StoreReader, mine: Record, second: StoreReader, theirs: Record, rows: int, temperature: float
+) -> float:
+    """Euclidean distance of the decoded distributions of the first ``rows`` positions, relative to the first's norm."""
     vocab_size = max(first.identity.vocab_size, second.identity.vocab_size)
     signals = [
         store.codec.decode(record.payload, 0, rows, temperature, store.identity.vocab_size)
@@ -260,11 +315,11 @@ def _compare(
     squares = [0.0, 0.0]
     step = max(1, _CHUNK_BYTES // (4 * vocab_size))
     for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
         one, other = (
-            torch.nn.functional.pad(part, (0, vocab_size - part.shape[1]))
-            for part in (dense(signal, slice(start, start + step), temperature, vocab_size) for signal in signals)
+            torch.nn.functional.pad(rows_of, (0, vocab_size - rows_of.shape[1]))
+            for rows_of in (dense(signal, part, temperature, vocab_size) for signal in signals)
         )
         squares[0] += float((one - other).square().sum())
         squares[1] += float(one.square().sum())
-    found.decoded.append((squares[0] / max(squares[1], 1e-30)) ** 0.5)
-    return "payload"
+    return math.sqrt(squares[0] / max(squares[1], 1e-30))
