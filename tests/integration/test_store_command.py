@@ -385,6 +385,9 @@ def test_diff_names_what_differs(tiny: Tiny, store: Path, tmp_path: Path, capsys
     assert found["length"] > 0  # windows of 40 and of more tokens: no hash in common, and another codec's signal
     assert all(name.startswith("math_tool-") for name in found["examples"]["only_first"])
     assert asked(capsys, 3, "diff", folder, store)["only_second"] == 40
+    assert main(["store", "diff", str(store), str(folder)]) == 3
+    shown = capsys.readouterr().out
+    assert "other window, too short to tell whether the tokens agree" in shown
 
 
 @pytest.mark.parametrize("shorter", [40, 64])
@@ -405,7 +408,9 @@ def test_diff_tells_a_longer_window_from_other_tokens(
     assert found["decoded_difference_mean"] is None
     assert asked(capsys, 3, "diff", long, short)["longer_first"] == longer
     assert main(["store", "diff", str(short), str(long)]) == 3
-    assert f"longer window in {long}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"longer window in {long}" in shown
+    assert f"relative Euclidean distance of a record's distributions, at {longer * (shorter - 1):,} positions" in shown
 
 
 # ------------------------------------------------------------------------------------------------------------ the words

@@ -49,7 +49,7 @@ def run_pack(source: str, target: str, *, as_json: bool) -> int:
     """``liquid store pack``. Raises LiquidError for any problem a user can cause."""
     setup_logging("INFO")
     store = _open(source)
-    if present_layout(target) not in (None, "shards"):
+    if present_layout(target) == "pt":
         raise UsageError(
             "this folder holds one .pt file a sample, and packing makes shards, in another folder",
             where=target,
