@@ -13,8 +13,8 @@ from hypothesis import settings
 from tests.support.gcs import Bucket, FakeGcs, running_server
 from tests.support.world import World, build, served
 
-# No deadline: the cores are shared, so an example's time says nothing. `make test` tries the same examples each time: only
-# a change can make it fail. `make soak` looks at many more, and at others each time.
+# No deadline: the cores are shared, so an example's time says nothing. `make test` tries the same examples each time:
+# only a change can make it fail. `make soak` looks at many more, and at others each time.
 settings.register_profile("soak", settings.default, deadline=None, max_examples=20 * settings.default.max_examples)
 settings.register_profile("steady", settings.default, deadline=None, derandomize=True)
 settings.load_profile("steady")
