@@ -11,8 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from liquid_llm.cli.parse import Parser, parse
-from liquid_llm.errors import LiquidError, UsageError
+from liquid_llm.cli.parse import Parser, parse, unknown_word
+from liquid_llm.errors import LiquidError
 from liquid_llm.options import ANNEAL, CAPTURE, TRAIN
 
 DESCRIPTIONS = {
@@ -93,11 +93,7 @@ def _overview(commands: dict[str, tuple[Callable[[list[str]], int], str]]) -> st
 
 
 def _unknown(word: str, known: list[str]) -> int:
-    import difflib
-
-    near = difflib.get_close_matches(word, known, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-    raise UsageError("unknown command", where="liquid", got=repr(word), remedy=remedy)
+    raise unknown_word("command", word, known, "liquid")
 
 
 def _demo(words: list[str]) -> int:

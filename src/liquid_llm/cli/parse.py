@@ -11,7 +11,7 @@ import argparse
 import datetime
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,19 +80,26 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 def converter(option: Option) -> Callable[[str], object]:
     """A function text -> value of this option, raising ``argparse.ArgumentTypeError`` with what was expected."""
+    return value_of(option.kind, choices=option.choices, minimum=option.minimum, above=option.above)
+
+
+def value_of(
+    kind: str, *, choices: Collection[str] = (), minimum: float | None = None, above: float | None = None
+) -> Callable[[str], object]:
+    """:func:`converter` of an option that is not in the table."""
 
     def convert(text: str) -> object:
         try:
-            value = _convert(option.kind, text)
+            value = _convert(kind, text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {_KIND_WORDS[option.kind]}") from None
-        if option.choices and value not in option.choices:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(option.choices)}")
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {_KIND_WORDS[kind]}") from None
+        if choices and value not in choices:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(choices)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if option.minimum is not None and not value >= option.minimum:
-                raise argparse.ArgumentTypeError(f"got {text}, expected at least {option.minimum:g}")
-            if option.above is not None and not value > option.above:
-                raise argparse.ArgumentTypeError(f"got {text}, expected more than {option.above:g}")
+            if minimum is not None and not value >= minimum:
+                raise argparse.ArgumentTypeError(f"got {text}, expected at least {minimum:g}")
+            if above is not None and not value > above:
+                raise argparse.ArgumentTypeError(f"got {text}, expected more than {above:g}")
         return value
 
     return convert
@@ -165,6 +172,13 @@ def expand_date(text: str) -> str:
     """Expand a literal ``$(date +FORMAT)`` (UTC), left in a URI by a launcher that has no shell."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return _DATE.sub(lambda match: now.strftime(match["format"].strip("'\"")), text)
+
+
+def unknown_word(what: str, word: str, known: Sequence[str], where: str) -> UsageError:
+    """For the name of a command or action that there is not."""
+    near = difflib.get_close_matches(word, known, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+    return UsageError(f"unknown {what}", where=where, got=repr(word), remedy=remedy)
 
 
 def _unknown(word: str, known: list[str], where: str) -> UsageError:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 
-from liquid_llm.cli.parse import Parser, normalise
+from liquid_llm.cli.parse import Parser, normalise, unknown_word, value_of
 from liquid_llm.errors import UsageError
 from liquid_llm.options import PRECISIONS
 
@@ -23,9 +22,7 @@ def store(words: list[str]) -> int:
         LiquidError: any problem a user can cause.
     """
     if words and not words[0].startswith("-") and words[0] not in _ACTIONS:
-        near = difflib.get_close_matches(words[0], _ACTIONS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_ACTIONS)}"
-        raise UsageError("unknown action", where="liquid store", got=repr(words[0]), remedy=remedy)
+        raise unknown_word("action", words[0], _ACTIONS, "liquid store")
     options = _parser().parse_args(normalise(words))
     from liquid_llm.run import storing
 
@@ -59,11 +56,11 @@ def _parser() -> Parser:
     packing.add_argument("target", type=_folder, metavar="DST", help="folder for the shards; not that of a .pt store")
     verifying = _action(actions, "verify", "score a random sample again and compare it with what is stored")
     _teacher(verifying, required=True)
-    verifying.add_argument("--samples", type=_count, default=32, help="records to score again [32]")
+    verifying.add_argument("--samples", type=value_of("int", minimum=1), default=32, help="records to score again [32]")
     verifying.add_argument("--temperatures", type=_temperatures, help=f"to compare at [1,2{_MOVED}]")
     stats = _action(actions, "stats", "bytes a token by part, mass covered, tail share; with a teacher also fidelity")
     _teacher(stats, required=False)
-    stats.add_argument("--samples", type=_count, default=200, help="records to look at [200]")
+    stats.add_argument("--samples", type=value_of("int", minimum=1), default=200, help="records to look at [200]")
     differing = _action(actions, "diff", "which records differ, are missing or were made from other tokens")
     differing.add_argument("first", type=_folder, metavar="A", help="a store")
     differing.add_argument("second", type=_folder, metavar="B", help="another")
@@ -85,31 +82,13 @@ def _teacher(parser: Parser, *, required: bool) -> None:
     parser.add_argument("--teacher_precision", choices=PRECISIONS, help="teacher's arithmetic [auto]")
     parser.add_argument("--data_cache", help="folder for tokenised data")
     parser.add_argument("--hf_token_file", help="file with a Hugging Face token (else HF_TOKEN)")
-    parser.add_argument("--seed", type=_seed, default=1234, help="which records [1234]")
+    parser.add_argument("--seed", type=value_of("int", minimum=0), default=1234, help="which records [1234]")
 
 
 def _folder(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder or URL")
     return text
-
-
-def _count(text: str) -> int:
-    return _whole_number(text, 1)
-
-
-def _seed(text: str) -> int:
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, minimum: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number") from None
-    if value < minimum:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least {minimum}")
-    return value
 
 
 def _temperature(text: str) -> float:
