@@ -60,6 +60,8 @@ class MappedFile:
     def __call__(self, begin: int, end: int) -> bytes:
         return self._map[begin:end]
 
+    front = __call__
+
     def view(self, begin: int, end: int) -> memoryview:
         """The bytes without a copy."""
         return memoryview(self._map)[begin:end]
@@ -197,6 +199,11 @@ class RemoteShard:
             self._buying = False
         self._local = found
         return found
+
+
+def open_shard(info: FileInfo, cache: ShardCache) -> MappedFile | RemoteShard:
+    """The bytes of a shard, wherever it is. Raises StorageError where a local one cannot be opened."""
+    return RemoteShard(info, cache) if storage.is_remote(info.uri) else MappedFile(storage.local_path(info.uri))
 
 
 def new_token() -> str:

@@ -36,7 +36,8 @@ from liquid_llm.teachers.records import (
     from_bytes,
     token_hashes,
 )
-from liquid_llm.teachers.shards_layout import ShardsLayout, is_shard
+from liquid_llm.teachers.shards_layout import ShardsLayout
+from liquid_llm.teachers.shards_listing import is_shard
 from liquid_llm.teachers.shards_remote import ShardCache
 from liquid_llm.teachers.shards_writer import PART_SECONDS, SHARD_BYTES, ShardsWriter
 from liquid_llm.teachers.store_file import STORE_FILE, read_store_file, write_store_file

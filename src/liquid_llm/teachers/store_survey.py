@@ -26,7 +26,8 @@ from liquid_llm.teachers.pt_layout import PtLayout
 from liquid_llm.teachers.records import Record, RecordError
 from liquid_llm.teachers.shards import ShardHead, read_ids, unpack_record
 from liquid_llm.teachers.shards_index import INDEX_FILE
-from liquid_llm.teachers.shards_layout import ShardsLayout, is_shard
+from liquid_llm.teachers.shards_layout import ShardsLayout
+from liquid_llm.teachers.shards_listing import is_shard
 from liquid_llm.teachers.store import StoreReader
 from liquid_llm.teachers.store_file import STORE_FILE
 

@@ -16,7 +16,7 @@ from liquid_llm.teachers.codecs import TopKCodec
 from liquid_llm.teachers.records import RecordError
 from liquid_llm.teachers.shards import read_head
 from liquid_llm.teachers.shards_index import INDEX_FILE
-from liquid_llm.teachers.shards_layout import Condition
+from liquid_llm.teachers.shards_listing import Condition
 from liquid_llm.teachers.store import open_store
 from liquid_llm.teachers.store_file import STORE_FILE
 

@@ -18,6 +18,7 @@ from liquid_llm import storage
 from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.teachers import shards_writer
 from liquid_llm.teachers.shards_index import INDEX_FILE
+from liquid_llm.teachers.shards_layout import ShardsLayout
 from liquid_llm.teachers.shards_remote import ShardCache, cost_seconds
 from liquid_llm.teachers.store import open_store
 from liquid_llm.teachers.store_file import STORE_FILE
@@ -237,6 +238,67 @@ def test_a_reader_survives_that_its_shards_are_packed(
     assert set(statuses(store)) == {"usable"}
     assert condition(store).lost == 0
     store.close()
+
+
+def test_a_look_up_that_another_thread_overtakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread learns of the packing, and lists again, between this one's look-up and its reading."""
+    write(tmp_path, SAMPLES, shard_bytes=2000)
+    store = open_store(str(tmp_path))
+    pack_in_place(str(tmp_path))
+    real, overtaken = ShardsLayout._place, []
+
+    def place_then_wait(layout: ShardsLayout, index: Any, sample_id: str) -> Any:
+        place = real(layout, index, sample_id)
+        if not overtaken:
+            overtaken.append(True)
+            thread = threading.Thread(target=lambda: overtaken.append(store.get(SAMPLES[5], 1024, 2.0).status))
+            thread.start()
+            thread.join()
+        return place
+
+    monkeypatch.setattr(ShardsLayout, "_place", place_then_wait)
+    assert store.get(SAMPLES[0], 1024, 2.0).status == "usable"
+    assert overtaken == [True, "usable"]
+
+
+def test_no_sample_is_unknown_while_the_folder_is_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is packed once more between a listing and the reading of what it names."""
+    write(tmp_path, SAMPLES, shard_bytes=2000)
+    store = open_store(str(tmp_path))
+    pack_in_place(str(tmp_path))
+    (tmp_path / INDEX_FILE).unlink()
+    real, known = storage.list_files, []
+
+    def list_then_pack(uri: str) -> Any:
+        infos = real(uri)
+        known.append(sum(store.has(sample.sample_id) for sample in SAMPLES))
+        if len(known) == 1:
+            monkeypatch.setattr(storage, "list_files", real)
+            pack_in_place(uri)
+            (tmp_path / INDEX_FILE).unlink()
+            monkeypatch.setattr(storage, "list_files", list_then_pack)
+        return infos
+
+    monkeypatch.setattr(storage, "list_files", list_then_pack)
+    assert set(statuses(store)) == {"usable"}
+    assert known == [len(SAMPLES)] * 2
+
+
+def test_a_listing_of_what_is_never_there_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, SAMPLES[:2])
+    store = open_store(str(tmp_path))
+    listings = []
+
+    def never_there(uri: str) -> Any:
+        listings.append(uri)
+        return [replace(info, name=f"shard-000001-{len(listings):06d}-aaaaaaaa.safetensors") for info in infos]
+
+    infos = [info for info in storage.list_files(str(tmp_path)) if info.name.startswith("shard-")]
+    for path in shard_files(tmp_path):
+        path.unlink()
+    monkeypatch.setattr(storage, "list_files", never_there)
+    assert store.get(SAMPLES[0], 1024, 2.0).status == "missing"
+    assert len(listings) < 10
 
 
 def test_a_folder_that_changes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
