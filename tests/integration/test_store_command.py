@@ -448,7 +448,9 @@ def test_every_action_prints_a_table_for_people(
         (["stats", "x", "--samples=0"], 2, "at least 1"),
         (["diff", "a", "b", "--temperature=-1"], 2, "more than 0"),
         (["verify", "x"], 2, "--teacher"),
-        (["stats", "x", "--sample=3"], 2, "--sample"),
+        (["stats", "x", "--sample=3"], 2, "liquid store stats: unknown option --sample. Did you mean --samples?"),
+        (["verify", "x", "--teacher=t", "--manifest=m", "--smples=3"], 2, "Did you mean --samples?"),
+        (["pack", "a", "b", "c"], 2, "unexpected word; got 'c'"),
     ],
 )
 def test_mistakes_are_one_message(

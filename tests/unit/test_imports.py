@@ -33,7 +33,7 @@ LAYERS = (
     {"run"},
     {"demo"},
     {"cli"},
-    {"trainer", "stage1_hybrid"},
+    {"trainer", "stage1_hybrid", "__main__"},
 )
 PARTS = 1
 

@@ -59,7 +59,7 @@ def parse(face: str, argv: Sequence[str], prog: str, description: str) -> dict[s
     parser = build_parser(face, prog, description)
     namespace, unknown = parser.parse_known_args(normalise(argv))
     if unknown:
-        raise _unknown(unknown[0], [option.name for option in options_of(face)] + ["config"], prog)
+        raise unknown_option(unknown[0], [option.name for option in options_of(face)] + ["config"], prog)
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
     if config_file is not None:
@@ -159,7 +159,7 @@ def read_config_file(path: Path, face: str) -> dict[str, object]:
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise _unknown(f"--{name}", list(known), str(path))
+            raise unknown_option(f"--{name}", list(known), str(path))
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         try:
             values[name] = converter(known[name])(text)
@@ -181,7 +181,8 @@ def unknown_word(what: str, word: str, known: Sequence[str], where: str) -> Usag
     return UsageError(f"unknown {what}", where=where, got=repr(word), remedy=remedy)
 
 
-def _unknown(word: str, known: list[str], where: str) -> UsageError:
+def unknown_option(word: str, known: Sequence[str], where: str) -> UsageError:
+    """For a word that no option takes."""
     if not word.startswith("-"):
         return UsageError("unexpected word", where=where, got=repr(word), expected="--option=value")
     name = word.lstrip("-").partition("=")[0]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from liquid_llm.cli.parse import Parser, normalise, unknown_word, value_of
+from liquid_llm.cli.parse import Parser, normalise, unknown_option, unknown_word, value_of
 from liquid_llm.errors import UsageError
 from liquid_llm.options import PRECISIONS
 
@@ -23,7 +23,11 @@ def store(words: list[str]) -> int:
     """
     if words and not words[0].startswith("-") and words[0] not in _ACTIONS:
         raise unknown_word("action", words[0], _ACTIONS, "liquid store")
-    options = _parser().parse_args(normalise(words))
+    parser, actions = _parser()
+    options, unknown = parser.parse_known_args(normalise(words))
+    if unknown:
+        known = [option.lstrip("-") for option in actions[options.action]._option_string_actions]
+        raise unknown_option(unknown[0], known, f"liquid store {options.action}")
     from liquid_llm.run import storing
 
     if options.action == "pack":
@@ -44,7 +48,8 @@ def store(words: list[str]) -> int:
     )
 
 
-def _parser() -> Parser:
+def _parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """The parser, and that of each action."""
     parser = Parser(prog="liquid store", description="Look after stores of teacher signal.", epilog=_EPILOG)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
     packing = _action(
@@ -66,7 +71,7 @@ def _parser() -> Parser:
     differing.add_argument("second", type=_folder, metavar="B", help="another")
     for one in (stats, differing):
         one.add_argument("--temperature", type=_temperature, help=f"to decode at [2{_MOVED}]")
-    return parser
+    return parser, actions.choices
 
 
 def _action(actions: argparse._SubParsersAction[Parser], name: str, words: str) -> Parser:

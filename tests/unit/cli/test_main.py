@@ -1,5 +1,8 @@
 """The ``liquid`` command: what is known, what is not, and what never reaches the screen."""
 
+import subprocess
+import sys
+
 import pytest
 
 from liquid_llm.cli.main import guarded, main
@@ -22,6 +25,12 @@ def test_an_unknown_command_names_the_nearest(capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("liquid-llm ")
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "liquid_llm", "trian"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Did you mean train?" in done.stderr
 
 
 def test_errors_never_show_a_secret_of_the_environment(capsys, monkeypatch):
