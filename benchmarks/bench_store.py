@@ -65,9 +65,7 @@ class Hole(bytes):
 def make_big_store(folder: Path, samples: int) -> None:
     """A store whose records are holes: as long as real ones, and they take no disk."""
     codec = get_codec("tail")
-    identity = SignalIdentity.of(
-        codec, teacher_id=IDENTITY.id, teacher_revision="commit", tokenizer_hash="tokenizer", vocab_size=49152
-    )
+    identity = SignalIdentity.of(codec, IDENTITY, 49152)
     write_store_file(str(folder), identity, "shards")
     per_shard = SHARD_BYTES // RECORD_BYTES
     for number, first in enumerate(range(0, samples, per_shard)):

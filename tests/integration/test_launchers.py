@@ -152,6 +152,24 @@ def test_a_codec_setting_without_effect_is_refused(
     assert not (tmp_path / "m").exists()
 
 
+def test_a_folder_of_another_store_is_refused_before_the_teacher_is_loaded(
+    captured: Tiny, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("liquid_llm.run.capturing.load_online", load)
+    for words, said in (
+        (["--codec=full"], "the codec differs; got full; expected tail"),
+        (["--codec_options=draws_t1=3"], "the codec options differs"),
+        (["--logits_format=pt"], "another layout; got pt; expected shards"),
+    ):
+        assert main(["capture", *captured.capture_words(), *words]) == 3
+        assert said in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="loaded"):
+        main(["capture", *captured.capture_words()])
+
+
 def test_a_temperature_no_store_answers_at_is_refused_before_anything_is_trained(
     captured: Tiny, tmp_path: Path, capsys
 ) -> None:

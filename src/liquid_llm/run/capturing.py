@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -13,7 +13,7 @@ from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, Interrupted, SignalError, UsageError
-from liquid_llm.models.loading import load_tokenizer
+from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.run.inputs import TextTools, read_manifest_inputs
 from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
@@ -21,8 +21,9 @@ from liquid_llm.run.tokens import read_token
 from liquid_llm.runtime import StopSignal, choose_device, launched_as
 from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.codecs import Codec, TopKCodec, get_codec
+from liquid_llm.teachers.records import SignalIdentity
 from liquid_llm.teachers.store import StoreWriter
-from liquid_llm.teachers.store_file import present_layout
+from liquid_llm.teachers.store_file import present_layout, require_own
 from liquid_llm.terminal import Stage, setup_logging
 
 log = logging.getLogger(__name__)
@@ -58,19 +59,24 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     assert teacher_id is not None
     codec = _codec(config.store)
     token = read_token(config.teacher)
-    text = text_tools(load_tokenizer(teacher_id, token=token))
+    tokenizer = load_tokenizer(teacher_id, token=token)
+    text = text_tools(tokenizer)
     if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.k, expected=expected)
     datasets = _datasets(config, text)
+    layouts = _layouts(config, datasets, new_layout)
+    teacher = identify(teacher_id, tokenizer, token=token)
+    for kind, layout in layouts.items():  # before the weights: those of a large teacher take minutes
+        if present_layout(_folder(config, kind)) is not None:
+            require_own(_folder(config, kind), SignalIdentity.of(codec, teacher, text.vocab_size), layout)
     device = torch.device(choose_device().value)
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
     rank, world_size = launched_as()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
     writers = {}
-    for kind in datasets:
+    for kind, layout in layouts.items():
         folder = _folder(config, kind)
-        layout = config.store.format or present_layout(folder) or new_layout
         writers[kind] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout)
         log.info("%s goes to %s, layout %s", kind, folder, layout)
     windows = sum(
@@ -144,6 +150,10 @@ def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDat
         _folder(config, dataset.type)
         datasets.setdefault(dataset.type, []).append(dataset)
     return datasets
+
+
+def _layouts(config: CaptureConfig, kinds: Iterable[str], new_layout: str) -> dict[str, str]:
+    return {kind: config.store.format or present_layout(_folder(config, kind)) or new_layout for kind in kinds}
 
 
 def _folder(config: CaptureConfig, kind: str) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liquid_llm.models.loading import ModelIdentity
 from liquid_llm.teachers.codecs import Codec, Payload
 
 FORMAT_VERSION = 2  # 1 had a whole hash for every 64 tokens; both are read
@@ -96,11 +97,18 @@ class SignalIdentity:
         return None
 
     @classmethod
-    def of(
-        cls, codec: Codec, *, teacher_id: str, teacher_revision: str, tokenizer_hash: str, vocab_size: int
-    ) -> SignalIdentity:
+    def of(cls, codec: Codec, teacher: ModelIdentity, vocab_size: int) -> SignalIdentity:
+        """What ``teacher``'s signal is in this codec."""
         options = dict(codec.options)
-        return cls(teacher_id, teacher_revision, tokenizer_hash, vocab_size, codec.name, codec.version, options)
+        return cls(
+            teacher.id,
+            teacher.revision,
+            teacher.tokenizer_hash,
+            vocab_size,
+            codec.name,
+            codec.version,
+            options,
+        )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from liquid_llm.teachers.shards_layout import ShardsLayout
 from liquid_llm.teachers.shards_listing import is_shard
 from liquid_llm.teachers.shards_remote import ShardCache
 from liquid_llm.teachers.shards_writer import PART_SECONDS, SHARD_BYTES, ShardsWriter
-from liquid_llm.teachers.store_file import STORE_FILE, read_store_file, write_store_file
+from liquid_llm.teachers.store_file import STORE_FILE, read_store_file, require_own, write_store_file
 
 log = logging.getLogger(__name__)
 
@@ -203,17 +203,11 @@ class StoreWriter:
     ) -> None:
         self.uri = uri
         self.codec = codec
-        self.identity = SignalIdentity.of(
-            codec,
-            teacher_id=teacher.id,
-            teacher_revision=teacher.revision,
-            tokenizer_hash=teacher.tokenizer_hash,
-            vocab_size=vocab_size,
-        )
+        self.identity = SignalIdentity.of(codec, teacher, vocab_size)
         infos = storage.list_files(uri)
         names = {info.name for info in infos}
         if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):
-            self._require_own(layout)
+            require_own(uri, self.identity, layout)
         else:
             self._refuse_foreign_files(names)
             write_store_file(uri, self.identity, layout)
@@ -278,27 +272,6 @@ class StoreWriter:
             StorageError: something could not be published.
         """
         return self._sink.finish()
-
-    def _require_own(self, layout: str) -> None:
-        there, present_layout = read_store_file(self.uri)
-        difference = there.difference(self.identity)
-        if difference is not None:
-            name, theirs, ours = difference
-            raise SignalError(
-                f"this folder holds the signal of {there.teacher}, codec {there.codec!r}: the {name} differs",
-                where=self.uri,
-                got=ours,
-                expected=theirs,
-                remedy="write to another folder, or remove this one first",
-            )
-        if present_layout != layout:
-            raise SignalError(
-                "this folder holds a store in another layout",
-                where=self.uri,
-                got=layout,
-                expected=present_layout,
-                remedy=f"go on with --logits_format={present_layout}, or pack it: liquid store pack {self.uri} FOLDER",
-            )
 
     def _refuse_foreign_files(self, names: set[str]) -> None:
         foreign = sorted(name for name in names if name.endswith(SUFFIX) or is_shard(name))

@@ -51,3 +51,30 @@ def read_store_file(uri: str) -> tuple[SignalIdentity, str]:
 def present_layout(uri: str) -> str | None:
     """The layout of the store in folder ``uri``; None where there is none."""
     return read_store_file(uri)[1] if storage.exists(storage.join(uri, STORE_FILE)) else None
+
+
+def require_own(uri: str, identity: SignalIdentity, layout: str) -> None:
+    """Refuse the store in folder ``uri`` if records of this identity and layout do not belong there.
+
+    Raises:
+        SignalError: it holds another teacher's signal, or signal in another codec or layout.
+    """
+    there, present = read_store_file(uri)
+    difference = there.difference(identity)
+    if difference is not None:
+        name, theirs, ours = difference
+        raise SignalError(
+            f"this folder holds the signal of {there.teacher}, codec {there.codec!r}: the {name} differs",
+            where=uri,
+            got=ours,
+            expected=theirs,
+            remedy="write to another folder, or remove this one first",
+        )
+    if present != layout:
+        raise SignalError(
+            "this folder holds a store in another layout",
+            where=uri,
+            got=layout,
+            expected=present,
+            remedy=f"go on with --logits_format={present}, or pack it: liquid store pack {uri} FOLDER",
+        )

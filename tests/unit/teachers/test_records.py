@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.teachers import HARD_IDS, make_samples, random_logits
 
+from liquid_llm.models.loading import ModelIdentity
 from liquid_llm.teachers.codecs import FullCodec, TopKCodec
 from liquid_llm.teachers.records import (
     FORMAT_VERSION,
@@ -34,9 +35,7 @@ def make_record(num_tokens: int = 150, codec: TopKCodec | FullCodec | None = Non
     codec = codec or TopKCodec(4)
     sample = make_samples(1, low=num_tokens, high=num_tokens)[0]
     rows = codec.encode(random_logits(num_tokens - 1, 50), 1, 0)
-    identity = SignalIdentity.of(
-        codec, teacher_id="org/teacher", teacher_revision="r", tokenizer_hash="t", vocab_size=50
-    )
+    identity = SignalIdentity.of(codec, ModelIdentity("org/teacher", "r", "t"), 50)
     hashes = token_hashes(sample.input_ids)
     header = RecordHeader(FORMAT_VERSION, sample.sample_id, sample.type, identity, num_tokens, hashes)
     return Record(header, codec.pack(rows))
