@@ -48,13 +48,22 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return OutputHead(self.weight[:vocab_size], bias, self.scale, self.soft_cap)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Plain logits [positions, vocab] of ``hidden`` [positions, hidden], in the dtype of the product."""
-        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Plain logits [positions, vocab] of ``hidden`` [positions, hidden], in the dtype of the product.
+
+        ``out`` takes the result, where no gradient is wanted.
+        """
+        if out is None:
+            raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        elif self.bias is None:
+            raw = torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            raw = torch.addmm(self.bias, hidden, self.weight.t(), out=out)
         if self.scale != 1.0:
-            raw = raw * self.scale
+            raw = torch.mul(raw, self.scale, out=out)
         if self.soft_cap is not None:
-            raw = self.soft_cap * torch.tanh(raw / self.soft_cap)
+            bent = torch.tanh(torch.div(raw, self.soft_cap, out=out), out=out)
+            raw = torch.mul(bent, self.soft_cap, out=out)
         return raw
 
 

@@ -5,8 +5,9 @@
     complete    said of a record that is whole and serves the window wanted; such samples are skipped, so a job that
                 was stopped anywhere goes on where it was
 
-The main thread runs the teacher and encodes; other threads check existing records, pack and write. A sample that fails
-is reported and the rest goes on. Several processes may capture into one folder: records are equal and appear whole.
+The main thread runs the teacher and encodes; other threads check existing records, pack and write. (With a teacher on
+the CPU the main thread packs too.) A sample that fails is reported and the rest goes on. Several processes may capture
+into one folder: records are equal and appear whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from liquid_llm.teachers.capture_plan import Item, batches, plan
 from liquid_llm.teachers.codecs import Rows
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.samples import SampleSource
-from liquid_llm.teachers.scoring import score
+from liquid_llm.teachers.scoring import Scratch, score
 from liquid_llm.teachers.store import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ class _Job:
         self.summary = CaptureSummary()
         self.progress = progress
         self._teacher = teacher
+        self._scratch = Scratch()
         self._writers = writers
         self._threads = threads
         self._pending: dict[Future[int], tuple[Item, int]] = {}
@@ -221,7 +223,7 @@ class _Job:
         try:
             codec = {item.type: self._writers[item.type].codec for item in batch}
             self.summary.padded_tokens += len(batch) * max(item.num_tokens for item in batch)
-            for item, outcome in score(self._teacher, batch, codec):
+            for item, outcome in score(self._teacher, batch, codec, self._scratch):
                 left.remove(item)
                 if isinstance(outcome, SignalError):
                     self.fail(item, str(outcome))
@@ -240,9 +242,11 @@ class _Job:
         while self._pending and self._pending_bytes + size > _PENDING_BYTES:
             self._collect(FIRST_COMPLETED)
         writer = self._writers[item.type]
+        # A teacher on the CPU needs all cores: packing beside it would stop it more than packing takes.
+        packed = writer.codec.pack(rows) if self._teacher.device.type == "cpu" else None
 
         def work() -> int:
-            return writer.write(item.sample(), item.num_tokens, writer.codec.pack(rows))
+            return writer.write(item.sample(), item.num_tokens, packed or writer.codec.pack(rows))
 
         self._pending[self._threads.submit(work)] = (item, size)
         self._pending_bytes += size

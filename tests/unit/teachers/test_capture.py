@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from liquid_llm.models.loading import LoadedModel
 from liquid_llm.teachers import scoring
 from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.capture_plan import Item, batches, plan
-from liquid_llm.teachers.codecs import Codec, FullCodec, Rows, TopKCodec
+from liquid_llm.teachers.codecs import Codec, FullCodec, Rows, SampledCodec, TailCodec, TopKCodec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.records import file_name
 from liquid_llm.teachers.store import StoreWriter, open_store, read_header
@@ -400,7 +401,7 @@ def drawn(teacher: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Te
     items = [Item(source, n, s.sample_id, s.type, len(s.input_ids)) for n, s in enumerate(samples)]
     codecs: dict[str, Codec] = {"math_tool": DrawCodec(1)}
     found = {}
-    for item, rows in scoring.score(OnlineTeacher(teacher, VOCAB), items, codecs):
+    for item, rows in scoring.score(OnlineTeacher(teacher, VOCAB), items, codecs, scoring.Scratch()):
         assert isinstance(rows, dict)
         found[item.sample_id] = rows["draw"]
     return found
@@ -434,32 +435,62 @@ def test_chunks_do_not_change_records(
 
 
 class WatchedHead:
-    """An output head that notices whether the logits it gave last are still held when it is asked again."""
+    """An output head that notes where its logits go, and whether those it gave last are still held when asked again."""
 
     def __init__(self, head: OutputHead) -> None:
         self.vocab_size, self.weight = head.vocab_size, head.weight
         self.held: list[bool] = []
+        self.places: set[int] = set()
         self._head = head
         self._last: weakref.ref[torch.Tensor] | None = None
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self.held.append(self._last is not None and self._last() is not None)
-        logits = self._head.logits(hidden)
+        logits = self._head.logits(hidden, out)
         self._last = weakref.ref(logits)
+        if out is not None:
+            assert logits.data_ptr() == out.data_ptr()
+            self.places.add(out.data_ptr())
         return logits
 
 
-@pytest.mark.parametrize("codec", [FullCodec(), CODEC], ids=lambda codec: codec.name)
-def test_logits_are_let_go_before_the_next(teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", [FullCodec(), CODEC, TailCodec(), SampledCodec()], ids=lambda codec: codec.name)
+def test_all_chunks_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch, codec: Codec, dtype: torch.dtype) -> None:
+    """And nothing that a codec gave for a chunk changes when the next chunk's logits take the place."""
     monkeypatch.setattr(scoring, "_CHUNK_BYTES", 32 * 4 * VOCAB)
+    teacher = tiny_teacher()
+    teacher.model.to(dtype)
     source = ListSource(make_samples(4, low=20, high=100))
     items = [Item(source, n, str(n), "math_tool", len(s.input_ids)) for n, s in enumerate(source.samples)]
     online = OnlineTeacher(teacher, VOCAB)
     watched = WatchedHead(online.head)
     monkeypatch.setattr(online, "head", watched)
-    assert len(list(scoring.score(online, items, {"math_tool": codec}))) == 4
+    scratch = scoring.Scratch()
+    together = [rows for _, rows in scoring.score(online, items, {"math_tool": codec}, scratch)]
     assert len(watched.held) > 4
     assert not any(watched.held)
+    assert len(watched.places) == (1 if dtype == torch.float32 else 0)
+    kept = [{name: tensor.clone() for name, tensor in rows.items()} for rows in together]
+    with torch.inference_mode():
+        scratch.logits(watched, torch.ones(32, watched.weight.shape[1], dtype=dtype)).fill_(torch.nan)
+    for rows, before in zip(together, kept, strict=True):
+        assert all(torch.equal(rows[name], before[name]) for name in before)
+
+
+def test_a_teacher_on_the_cpu_is_not_disturbed_by_packing(
+    teacher: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing = []
+    real = TopKCodec.pack
+
+    def pack(codec: TopKCodec, rows: Rows) -> dict[str, torch.Tensor]:
+        packing.append(threading.current_thread() is threading.main_thread())
+        return real(codec, rows)
+
+    monkeypatch.setattr(TopKCodec, "pack", pack)
+    run(tmp_path, make_samples(3), teacher)
+    assert packing == [True] * 3
 
 
 class LargestVocabularyTensor(TorchDispatchMode):
@@ -482,7 +513,7 @@ def test_logits_of_one_chunk_at_most(teacher: LoadedModel, monkeypatch: pytest.M
     items = [Item(source, n, str(n), "math_tool", 90) for n in range(8)]
     online = OnlineTeacher(teacher, VOCAB)
     with LargestVocabularyTensor() as seen:
-        for _, rows in scoring.score(online, items, {"math_tool": codec}):
+        for _, rows in scoring.score(online, items, {"math_tool": codec}, scoring.Scratch()):
             if "logits" in rows:  # codec full keeps all of a sample, in 16 bits and not as logits of a chunk
                 break
     assert 0 < seen.rows <= 4 * 32  # the powers behind the tail's log-partition are four tensors in one, of few rows
