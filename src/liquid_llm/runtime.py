@@ -7,6 +7,7 @@ stop signal   SIGTERM or SIGINT turned into a flag that the training loop looks 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import random
@@ -21,6 +22,10 @@ import numpy as np
 import torch
 
 from liquid_llm.errors import UsageError
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_KEPT_BYTES = 2**30
+_OLD_LIMIT = 2**25  # the most that older glibc takes as _MMAP_THRESHOLD
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -223,6 +228,26 @@ def launched_as() -> tuple[int, int]:
             remedy="unset both, or use torchrun",
         )
     return int(rank), int(world_size)
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what a step on the CPU frees for the next step; whether it agreed.
+
+    glibc gives large tensors back to the system as soon as they are freed, and the system zeroes their pages again one
+    by one: a tenth of a training step's time. Up to 1 GiB is kept. What the user's environment says of this wins, and
+    other C libraries are left alone.
+    """
+    told = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    if any(name in os.environ for name in told):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return False
+    # Either call alone would make things worse: the first ends glibc's own adjusting of both.
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in (_KEPT_BYTES, _OLD_LIMIT)) and bool(
+        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    )
 
 
 def process_peak_memory_bytes() -> int | None:

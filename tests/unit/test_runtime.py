@@ -2,6 +2,8 @@ import io
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -165,3 +167,32 @@ def test_peak_memory_is_in_bytes_and_grows_with_use():
     block = np.ones(before // 8 + 8_000_000)  # more than the process has ever had
     after = runtime.process_peak_memory_bytes()
     assert after - before > 30e6, block.nbytes
+
+
+TOUCH = """
+import resource, sys, torch
+from liquid_llm.runtime import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+for turn in range(6):
+    if turn == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 * 2**18)  # 64 MiB
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
+def test_freed_memory_is_used_again():
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
+
+    def faults(word: str, **more: str) -> tuple[str, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", TOUCH, word], env={**environment, **more}, capture_output=True, text=True, check=True
+        )
+        kept, count = done.stdout.split()
+        return kept, int(count)
+
+    kept, count = faults("keep")
+    assert kept == "True"
+    assert count < 0.2 * faults("leave")[1]  # 49,155 where pages are small
+    assert faults("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"

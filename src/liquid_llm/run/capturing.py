@@ -18,7 +18,7 @@ from liquid_llm.run.inputs import TextTools, read_manifest_inputs
 from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
 from liquid_llm.run.tokens import read_token
-from liquid_llm.runtime import StopSignal, choose_device, launched_as
+from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory, launched_as
 from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.codecs import Codec, TopKCodec, get_codec
 from liquid_llm.teachers.records import SignalIdentity
@@ -71,6 +71,8 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         if present_layout(_folder(config, kind)) is not None:
             require_own(_folder(config, kind), SignalIdentity.of(codec, teacher, text.vocab_size), layout)
     device = torch.device(choose_device().value)
+    if device.type == "cpu":
+        keep_freed_memory()
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
     rank, world_size = launched_as()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)

@@ -26,7 +26,15 @@ from liquid_llm.run.starting import Start
 from liquid_llm.run.students import BuiltStudent, load_weights, make_student
 from liquid_llm.run.teachers import RunTeachers, choose_tokenizer, make_teachers
 from liquid_llm.run.tokens import read_token
-from liquid_llm.runtime import Choice, choose_device, choose_dtype, seed_everything, set_random_state, torch_dtype
+from liquid_llm.runtime import (
+    Choice,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    seed_everything,
+    set_random_state,
+    torch_dtype,
+)
 from liquid_llm.schedules import WarmupCosine
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
@@ -62,6 +70,8 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     """
     device_choice = choose_device()
     device = torch.device(device_choice.value)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = choose_dtype(config.student.precision, device.type)
     log.info("student in %s: %s", dtype.value, dtype.reason)
     seed_everything(config.seed)
