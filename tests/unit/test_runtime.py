@@ -183,7 +183,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
 def test_freed_memory_is_used_again():
-    """In the long run: glibc asks for a little more than it needs, so that a gap has to grow before it is taken again."""
+    """In the long run: glibc looks for a little more than it needs, so a gap has to grow before it is taken again."""
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
 
     def faults(word: str, **more: str) -> tuple[str, int]:
