@@ -63,8 +63,8 @@ class BitWriter:
 
     def rice(self, values: Ints) -> None:
         """Non-negative values, with the k that makes the column shortest."""
-        sizes = [int((values >> k).sum()) + values.size * (1 + k) for k in range(_MAX_RICE + 1)]
-        k = int(np.argmin(sizes))
+        parameters = np.arange(_MAX_RICE + 1)
+        k = int(np.argmin((values >> parameters[:, None]).sum(axis=1) + values.size * parameters))
         self.number(k)
         self.unary(values >> k)
         self.fixed(values & ((1 << k) - 1), k)

@@ -55,6 +55,11 @@ class Candidates:
         """The prior of every id [vocab]."""
         return self.num_cells / self.total_cells
 
+    @cached_property
+    def least_share(self) -> float:
+        """The prior of the rarest."""
+        return float(self.share.min())
+
 
 @lru_cache(maxsize=4)
 def candidates(vocab_size: int) -> Candidates:

@@ -147,8 +147,7 @@ def _exact(
     exactly where that exceeds the price; a position that has no such id stores its likeliest.
     """
     n, device = logits.shape[0], logits.device
-    met_most = known.share * known.window
-    least = float(met_most.clip(max=EXACT_PRICE / 2).min())
+    least = min(known.least_share * known.window, EXACT_PRICE / 2)
     least = math.log(math.sqrt(least * (EXACT_PRICE - least)))  # no id of a lower log-intensity is worth it
     bound = torch.stack([(least - constant) / slope for slope, constant in _lines(whole, draws)]).amin(dim=0)
     row, column = _above(logits, peaks, 2 * (bound + shift))
