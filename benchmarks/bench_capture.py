@@ -34,6 +34,7 @@ from liquid_llm.data.types import Sample
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.models.loading import LoadedModel, load_teacher
 from liquid_llm.models.tokenizers import end_of_text_id
+from liquid_llm.runtime import keep_freed_memory
 from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.capture_plan import Item, batches
 from liquid_llm.teachers.codecs import get_codec
@@ -180,6 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `liquid capture` does: to the good of all contestants
     loaded = load_teacher(arguments.teacher, dtype=DTYPES[arguments.precision], device="cpu")
     samples = Samples(texts_of(arguments.jsonl, arguments.samples, seed=0), loaded.tokenizer)
     tokens = int(np.minimum(samples.lengths, arguments.seq_len).sum())
