@@ -60,14 +60,14 @@ def load_tokenizer(model_id: str, *, token: str | None = None) -> Any:
     return _open_tokenizer(resolve(model_id, token=token), model_id, token)
 
 
-def identify(model_id: str, tokenizer: Any, *, token: str | None = None) -> ModelIdentity:
-    """Which model ``model_id`` is, before its weights are loaded; ``tokenizer`` is its own.
+def identify(model_id: str, hash_of_tokenizer: str, *, token: str | None = None) -> ModelIdentity:
+    """Which model ``model_id`` is, before its weights are loaded; the hash is that of its own tokenizer.
 
     Raises:
         ModelError: not found or not reachable.
     """
     source = resolve(model_id, token=token)
-    return ModelIdentity(source.id, source.revision, tokenizer_hash(tokenizer))
+    return ModelIdentity(source.id, source.revision, hash_of_tokenizer)
 
 
 def load_model(

@@ -59,17 +59,13 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     assert teacher_id is not None
     codec = _codec(config.store)
     token = read_token(config.teacher)
-    tokenizer = load_tokenizer(teacher_id, token=token)
-    text = text_tools(tokenizer)
+    text = text_tools(load_tokenizer(teacher_id, token=token))
     if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.k, expected=expected)
     datasets = _datasets(config, text)
-    layouts = _layouts(config, datasets, new_layout)
-    teacher = identify(teacher_id, tokenizer, token=token)
-    for kind, layout in layouts.items():  # before the weights: those of a large teacher take minutes
-        if present_layout(_folder(config, kind)) is not None:
-            require_own(_folder(config, kind), SignalIdentity.of(codec, teacher, text.vocab_size), layout)
+    teacher = identify(teacher_id, text.hash, token=token)
+    layouts = _layouts(config, datasets, SignalIdentity.of(codec, teacher, text.vocab_size), new_layout)
     device = torch.device(choose_device().value)
     if device.type == "cpu":
         keep_freed_memory()
@@ -154,8 +150,17 @@ def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDat
     return datasets
 
 
-def _layouts(config: CaptureConfig, kinds: Iterable[str], new_layout: str) -> dict[str, str]:
-    return {kind: config.store.format or present_layout(_folder(config, kind)) or new_layout for kind in kinds}
+def _layouts(config: CaptureConfig, kinds: Iterable[str], identity: SignalIdentity, new_layout: str) -> dict[str, str]:
+    """The layout of each type's store. One that is there and not of this identity is refused here, before the teacher's
+    weights are loaded: those of a large one take minutes."""
+    layouts = {}
+    for kind in kinds:
+        folder = _folder(config, kind)
+        there = present_layout(folder)
+        layouts[kind] = config.store.format or there or new_layout
+        if there is not None:
+            require_own(folder, identity, layouts[kind])
+    return layouts
 
 
 def _folder(config: CaptureConfig, kind: str) -> str:

@@ -100,15 +100,8 @@ class SignalIdentity:
     def of(cls, codec: Codec, teacher: ModelIdentity, vocab_size: int) -> SignalIdentity:
         """What ``teacher``'s signal is in this codec."""
         options = dict(codec.options)
-        return cls(
-            teacher.id,
-            teacher.revision,
-            teacher.tokenizer_hash,
-            vocab_size,
-            codec.name,
-            codec.version,
-            options,
-        )
+        model = (teacher.id, teacher.revision, teacher.tokenizer_hash)
+        return cls(*model, vocab_size, codec.name, codec.version, options)
 
 
 @dataclass(frozen=True)
