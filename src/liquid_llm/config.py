@@ -125,6 +125,8 @@ class RunConfig:
 
     face: str
     seed: int
+    device: str
+    deterministic: bool
     dry_run: bool
     student: StudentConfig
     teacher: TeacherConfig
@@ -150,6 +152,7 @@ class CaptureConfig:
     """One capture job (Stage A)."""
 
     seed: int
+    device: str
     teacher: TeacherConfig
     data: DataConfig
     store: StoreConfig
@@ -388,8 +391,10 @@ def as_plain(config: RunConfig | CaptureConfig) -> dict[str, Any]:
 def run_name(config: RunConfig) -> str:
     """A run directory's name that the same command always gets, so that running it again continues the run."""
     plain = as_plain(config)
-    for volatile in ("output", "given", "dry_run"):
+    for volatile in ("output", "given", "dry_run", "device"):
         plain.pop(volatile)
+    if not plain["deterministic"]:  # as it was hashed before there was such an option
+        plain.pop("deterministic")
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
     student = config.student.spec.rstrip("/").rsplit("/", 1)[-1]
     return f"{student}-{digest}"

@@ -153,6 +153,8 @@ OPTIONS = (
     Option("overwrite", "bool", STORE, "overwrite", False, "replace existing records", faces=(CAPTURE,)),
     # run
     Option("seed", "int", RUN, "seed", 1234, "seed of data order and initial weights", faces=EVERY, minimum=0),
+    Option("device", "str", RUN, "device", "auto", "where models run: cpu, cuda, cuda:1, ... (auto: a GPU where one can be used, else the CPU)", faces=EVERY),
+    Option("deterministic", "bool", RUN, "deterministic", False, "the same bits every time on a GPU too, with slower kernels"),
     Option("dry_run", "bool", RUN, "dry_run", False, "check everything, take one step, save nothing", faces=TRAINING),
 )
 # fmt: on

@@ -49,11 +49,43 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_device() -> Choice:
-    """``cuda`` where a GPU can be used, else ``cpu``."""
+def choose_device(requested: str = "auto") -> Choice:
+    """The device to compute on.
+
+    Args:
+        requested: ``auto`` takes ``cuda`` where a GPU can be used, else ``cpu``; otherwise a device as torch names it,
+            with or without an index: ``cuda``, ``cuda:1``, ``mps``, or that of a backend registered with torch.
+
+    Raises:
+        UsageError: this machine, or this build of torch, has no such device.
+    """
+    if requested != "auto":
+        return _named_device(requested)
     if torch.cuda.is_available():
         return Choice("cuda", f"found {torch.cuda.get_device_name()}")
     return Choice("cpu", "no usable CUDA device")
+
+
+def _named_device(requested: str) -> Choice:
+    try:
+        device = torch.device(requested)
+        module: Any = torch.get_device_module(device)
+    except (RuntimeError, AttributeError) as error:  # no such type, or one that nothing can be computed on
+        raise _no_device(requested, "torch cannot compute on a device of this name") from error
+    count = int(module.device_count()) if module.is_available() else 0
+    if count == 0:
+        raise _no_device(requested, f"no {device.type} device can be used here")
+    if (device.index or 0) >= count:
+        raise _no_device(requested, f"this machine has {count} {device.type} device{'s' if count > 1 else ''}")
+    return Choice("cpu" if device.type == "cpu" else str(device), "requested")
+
+
+def _no_device(requested: str, problem: str) -> UsageError:
+    there = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["cpu"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and accelerator.type != "cuda":
+        there.insert(0, accelerator.type)
+    return UsageError(problem, where="--device", got=repr(requested), expected=f"auto, {', '.join(there)}")
 
 
 def has_amx() -> bool:
@@ -80,6 +112,11 @@ def choose_dtype(requested: str, device: str | torch.device) -> Choice:
             return Choice("bfloat16", "this GPU computes in bfloat16")
         # float16 overflows without loss scaling, which this trainer does not do.
         return Choice("float32", "this GPU has no bfloat16 units")
+    if torch.device(device).type != "cpu":
+        supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+        if supported is not None and supported():
+            return Choice("bfloat16", "this device computes in bfloat16")
+        return Choice("float32", "this device does not say that it computes in bfloat16")
     if has_amx():
         return Choice("bfloat16", "AMX: bfloat16 products are faster than float32 on this CPU")
     return Choice("float32", "no AMX: bfloat16 products are slower than float32 on this CPU")

@@ -139,3 +139,4 @@ def test_the_same_command_gets_the_same_run_name_and_another_seed_another():
     assert run_name(hybrid()) == run_name(hybrid())
     assert run_name(hybrid(seed=1)) != run_name(hybrid(seed=2))
     assert run_name(hybrid(save_every=1)) == run_name(hybrid(save_every=2))
+    assert run_name(hybrid(device="cpu")) == run_name(hybrid()), "the same run on another device"

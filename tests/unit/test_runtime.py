@@ -54,6 +54,37 @@ def test_random_state_goes_on_exactly_after_a_weights_only_round_trip(draws_befo
     assert [draw() for _ in range(3)] == expected
 
 
+@pytest.mark.parametrize(
+    ("requested", "problem"),
+    [
+        ("cuda", "no cuda device can be used here"),
+        ("cuda:1", "no cuda device can be used here"),
+        ("meta", "torch cannot compute on a device of this name"),
+        ("gpu", "torch cannot compute on a device of this name"),
+        ("cpu:3", "this machine has 1 cpu device"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_with_what_is_there(monkeypatch, requested, problem):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match=problem) as caught:
+        runtime.choose_device(requested)
+    assert caught.value.got == repr(requested)
+    assert str(caught.value.expected).startswith("auto, ")
+    assert "cpu" in str(caught.value.expected)
+
+
+def test_a_gpu_is_taken_where_one_can_be_used_and_another_one_by_its_index(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert runtime.choose_device() == runtime.Choice("cuda", "found a card")
+    assert runtime.choose_device("cuda:1").value == "cuda:1"
+    assert runtime.choose_device("cpu").value == "cpu"
+    with pytest.raises(UsageError, match="has 2 cuda devices"):
+        runtime.choose_device("cuda:2")
+
+
 @pytest.mark.parametrize(("amx", "value"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_dtype_on_cpu_follows_amx_and_says_so(monkeypatch, amx, value):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)

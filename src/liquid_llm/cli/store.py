@@ -12,7 +12,15 @@ from liquid_llm.options import PRECISIONS
 _EPILOG = "Folders may be local or URLs. diff, verify and pack end with 3 where something is not as it should be."
 _ACTIONS = ("pack", "verify", "stats", "diff")
 _MOVED = "; the nearest that the codec is read at"
-_TEACHER_OPTIONS = ("mc_teacher_id", "dataset_manifest", "seed", "teacher_precision", "data_cache", "hf_token_file")
+_TEACHER_OPTIONS = (
+    "mc_teacher_id",
+    "dataset_manifest",
+    "seed",
+    "teacher_precision",
+    "data_cache",
+    "hf_token_file",
+    "device",
+)
 
 
 def store(words: list[str]) -> int:
@@ -86,6 +94,7 @@ def _teacher(parser: Parser, *, required: bool) -> None:
     parser.add_argument("--manifest", dest="dataset_manifest", required=required, help="manifest with its texts")
     parser.add_argument("--teacher_precision", choices=PRECISIONS, help="teacher's arithmetic [auto]")
     parser.add_argument("--data_cache", help="folder for tokenised data")
+    parser.add_argument("--device", help="where the teacher runs: cpu, cuda, cuda:1, ... [auto]")
     parser.add_argument("--hf_token_file", help="file with a Hugging Face token (else HF_TOKEN)")
     parser.add_argument("--seed", type=value_of("int", minimum=0), default=1234, help="which records [1234]")
 
