@@ -21,7 +21,7 @@ from typing import Any
 
 from liquid_llm.data.tokens import BatchTokenizer, Progress, TokenDataset, split, tokenize
 from liquid_llm.data.types import Record
-from liquid_llm.errors import DataError
+from liquid_llm.errors import DataError, UsageError
 from liquid_llm.storage_local import translated
 
 _log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def load_hub_dataset(
         by the names in ``splits``.
 
     Raises:
+        UsageError: the library ``datasets`` is not installed.
         DataError: no such dataset, configuration, split or column; offline and not in the cache; unreadable data.
         StorageError: access refused, or the disk is full.
     """
@@ -181,8 +182,14 @@ def _streamed(file: str, column: str) -> Iterator[str]:
 
 
 def _load(name: str, config: str | None, token: str | None) -> Any:
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            "a text dataset needs the package datasets, which is not installed",
+            where=name,
+            remedy="install it with pip install datasets, or use liquid train with a manifest of JSONL files",
+        ) from error
     folder = Path(name)
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
     path, _, revision = name.partition("@") if not folder.exists() else (name, "", "")

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from liquid_llm import storage
 from liquid_llm.data.types import Record
-from liquid_llm.errors import DataError
+from liquid_llm.errors import DataError, UsageError
 
 _CHUNK_BYTES = 1 << 18  # unpacked it may be ten times as large
 _PARQUET_ROWS = 1024
@@ -83,7 +83,7 @@ class Shard:
                     if line.strip():
                         self.bytes_read = stream.tell()
                         yield number, self._parsed(line, number)
-            except _damage() as error:
+            except damage_errors() as error:
                 raise DataError(
                     f"the file is truncated or damaged ({error})", where=self.uri, remedy="write or copy it again"
                 ) from error
@@ -179,9 +179,19 @@ def _gzipped(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstandard(stream: BinaryIO) -> Iterator[bytes]:
-    """Frames one after another. The library's own stream reader takes a cut-off file for a complete one."""
-    import zstandard
+    """Frames one after another. The library's own stream reader takes a cut-off file for a complete one.
 
+    Raises:
+        UsageError: the library is not installed.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UsageError(
+            "a .zst file needs the package zstandard, which is not installed",
+            where=getattr(stream, "name", None),
+            remedy="install it with pip install zstandard, or unpack the file",
+        ) from error
     decompressor = zstandard.ZstdDecompressor()
     frame = None
     for chunk in _plain(stream):
@@ -197,10 +207,14 @@ def _zstandard(stream: BinaryIO) -> Iterator[bytes]:
 _DECOMPRESSORS = {"": _plain, ".gz": _gzipped, ".zst": _zstandard}
 
 
-def _damage() -> tuple[type[Exception], ...]:
-    import zstandard
-
-    return EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError
+def damage_errors() -> tuple[type[Exception], ...]:
+    """What the decompressors raise for a truncated or damaged file."""
+    common = (EOFError, gzip.BadGzipFile, zlib.error)
+    try:
+        import zstandard
+    except ImportError:  # then no .zst file was opened
+        return common
+    return *common, zstandard.ZstdError
 
 
 def _first_line(value: object) -> str:

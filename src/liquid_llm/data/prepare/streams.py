@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
@@ -75,8 +74,6 @@ def unpacked(stream: BinaryIO, packing: str | None) -> Iterator[bytes]:
     Raises:
         DamageError: while iterating: truncated or damaged.
     """
-    import zstandard
-
     try:
         if packing == "zst":
             yield from records._zstandard(stream)
@@ -86,7 +83,7 @@ def unpacked(stream: BinaryIO, packing: str | None) -> Iterator[bytes]:
             source = gzip.GzipFile(fileobj=stream) if packing == "gz" else bz2.BZ2File(stream)
         while chunk := source.read(CHUNK_BYTES):
             yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except records.damage_errors() as error:
         raise DamageError(f"truncated or damaged ({error})") from error
     except OSError as error:
         if packing != "bz2" or error.errno is not None:  # bz2 has no error class of its own
