@@ -1,6 +1,7 @@
 """The distillation loss: what it consumes, its plain specification, and the version that trains."""
 
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.reference import reference_loss
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal, SparseSignal
 
@@ -8,9 +9,11 @@ __all__ = [
     "DenseSignal",
     "LogitsSignal",
     "LossOutput",
+    "LossPlan",
     "OutputHead",
     "Signal",
     "SparseSignal",
+    "choose_plan",
     "fused_loss",
     "reference_loss",
 ]

@@ -26,12 +26,18 @@ def check_arguments(
     kd_temperature: float,
     reference: DenseSignal | None,
     l2_gamma: float,
+    all_labelled: bool = False,
+    looks: bool = True,
 ) -> None:
     """Refuse arguments that cannot mean anything, before any product is formed.
 
+    Values (labels, ids, what a signal says of itself) are checked where the tensors lie on the CPU and the host
+    ``looks``; shapes, dtypes and numbers always.
+
     Raises:
         ValueError: shapes that do not fit, a label or id outside the vocabulary, alpha outside [0, 1], a temperature
-            that is not positive, a negative gamma, a reference student with another vocabulary.
+            that is not positive, a negative gamma, a reference student with another vocabulary, a row without a label
+            where ``all_labelled`` says that there is none, a signal whose counts are not its tensors'.
         UsageError: a sparse signal that holds at another temperature than ``kd_temperature``.
     """
     if not 0.0 <= kd_alpha <= 1.0:
@@ -46,8 +52,9 @@ def check_arguments(
     if labels.shape != (num_rows,) or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [{num_rows}], got {labels.dtype} {list(labels.shape)}")
     _check_head("head", hidden, head)
-    if bool(((labels >= head.vocab_size) | ((labels < 0) & (labels != IGNORE_INDEX))).any()):
-        raise ValueError(f"labels must lie in [0, {head.vocab_size}) or be {IGNORE_INDEX}")
+    looks = looks and labels.device.type == "cpu"
+    if looks:
+        _check_labels(labels, head.vocab_size, all_labelled=all_labelled)
     if reference is not None:
         _check_rows("reference", reference.num_positions, num_rows)
         _check_head("reference.head", reference.hidden, reference.head)
@@ -57,7 +64,16 @@ def check_arguments(
             )
     if signal is not None:
         _check_rows("signal", signal.num_positions, num_rows)
-        _check_signal(signal, labels, head.vocab_size, kd_temperature)
+        _check_signal(signal, kd_temperature)
+        if looks and not isinstance(signal, DenseSignal):
+            _check_values(signal, labels, head.vocab_size)
+
+
+def _check_labels(labels: Tensor, vocab_size: int, *, all_labelled: bool) -> None:
+    if bool(((labels >= vocab_size) | ((labels < 0) & (labels != IGNORE_INDEX))).any()):
+        raise ValueError(f"labels must lie in [0, {vocab_size}) or be {IGNORE_INDEX}")
+    if all_labelled and bool((labels == IGNORE_INDEX).any()):
+        raise ValueError("a row without a label, where all_labelled says that there is none")
 
 
 def _check_rows(name: str, got: int, expected: int) -> None:
@@ -74,7 +90,7 @@ def _check_head(name: str, hidden: Tensor, head: OutputHead) -> None:
         raise ValueError(f"{name}.soft_cap must be positive, got {head.soft_cap}")
 
 
-def _check_signal(signal: Signal, labels: Tensor, vocab_size: int, kd_temperature: float) -> None:
+def _check_signal(signal: Signal, kd_temperature: float) -> None:
     rows = signal.num_positions
     if isinstance(signal, DenseSignal):
         _check_head("signal.head", signal.hidden, signal.head)
@@ -85,7 +101,7 @@ def _check_signal(signal: Signal, labels: Tensor, vocab_size: int, kd_temperatur
         if signal.rows.ndim != 2:
             raise ValueError(f"signal.rows must be [positions, vocab], got {list(signal.rows.shape)}")
         return
-    _check_sparse(signal, labels, vocab_size)
+    _check_sparse(signal)
     if not math.isclose(signal.temperature, kd_temperature, rel_tol=1e-6):
         raise UsageError(
             "the stored teacher signal holds at one temperature only",
@@ -96,7 +112,7 @@ def _check_signal(signal: Signal, labels: Tensor, vocab_size: int, kd_temperatur
         )
 
 
-def _check_sparse(signal: SparseSignal, labels: Tensor, vocab_size: int) -> None:
+def _check_sparse(signal: SparseSignal) -> None:
     rows, slots = signal.num_positions, signal.ids.shape[-1]
     if signal.ids.shape != (rows, slots) or signal.ids.dtype != torch.int64:
         raise ValueError(f"signal.ids must be int64 [positions, K], got {signal.ids.dtype} {list(signal.ids.shape)}")
@@ -107,6 +123,17 @@ def _check_sparse(signal: SparseSignal, labels: Tensor, vocab_size: int) -> None
     ):
         if tensor.shape != shape:
             raise ValueError(f"signal.{name} must be {list(shape)}, got {list(tensor.shape)}")
-    used = (signal.mask & (labels != IGNORE_INDEX)).unsqueeze(1) & (signal.weights != 0)
+
+
+def _check_values(signal: LogitsSignal | SparseSignal, labels: Tensor, vocab_size: int) -> None:
+    num_signal = int(signal.mask.sum())
+    if signal.num_signal not in (None, num_signal):
+        raise ValueError(f"signal.num_signal is {signal.num_signal}, but {num_signal} rows of its mask are True")
+    if isinstance(signal, LogitsSignal):
+        return
+    recorded = signal.mask & (labels != IGNORE_INDEX)
+    if signal.any_tail is False and bool((recorded & (signal.tail_mass > 0)).any()):
+        raise ValueError("signal.any_tail is False, but a row has a tail")
+    used = recorded.unsqueeze(1) & (signal.weights != 0)
     if bool((used & ((signal.ids < 0) | (signal.ids >= vocab_size))).any()):
         raise ValueError(f"signal.ids must lie in [0, {vocab_size})")

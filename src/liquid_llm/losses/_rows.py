@@ -22,7 +22,41 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses.signals import OutputHead, SparseSignal
+
+
+class LabelledRows:
+    """The rows with a label.
+
+    Args:
+        labels: [rows] int64.
+        all_labelled: the caller knows that each row has one. Otherwise the host waits for the device to count them.
+
+    Attributes:
+        count: how many there are.
+        labels: theirs, [count].
+        indices: their places, [count]; None where all rows are labelled, which are then taken as they lie.
+    """
+
+    def __init__(self, labels: Tensor, *, all_labelled: bool) -> None:
+        self.indices: Tensor | None = None
+        if not all_labelled:
+            indices = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+            self.indices = None if indices.shape[0] == labels.shape[0] else indices
+        self.labels = self.take(labels)
+        self.count = self.labels.shape[0]
+
+    def take(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Labelled rows ``start`` to ``stop`` of ``tensor`` [rows, ...]: a view where all are labelled."""
+        return tensor[start:stop] if self.indices is None else tensor[self.indices[start:stop]]
+
+    def put(self, values: Tensor, into: Tensor, start: int, stop: int) -> None:
+        """Write labelled rows ``start`` to ``stop`` of ``into`` [rows, ...]."""
+        if self.indices is None:
+            into[start:stop] = values
+        else:
+            into[self.indices[start:stop]] = values
 
 
 @dataclass(frozen=True)
@@ -46,7 +80,7 @@ class SparseRows:
 
     Attributes:
         ids, weights, log_probs: [rows, K]; tail_mass: [rows]; mask: [rows] bool, or None where every row has a record.
-        any_tail: whether any row of the whole signal has a tail.
+        any_tail: False only if no row of the whole signal has a tail.
     """
 
     ids: Tensor
@@ -57,19 +91,18 @@ class SparseRows:
     any_tail: bool
 
     @staticmethod
-    def of(signal: SparseSignal, rows: Tensor, dtype: torch.dtype) -> SparseRows:
-        """The rows of ``signal`` numbered ``rows``, cleaned and in ``dtype``."""
-        mask = signal.mask[rows]
-        weights = torch.where(mask.unsqueeze(1), signal.weights[rows].to(dtype), 0.0)
+    def of(signal: SparseSignal, rows: LabelledRows, dtype: torch.dtype) -> SparseRows:
+        """The labelled rows of ``signal``, cleaned and in ``dtype``."""
+        mask = rows.take(signal.mask)
+        weights = torch.where(mask.unsqueeze(1), rows.take(signal.weights).to(dtype), 0.0)
         used = weights > 0
-        tail_mass = torch.where(mask, signal.tail_mass[rows].to(dtype), 0.0)
         return SparseRows(
-            ids=torch.where(used, signal.ids[rows], 0),
+            ids=torch.where(used, rows.take(signal.ids), 0),
             weights=torch.where(used, weights, 0.0),
-            log_probs=torch.where(used, signal.log_probs[rows].to(dtype), 0.0),
-            tail_mass=tail_mass,
-            mask=None if bool(mask.all()) else mask,
-            any_tail=bool((tail_mass > 0).any()),
+            log_probs=torch.where(used, rows.take(signal.log_probs).to(dtype), 0.0),
+            tail_mass=torch.where(mask, rows.take(signal.tail_mass).to(dtype), 0.0),
+            mask=None if signal.num_signal == signal.num_positions else mask,
+            any_tail=signal.any_tail is not False,
         )
 
     def slice(self, start: int, stop: int) -> SparseRows:
@@ -100,6 +133,7 @@ class RowLoss:
         kd_alpha, kd_temperature, l2_gamma: as in ``fused_loss``.
         dtype: of the softmax and of everything derived from it.
         with_grad: whether to overwrite the raw logits by the gradient.
+        looks: whether the host may read results; see ``LossPlan``.
     """
 
     def __init__(
@@ -111,6 +145,7 @@ class RowLoss:
         l2_gamma: float,
         dtype: torch.dtype,
         with_grad: bool,
+        looks: bool,
     ) -> None:
         self._head = head
         self._alpha = kd_alpha
@@ -118,6 +153,7 @@ class RowLoss:
         self._gamma = l2_gamma
         self._dtype = dtype
         self._with_grad = with_grad
+        self._looks = looks
         self._buffers: dict[str, Tensor] = {}
         self._shifts: set[str] = set()
 
@@ -173,7 +209,8 @@ class RowLoss:
         """KL [rows] to a whole teacher distribution; ``logits`` become the gradient but for the label's part."""
         teacher_logits = self._finish(teacher.raw, teacher.head, "teacher")
         if teacher.mask is not None:
-            teacher_logits[~teacher.mask] = 0.0  # rows without a record may hold anything, NaN too
+            # Rows without a record may hold anything, NaN too.
+            teacher_logits.masked_fill_(~teacher.mask.unsqueeze(1), 0.0)
         shared = teacher_logits.shape[1]
         tempered, tempered_total = exps, total
         if self._temperature != 1.0:
@@ -237,11 +274,11 @@ class RowLoss:
     def _exponentials(self, logits: Tensor, slot: str) -> tuple[Tensor, Tensor]:
         """exp(logits) [rows, vocab] and its row sums [rows]; ``logits`` are shifted in place where they must be.
 
-        Most models' logits need no shift, which saves two passes. On a CPU, where looking at a result costs nothing,
-        that is tried first; a model that once needed the shift gets it at once from then on.
+        Most models' logits need no shift, which saves two passes. Where looking at a result costs nothing that is tried
+        first; a model that once needed the shift gets it at once from then on.
         """
         exps = self._scratch(slot, logits)
-        if logits.device.type == "cpu" and slot not in self._shifts:
+        if self._looks and slot not in self._shifts:
             total = torch.exp(logits, out=exps).sum(dim=1)
             if bool(((total > _MIN_TOTAL) & (total < _MAX_TOTAL)).all()):
                 return exps, total

@@ -11,7 +11,7 @@ student's head in all, as in plain training, and one with the teacher's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,14 +19,11 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses._heads import HeadGradient, HeadProducts, choose_product_dtype
-from liquid_llm.losses._rows import RowLoss, SparseRows
-from liquid_llm.losses._sources import DenseSource, LabelledRows, LogitsSource, SparseSource, TeacherSource
-from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal, SparseSignal
-
-_CHUNK_BYTES = 96 << 20  # of one chunk's logits in float32
-_MIN_CHUNK_TOKENS, _MAX_CPU_CHUNK_TOKENS = 16, 384  # a CPU's products are no faster on more rows
-_SLICE_ELEMENTS = 1 << 20  # 4 MiB of float32 on a CPU; elsewhere a chunk is one slice
+from liquid_llm.losses._heads import HeadGradient, HeadProducts
+from liquid_llm.losses._rows import LabelledRows, RowLoss, SparseRows
+from liquid_llm.losses._sources import DenseSource, LogitsSource, SparseSource, TeacherSource
+from liquid_llm.losses.plan import LossPlan, choose_plan
+from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal
 
 
 def fused_loss(
@@ -40,14 +37,18 @@ def fused_loss(
     reference: DenseSignal | None = None,
     l2_gamma: float = 0.0,
     chunk_tokens: int | None = None,
-    product_dtype: torch.dtype | None = None,
+    plan: LossPlan | None = None,
+    all_labelled: bool = False,
 ) -> LossOutput:
     """Composite distillation loss summed over labelled positions; equal to ``reference_loss``, a chunk at a time.
 
-    Softmax arithmetic and the accumulation of weight gradients are in float32, or float64 if ``hidden`` is. Under
-    autocast pass hidden states in the dtype wanted: autocast itself is switched off inside. Where no gradient is asked
-    for none is computed. Gradients reach ``hidden``, ``head.weight`` and ``head.bias``; the teacher and the reference
-    student get none. Differentiating twice raises ``RuntimeError``.
+    Logits, softmax arithmetic, the gradient by the logits and all sums are in float32, or float64 if ``hidden`` is.
+    Products of bfloat16 hidden states (the student's, the teacher's, each for itself) take bfloat16 operands where the
+    plan says "mixed" or "tiles": a float32 head is rounded for them, and so is the gradient by the logits for its own
+    two products. Under autocast pass hidden states in the dtype wanted: autocast itself is switched off inside.
+
+    Where no gradient is asked for none is computed. Gradients reach ``hidden``, ``head.weight`` and ``head.bias``; the
+    teacher and the reference student get none. Differentiating twice raises ``RuntimeError``.
 
     Args:
         hidden: [positions, hidden], the student's states right before its output head.
@@ -58,14 +59,19 @@ def fused_loss(
         kd_temperature: T of teacher and student alike.
         reference: hidden states and head of the frozen student, aligned with ``hidden``, or None for no L2 term.
         l2_gamma: weight of the L2 term.
-        chunk_tokens: positions per chunk; None chooses. The result does not depend on it.
-        product_dtype: of matrix products; None is the dtype of the hidden states multiplied, but for the exceptions in
-            ``_heads.choose_product_dtype``.
+        chunk_tokens: positions per chunk, instead of the plan's. The result does not depend on it.
+        plan: how to go about it; None is ``choose_plan`` for the device of ``hidden``.
+        all_labelled: every row has a label, as the caller knows: then nothing is gathered, and with a plan that does
+            not look the host waits for the device nowhere, unless a signal does not say how many rows have a record.
 
     Raises:
         ValueError: arguments that do not fit together.
         UsageError: a sparse signal that holds at another temperature.
     """
+    plan = plan or choose_plan(hidden.device, head.vocab_size)
+    if chunk_tokens is not None:
+        slice_tokens = plan.slice_tokens if plan.looks else chunk_tokens
+        plan = replace(plan, chunk_tokens=chunk_tokens, slice_tokens=slice_tokens)
     check_arguments(
         hidden,
         head,
@@ -75,11 +81,9 @@ def fused_loss(
         kd_temperature=kd_temperature,
         reference=reference,
         l2_gamma=l2_gamma,
+        all_labelled=all_labelled,
+        looks=plan.looks,
     )
-    if chunk_tokens is None:
-        chunk_tokens = choose_chunk_tokens(head.vocab_size, hidden.device)
-    elif chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     job = _Job(
         head=head,
         labels=labels,
@@ -88,25 +92,29 @@ def fused_loss(
         kd_temperature=kd_temperature,
         reference=reference,
         l2_gamma=l2_gamma,
-        chunk_tokens=chunk_tokens,
-        product_dtype=product_dtype,
+        plan=plan,
+        all_labelled=all_labelled,
     )
     parameters = (hidden, head.weight, head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in parameters):
         loss, ce, kd, l2 = _FusedLoss.apply(*parameters, job)  # type: ignore[no-untyped-call]
     else:
         loss, ce, kd, l2 = _compute(job, hidden, (False, False, False)).sums
-    labelled = labels != IGNORE_INDEX
-    has_signal = torch.zeros_like(labelled) if signal is None else labelled
-    if isinstance(signal, (LogitsSignal, SparseSignal)):
-        has_signal = labelled & signal.mask
-    return LossOutput(loss, ce, kd, l2, num_positions=int(labelled.sum()), num_signal=int(has_signal.sum()))
+    num_positions, num_signal = _counts(labels, signal, all_labelled=all_labelled)
+    return LossOutput(loss, ce, kd, l2, num_positions=num_positions, num_signal=num_signal)
 
 
-def choose_chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """Positions per chunk: enough for products at full speed, logits of at most about 96 MiB in float32."""
-    fitting = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocab_size))
-    return min(fitting, _MAX_CPU_CHUNK_TOKENS) if device.type == "cpu" else fitting
+def _counts(labels: Tensor, signal: Signal | None, *, all_labelled: bool) -> tuple[int, int]:
+    """How many rows have a label, and how many of those a signal."""
+    labelled = None if all_labelled else labels != IGNORE_INDEX
+    num_positions = labels.shape[0] if labelled is None else int(labelled.sum())
+    if signal is None:
+        return num_positions, 0
+    if isinstance(signal, DenseSignal):
+        return num_positions, num_positions
+    if labelled is not None:
+        return num_positions, int((labelled & signal.mask).sum())
+    return num_positions, int(signal.mask.sum()) if signal.num_signal is None else signal.num_signal
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,11 @@ class _Job:
     kd_temperature: float
     reference: DenseSignal | None
     l2_gamma: float
-    chunk_tokens: int
-    product_dtype: torch.dtype | None
+    plan: LossPlan
+    all_labelled: bool
 
-    def products(self, hidden: Tensor) -> torch.dtype:
-        return self.product_dtype or choose_product_dtype(hidden)
+    def products(self, head: OutputHead, hidden: Tensor) -> HeadProducts:
+        return HeadProducts(head, hidden.dtype, self.plan.product)
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(*result.gradients)
         ctx.mark_non_differentiable(*result.sums[1:])
         ctx.set_materialize_grads(False)
+        ctx.hidden_dtype, ctx.looks = hidden.dtype, job.plan.looks
         return result.sums
 
     @staticmethod
@@ -156,13 +165,14 @@ class _FusedLoss(torch.autograd.Function):
             return None, None, None, None
         gradients = ctx.saved_tensors
         if _graph_is_kept():
-            return *(None if gradient is None else gradient * grad_output for gradient in gradients), None
+            gradients = tuple(None if gradient is None else gradient * grad_output for gradient in gradients)
         # Nobody can ask for these again, so the largest of them, [vocab, hidden], need not be copied to be scaled.
-        if grad_output.device.type != "cpu" or grad_output.item() != 1.0:
+        elif not ctx.looks or grad_output.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_output)
-        return *gradients, None
+        hidden, weight, bias = gradients
+        return None if hidden is None else hidden.to(ctx.hidden_dtype), weight, bias, None
 
 
 def _graph_is_kept() -> bool:
@@ -172,24 +182,33 @@ def _graph_is_kept() -> bool:
 
 
 def _compute(job: _Job, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> _Result:
-    """Value and wanted gradients (of hidden, weight and bias) of the loss."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
-    head_gradient = HeadGradient(job.head, dtype, with_weight=wanted[1], with_bias=wanted[2])
+    """Value and wanted gradients (of hidden, weight and bias) of the loss; that of ``hidden`` is still float32."""
+    rows = LabelledRows(job.labels, all_labelled=job.all_labelled)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loss, ce, kd, l2 = _run_chunks(job, hidden, dtype, hidden_gradient, head_gradient if any(wanted[1:]) else None)
+        student = job.products(job.head, hidden)
+        hidden_gradient = None
+        if wanted[0]:
+            make = torch.empty_like if rows.indices is None else torch.zeros_like
+            hidden_gradient = make(hidden, dtype=student.dtype, memory_format=torch.contiguous_format)
+        head_gradient = HeadGradient(student, with_weight=wanted[1], with_bias=wanted[2])
+        loss, ce, kd, l2 = _run_chunks(
+            job, hidden, rows, student, hidden_gradient, head_gradient if any(wanted[1:]) else None
+        )
         # The chunks' buffers are gone before the head's gradient is converted.
         return _Result((loss, ce, kd, l2), (hidden_gradient, *head_gradient.finish()))
 
 
 def _run_chunks(
-    job: _Job, hidden: Tensor, dtype: torch.dtype, hidden_gradient: Tensor | None, head_gradient: HeadGradient | None
+    job: _Job,
+    hidden: Tensor,
+    rows: LabelledRows,
+    student: HeadProducts,
+    hidden_gradient: Tensor | None,
+    head_gradient: HeadGradient | None,
 ) -> Tensor:
     """Sums [4] of loss, CE, KL and L2; the gradients given are filled."""
-    rows = LabelledRows(job.labels)
-    vocab_size = job.head.vocab_size
-    slice_tokens = max(1, _SLICE_ELEMENTS // vocab_size) if hidden.device.type == "cpu" else job.chunk_tokens
-    student = HeadProducts(job.head, job.products(hidden))
+    plan, dtype = job.plan, student.dtype
+    with_grad = hidden_gradient is not None or head_gradient is not None
     teacher = _source(job, job.signal, rows, dtype)
     old = None if job.reference is None else _dense_source(job, job.reference, rows)
     row_loss = RowLoss(
@@ -198,30 +217,34 @@ def _run_chunks(
         kd_temperature=job.kd_temperature,
         l2_gamma=job.l2_gamma,
         dtype=dtype,
-        with_grad=hidden_gradient is not None or head_gradient is not None,
+        with_grad=with_grad,
+        looks=plan.looks,
     )
-    raw = hidden.new_empty(min(job.chunk_tokens, rows.count), vocab_size, dtype=student.dtype)
+    raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), job.head.vocab_size, dtype=dtype)
     values = hidden.new_empty(4, rows.count, dtype=dtype)
-    for start in range(0, rows.count, job.chunk_tokens):
-        stop = min(start + job.chunk_tokens, rows.count)
-        states = rows.take(hidden, start, stop).to(student.dtype)
+    for start in range(0, rows.count, plan.chunk_tokens):
+        stop = min(start + plan.chunk_tokens, rows.count)
+        states = rows.take(hidden, start, stop).to(student.operand_dtype)
         logits = student.raw_logits(states, out=raw[: stop - start])
         for source in (teacher, old):
             if source is not None:
                 source.load(start, stop)
-        for first in range(0, stop - start, slice_tokens):
-            last = min(first + slice_tokens, stop - start)
+        for first in range(0, stop - start, plan.slice_tokens):
+            last = min(first + plan.slice_tokens, stop - start)
             values[:, start + first : start + last] = row_loss(
                 logits[first:last],
                 rows.labels[start + first : start + last],
                 None if teacher is None else teacher.slice(first, last),
                 None if old is None else old.slice(first, last),
             )
+        if not with_grad:
+            continue
         # What were the chunk's logits is now the gradient with respect to them.
+        operand = student.operand(logits)
         if hidden_gradient is not None:
-            hidden_gradient[rows.indices[start:stop]] = student.hidden_gradient(logits).to(hidden.dtype)
+            rows.put(student.hidden_gradient(operand), hidden_gradient, start, stop)
         if head_gradient is not None:
-            head_gradient.add(logits, states)
+            head_gradient.add(logits, operand, states)
     return values.sum(dim=1)
 
 
@@ -229,9 +252,9 @@ def _dense_source(job: _Job, signal: DenseSignal, rows: LabelledRows) -> DenseSo
     return DenseSource(
         signal,
         rows,
-        chunk_tokens=job.chunk_tokens,
+        chunk_tokens=job.plan.chunk_tokens,
         vocab_size=job.head.vocab_size,
-        product_dtype=job.products(signal.hidden),
+        product=job.plan.product,
     )
 
 
@@ -243,4 +266,4 @@ def _source(job: _Job, signal: Signal | None, rows: LabelledRows, dtype: torch.d
         return _dense_source(job, signal, rows)
     if isinstance(signal, LogitsSignal):
         return LogitsSource(signal, rows, job.head.vocab_size)
-    return SparseSource(SparseRows.of(signal, rows.indices, dtype))
+    return SparseSource(SparseRows.of(signal, rows, dtype))

@@ -7,6 +7,9 @@ student's hidden states. The loss never asks where a signal came from.
     LogitsSignal  the whole distribution as stored 16-bit logits
     SparseSignal  a few ids per position, already at one temperature, from a signal store
 
+What the host must know of a signal (how many rows have a record, whether any has a tail) is counted while its tensors
+are on the CPU and goes along when they move (``dataclasses.replace``), so that nobody waits for a device to learn it.
+
 The types live beside the loss, their only consumer, because imports go one way (see docs/decisions).
 """
 
@@ -91,10 +94,16 @@ class LogitsSignal:
     Attributes:
         rows: [positions, vocab] in 16 bits, a teacher's logits up to a constant per position.
         mask: [positions] bool, False where no usable record exists.
+        num_signal: how many rows of ``mask`` are True; None where that was never counted on the CPU.
     """
 
     rows: Tensor
     mask: Tensor
+    num_signal: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_signal is None and _is_readable(self.mask):
+            object.__setattr__(self, "num_signal", int(self.mask.sum()))
 
     @property
     def num_positions(self) -> int:
@@ -119,6 +128,8 @@ class SparseSignal:
         tail_mass: [positions] float32.
         mask: [positions] bool, False where no usable record exists.
         temperature: the temperature all of the above hold at; the loss refuses any other.
+        num_signal: how many rows of ``mask`` are True; None where that was never counted on the CPU.
+        any_tail: False only if no row has a tail; None where that was never looked at on the CPU.
     """
 
     ids: Tensor
@@ -127,6 +138,14 @@ class SparseSignal:
     tail_mass: Tensor
     mask: Tensor
     temperature: float
+    num_signal: int | None = None
+    any_tail: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_signal is None and _is_readable(self.mask):
+            object.__setattr__(self, "num_signal", int(self.mask.sum()))
+        if self.any_tail is None and _is_readable(self.tail_mass):
+            object.__setattr__(self, "any_tail", bool((self.tail_mass > 0).any()))
 
     @property
     def num_positions(self) -> int:
@@ -134,6 +153,14 @@ class SparseSignal:
 
 
 Signal = DenseSignal | LogitsSignal | SparseSignal
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the host reads its values at no cost: it has some, and they lie on the CPU.
+
+    Subclasses stand for tensors of another kind: without values, or on another device.
+    """
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)

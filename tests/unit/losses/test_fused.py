@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.distillation import SIGNALS, Problem, answer, assert_same, make_dense, make_problem, make_signal
+from tests.support.products import MixedProducts
 from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
@@ -16,11 +17,12 @@ from liquid_llm.errors import UsageError
 from liquid_llm.losses import (
     DenseSignal,
     LogitsSignal,
+    LossPlan,
     OutputHead,
     SparseSignal,
     _heads,
-    fused,
     fused_loss,
+    plan,
     reference_loss,
 )
 
@@ -95,7 +97,7 @@ def test_sizes_that_are_no_multiple_of_anything(
 @pytest.mark.parametrize("kind", SIGNALS)
 @pytest.mark.parametrize("elements", [1, 60, 100])
 def test_slices_of_a_chunk(kind: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_SLICE_ELEMENTS", elements)  # the real number exceeds these problems
+    monkeypatch.setattr(plan, "_SLICE_ELEMENTS", elements)  # the real number exceeds these problems
     both(
         make_problem(),
         signal=make_signal(kind, 13, 29, 2.0),
@@ -225,14 +227,12 @@ def test_float32(kind: str, temperature: float) -> None:
     assert_same(got, answer(reference_loss, problem, **arguments), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("product", plan.PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", SIGNALS)
-def test_sixteen_bits(
-    kind: str, dtype: torch.dtype, product_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sixteen_bits(kind: str, dtype: torch.dtype, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference forms products of the same rounded numbers in float32; results are rounded once at the end."""
-    monkeypatch.setattr(_heads, "_BLOCK_ELEMENTS", 1000)  # so that the head is widened in several blocks
+    monkeypatch.setattr(_heads, "_CPU_BLOCK_ELEMENTS", 1000)  # so that the head is widened in several blocks
     problem = make_problem(57, vocab_size=301, width=16, bias=True).to(dtype)
     teacher = make_dense(57, 301, dtype=dtype)
     arguments: dict[str, Any] = {
@@ -242,20 +242,15 @@ def test_sixteen_bits(
         "reference": make_dense(57, 301, dtype=dtype, seed=3),
         "l2_gamma": 0.2,
     }
-    got = answer(fused_loss, problem, chunk_tokens=10, product_dtype=product_dtype, **arguments)
+    with MixedProducts():
+        got = answer(fused_loss, problem, plan=LossPlan(10, 10, product, looks=True), **arguments)
     assert all(gradient.dtype == dtype for gradient in got[1])
     assert got[0].loss.dtype == torch.float32
     expected = answer(reference_loss, problem.to(torch.float32), **arguments)
-    rounding = torch.finfo(torch.bfloat16 if product_dtype == torch.bfloat16 else dtype).eps
-    assert_same(got, expected, rtol=4 * rounding, atol=4 * rounding)
-
-
-def test_sixteen_bit_products_where_they_are_not_asked_for_are_exact() -> None:
-    """Without matrix units bfloat16 is multiplied in float32: as exact as float32 but for the final rounding."""
-    problem = make_problem(57, vocab_size=301, width=16).to(torch.bfloat16)
-    output = fused_loss(problem.hidden, problem.head, problem.labels, product_dtype=torch.float32)
-    expected = reference_loss(problem.hidden, problem.head, problem.labels)
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0.0)
+    for name in ("loss", "ce", "kd", "l2"):
+        torch.testing.assert_close(getattr(got[0], name), getattr(expected[0], name), rtol=1e-5, atol=0.0)
+    rounding = torch.finfo(dtype).eps
+    assert_same(got, expected, rtol=2 * rounding, atol=2 * rounding)
 
 
 def test_the_weight_gradient_is_accumulated_in_float32() -> None:
@@ -263,8 +258,10 @@ def test_the_weight_gradient_is_accumulated_in_float32() -> None:
     hidden = torch.ones(2000, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(2000, dtype=torch.int64)
-    for product_dtype in (torch.float32, torch.bfloat16):
-        output = fused_loss(hidden, OutputHead(weight), labels, chunk_tokens=1, product_dtype=product_dtype)
+    for product in plan.PRODUCTS:
+        one_by_one = LossPlan(1, 1, product, looks=True)
+        with MixedProducts():
+            output = fused_loss(hidden, OutputHead(weight), labels, plan=one_by_one)
         (gradient,) = torch.autograd.grad(output.loss, [weight])
         assert gradient.flatten().tolist() == [-1000.0, 1000.0]
 
@@ -278,21 +275,24 @@ def test_float16_keeps_gradients_below_its_own_range() -> None:
     assert torch.autograd.grad(output.loss, [weight])[0][1, 0].item() == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
-def test_under_autocast(product_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("product", plan.PRODUCTS)
+def test_under_autocast(product: str) -> None:
     """Hidden states in bfloat16, a float32 head: the answer without autocast, gradients in their tensors' dtypes."""
     problem = make_problem(33, vocab_size=65, dtype=torch.float32, bias=True)
     hidden = problem.hidden.detach().bfloat16().requires_grad_()
     mixed = Problem(hidden, problem.weight, problem.bias, problem.labels)
     signal = make_dense(33, 65, dtype=torch.float32)
-    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.5, "product_dtype": product_dtype, "chunk_tokens": 8}
-    outside = answer(fused_loss, mixed, **arguments)
+    chunks = LossPlan(8, 8, product, looks=True)
+    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.5, "plan": chunks}
+    with MixedProducts():
+        outside = answer(fused_loss, mixed, **arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = answer(fused_loss, mixed, **arguments)
+        with MixedProducts():
+            inside = answer(fused_loss, mixed, **arguments)
         specified = reference_loss(hidden, mixed.head, mixed.labels, signal=signal, kd_alpha=0.5)
     assert [gradient.dtype for gradient in inside[1]] == [torch.bfloat16, torch.float32, torch.float32]
     assert_same(inside, outside, rtol=0.0, atol=0.0)
-    rounding = 1e-6 if product_dtype is None else 1e-2
+    rounding = 1e-2 if product == "mixed" else 1e-6  # the head is narrowed for mixed products
     torch.testing.assert_close(inside[0].loss, specified.loss, rtol=rounding, atol=0.0)
     assert_same(inside, answer(reference_loss, mixed, signal=signal, kd_alpha=0.5), rtol=1e-2, atol=1e-2)
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tests.support.distillation import SIGNALS, Problem, answer, assert_same, make_dense, make_problem, make_signal
+from tests.support.products import MixedProducts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.losses import (
     DenseSignal,
     LogitsSignal,
+    LossPlan,
     OutputHead,
     Signal,
     SparseSignal,
@@ -198,23 +200,17 @@ POSITIONS, VOCAB_SIZE, WIDTH, CHUNK_TOKENS = 400, 512, 8, 16
 
 @pytest.mark.parametrize("ignored", [0, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("product", ["widen", "mixed"])
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_no_tensor_is_larger_than_a_chunk_of_logits(
-    kind: str, product_dtype: torch.dtype | None, dtype: torch.dtype, ignored: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, product: str, dtype: torch.dtype, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_heads, "_BLOCK_ELEMENTS", 1000)  # widened at once; the real number exceeds this head
+    monkeypatch.setattr(_heads, "_CPU_BLOCK_ELEMENTS", 1000)  # widened at once; the real number exceeds this head
     problem = make_problem(POSITIONS, vocab_size=VOCAB_SIZE, width=WIDTH, ignored=ignored, bias=True, dtype=dtype)
     arguments = arguments_for(kind, POSITIONS, VOCAB_SIZE)
-    with Watch() as watch:
-        output = fused_loss(
-            problem.hidden,
-            problem.head,
-            problem.labels,
-            chunk_tokens=CHUNK_TOKENS,
-            product_dtype=product_dtype,
-            **arguments,
-        )
+    plan = LossPlan(CHUNK_TOKENS, CHUNK_TOKENS, product, looks=True)
+    with MixedProducts(), Watch() as watch:
+        output = fused_loss(problem.hidden, problem.head, problem.labels, plan=plan, **arguments)
         (0.5 * output.loss).backward()
     callers = {(POSITIONS, VOCAB_SIZE)} if kind == "logits" else set()  # the stored rows, seen as a view
     assert watch.larger_than(CHUNK_TOKENS * VOCAB_SIZE) == callers
