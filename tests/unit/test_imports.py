@@ -27,7 +27,18 @@ FACES = ("trainer.entrypoint", "stage1_hybrid.cli", "stage1_hybrid.precompute_hy
 
 # What is not named here is a part. ``data.types`` is a leaf: the words of the data side, nothing else.
 LAYERS = (
-    {"errors", "options", "schedules", "losses", "storage", "runtime", "masking", "formatting", "data.types"},
+    {
+        "errors",
+        "options",
+        "schedules",
+        "losses",
+        "storage",
+        "runtime",
+        "masking",
+        "formatting",
+        "versions",
+        "data.types",
+    },
     set(),  # parts
     {"config", "terminal"},
     {"run"},

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from liquid_llm.errors import CheckpointError
+from liquid_llm.versions import CURRENT, read_versions
 
 FORMAT_VERSION = 1
+_REMEDY = "the file was written by something else or is damaged: choose another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class CheckpointMetadata:
         run: plain values of whoever runs the training; not interpreted here.
         sha256: hexadecimal hash of the data file; None inside the file itself.
         format_version: layout of file and metadata.
+        versions: of order, framing and numerics it was written with; a file without the field has the first of each.
+            Whether this release can go on from them is for whoever continues to say (``versions.find_newer``).
     """
 
     step: int
@@ -69,6 +73,7 @@ class CheckpointMetadata:
     run: Mapping[str, Any] = field(default_factory=dict)
     sha256: str | None = None
     format_version: int = FORMAT_VERSION
+    versions: Mapping[str, int] = field(default_factory=lambda: dict(CURRENT))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_ctx_lens", tuple(self.eval_ctx_lens))
@@ -108,8 +113,16 @@ class CheckpointMetadata:
                 expected=FORMAT_VERSION,
                 remedy="use the release of liquid-llm that wrote it, or give the exported student/ folder instead",
             )
-        checked = {one.name: _checked(one.name, values, where) for one in fields(cls)}
-        return cls(**checked)
+        named = {one.name for one in fields(cls)} - {"versions"}
+        checked = {name: _checked(name, values, where) for name in named}
+        return cls(**checked, versions=_versions(values.get("versions"), where))
+
+
+def _versions(value: object, where: object) -> dict[str, int]:
+    try:
+        return read_versions(value)
+    except ValueError as error:
+        raise _wrong_value("versions", value, "an object of names and whole numbers from 1", where) from error
 
 
 _Kinds = tuple[type, ...]
@@ -148,9 +161,8 @@ _TYPES: dict[str, tuple[_Kinds, str]] = {
 
 def _checked(name: str, values: Mapping[str, Any], where: object) -> Any:
     kinds, words = _TYPES[name]
-    remedy = "the file was written by something else or is damaged: choose another checkpoint"
     if name not in values:
-        raise CheckpointError(f"metadata field {name} is missing", where=where, expected=words, remedy=remedy)
+        raise CheckpointError(f"metadata field {name} is missing", where=where, expected=words, remedy=_REMEDY)
     value = values[name]
     right = isinstance(value, kinds) and not isinstance(value, bool)
     if kinds == _COUNT:
@@ -158,11 +170,15 @@ def _checked(name: str, values: Mapping[str, Any], where: object) -> Any:
     if name == "eval_ctx_lens":
         right = right and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
     if not right:
-        raise CheckpointError(
-            "metadata field has a wrong value",
-            where=f"{where}, field {name}",
-            got=f"{value!r:.80}",
-            expected=words,
-            remedy=remedy,
-        )
+        raise _wrong_value(name, value, words, where)
     return value
+
+
+def _wrong_value(name: str, value: object, expected: str, where: object) -> CheckpointError:
+    return CheckpointError(
+        "metadata field has a wrong value",
+        where=f"{where}, field {name}",
+        got=f"{value!r:.80}",
+        expected=expected,
+        remedy=_REMEDY,
+    )

@@ -15,13 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
+from liquid_llm.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
 from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.checkpoint.store import CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
+from liquid_llm.errors import CheckpointError
 from liquid_llm.options import ANNEAL
 from liquid_llm.run.places import Place, cache_dir
+from liquid_llm.runtime import choose_device, choose_dtype
 from liquid_llm.schedules import level_from
+from liquid_llm.versions import changes_since, find_newer
 
 log = logging.getLogger(__name__)
 
@@ -104,15 +109,19 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
     """Look for a checkpoint in the run directory, then its mirror, then at ``--resume_gcs_uri``.
 
     Raises:
-        CheckpointError: what is there cannot be used.
+        CheckpointError: what is there cannot be used, or is of a newer release.
         StorageError: a place cannot be read.
     """
     if not config.output.restart:
+        # A checkpoint of a newer format would be passed over like a damaged one, and the run go on from an older step.
+        _require_known_format(str(place.run_dir))
         found = store.latest()
         if place.remote is not None and config.optimizer.steps > 0:
             # Another machine may have gone on since this one's checkpoint: the mirror is asked even when there is one.
             fetched = fetch_latest(place.remote, place.run_dir, newer_than=-1 if found is None else found.step)
             found = fetched or found
+            if found is None:
+                _require_known_format(place.remote)
         if found is not None:
             state, metadata = store.load(found)
             return Start(
@@ -144,7 +153,17 @@ def settle_context(start: Start, config: RunConfig) -> Start:
     Resuming with another ``block_size`` and ``--reset_optim_on_ctx_change``, or with ``--reset_optim``, keeps the
     weights and starts the rest afresh. An interrupted run that is continued is never reset again: its checkpoint
     already has the new length.
+
+    Raises:
+        CheckpointError: the step would go on from order, framing or numerics of a newer release.
     """
+    settled = _settled(start, config)
+    if settled.state is not None and settled.metadata is not None:
+        _require_known_versions(settled.metadata, config, settled.source)
+    return settled
+
+
+def _settled(start: Start, config: RunConfig) -> Start:
     metadata = start.metadata
     if start.state is None or metadata is None:
         return start
@@ -161,3 +180,42 @@ def settle_context(start: Start, config: RunConfig) -> Start:
     if changed:
         log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)
     return start
+
+
+_NEWER = "update liquid-llm to the release that wrote it, or start afresh with --restart in another output"
+
+
+def _require_known_format(folder: str) -> None:
+    """Refuse a folder with a checkpoint whose format is newer than this release's."""
+    for info in storage.list_files(folder):
+        if not info.name.endswith(SIDECAR_SUFFIX) or not is_known(info.name.removesuffix(SIDECAR_SUFFIX)):
+            continue
+        try:
+            version = json.loads(storage.read_bytes(info.uri))["format_version"]
+        except (ValueError, TypeError, KeyError):
+            continue  # damaged: reported where checkpoints are compared
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                "this checkpoint was written by a newer release",
+                where=info.uri,
+                got=f"format version {version}",
+                expected=f"at most {FORMAT_VERSION}",
+                remedy=_NEWER,
+            )
+
+
+def _require_known_versions(metadata: CheckpointMetadata, config: RunConfig, source: str) -> None:
+    """Refuse what a newer release counts or computes in another way; say what has changed since an older one."""
+    newer = find_newer(metadata.versions)
+    if newer is not None:
+        raise CheckpointError(
+            "this run was trained by a newer release, which works in another way",
+            where=source,
+            got=newer,
+            remedy=_NEWER,
+        )
+    device = choose_device(config.device).value
+    precisions = (config.student.precision, config.teacher.precision)
+    bfloat16 = any(choose_dtype(one, device).value == "bfloat16" for one in precisions)
+    for change in changes_since(metadata.versions, bfloat16=bfloat16):
+        log.info("%s %d since this checkpoint: %s (%s)", change.name, change.version, change.what, change.before)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.support.checkpoints import metadata_of
 
+from liquid_llm import versions
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError
 
@@ -69,7 +70,7 @@ def test_unknown_fields_are_left_out() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [one.name for one in dataclasses.fields(CheckpointMetadata)])
+@pytest.mark.parametrize("name", sorted({one.name for one in dataclasses.fields(CheckpointMetadata)} - {"versions"}))
 def test_each_missing_field_is_named(name: str) -> None:
     values = metadata_of(1).to_dict()
     del values[name]
@@ -99,6 +100,19 @@ def test_another_format_version_says_what_to_do(version: Any) -> None:
         CheckpointMetadata.from_dict(metadata_of(1).to_dict() | {"format_version": version}, "best.pt")
     assert repr(version) in str(caught.value)
     assert "release" in str(caught.value)
+
+
+def test_versions_are_written_and_without_them_each_is_the_first() -> None:
+    values = metadata_of(1).to_dict()
+    assert values["versions"] == versions.CURRENT
+    del values["versions"]
+    assert CheckpointMetadata.from_dict(values, "here").versions == versions.FIRST
+
+
+@pytest.mark.parametrize("wrong", [{"order": 0}, {"order": "1"}, {"order": True}, {"order": 1.5}, [1], "1"])
+def test_versions_are_whole_numbers_from_1(wrong: Any) -> None:
+    with pytest.raises(CheckpointError, match="field versions"):
+        CheckpointMetadata.from_dict(metadata_of(1).to_dict() | {"versions": wrong}, "x")
 
 
 @pytest.mark.parametrize("values", [None, [], "text", 3])
