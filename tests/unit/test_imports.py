@@ -54,6 +54,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "report": {"metrics"},
     "teachers": {"models"},
     "evaluation": {"teachers", "training"},
+    "memory": {"models", "teachers", "training"},
 }
 
 

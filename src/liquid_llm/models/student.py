@@ -26,7 +26,7 @@ from liquid_llm.errors import ModelError
 from liquid_llm.models.heads import check_causality, check_output_head
 from liquid_llm.models.loading import as_model_error, open_config, open_weights, quiet_transformers
 from liquid_llm.models.positions import fit_positions
-from liquid_llm.models.sources import resolve
+from liquid_llm.models.sources import Source, resolve
 
 _HEAD_DIM = 64
 _DEFAULT_POSITIONS = 4096  # rotary presets; learned tables have 1024 rows like GPT-2's
@@ -154,12 +154,26 @@ def _is_configuration(spec: str) -> bool:
     return spec in PRESETS or (spec.endswith(".json") and Path(spec).expanduser().is_file())
 
 
-def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM
+def student_config(spec: str, *, vocab_size: int, bos_id: int, eos_id: int, token: str | None = None) -> Any:
+    """The configuration :func:`build_student` builds from, before positions are fitted; no weights are read.
 
+    Raises:
+        ModelError: an unknown spec, or a configuration that cannot be read.
+    """
+    if not _is_configuration(spec):
+        config = open_config(_student_source(spec, token), spec, token)
+        _prepare(config, bos_id, eos_id)
+        return config
     config = _preset_config(PRESETS[spec]) if spec in PRESETS else _file_config(spec)
     _prepare(config, bos_id, eos_id)
     config.get_text_config(decoder=True).vocab_size = vocab_size
+    return config
+
+
+def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = student_config(spec, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
     with (
         as_model_error(spec, "no causal language model can be built from this configuration"),
         torch.random.fork_rng(),
@@ -184,9 +198,9 @@ def _file_config(spec: str) -> Any:
         return AutoConfig.from_pretrained(Path(spec).expanduser(), trust_remote_code=False)
 
 
-def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attention: str, token: str | None) -> Any:
+def _student_source(spec: str, token: str | None) -> Source:
     try:
-        source = resolve(spec, token=token)
+        return resolve(spec, token=token)
     except ModelError as error:
         if "/" in spec or spec.startswith("package:"):
             raise
@@ -196,6 +210,10 @@ def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attentio
             expected=f"a preset ({', '.join(name for name in PRESETS if not name.endswith('-test'))}), a config.json "
             f"file, or a model; as a model: {error}",
         ) from error
+
+
+def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attention: str, token: str | None) -> Any:
+    source = _student_source(spec, token)
     config = open_config(source, spec, token)
     _prepare(config, bos_id, eos_id)
     model = open_weights(

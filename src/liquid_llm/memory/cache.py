@@ -1,0 +1,80 @@
+"""Answers kept on disk: a few hundred bytes of JSON each, named by what was asked and by what answers.
+
+A file that cannot be read, or does not add up, is made again. Where the folder cannot be written the answer is worked
+out each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from liquid_llm.memory.prediction import MemoryPrediction
+
+log = logging.getLogger(__name__)
+
+# What is asked decides together with these sources of ours; of torch and transformers the version does.
+_SOURCES = ("memory", "losses", "training.py", "models", "teachers/online.py", "teachers/scoring.py", "teachers/codecs")
+
+
+def remember(
+    folder: Path | None, kind: str, question: Mapping[str, Any], answer: Callable[[], MemoryPrediction]
+) -> MemoryPrediction:
+    """``answer()``, or what it said to the same question before; ``folder`` of None keeps nothing."""
+    if folder is None:
+        return answer()
+    path = folder / f"{kind}-{_key(question)}.json"
+    try:
+        return MemoryPrediction.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.debug("%s is made again: %s", path, error)
+    found = answer()
+    try:
+        _write(path, json.dumps(found.as_dict()))
+    except OSError as error:
+        log.debug("%s is not kept: %s", path, error)
+    return found
+
+
+def _key(question: Mapping[str, Any]) -> str:
+    asked = json.dumps([question, _versions()], sort_keys=True, default=str)
+    return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _versions() -> list[str]:
+    import torch
+    import transformers
+
+    return [str(torch.__version__), transformers.__version__, _sources_digest()]
+
+
+def _sources_digest() -> str:
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        place = root / name
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

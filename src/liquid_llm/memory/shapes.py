@@ -1,0 +1,149 @@
+"""What decides how much memory a job takes, as plain values: configurations and the shapes of what is computed.
+
+A shape has everything the model of memory needs, and nothing else, so that it can name a cached answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from liquid_llm.runtime import torch_dtype
+from liquid_llm.teachers.codecs import Codec, SampledCodec, TailCodec, TopKCodec
+from liquid_llm.teachers.codecs.intensity import Draws
+from liquid_llm.teachers.codecs.tail_rows import MOST_EXACT, most_draws
+
+SignalKind = Literal["none", "dense", "sparse", "logits"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without its weights.
+
+    Attributes:
+        config: a transformers configuration as ``to_dict`` gives it; ``model_type`` names the architecture.
+        dtype: name of the weights' dtype.
+    """
+
+    config: Mapping[str, Any]
+    dtype: str = "float32"
+
+    @staticmethod
+    def of(config: Any, dtype: str | torch.dtype = "float32") -> ModelShape:
+        """That of a transformers configuration."""
+        name = str(dtype).removeprefix("torch.")
+        torch_dtype(name)
+        return ModelShape({**config.to_dict(), "model_type": config.model_type}, name)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A micro-batch: [rows, time] padded tokens of which all but the last of each row are labelled.
+
+    Attributes:
+        signal: what the teacher says on it: hidden states of an online teacher (``dense``), ids of a store
+            (``sparse``), a store's logits (``logits``), or nothing.
+        slots: ids a position of a sparse signal.
+    """
+
+    rows: int
+    time: int
+    signal: SignalKind = "none"
+    slots: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.time
+
+    def __str__(self) -> str:
+        words = {
+            "none": "no teacher signal",
+            "dense": "online teacher",
+            "sparse": f"stored signal of {self.slots} ids",
+            "logits": "stored logits",
+        }
+        return f"{self.rows} x {self.time} tokens, {words[self.signal]}"
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """A training job.
+
+    Attributes:
+        student: its weights, gradients and moments are float32.
+        compute_dtype: of the student's matrix products.
+        vocab_size: tokens of the shared tokenizer; the teacher's head is cut to them.
+        batches: the micro-batches that can be largest, at least one.
+        evaluations: validation batches that can be largest.
+        teacher: the online teacher, or None.
+        reference: a frozen copy of the student is there for the keep-old-logits term.
+        grad_checkpoint: activations are recomputed in the backward pass.
+        accumulates: a step has several micro-batches, so that gradients exist while a loss is computed.
+        temperature: of the KD term; at 1 the loss needs a buffer less.
+        device: ``cpu``, or the kind of accelerator; decides how the loss goes about it.
+    """
+
+    student: ModelShape
+    compute_dtype: str
+    vocab_size: int
+    batches: tuple[BatchShape, ...]
+    evaluations: tuple[BatchShape, ...] = ()
+    teacher: ModelShape | None = None
+    reference: bool = False
+    grad_checkpoint: bool = False
+    accumulates: bool = False
+    temperature: float = 2.0
+    device: str = "cuda"
+
+    def as_plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def with_rows(self, most: int, rows: int) -> TrainingShape:
+        """The same with micro-batches of ``rows`` where they had ``most``: all are cut or grow in proportion."""
+
+        def scale(batch: BatchShape) -> BatchShape:
+            return replace(batch, rows=max(1, -(-batch.rows * rows // most)))
+
+        return replace(self, batches=tuple(map(scale, self.batches)), evaluations=tuple(map(scale, self.evaluations)))
+
+
+@dataclass(frozen=True)
+class CaptureShape:
+    """A capture job.
+
+    Attributes:
+        teacher: the model that scores.
+        rows, time: the largest batch, in padded tokens.
+        vocab_size: tokens of its tokenizer; the head is cut to them.
+        codec, options: how positions are encoded.
+        device: as in ``TrainingShape``.
+    """
+
+    teacher: ModelShape
+    rows: int
+    time: int
+    vocab_size: int
+    codec: str = "tail"
+    options: Mapping[str, int | float | str] = field(default_factory=dict)
+    device: str = "cuda"
+
+    def as_plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def most_slots(codec: Codec) -> int:
+    """The most ids a position of a stored signal can have; 0 for a codec that keeps whole logits."""
+    if isinstance(codec, TopKCodec):
+        return codec.k
+    if isinstance(codec, SampledCodec):
+        return codec.draws
+    if isinstance(codec, TailCodec):
+        draws = [float(codec.options[name]) for name in ("draws_t1", "draws_t2", "draws_t4")]
+        return MOST_EXACT + most_draws(Draws(*draws))
+    return 0

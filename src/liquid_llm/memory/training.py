@@ -1,0 +1,278 @@
+"""Memory of a training job: its real parts take a step on tensors without memory, and every storage is counted.
+
+The student's loss, the online teacher, the optimizer and gradient checkpointing are those of a run. What a step keeps
+from the one before it (the moments) exists before the step that is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
+from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.plan import LossPlan, choose_plan
+from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal, SparseSignal
+from liquid_llm.memory.counter import StorageCounter
+from liquid_llm.memory.fake import build, fake_tensors
+from liquid_llm.memory.prediction import (
+    ACTIVATIONS,
+    BATCH,
+    GRADIENTS,
+    LOSS,
+    MOMENTS,
+    REFERENCE,
+    SIGNAL,
+    STUDENT,
+    TEACHER,
+    TEACHER_WORK,
+    MemoryPrediction,
+)
+from liquid_llm.memory.shapes import BatchShape, TrainingShape
+from liquid_llm.models.loading import LoadedModel, ModelIdentity
+from liquid_llm.models.student import enable_gradient_checkpointing
+from liquid_llm.runtime import torch_dtype
+from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.training import StepValues, Student, build_optimizer
+
+_ALPHA, _GAMMA, _LR = 0.5, 0.1, 1e-3  # any values at which every term is computed
+
+
+def work_out_training(shape: TrainingShape) -> MemoryPrediction:
+    """Memory of a training job; takes a second or two for models of a few billion parameters.
+
+    Raises:
+        ModelError: a configuration that no model can be built from.
+    """
+    with fake_tensors():
+        student = build(shape.student).train()
+        teacher = None if shape.teacher is None else build(shape.teacher)
+        reference = build(shape.student).requires_grad_(False) if shape.reference else None
+        if shape.grad_checkpoint:
+            enable_gradient_checkpointing(student)
+        job = TrainingMemory(
+            Student(student, torch_dtype(shape.compute_dtype), reference, plan=loss_plan(shape)),
+            teacher,
+            temperature=shape.temperature,
+            accumulates=shape.accumulates,
+            vocab_size=shape.vocab_size,
+        )
+        job.warm_up()
+        found = [job.step(batch) for batch in shape.batches]
+        found += [job.evaluate(batch) for batch in shape.evaluations]
+    return combine(found, job.rest_bytes, shape.device)
+
+
+def loss_plan(shape: TrainingShape) -> LossPlan:
+    """How the loss goes about it on the device meant, without looking at results: fake tensors have none."""
+    return replace(choose_plan(shape.device, shape.vocab_size), looks=False)
+
+
+def online_teacher(model: nn.Module, vocab_size: int) -> OnlineTeacher:
+    """The online teacher of a model that has no tokenizer and no identity."""
+    return OnlineTeacher(LoadedModel(model, None, ModelIdentity("", "", "")), vocab_size)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What one counted step or evaluation found; see ``MemoryPrediction``."""
+
+    batch: BatchShape
+    stages: dict[str, int]
+    consumers: dict[str, int]
+    stage: str
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.consumers.values())
+
+
+def combine(found: Iterable[Peaks], rest_bytes: int, device: str, measured_part: str = "") -> MemoryPrediction:
+    """The largest of what was found, and the largest of each stage."""
+    found = list(found)
+    most = max(found, key=lambda one: one.peak_bytes)
+    stages: dict[str, int] = {}
+    for one in found:
+        for name, size in one.stages.items():
+            stages[name] = max(size, stages.get(name, 0))
+    return MemoryPrediction(
+        peak_bytes=most.peak_bytes,
+        rest_bytes=rest_bytes,
+        stages=stages,
+        consumers=dict(sorted(most.consumers.items(), key=lambda item: -item[1])),
+        peak_stage=most.stage,
+        peak_batch=str(most.batch),
+        device=device,
+        measured_part=measured_part,
+    )
+
+
+class TrainingMemory:
+    """Counts what steps and evaluations of a student take, on fake tensors or on real ones.
+
+    Args:
+        student: as a run has it, with its reference student.
+        teacher: answers for batches with a dense signal.
+        temperature, accumulates, vocab_size: as in ``TrainingShape``.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: nn.Module | None,
+        *,
+        temperature: float,
+        accumulates: bool,
+        vocab_size: int,
+    ) -> None:
+        self._student = student
+        self._teacher = None if teacher is None else online_teacher(teacher, vocab_size)
+        self._accumulates, self._vocab_size = accumulates, vocab_size
+        gamma = _GAMMA if student.reference is not None else 0.0
+        self._values = StepValues(_ALPHA, temperature, gamma, _LR)
+        self._optimizer = build_optimizer(student.model, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
+        self._counter = StorageCounter()
+        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._counter.hold_model(student.model, STUDENT)
+        _tell(self._counter, student.model, ACTIVATIONS)
+        if teacher is not None:
+            self._counter.hold_model(teacher, TEACHER)
+        if student.reference is not None:
+            self._counter.hold_model(student.reference, REFERENCE)
+            _tell(self._counter, student.reference, REFERENCE)
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(lambda one: self._counter.hold([one.grad], GRADIENTS))
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes alive between two steps."""
+        return self._counter.total
+
+    def warm_up(self) -> None:
+        """Make the moments, with gradients of zero: the step that is counted is never the first."""
+        with self._counter:
+            self._zero_gradients()
+            self._update()
+        self._counter.restart()
+
+    def step(self, shape: BatchShape) -> Peaks:
+        """Count one optimizer step on ``shape``; the last micro-batch of several, if the job accumulates."""
+        with self._counter:
+            batch = self._batch(shape, "teacher")
+            if self._accumulates:
+                self._zero_gradients()
+            signal = self._signal(batch, shape, self._values.kd_temperature, "teacher")
+            with self._counter.stage("forward and loss", LOSS):
+                output = self._student.loss(batch, signal, self._values)
+            with self._counter.stage("backward", ACTIVATIONS):
+                (output.loss / batch.num_positions).backward()  # type: ignore[no-untyped-call]
+            self._update()
+            del batch, signal, output
+        return self._found(shape)
+
+    def evaluate(self, shape: BatchShape) -> Peaks:
+        """Count the evaluation of one batch."""
+        model = self._student.model
+        plain = StepValues(kd_alpha=_ALPHA, kd_temperature=1.0, l2_gamma=0.0, lr=0.0)
+        training = model.training
+        model.eval()
+        with self._counter, torch.no_grad():
+            batch = self._batch(shape, "evaluation")
+            signal = self._signal(batch, shape, 1.0, "evaluation")
+            with self._counter.stage("evaluation", LOSS):
+                self._student.loss(batch, signal, plain)
+                if isinstance(signal, DenseSignal):
+                    fused_loss(signal.hidden, signal.head, batch.targets, plan=self._student.plan, all_labelled=True)
+            del batch, signal
+        model.train(training)
+        return self._found(shape)
+
+    def _found(self, shape: BatchShape) -> Peaks:
+        found = Peaks(shape, dict(self._counter.stages), dict(self._counter.peak), self._counter.peak_stage)
+        self._counter.restart()
+        return found
+
+    def _batch(self, shape: BatchShape, stage: str) -> MicroBatch:
+        with self._counter.stage(stage, BATCH):
+            return make_batch(shape)
+
+    def _signal(self, batch: MicroBatch, shape: BatchShape, temperature: float, stage: str) -> Signal | None:
+        if shape.signal == "dense":
+            if self._teacher is None:
+                raise ValueError("a dense signal needs a teacher")
+            with self._counter.stage(stage, TEACHER_WORK):
+                dense = self._teacher.signal(batch)
+            self._counter.hold([dense.hidden], SIGNAL)
+            return dense
+        with self._counter.stage(stage, SIGNAL):
+            return stored_signal(shape, batch.num_positions, self._vocab_size, temperature)
+
+    def _zero_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            self._counter.hold([parameter.grad], GRADIENTS)
+
+    def _update(self) -> None:
+        with self._counter.stage("optimizer", MOMENTS):
+            nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+
+def _tell(counter: StorageCounter, model: Any, consumer: str) -> None:
+    """Let what the body of ``model`` makes in its forward pass count for ``consumer``."""
+    body = model.base_model if model.base_model is not model else model.get_decoder()
+    entered: list[Any] = []
+
+    def before(*_: object) -> None:
+        entered.append(counter.stage(counter.current_stage, consumer))
+        entered[-1].__enter__()
+
+    def after(*_: object) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    body.register_forward_pre_hook(before)
+    body.register_forward_hook(after, always_call=True)
+
+
+def make_batch(shape: BatchShape) -> MicroBatch:
+    """A micro-batch whose rows are all full, and what a run has of it on the device."""
+    ids = torch.zeros(shape.rows, shape.time, dtype=torch.int64)
+    labels = torch.zeros_like(ids)
+    labels[:, -1] = IGNORE_INDEX
+    grid = torch.arange(shape.rows * shape.time).view(shape.rows, shape.time)
+    positions = grid[:, :-1].reshape(-1)
+    del grid
+    lengths = torch.full((shape.rows,), shape.time)
+    kind = "lm" if shape.signal in ("dense", "none") else "math_tool"
+    return MicroBatch(
+        kind, ids, labels, lengths, (), positions, torch.zeros_like(positions), torch.full_like(lengths, shape.time - 1)
+    )
+
+
+def stored_signal(shape: BatchShape, num_rows: int, vocab_size: int, temperature: float) -> Signal | None:
+    """What a store would say of ``num_rows`` positions; None for another kind of signal."""
+    mask = torch.ones(num_rows, dtype=torch.bool)
+    if shape.signal == "logits":
+        return LogitsSignal(torch.zeros(num_rows, vocab_size, dtype=torch.float16), mask, num_signal=num_rows)
+    if shape.signal != "sparse":
+        return None
+
+    def floats(*sizes: int) -> Tensor:
+        return torch.zeros(*sizes)
+
+    slots = max(1, shape.slots)
+    return SparseSignal(
+        ids=torch.zeros(num_rows, slots, dtype=torch.int64),
+        weights=floats(num_rows, slots),
+        log_probs=floats(num_rows, slots),
+        tail_mass=floats(num_rows),
+        mask=mask,
+        temperature=temperature,
+        num_signal=num_rows,
+        any_tail=True,
+    )

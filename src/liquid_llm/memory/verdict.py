@@ -1,0 +1,204 @@
+"""Fits or not; when not, the changes that make it fit, each tried with the model of memory itself.
+
+option    a change of the command line; the list of options begins with the smallest change
+step      a step keeps its tokens: a smaller micro-batch comes with as many more of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from liquid_llm.formatting import format_bytes
+from liquid_llm.memory.prediction import MemoryPrediction
+from liquid_llm.memory.shapes import CaptureShape, TrainingShape
+
+_MOST_HALVINGS = 12
+
+
+@dataclass(frozen=True)
+class Option:
+    """A change that makes a job fit: words for the command line, and the bytes it then needs."""
+
+    change: str
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a job fits.
+
+    Attributes:
+        fits: what is needed, allowances included, is at most what is free.
+        needed_bytes, free_bytes: the two.
+        options: what makes it fit, the smallest change first; empty when it fits, or nothing tried makes it.
+        largest: the largest consumers, in words.
+    """
+
+    fits: bool
+    needed_bytes: int
+    free_bytes: int
+    options: tuple[Option, ...]
+    largest: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @property
+    def words(self) -> str:
+        """One sentence: yes; no, with the smallest change; or that nothing tried suffices, and what takes most."""
+        figures = f"{format_bytes(self.needed_bytes)} of {format_bytes(self.free_bytes)}"
+        if self.fits:
+            return f"yes, it fits: {figures}"
+        if self.options:
+            least = self.options[0]
+            return f"no, it does not fit: {figures}; with {least.change} it does: {format_bytes(least.needed_bytes)}"
+        return f"no, it does not fit: {figures}, and no option makes it; most is taken by {self.largest}"
+
+
+def fits(
+    prediction: MemoryPrediction, free_bytes: int, options: Callable[[], Iterator[tuple[str, MemoryPrediction]]]
+) -> Verdict:
+    """Compare what a job needs with what is free.
+
+    Args:
+        options: gives changes in words with what they lead to, the smallest first; asked only when it does not fit.
+    """
+    enough = prediction.needed_bytes <= free_bytes
+    found: list[Option] = []
+    if not enough:
+        found = [Option(change, other.needed_bytes) for change, other in options() if other.needed_bytes <= free_bytes]
+    return Verdict(enough, prediction.needed_bytes, free_bytes, tuple(found), prediction.largest())
+
+
+def training_options(
+    shape: TrainingShape,
+    batch_size: int,
+    grad_accum: int,
+    free_bytes: int,
+    predict: Callable[[TrainingShape], MemoryPrediction],
+) -> Iterator[tuple[str, MemoryPrediction]]:
+    """Changes of a training job, the smallest first, each with what it needs.
+
+    Single changes come before the same together with checkpointing; of smaller batches only the largest that fits.
+
+    Args:
+        batch_size, grad_accum: what the shape's micro-batches were made from.
+        predict: the model of memory.
+    """
+    kept = shape
+    if not shape.grad_checkpoint:
+        kept = replace(shape, grad_checkpoint=True)
+        yield "--grad_checkpoint=true", predict(kept)
+    if shape.reference:
+        yield "--keep_old_logit_l2=0", predict(replace(shape, reference=False))
+    if shape.compute_dtype == "float32" and shape.device != "cpu":
+        yield "--precision=bfloat16", predict(replace(shape, compute_dtype="bfloat16"))
+    for base, words in ((shape, ""), (kept, "--grad_checkpoint=true ")):
+        if words and base is shape:
+            continue
+        found = _smaller_batch(base, batch_size, grad_accum, free_bytes, predict)
+        if found is not None:
+            yield words + found[0], found[1]
+    if shape.reference:
+        bare = replace(kept, reference=False)
+        found = _smaller_batch(bare, batch_size, grad_accum, free_bytes, predict, with_itself=True)
+        if found is not None:
+            checkpointed = "" if shape.grad_checkpoint else "--grad_checkpoint=true "
+            yield f"{checkpointed}--keep_old_logit_l2=0 {found[0]}".strip(), found[1]
+
+
+def _smaller_batch(
+    shape: TrainingShape,
+    batch_size: int,
+    grad_accum: int,
+    free_bytes: int,
+    predict: Callable[[TrainingShape], MemoryPrediction],
+    *,
+    with_itself: bool = False,
+) -> tuple[str, MemoryPrediction] | None:
+    """The largest divisor of ``batch_size`` that fits, with as many more micro-batches; None if not even 1 does."""
+    for size in divisors(batch_size):
+        if size == batch_size and not with_itself:
+            continue
+        accumulation = grad_accum * batch_size // size
+        smaller = replace(shape.with_rows(batch_size, size), accumulates=accumulation > 1)
+        found = predict(smaller)
+        if found.needed_bytes <= free_bytes:
+            return ("" if size == batch_size else f"--batch_size={size} --grad_accum={accumulation}"), found
+    return None
+
+
+def capture_options(
+    shape: CaptureShape, batch_size: int, predict: Callable[[CaptureShape], MemoryPrediction]
+) -> Iterator[tuple[str, MemoryPrediction]]:
+    """Smaller batches of a capture job, the largest first, and 16 bits for its teacher."""
+    for size in divisors(batch_size)[1:]:
+        yield f"--batch_size={size}", predict(replace(shape, rows=max(1, shape.rows * size // batch_size)))
+    if shape.teacher.dtype == "float32" and shape.device != "cpu":
+        sixteen = replace(shape, teacher=replace(shape.teacher, dtype="bfloat16"))
+        yield "--teacher_precision=bfloat16", predict(sixteen)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, the largest first."""
+    return [one for one in range(number, 0, -1) if number % one == 0]
+
+
+@dataclass(frozen=True)
+class BatchChoice:
+    """A batch that fits: ``batch_size * block_size * grad_accum`` are the tokens asked for."""
+
+    batch_size: int
+    grad_accum: int
+    grad_checkpoint: bool
+    needed_bytes: int
+
+
+def largest_batch(
+    build: Callable[[int, int, bool], TrainingShape],
+    predict: Callable[[TrainingShape], MemoryPrediction],
+    *,
+    blocks_per_step: int,
+    free_bytes: int,
+    checkpointing: tuple[bool, ...] = (False, True),
+) -> BatchChoice | None:
+    """The largest micro-batch that fits at a constant number of blocks a step.
+
+    Checkpointing costs a third more time and a larger batch saves less: it is taken only where not even the smallest
+    micro-batch fits without it.
+
+    Args:
+        build: (batch_size, grad_accum, grad_checkpoint) -> the job's shape.
+        blocks_per_step: ``tokens_per_step / block_size``.
+        checkpointing: what may be tried, in this order.
+
+    Returns:
+        None where nothing fits.
+    """
+
+    def attempt(size: int, checkpoint: bool) -> BatchChoice:
+        accumulation = blocks_per_step // size
+        needed = predict(build(size, accumulation, checkpoint)).needed_bytes
+        return BatchChoice(size, accumulation, checkpoint, needed)
+
+    sizes = divisors(blocks_per_step)[::-1]
+    for checkpoint in checkpointing:
+        whole = attempt(sizes[-1], checkpoint)
+        if whole.needed_bytes <= free_bytes:
+            return whole
+        # Memory grows with the batch (but for the whole step at once, where no gradients are kept beside a loss), so
+        # the largest that fits is found by halving the range.
+        best, low, high = None, 0, len(sizes) - 2
+        while low <= high:
+            middle = (low + high) // 2
+            found = attempt(sizes[middle], checkpoint)
+            if found.needed_bytes <= free_bytes:
+                best, low = found, middle + 1
+            else:
+                high = middle - 1
+        if best is not None:
+            return best
+    return None

@@ -1,0 +1,157 @@
+"""Real parts for a shape that the model of memory was asked about, and what is counted when they really run."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liquid_llm.data.types import MicroBatch
+from liquid_llm.evaluation import PLAIN
+from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
+from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
+from liquid_llm.memory.counter import StorageCounter
+from liquid_llm.memory.training import loss_plan
+from liquid_llm.models.loading import LoadedModel, ModelIdentity, quiet_transformers
+from liquid_llm.models.student import enable_gradient_checkpointing, student_config
+from liquid_llm.runtime import torch_dtype
+from liquid_llm.schedules import Constant
+from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.training import Progress, StepSchedules, Student, Trainer, build_optimizer
+
+VOCAB_SIZE = 384
+
+
+def preset(name: str, vocab_size: int = VOCAB_SIZE, dtype: str = "float32", **changes: Any) -> ModelShape:
+    """A student preset without weights."""
+    config = student_config(name, vocab_size=vocab_size, bos_id=0, eos_id=0)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return ModelShape.of(config, dtype)
+
+
+TEACHER = preset("llama-test", hidden_size=48, num_hidden_layers=3)
+
+
+def shape_of(student: str, *batches: BatchShape, **settings: Any) -> TrainingShape:
+    """A job on the CPU; what ``TrainingShape`` does not know changes the student's configuration."""
+    known = {name: settings.pop(name) for name in list(settings) if name in TrainingShape.__dataclass_fields__}
+    values = {"compute_dtype": "float32", "vocab_size": VOCAB_SIZE, "device": "cpu", **known}
+    return TrainingShape(student=preset(student, **settings), batches=batches, **values)
+
+
+def real_model(shape: ModelShape) -> Any:
+    """With weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(shape.config)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=torch_dtype(shape.dtype)
+        ).eval()
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Most bytes alive in the second step, and bytes alive after it."""
+
+    peak_bytes: int
+    rest_bytes: int
+
+
+def counted_step(shape: TrainingShape) -> Counted:
+    """The second step of the real trainer on real tensors, on the first of the shape's batches."""
+    student, teacher = _parts(shape)
+    optimizer = build_optimizer(student.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    gamma = 0.1 if shape.reference else 0.0
+    batch = _batch(shape.batches[0])
+
+    def signal_of(part: MicroBatch, _: slice) -> Signal | None:
+        return _signal(shape, shape.batches[0], part, teacher, shape.temperature)
+
+    trainer = Trainer(
+        student,
+        optimizer,
+        StepSchedules(Constant(0.5), Constant(shape.temperature), Constant(gamma), Constant(1e-3)),
+        itertools.repeat((batch, signal_of)),
+        Progress(),
+        total_steps=2,
+        grad_accum=2 if shape.accumulates else 1,
+        grad_clip=1.0,
+    )
+    counter = _counter(student, teacher)
+    trainer.step()
+    counter.hold((value for state in optimizer.state.values() for value in state.values()), "")
+    counter.hold((batch.input_ids, batch.labels, batch.positions, batch.targets), "")
+    with counter:
+        trainer.step()
+    return Counted(sum(counter.peak.values()), counter.total)
+
+
+def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
+    """Most bytes alive while the student is scored on ``long``, with moments."""
+    student, teacher = _parts(shape)
+    optimizer = build_optimizer(student.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    for parameter in student.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    counter = _counter(student, teacher)
+    counter.hold((value for state in optimizer.state.values() for value in state.values()), "")
+    batch = _batch(long)
+    counter.hold((batch.input_ids, batch.labels, batch.positions, batch.targets), "")
+    student.model.eval()
+    with counter, torch.no_grad():
+        student.loss(batch, _signal(shape, long, batch, teacher, 1.0), PLAIN)
+    return sum(counter.peak.values())
+
+
+def _parts(shape: TrainingShape) -> tuple[Student, OnlineTeacher | None]:
+    model = real_model(shape.student).train()
+    reference = real_model(shape.student).requires_grad_(False) if shape.reference else None
+    if shape.grad_checkpoint:
+        enable_gradient_checkpointing(model)
+    teacher = None
+    if shape.teacher is not None:
+        loaded = LoadedModel(real_model(shape.teacher), None, ModelIdentity("", "", ""))
+        teacher = OnlineTeacher(loaded, shape.vocab_size)
+        teacher.parameters = list(loaded.model.parameters())  # type: ignore[attr-defined]
+    return Student(model, torch_dtype(shape.compute_dtype), reference, plan=loss_plan(shape)), teacher
+
+
+def _counter(student: Student, teacher: OnlineTeacher | None) -> StorageCounter:
+    counter = StorageCounter()
+    counter.hold_model(student.model, "")
+    if student.reference is not None:
+        counter.hold_model(student.reference, "")
+    if teacher is not None:
+        counter.hold_model(teacher._model, "")
+    return counter
+
+
+def _batch(shape: BatchShape) -> MicroBatch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, VOCAB_SIZE, (shape.rows, shape.time), generator=generator)
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    return MicroBatch("lm", ids, labels, torch.full((shape.rows,), shape.time))
+
+
+def _signal(
+    shape: TrainingShape, batch: BatchShape, part: MicroBatch, teacher: OnlineTeacher | None, temperature: float
+) -> Signal | None:
+    rows = part.num_positions
+    mask = torch.ones(rows, dtype=torch.bool)
+    if batch.signal == "dense":
+        assert teacher is not None
+        return teacher.signal(part)
+    if batch.signal == "logits":
+        return LogitsSignal(torch.randn(rows, shape.vocab_size).half(), mask)
+    if batch.signal == "none":
+        return None
+    ids = torch.rand(rows, shape.vocab_size).topk(batch.slots, dim=1).indices
+    weights = torch.full((rows, batch.slots), 0.9 / batch.slots)
+    return SparseSignal(ids, weights, weights.log(), torch.full((rows,), 0.1), mask, temperature)
