@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.errors import DataError
+from liquid_llm.versions import FRAMING
 
 FORMAT_VERSION = 1
 META = "meta.json"
@@ -41,6 +42,8 @@ class DatasetMeta:
         num_short: records left out for having fewer than two tokens: there is nothing to predict in them.
         num_repeated: records left out for repeating another's sample id and text.
         sizes: bytes of each file; a dataset whose files differ is not used.
+        framing: version of how the texts became tokens (``liquid_llm.versions``). The first is not written down:
+            a description without it stays byte for byte what it always was.
     """
 
     format_version: int
@@ -49,10 +52,18 @@ class DatasetMeta:
     num_short: int
     num_repeated: int
     sizes: dict[str, int]
+    framing: int = 1
+
+    def plain(self) -> dict[str, Any]:
+        """What ``meta.json`` holds."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("framing", 1)}
 
 
-def read_meta(directory: Path) -> DatasetMeta | None:
-    """The description of the dataset in ``directory``; None where it is absent, damaged or of another format."""
+def read_meta(directory: Path, framing: int = FRAMING) -> DatasetMeta | None:
+    """The description of the dataset in ``directory``; None where it is absent, damaged, of another format or framing.
+
+    A cache is never refused: what this release cannot use is made anew, under another name.
+    """
     try:
         values = json.loads((directory / META).read_text())
         if values.get("format_version") != FORMAT_VERSION:
@@ -61,7 +72,7 @@ def read_meta(directory: Path) -> DatasetMeta | None:
         complete = all((directory / name).stat().st_size == size for name, size in meta.sizes.items())
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
         return None
-    return meta if complete else None
+    return meta if complete and meta.framing == framing else None
 
 
 def fate(sample_id: str) -> int:
@@ -77,9 +88,13 @@ class TokenWriter:
         type: of every sample.
         token_dtype: ``<u2`` or ``<u4``.
         place: turns a place number into words.
+        framing: version of how the texts became tokens.
     """
 
-    def __init__(self, directory: Path, type: str, token_dtype: str, place: Callable[[int], str]) -> None:
+    def __init__(
+        self, directory: Path, type: str, token_dtype: str, place: Callable[[int], str], framing: int = FRAMING
+    ) -> None:
+        self._framing = framing
         self._directory = directory
         self._type = type
         self._token_dtype = token_dtype
@@ -139,8 +154,9 @@ class TokenWriter:
             self._num_short,
             int(repeated.sum()),
             {name: (self._directory / name).stat().st_size for name in names},
+            self._framing,
         )
-        (self._directory / META).write_text(json.dumps(asdict(meta), indent=1))
+        (self._directory / META).write_text(json.dumps(meta.plain(), indent=1))
         return meta
 
     def _write(self, name: str, values: NDArray[Any]) -> None:

@@ -28,6 +28,7 @@ from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, T
 from liquid_llm.data.types import Record, Sample
 from liquid_llm.errors import DataError
 from liquid_llm.storage_local import sync, translated
+from liquid_llm.versions import FRAMING
 
 _log = logging.getLogger(__name__)
 _CHUNK_RECORDS = 1024
@@ -194,44 +195,52 @@ def tokenize(
     *,
     eos_id: int,
     progress: Progress | None = None,
+    framing: int = FRAMING,
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
-    The cache is keyed by the source's identity, the tokenizer and the format. Of several processes that want the
-    same samples one does the work and the others wait. A dataset appears complete or not at all.
+    The cache is keyed by the source's identity, the tokenizer, the format and the framing. Of several processes that
+    want the same samples one does the work and the others wait. A dataset appears complete or not at all.
 
     Args:
         tokenizer_hash: names the tokenizer; equal hashes tokenise alike.
         cache_dir: a local folder.
         eos_id: the end-of-text token, appended to maths and code samples.
         progress: told after each chunk.
+        framing: version of how texts become tokens (``liquid_llm.versions``).
 
     Raises:
         DataError: a malformed record or shard; two texts under one sample id; no usable record.
         StorageError: a shard cannot be read, or the cache cannot be written.
     """
-    key = json.dumps([FORMAT_VERSION, source.identity, source.type, tokenizer_hash, eos_id])
-    name = f"{source.type}-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}"
+    key = [FORMAT_VERSION, source.identity, source.type, tokenizer_hash, eos_id]
+    key += [framing] * (framing > 1)  # so that a cache of the first framing keeps its name
+    name = f"{source.type}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()}"
     directory = Path(cache_dir) / name
-    if (meta := read_meta(directory)) is not None:
+    if (meta := read_meta(directory, framing)) is not None:
         return TokenDataset(directory, meta)
     with translated(cache_dir, writing=True):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         with _locked(directory.parent / f".{name}.lock"):
-            if (meta := read_meta(directory)) is None:
-                meta = _publish(directory, source, tokenizer, eos_id, progress)
+            if (meta := read_meta(directory, framing)) is None:
+                meta = _publish(directory, source, tokenizer, eos_id, progress, framing)
     return TokenDataset(directory, meta)
 
 
 def _publish(
-    directory: Path, source: RecordSource, tokenizer: BatchTokenizer, eos_id: int, progress: Progress | None
+    directory: Path,
+    source: RecordSource,
+    tokenizer: BatchTokenizer,
+    eos_id: int,
+    progress: Progress | None,
+    framing: int,
 ) -> DatasetMeta:
     temporary = directory.parent / f".{directory.name}.tmp"  # one writer at a time: what lies there was left by a crash
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         token_dtype = "<u2" if max(eos_id, *tokenizer.get_vocab().values()) < 2**16 else "<u4"
-        with TokenWriter(temporary, source.type, token_dtype, source.place) as writer:
+        with TokenWriter(temporary, source.type, token_dtype, source.place, framing) as writer:
             for records in _chunks(source):
                 token_ids = _token_ids(tokenizer, [record.text for _, record in records])
                 if source.type != "lm":

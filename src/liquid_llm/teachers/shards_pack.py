@@ -64,7 +64,13 @@ def pack(
     summary = PackSummary(bytes_before=sum(info.size for info in before), files_before=len(before))
     teacher = ModelIdentity(identity.teacher_id, identity.teacher_revision, identity.tokenizer_hash)
     writer = StoreWriter(
-        target, teacher, source.codec, vocab_size=identity.vocab_size, layout="shards", shard_bytes=shard_bytes
+        target,
+        teacher,
+        source.codec,
+        vocab_size=identity.vocab_size,
+        layout="shards",
+        versions=source.versions,
+        shard_bytes=shard_bytes,
     )
     left_out: set[str] = set()
     for name, record in source.layout.records():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -103,10 +103,11 @@ class StoreReader:
         identity: whose signal it holds.
         codec: that decodes it.
         layout: how its records lie in the folder.
+        versions: of framing and numerics the store was begun with.
     """
 
-    def __init__(self, uri: str, identity: SignalIdentity, layout: Layout) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, identity: SignalIdentity, layout: Layout, versions: Mapping[str, int]) -> None:
+        self.uri, self.versions = uri, versions
         self.identity = identity
         self.codec: Codec = get_codec(identity.codec, identity.codec_version, identity.codec_options)
         self.layout = layout
@@ -153,7 +154,8 @@ class StoreReader:
 
     def describe(self) -> dict[str, Any]:
         """What the store is, as plain values for provenance."""
-        return {"uri": self.uri, "layout": self.layout.name, "records": len(self), **asdict(self.identity)}
+        about = {"uri": self.uri, "layout": self.layout.name, "records": len(self), "versions": dict(self.versions)}
+        return {**about, **asdict(self.identity)}
 
     def close(self) -> None:
         """Close its files and end the threads of a remote store."""
@@ -183,6 +185,7 @@ class StoreWriter:
         codec: that encodes the records.
         vocab_size: entries given to the codec.
         layout: ``pt`` or ``shards``.
+        versions: that the records of a new store were made with, this release's if None.
         shard_bytes, part_seconds: of layout ``shards``, see ``ShardsWriter``.
 
     Raises:
@@ -198,6 +201,7 @@ class StoreWriter:
         *,
         vocab_size: int,
         layout: str = "pt",
+        versions: Mapping[str, int] | None = None,
         shard_bytes: int = SHARD_BYTES,
         part_seconds: float = PART_SECONDS,
     ) -> None:
@@ -210,7 +214,7 @@ class StoreWriter:
             require_own(uri, self.identity, layout)
         else:
             self._refuse_foreign_files(names)
-            write_store_file(uri, self.identity, layout)
+            write_store_file(uri, self.identity, layout, versions)
         self._layout: PtLayout | ShardsLayout
         self._sink: PtLayout | ShardsWriter
         if layout == "pt":
@@ -312,7 +316,7 @@ def open_store(
     if STORE_FILE not in names:
         kind = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
         raise SignalError(kind, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
-    identity, layout_name = read_store_file(uri)
+    identity, layout_name, versions = read_store_file(uri)
     _require(uri, identity, "teacher", identity.teacher_id, teacher_id)
     _require(uri, identity, "revision of the teacher", identity.teacher_revision, teacher_revision)
     _require(uri, identity, "tokenizer", identity.tokenizer_hash, tokenizer_hash)
@@ -332,7 +336,7 @@ def open_store(
         raise SignalError("the signal store has no record", where=uri, got=got, remedy=f"capture first: {_CAPTURE}")
     for problem in problems:
         log.warning("%s: %s", uri, problem)
-    return StoreReader(uri, identity, layout)
+    return StoreReader(uri, identity, layout, versions)
 
 
 def read_header(uri: str | os.PathLike[str]) -> RecordHeader:

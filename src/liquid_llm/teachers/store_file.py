@@ -1,26 +1,44 @@
-"""``store.json``: whose signal a folder holds, and in which layout."""
+"""``store.json``: whose signal a folder holds, in which layout, and with which framing and numerics it was made.
+
+A store keeps what it was begun with: records that a later release adds do not make its first ones younger.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import NamedTuple
 
 from liquid_llm import storage
 from liquid_llm.errors import SignalError
 from liquid_llm.teachers.records import SignalIdentity
+from liquid_llm.versions import CURRENT, find_newer, read_versions
 
 STORE_FILE = "store.json"
-STORE_VERSION = 1
+STORE_VERSION = 2  # 1 had no versions, which stands for the first of each; both are read
 
 
-def write_store_file(uri: str, identity: SignalIdentity, layout: str) -> None:
-    """Publish the file in folder ``uri``."""
-    contents = {"format_version": STORE_VERSION, "layout": layout, **asdict(identity)}
+class StoreFile(NamedTuple):
+    """What ``store.json`` says; ``versions``: of framing and numerics, those that the store was begun with."""
+
+    identity: SignalIdentity
+    layout: str
+    versions: dict[str, int]
+
+
+def write_store_file(
+    uri: str, identity: SignalIdentity, layout: str, versions: Mapping[str, int] | None = None
+) -> None:
+    """Publish the file in folder ``uri``; ``versions`` are those of the records to come, this release's if None."""
+    known = CURRENT if versions is None else versions
+    kept = {name: known.get(name, 1) for name in ("framing", "numerics")}  # nothing in a store depends on order
+    contents = {"format_version": STORE_VERSION, "layout": layout, **asdict(identity), "versions": kept}
     storage.write_bytes(storage.join(uri, STORE_FILE), json.dumps(contents, indent=1).encode())
 
 
-def read_store_file(uri: str) -> tuple[SignalIdentity, str]:
-    """Identity and layout that the file in folder ``uri`` says.
+def read_store_file(uri: str) -> StoreFile:
+    """What the file in folder ``uri`` says.
 
     Raises:
         SignalError: it is damaged, or of a newer program.
@@ -29,6 +47,7 @@ def read_store_file(uri: str) -> tuple[SignalIdentity, str]:
     try:
         values = json.loads(storage.read_bytes(where))
         version, layout = int(values.pop("format_version")), str(values.pop("layout"))
+        versions = read_versions(values.pop("versions", None)) if version <= STORE_VERSION else {}
         identity = None if version > STORE_VERSION else SignalIdentity(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SignalError(
@@ -45,12 +64,20 @@ def read_store_file(uri: str) -> tuple[SignalIdentity, str]:
             expected=f"at most {STORE_VERSION}",
             remedy="install a newer liquid-llm",
         )
-    return identity, layout
+    newer = find_newer(versions)
+    if newer is not None:
+        raise SignalError(
+            "the store was captured by a newer program, which works in another way",
+            where=where,
+            got=newer,
+            remedy="install a newer liquid-llm, or capture again into another folder",
+        )
+    return StoreFile(identity, layout, versions)
 
 
 def present_layout(uri: str) -> str | None:
     """The layout of the store in folder ``uri``; None where there is none."""
-    return read_store_file(uri)[1] if storage.exists(storage.join(uri, STORE_FILE)) else None
+    return read_store_file(uri).layout if storage.exists(storage.join(uri, STORE_FILE)) else None
 
 
 def require_own(uri: str, identity: SignalIdentity, layout: str) -> None:
@@ -59,7 +86,7 @@ def require_own(uri: str, identity: SignalIdentity, layout: str) -> None:
     Raises:
         SignalError: it holds another teacher's signal, or signal in another codec or layout.
     """
-    there, present = read_store_file(uri)
+    there, present, _ = read_store_file(uri)
     difference = there.difference(identity)
     if difference is not None:
         name, theirs, ours = difference

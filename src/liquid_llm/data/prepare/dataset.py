@@ -137,9 +137,23 @@ def folded(fingerprint: str, identity: object) -> str:
 
 
 def read_complete(dataset: Dataset) -> dict[str, Any] | None:
-    """The completion marker, if every shard it names is there with its size; else None."""
+    """The completion marker, if every shard it names is there with its size; else None.
+
+    Raises:
+        DataError: a newer release prepared them: this one would take its own work for what is wanted.
+    """
     marker = _read_json(dataset, COMPLETE)
-    if marker is None or marker.get("format_version") != FORMAT_VERSION:
+    version = None if marker is None else marker.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        place = storage.join(dataset.out, dataset.state_name)
+        raise DataError(
+            f"the shards of {dataset.name} were prepared by a newer release",
+            where=storage.join(place, COMPLETE),
+            got=f"format version {version}",
+            expected=f"at most {FORMAT_VERSION}",
+            remedy=f"update liquid-llm, or remove {place} to have them prepared anew",
+        )
+    if marker is None or version != FORMAT_VERSION:
         return None
     sizes = {info.name: info.size for info in storage.list_files(dataset.out)}
     return marker if all(sizes.get(one["name"]) == one["bytes"] for one in marker["shards"]) else None
