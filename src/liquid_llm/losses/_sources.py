@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from liquid_llm.losses._heads import HeadProducts
 from liquid_llm.losses._rows import DenseRows, LabelledRows, SparseRows
+from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal
 
 

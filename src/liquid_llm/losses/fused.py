@@ -19,10 +19,10 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses._heads import HeadGradient, HeadProducts
 from liquid_llm.losses._rows import LabelledRows, RowLoss, SparseRows
 from liquid_llm.losses._sources import DenseSource, LogitsSource, SparseSource, TeacherSource
 from liquid_llm.losses.plan import LossPlan, choose_plan
+from liquid_llm.losses.products import HeadGradient, HeadProducts
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal
 
 

@@ -51,22 +51,17 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return OutputHead(self.weight[:vocab_size], bias, self.scale, self.soft_cap)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Plain logits [positions, vocab] of ``hidden`` [positions, hidden], in the dtype of the product.
 
-        ``out`` takes the result, where no gradient is wanted.
+        Those of 16-bit numbers are rounded to 16 bits, as the model itself does it; what compares distributions takes
+        them from ``products.HeadProducts`` instead.
         """
-        if out is None:
-            raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        elif self.bias is None:
-            raw = torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            raw = torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
-            raw = torch.mul(raw, self.scale, out=out)
+            raw = raw * self.scale
         if self.soft_cap is not None:
-            bent = torch.tanh(torch.div(raw, self.soft_cap, out=out), out=out)
-            raw = torch.mul(bent, self.soft_cap, out=out)
+            raw = torch.tanh(raw / self.soft_cap) * self.soft_cap
         return raw
 
 

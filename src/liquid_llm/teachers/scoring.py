@@ -10,26 +10,42 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
+from liquid_llm.losses.plan import choose_product
+from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import OutputHead
 from liquid_llm.teachers.capture_plan import Item
 from liquid_llm.teachers.codecs import Codec, Rows
 from liquid_llm.teachers.online import OnlineTeacher
 
-_CHUNK_BYTES = 64 * 2**20  # float32 logits that exist at the same time
+# Float32 logits that exist at the same time. Elsewhere than on a CPU more rows share one reading of the head.
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+_MAX_CHUNK_ROWS = 1024
 
 
 class Scratch:
-    """Memory for one chunk of logits, used for every chunk: to touch as much anew costs a fifth of computing them."""
+    """Memory for one chunk of logits, used for every chunk: to touch as much anew costs a fifth of computing them.
 
-    def __init__(self) -> None:
+    Args:
+        device: whose chunks and products to use; None is where the hidden states are.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self._device = device
         self._memory = torch.empty(0, 0)
+        self._products: HeadProducts | None = None
 
     def logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
-        """Logits of ``hidden`` [positions, hidden], at most a chunk, in float32; to be used before the next call."""
+        """Logits of ``hidden`` [positions, hidden], at most a chunk, in float32; to be used before the next call.
+
+        They are float32 out of the product: what is stored of a teacher in bfloat16 is not rounded on the way.
+        """
+        device = self._device or hidden.device
         if self._memory.shape[1] != head.vocab_size or self._memory.device != hidden.device:
-            self._memory = torch.empty(_chunk_rows(head.vocab_size), head.vocab_size, device=hidden.device)
-        memory = self._memory[: hidden.shape[0]]
-        return head.logits(hidden, memory) if hidden.dtype == torch.float32 else memory.copy_(head.logits(hidden))
+            self._memory = torch.empty(chunk_rows(head.vocab_size, device), head.vocab_size, device=hidden.device)
+        products = self._products
+        if products is None or products.head is not head or products.hidden_dtype != hidden.dtype:
+            products = self._products = HeadProducts(head, hidden.dtype, choose_product(device))
+        return products.logits(hidden, self._memory[: hidden.shape[0]])
 
 
 def score(
@@ -66,7 +82,7 @@ def score(
         hidden = teacher.hidden(padded_ids(windows))
         encoders = [_Encoder(item, codecs[item.type]) for item in good]
         num_rows = [max(len(window) - 1, 0) for window in windows]
-        for chunk in chunks(num_rows, vocab_size):
+        for chunk in chunks(num_rows, vocab_size, teacher.device):
             rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
             parts = torch.split(scratch.logits(teacher.head, rows), [stop - start for _, start, stop in chunk])
             for (sample, _, stop), part in zip(chunk, parts, strict=True):
@@ -121,13 +137,15 @@ def padded_ids(windows: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def chunks(num_rows: Sequence[int], vocab_size: int) -> Iterator[list[tuple[int, int, int]]]:
+def chunks(
+    num_rows: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
+) -> Iterator[list[tuple[int, int, int]]]:
     """Runs of positions ``(sample, start, stop)``, a chunk being as many as have their logits at the same time.
 
     Samples are cut at multiples of a chunk from their own start, whatever their neighbours are, so that a codec that
     draws sees the same calls in every batch. A sample without positions has one empty run.
     """
-    limit = _chunk_rows(vocab_size)
+    limit = chunk_rows(vocab_size, device)
     chunk: list[tuple[int, int, int]] = []
     held = 0
     for sample, count in enumerate(num_rows):
@@ -142,5 +160,8 @@ def chunks(num_rows: Sequence[int], vocab_size: int) -> Iterator[list[tuple[int,
         yield chunk
 
 
-def _chunk_rows(vocab_size: int) -> int:
-    return max(1, _CHUNK_BYTES // (4 * vocab_size))
+def chunk_rows(vocab_size: int, device: torch.device | str = "cpu") -> int:
+    """Most positions whose logits exist at the same time."""
+    if torch.device(device).type == "cpu":
+        return max(1, _CPU_CHUNK_BYTES // (4 * vocab_size))
+    return max(1, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (4 * vocab_size)))

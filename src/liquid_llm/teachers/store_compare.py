@@ -21,7 +21,7 @@ from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.teachers.codecs import PayloadError, Rows, StoredSignal
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.records import MARK_BYTES, PREFIX_TOKENS, WHOLE_BYTES, Record, RecordError, RecordHeader
-from liquid_llm.teachers.scoring import record_seed
+from liquid_llm.teachers.scoring import Scratch, chunk_rows, record_seed
 from liquid_llm.teachers.store import StoreReader
 
 # A divergence this far from that of a fresh encoding is not what the teacher says. Other arithmetic gives other draws:
@@ -119,6 +119,7 @@ class Verifier:
 
     def __init__(self, store: StoreReader, teacher: OnlineTeacher, temperatures: tuple[float, ...]) -> None:
         self._store, self._teacher, self._temperatures = store, teacher, temperatures
+        self._scratch = Scratch()
         self.measured: dict[tuple[str, float], Measured] = {}
         self.identical = 0
         self.differing: list[str] = []
@@ -164,9 +165,10 @@ class Verifier:
         return one.add_divergences(sums[0], sums[1], hidden.shape[0])
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        step = max(1, _CHUNK_BYTES // (4 * self._teacher.head.vocab_size))
+        """As capture forms them: (first position, logits [positions, vocab]), good until the next are asked for."""
+        step = chunk_rows(self._teacher.head.vocab_size, self._teacher.device)
         for start in range(0, hidden.shape[0], step):
-            yield start, self._teacher.head.logits(hidden[start : start + step]).float()
+            yield start, self._scratch.logits(self._teacher.head, hidden[start : start + step])
 
 
 # ----------------------------------------------------------------------------------------------------------- two stores

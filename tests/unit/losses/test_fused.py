@@ -20,9 +20,9 @@ from liquid_llm.losses import (
     LossPlan,
     OutputHead,
     SparseSignal,
-    _heads,
     fused_loss,
     plan,
+    products,
     reference_loss,
 )
 
@@ -232,7 +232,7 @@ def test_float32(kind: str, temperature: float) -> None:
 @pytest.mark.parametrize("kind", SIGNALS)
 def test_sixteen_bits(kind: str, dtype: torch.dtype, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference forms products of the same rounded numbers in float32; results are rounded once at the end."""
-    monkeypatch.setattr(_heads, "_CPU_BLOCK_ELEMENTS", 1000)  # so that the head is widened in several blocks
+    monkeypatch.setattr(products, "_CPU_BLOCK_ELEMENTS", 1000)  # so that the head is widened in several blocks
     problem = make_problem(57, vocab_size=301, width=16, bias=True).to(dtype)
     teacher = make_dense(57, 301, dtype=dtype)
     arguments: dict[str, Any] = {

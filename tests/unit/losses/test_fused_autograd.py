@@ -21,8 +21,8 @@ from liquid_llm.losses import (
     OutputHead,
     Signal,
     SparseSignal,
-    _heads,
     fused_loss,
+    products,
     reference_loss,
 )
 
@@ -205,7 +205,7 @@ POSITIONS, VOCAB_SIZE, WIDTH, CHUNK_TOKENS = 400, 512, 8, 16
 def test_no_tensor_is_larger_than_a_chunk_of_logits(
     kind: str, product: str, dtype: torch.dtype, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_heads, "_CPU_BLOCK_ELEMENTS", 1000)  # widened at once; the real number exceeds this head
+    monkeypatch.setattr(products, "_CPU_BLOCK_ELEMENTS", 1000)  # widened at once; the real number exceeds this head
     problem = make_problem(POSITIONS, vocab_size=VOCAB_SIZE, width=WIDTH, ignored=ignored, bias=True, dtype=dtype)
     arguments = arguments_for(kind, POSITIONS, VOCAB_SIZE)
     plan = LossPlan(CHUNK_TOKENS, CHUNK_TOKENS, product, looks=True)

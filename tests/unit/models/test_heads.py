@@ -134,15 +134,3 @@ def test_checks_leave_modes_generators_and_gradients_alone(check):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.get_output_embeddings()._forward_pre_hooks
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("scale", "soft_cap"), [(1.0, None), (0.25, None), (2.0, 30.0), (1.0, 5.0)])
-def test_logits_in_memory_that_is_given_are_the_same(bias: bool, scale: float, soft_cap: float | None) -> None:
-    torch.manual_seed(0)
-    head = OutputHead(torch.randn(50, 8), torch.randn(50) if bias else None, scale, soft_cap)
-    hidden, out = torch.randn(7, 8), torch.full((7, 50), torch.nan)
-    with torch.no_grad():
-        given = head.logits(hidden, out)
-        assert given.data_ptr() == out.data_ptr()
-        torch.testing.assert_close(given, head.logits(hidden))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import StorageError, UsageError
-from liquid_llm.losses.signals import LogitsSignal, OutputHead, SparseSignal
+from liquid_llm.losses.products import HeadProducts
+from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.teachers import scoring
 from liquid_llm.teachers.capture import CaptureSummary, capture
@@ -408,7 +409,7 @@ def drawn(teacher: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Te
 
 
 def test_draws_depend_on_the_sample_alone(teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", 32 * 4 * VOCAB)  # 32 positions: samples are cut
+    monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", 32 * 4 * VOCAB)  # 32 positions: samples are cut
     samples = make_samples(6, low=20, high=140)
     together = drawn(teacher, samples)
     for sample in reversed(samples):
@@ -424,7 +425,7 @@ def test_chunks_do_not_change_records(
 ) -> None:
     samples = make_samples(8)
     run(tmp_path / "whole", samples, teacher, codec=FullCodec())
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", chunk * 4 * VOCAB)
+    monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", chunk * 4 * VOCAB)
     run(tmp_path / "cut", samples, teacher, codec=FullCodec())
     whole, cut = open_store(str(tmp_path / "whole")), open_store(str(tmp_path / "cut"))
     for sample in samples:
@@ -434,23 +435,20 @@ def test_chunks_do_not_change_records(
         torch.testing.assert_close(a.rows.float(), b.rows.float(), rtol=1e-2, atol=2e-2)
 
 
-class WatchedHead:
-    """An output head that notes where its logits go, and whether those it gave last are still held when asked again."""
+class WatchedProducts(HeadProducts):
+    """Notes where logits go, and whether those given last are still held when asked again."""
 
-    def __init__(self, head: OutputHead) -> None:
-        self.vocab_size, self.weight = head.vocab_size, head.weight
-        self.held: list[bool] = []
-        self.places: set[int] = set()
-        self._head = head
-        self._last: weakref.ref[torch.Tensor] | None = None
+    held: ClassVar[list[bool]] = []
+    places: ClassVar[set[int]] = set()
+    _last: ClassVar[weakref.ref[torch.Tensor] | None] = None
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        self.held.append(self._last is not None and self._last() is not None)
-        logits = self._head.logits(hidden, out)
-        self._last = weakref.ref(logits)
-        if out is not None:
-            assert logits.data_ptr() == out.data_ptr()
-            self.places.add(out.data_ptr())
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        watch = WatchedProducts
+        watch.held.append(watch._last is not None and watch._last() is not None)
+        logits = super().logits(hidden, out)
+        watch._last = weakref.ref(logits)
+        assert logits.data_ptr() == out.data_ptr()
+        watch.places.add(out.data_ptr())
         return logits
 
 
@@ -458,22 +456,24 @@ class WatchedHead:
 @pytest.mark.parametrize("codec", [FullCodec(), CODEC, TailCodec(), SampledCodec()], ids=lambda codec: codec.name)
 def test_all_chunks_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch, codec: Codec, dtype: torch.dtype) -> None:
     """And nothing that a codec gave for a chunk changes when the next chunk's logits take the place."""
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", 32 * 4 * VOCAB)
+    monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", 32 * 4 * VOCAB)
     teacher = tiny_teacher()
     teacher.model.to(dtype)
     source = ListSource(make_samples(4, low=20, high=100))
     items = [Item(source, n, str(n), "math_tool", len(s.input_ids)) for n, s in enumerate(source.samples)]
     online = OnlineTeacher(teacher, VOCAB)
-    watched = WatchedHead(online.head)
-    monkeypatch.setattr(online, "head", watched)
+    monkeypatch.setattr(scoring, "HeadProducts", WatchedProducts)
+    monkeypatch.setattr(WatchedProducts, "held", [])
+    monkeypatch.setattr(WatchedProducts, "places", set())
+    monkeypatch.setattr(WatchedProducts, "_last", None)
     scratch = scoring.Scratch()
     together = [rows for _, rows in scoring.score(online, items, {"math_tool": codec}, scratch)]
-    assert len(watched.held) > 4
-    assert not any(watched.held)
-    assert len(watched.places) == (1 if dtype == torch.float32 else 0)
+    assert len(WatchedProducts.held) > 4
+    assert not any(WatchedProducts.held)
+    assert len(WatchedProducts.places) == 1
     kept = [{name: tensor.clone() for name, tensor in rows.items()} for rows in together]
     with torch.inference_mode():
-        scratch.logits(watched, torch.ones(32, watched.weight.shape[1], dtype=dtype)).fill_(torch.nan)
+        scratch.logits(online.head, torch.ones(32, online.head.weight.shape[1], dtype=dtype)).fill_(torch.nan)
     for rows, before in zip(together, kept, strict=True):
         assert all(torch.equal(rows[name], before[name]) for name in before)
 
@@ -508,7 +508,7 @@ class LargestVocabularyTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("codec", [FullCodec(), CODEC], ids=lambda codec: codec.name)
 def test_logits_of_one_chunk_at_most(teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
-    monkeypatch.setattr(scoring, "_CHUNK_BYTES", 32 * 4 * VOCAB)
+    monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", 32 * 4 * VOCAB)
     source = ListSource(make_samples(8, low=90, high=100))
     items = [Item(source, n, str(n), "math_tool", 90) for n in range(8)]
     online = OnlineTeacher(teacher, VOCAB)

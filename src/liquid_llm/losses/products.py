@@ -37,12 +37,14 @@ class HeadProducts:
         product: a key of ``plan.PRODUCTS``.
 
     Attributes:
+        head, hidden_dtype: as given.
         dtype: of all results: float64 where hidden states are, else float32.
         operand_dtype: what hidden states are turned into before they are multiplied.
     """
 
     def __init__(self, head: OutputHead, hidden_dtype: torch.dtype, product: str) -> None:
         self.head = head
+        self.hidden_dtype = hidden_dtype
         self.dtype = torch.float64 if hidden_dtype == torch.float64 else torch.float32
         self._is_mixed = product == "mixed" and hidden_dtype == torch.bfloat16
         self._uses_tiles = product == "tiles" and hidden_dtype == torch.bfloat16
@@ -71,7 +73,7 @@ class HeadProducts:
         return out
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Fill ``out`` [rows, vocab] with finished logits of ``hidden`` [rows, hidden], in any dtype."""
+        """Fill ``out`` [rows, vocab], in ``dtype``, with finished logits of ``hidden`` [rows, hidden]."""
         raw = self.raw_logits(hidden.to(self.operand_dtype), out)
         if self.head.scale != 1.0:
             raw.mul_(self.head.scale)
