@@ -4,7 +4,6 @@ from tests.support.models import CAUSAL, tiny_model
 from torch import nn
 
 from liquid_llm.errors import ModelError
-from liquid_llm.losses.signals import OutputHead
 from liquid_llm.models.heads import check_causality, check_output_head, hidden_states, output_head
 
 
