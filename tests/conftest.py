@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from tests.support.accelerator import Accelerator, install
 from tests.support.gcs import Bucket, FakeGcs, running_server
 from tests.support.world import World, build, served
 
@@ -68,3 +69,9 @@ def fresh_world(built_world: Path, tmp_path: Path) -> Iterator[World]:
     """The offline world with a bucket nobody has written to."""
     with served(built_world, tmp_path / "world") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    """The pretend device ``pretend:0``; it cannot be taken out of the process again, and disturbs nothing there."""
+    return install()
