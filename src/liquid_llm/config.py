@@ -9,23 +9,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from liquid_llm.config_checks import capture_problems, parsed, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, TRAIN, options_of
-from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule, parse_piecewise
+from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, PREPARE, TRAIN, options_of
+from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule
 
 DEFAULT_BLOCK_SIZE = {ANNEAL: 512, TRAIN: 1024, CAPTURE: 1024}
 
 
 @dataclass(frozen=True)
 class StudentConfig:
+    """``grad_checkpoint``: yes, no, or ``auto`` until it is decided by what fits."""
+
     spec: str
     resume_uri: str | None
     rope_scale: float | None
-    grad_checkpoint: bool
+    grad_checkpoint: bool | str
     precision: str
 
 
@@ -48,6 +51,8 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """``batch_size``: ``AUTO_BATCH`` until it is decided by what fits."""
+
     batch_size: int
     num_workers: int
     cache_dir: str | None
@@ -90,6 +95,7 @@ class OptimizerConfig:
     grad_clip: float
     reset: bool = False
     reset_on_context_change: bool = False
+    tokens_per_step: int | None = None
 
     @property
     def peak(self) -> float:
@@ -128,6 +134,7 @@ class RunConfig:
     device: str
     deterministic: bool
     dry_run: bool
+    price_per_hour: float | None
     student: StudentConfig
     teacher: TeacherConfig
     data: DataConfig
@@ -183,6 +190,8 @@ def build_run_config(face: str, given: Mapping[str, object], metadata: Mapping[s
         UsageError: every problem found, one a line.
     """
     values = _by_group(face, {**(metadata or {}), **given})
+    if values["data"]["batch_size"] == AUTO:
+        values["data"]["batch_size"] = AUTO_BATCH
     block_size = values["data"].pop("block_size") or DEFAULT_BLOCK_SIZE[face]
     seq_len = values["data"].pop("seq_len", None) or block_size
     config = RunConfig(
@@ -229,16 +238,8 @@ def build_prepare_config(given: Mapping[str, object]) -> PrepareConfig:
     """
     config = PrepareConfig(**_by_group(PREPARE, given)["data"])
     missing = [] if config.datasets_yaml else ["--datasets_yaml is missing: name the file that lists the datasets"]
-    _raise_all(missing + _toolkit_problems(config))
+    _raise_all(missing + toolkit_problems(config))
     return config
-
-
-def _toolkit_problems(data: DataConfig | PrepareConfig) -> list[str]:
-    if data.toolkit_uri is not None:
-        skipped = data.prepare == "skip"
-        return ["--prep_toolkit_zip_uri is never run with --prepare_data=skip: leave one out"] if skipped else []
-    given = (("prep_toolkit_sha256", data.toolkit_sha256), ("prep_extract_dir", data.toolkit_dir))
-    return [f"--{name} is of no use without --prep_toolkit_zip_uri" for name, value in given if value is not None]
 
 
 def _by_group(face: str, given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
@@ -252,88 +253,6 @@ def _raise_all(problems: list[str]) -> None:
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UsageError(f"{count} in the options:" + "".join(f"\n  - {line}" for line in problems))
-
-
-def run_problems(config: RunConfig) -> list[str]:
-    """Every combination of values that cannot work, in words."""
-    problems: list[str] = []
-    data, teacher, objective, optimizer = config.data, config.teacher, config.objective, config.optimizer
-    if config.face == ANNEAL and not data.dataset_name:
-        problems.append("--dataset_name is missing: name a dataset or a local folder")
-    if config.face == TRAIN:
-        if not data.manifest:
-            problems.append("--dataset_manifest is missing: name a JSONL manifest")
-        problems += _teacher_problems(teacher)
-        if data.seq_len > data.block_size:
-            problems.append(
-                f"--seq_len={data.seq_len} is longer than --block_size={data.block_size}: raise --block_size"
-            )
-        if objective.l2 > 0 and config.student.resume_uri is None:
-            problems.append(
-                "--keep_old_logit_l2 needs --resume_gcs_uri: without it there are no old logits to stay near"
-            )
-        if not 0 <= objective.anneal_share <= 1:
-            problems.append(f"--kd_anneal_pct must lie between 0 and 1; got {objective.anneal_share}")
-        if not 0 <= data.val_fraction < 1:
-            problems.append(f"--val_fraction must be at least 0 and below 1; got {data.val_fraction}")
-    for name, alpha in (
-        ("alpha", objective.alpha),
-        ("kd_alpha_start", objective.alpha_start),
-        ("kd_alpha_end", objective.alpha_end),
-    ):
-        if not 0 <= alpha <= 1:
-            problems.append(f"--{name} must lie between 0 and 1; got {alpha}")
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        problems.append(f"--betas takes two numbers from 0 to below 1; got {','.join(map(str, optimizer.betas))}")
-    if any(length < 2 for length in config.evaluation.context_lengths):
-        problems.append(
-            f"--eval_ctx_lens takes lengths of at least 2; got {','.join(map(str, config.evaluation.context_lengths))}"
-        )
-    problems += _collect(lambda: _parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
-    problems += _collect(lambda: _parsed(objective.temp_schedule, "--temp_schedule", None))
-    return problems + _token_problems(teacher) + _toolkit_problems(data)
-
-
-def _teacher_problems(teacher: TeacherConfig) -> list[str]:
-    if not teacher.hybrid:
-        if teacher.mode == "online" and not teacher.online_id:
-            return ["--lm_teacher_id is missing: --hybrid=false with --teacher_mode=online scores everything with it"]
-        if teacher.mode == "precomputed" and not (teacher.math_dir or teacher.code_dir):
-            return [
-                "--math_logits_dir or --code_logits_dir is missing: --teacher_mode=precomputed reads its signal there"
-            ]
-    return []
-
-
-def _token_problems(teacher: TeacherConfig) -> list[str]:
-    sources = [name for name in ("token_file", "token_uri", "token_secret") if getattr(teacher, name)]
-    if len(sources) > 1:
-        return ["give one of --hf_token_file, --hf_token_uri and --hf_token_secret, not several"]
-    return []
-
-
-def capture_problems(config: CaptureConfig) -> list[str]:
-    """Every combination of values that cannot work, in words."""
-    problems = []
-    if not config.teacher.stored_id:
-        problems.append("--mc_teacher_id is missing: name the teacher to capture")
-    if not config.data.manifest:
-        problems.append("--dataset_manifest is missing: name a JSONL manifest")
-    if not (config.teacher.math_dir or config.teacher.code_dir):
-        problems.append("--math_logits_dir and --code_logits_dir are both missing: say where the signal goes")
-    return problems + _token_problems(config.teacher) + _toolkit_problems(config.data)
-
-
-def _collect(parse: Callable[[], object]) -> list[str]:
-    try:
-        parse()
-    except UsageError as error:
-        return [str(error).removesuffix(".")]
-    return []
-
-
-def _parsed(text: str | None, option: str, maximum: float | None) -> tuple[tuple[int, float], ...]:
-    return parse_piecewise(text, option=option, maximum=maximum) if text is not None else ()
 
 
 @dataclass(frozen=True)
@@ -350,8 +269,8 @@ def build_schedules(config: RunConfig) -> Schedules:
     objective = config.objective
     if config.face == ANNEAL:
         return Schedules(
-            Piecewise(objective.alpha, _parsed(objective.alpha_schedule, "--alpha_schedule", 1.0)),
-            Piecewise(objective.temperature, _parsed(objective.temp_schedule, "--temp_schedule", None)),
+            Piecewise(objective.alpha, parsed(objective.alpha_schedule, "--alpha_schedule", 1.0)),
+            Piecewise(objective.temperature, parsed(objective.temp_schedule, "--temp_schedule", None)),
             Constant(0.0),
         )
     over_steps = round(objective.anneal_share * config.optimizer.steps)
@@ -370,7 +289,7 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
         ("alpha", "alpha_schedule", objective.alpha, objective.alpha_schedule),
         ("T", "temp_schedule", objective.temperature, objective.temp_schedule),
     ):
-        entries = _parsed(text, f"--{name}", None) if text is not None else ()
+        entries = parsed(text, f"--{name}", None) if text is not None else ()
         late = [f"{step}:{entry:g}" for step, entry in entries if step >= steps]
         if late:
             remarks.append(f"--{name} has entries that are never reached with --train_steps={steps}: {', '.join(late)}")
@@ -391,9 +310,14 @@ def as_plain(config: RunConfig | CaptureConfig) -> dict[str, Any]:
 def run_name(config: RunConfig) -> str:
     """A run directory's name that the same command always gets, so that running it again continues the run."""
     plain = as_plain(config)
-    for volatile in ("output", "given", "dry_run", "device"):
+    for volatile in ("output", "given", "dry_run", "device", "price_per_hour"):
         plain.pop(volatile)
-    if not plain["deterministic"]:  # as it was hashed before there was such an option
+    # What follows is hashed as it was before there were such options.
+    if plain["student"]["grad_checkpoint"] == AUTO:
+        plain["student"]["grad_checkpoint"] = False
+    if plain["optimizer"]["tokens_per_step"] is None:
+        plain["optimizer"].pop("tokens_per_step")
+    if not plain["deterministic"]:
         plain.pop("deterministic")
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
     student = config.student.spec.rstrip("/").rsplit("/", 1)[-1]

@@ -30,6 +30,8 @@ STUDENT, TEACHER, DATA, OBJECTIVE, OPTIMIZER, EVALUATION, OUTPUT, STORE, RUN = (
     "run",
 )
 
+AUTO = "auto"
+AUTO_BATCH = 0  # what stands for it in the configuration, until a batch is chosen
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
@@ -39,7 +41,8 @@ class Option:
 
     Attributes:
         name: spelled with underscores; ``-`` is accepted too.
-        kind: ``str``, ``int``, ``float``, ``bool``, ``ints`` or ``floats`` (comma-separated).
+        kind: ``str``, ``int``, ``float``, ``bool``, ``ints`` or ``floats`` (comma-separated); ``auto int`` and ``auto
+            bool`` also take the word auto.
         group, field: the configuration value it sets.
         default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
         faces: the commands that take it.
@@ -72,7 +75,7 @@ OPTIONS = (
     Option("resume_gcs_uri", "str", STUDENT, "resume_uri", None, "checkpoint, Hugging Face folder or zip the student starts from"),
     Option("rope_scale", "float", STUDENT, "rope_scale", None, "RoPE scaling factor of a rotary student", above=0),
     Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),
-    Option("grad_checkpoint", "bool", STUDENT, "grad_checkpoint", False, "recompute activations in the backward pass to save memory"),
+    Option("grad_checkpoint", "auto bool", STUDENT, "grad_checkpoint", AUTO, "recompute activations in the backward pass: less memory, a third more time; auto: only where it would not fit otherwise"),
     # teachers
     Option("teacher_name", "str", TEACHER, "online_id", None, "online teacher (none: plain cross-entropy)", faces=(ANNEAL,)),
     Option("lm_teacher_id", "str", TEACHER, "online_id", None, "online teacher, for type=lm", faces=(TRAIN,)),
@@ -94,7 +97,8 @@ OPTIONS = (
     Option("dataset_manifest", "str", DATA, "manifest", None, "JSONL manifest: path, type and weight a line", faces=(TRAIN, CAPTURE)),
     Option("block_size", "int", DATA, "block_size", None, "context length in tokens (default: the checkpoint's, else 512 annealing, 1024 hybrid)", minimum=2),
     Option("seq_len", "int", DATA, "seq_len", None, "longest maths or code window, tokens (default: block_size; capture: 1024)", faces=(TRAIN, CAPTURE), minimum=2),
-    Option("batch_size", "int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens (capture: x seq_len)", faces=EVERY, face_defaults={CAPTURE: 4}, minimum=1),
+    Option("batch_size", "auto int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens; auto: the most that fits, with --tokens_per_step", minimum=1),
+    Option("batch_size", "int", DATA, "batch_size", 4, "samples scored at once: batch_size x seq_len tokens", faces=(CAPTURE,), minimum=1),
     Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), minimum=0),
     Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
     Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
@@ -120,6 +124,7 @@ OPTIONS = (
     Option("train_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(ANNEAL,), minimum=0),
     Option("max_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(TRAIN,), minimum=0),
     Option("grad_accum", "int", OPTIMIZER, "grad_accum", 1, "micro-batches an optimizer step", minimum=1),
+    Option("tokens_per_step", "int", OPTIMIZER, "tokens_per_step", None, "with --batch_size=auto: batch_size x block_size x grad_accum, kept whatever fits", minimum=2),
     Option("lr", "float", OPTIMIZER, "lr", 2.5e-4, "learning rate reached after warm-up", above=0),
     Option("lr_peak", "float", OPTIMIZER, "lr_peak", None, "peak learning rate (default: lr)", above=0),
     Option("warmup_steps", "int", OPTIMIZER, "warmup_steps", 100, "steps of linear warm-up", minimum=0),
@@ -155,7 +160,8 @@ OPTIONS = (
     Option("seed", "int", RUN, "seed", 1234, "seed of data order and initial weights", faces=EVERY, minimum=0),
     Option("device", "str", RUN, "device", "auto", "where models run: cpu, cuda, cuda:1, ... (auto: a GPU where one can be used, else the CPU)", faces=EVERY),
     Option("deterministic", "bool", RUN, "deterministic", False, "the same bits every time on a GPU too, with slower kernels"),
-    Option("dry_run", "bool", RUN, "dry_run", False, "check everything, take one step, save nothing", faces=TRAINING),
+    Option("dry_run", "bool", RUN, "dry_run", False, "check everything, take two steps, save nothing", faces=TRAINING),
+    Option("price_per_hour", "float", RUN, "price_per_hour", None, "with --dry_run: what the machine costs, for the cost of the whole run", faces=TRAINING, minimum=0),
 )
 # fmt: on
 

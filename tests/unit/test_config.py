@@ -4,7 +4,7 @@ import pytest
 
 from liquid_llm.config import build_capture_config, build_run_config, build_schedules, run_name, schedule_remarks
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, TRAIN
+from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
 
 BASE = {"dataset_name": "wikitext"}
 
@@ -62,6 +62,10 @@ def test_every_problem_is_reported_at_once():
         ({"temp_schedule": "0:0"}, "positive"),
         ({"eval_ctx_lens": (1,)}, "--eval_ctx_lens"),
         ({"dataset_name": None}, "--dataset_name"),
+        ({"batch_size": "auto"}, "needs --tokens_per_step"),
+        ({"batch_size": "auto", "tokens_per_step": 4096, "grad_accum": 2}, "--grad_accum follows"),
+        ({"tokens_per_step": 4096}, "goes with --batch_size=auto"),
+        ({"price_per_hour": 0.7}, "goes with --dry_run"),
     ],
 )
 def test_annealing_refuses_what_cannot_work(given, words):
@@ -140,3 +144,22 @@ def test_the_same_command_gets_the_same_run_name_and_another_seed_another():
     assert run_name(hybrid(seed=1)) != run_name(hybrid(seed=2))
     assert run_name(hybrid(save_every=1)) == run_name(hybrid(save_every=2))
     assert run_name(hybrid(device="cpu")) == run_name(hybrid()), "the same run on another device"
+
+
+def test_what_is_decided_by_memory_is_open_until_then():
+    config = anneal(batch_size="auto", tokens_per_step=4096)
+    assert config.data.batch_size == AUTO_BATCH
+    assert config.student.grad_checkpoint == "auto"
+    assert config.optimizer.tokens_per_step == 4096
+    assert anneal(dry_run=True, price_per_hour=0.7).price_per_hour == 0.7
+
+
+def test_new_options_leave_the_names_of_runs_as_they_were():
+    # As release 0.1.0 called them.
+    assert run_name(hybrid()) == "liquid-16m-e36f2b8d8b"
+    assert run_name(anneal(seed=7)) == "liquid-16m-33b2ad9e4b"
+    assert run_name(hybrid(grad_checkpoint=False)) == run_name(hybrid(grad_checkpoint="auto")) == run_name(hybrid())
+    assert run_name(hybrid(grad_checkpoint=True)) != run_name(hybrid())
+    assert run_name(hybrid(dry_run=True, price_per_hour=0.7)) == run_name(hybrid())
+    automatic = {"batch_size": "auto", "tokens_per_step": 8192}
+    assert run_name(hybrid(**automatic)) != run_name(hybrid(**{**automatic, "tokens_per_step": 4096}))

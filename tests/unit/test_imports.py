@@ -64,7 +64,7 @@ def component(module: str) -> str:
     if inside == "data.types":
         return inside
     first = inside.split(".")[0]
-    return "storage" if first.startswith("storage_") else first
+    return next((name for name in ("storage", "config") if first.startswith(f"{name}_")), first)
 
 
 def layer(module: str) -> int:

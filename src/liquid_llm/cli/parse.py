@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from liquid_llm.errors import UsageError
-from liquid_llm.options import Option, options_of
+from liquid_llm.options import AUTO, Option, options_of
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
@@ -31,35 +31,42 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, where=self.prog, remedy=f"see {self.prog} --help")
 
 
-def build_parser(face: str, prog: str, description: str) -> Parser:
-    """The parser of one face; values not given stay absent from the namespace."""
+def build_parser(face: str, prog: str, description: str, extra: Sequence[Option] = ()) -> Parser:
+    """The parser of one face with some options more; values not given stay absent from the namespace."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in options_of(face):
+    for option in (*extra, *options_of(face)):
         group = groups.setdefault(option.group, parser.add_argument_group(option.group))
         default = option.default_for(face)
         shown = "" if default in (None, (), False, "") else f" [{_show(default)}]"
         text = (option.help + shown).replace("%", "%%")
         convert = converter(option)
-        if option.kind == "bool":
-            group.add_argument(f"--{option.name}", nargs="?", const=True, type=convert, help=text, metavar="BOOL")
+        if option.kind.endswith("bool"):
+            metavar = "BOOL" if option.kind == "bool" else "BOOL|auto"
+            group.add_argument(f"--{option.name}", nargs="?", const=True, type=convert, help=text, metavar=metavar)
+            without, hidden = f"--no_{option.name}", argparse.SUPPRESS
+            group.add_argument(without, dest=option.name, action="store_const", const=False, help=hidden)
         else:
-            metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.upper()
+            metavar = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
             group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar)
     return parser
 
 
-def parse(face: str, argv: Sequence[str], prog: str, description: str) -> dict[str, object]:
+def parse(
+    face: str, argv: Sequence[str], prog: str, description: str, extra: Sequence[Option] = ()
+) -> dict[str, object]:
     """The options given, by name, from the command line and (behind it) from ``--config FILE``.
+
+    ``extra`` options are this command's beside those of the face.
 
     Raises:
         UsageError: an unknown option or a value that cannot be used.
     """
-    parser = build_parser(face, prog, description)
+    parser = build_parser(face, prog, description, extra)
     namespace, unknown = parser.parse_known_args(normalise(argv))
     if unknown:
-        raise unknown_option(unknown[0], [option.name for option in options_of(face)] + ["config"], prog)
+        raise unknown_option(unknown[0], [option.name for option in (*extra, *options_of(face))] + ["config"], prog)
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
     if config_file is not None:
@@ -110,12 +117,25 @@ _KIND_WORDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "auto int": "a whole number or auto",
+    "auto bool": "true, false or auto",
+    "size": "a size of memory, such as 22 (GiB), 22GiB or 24GB",
     "ints": "comma-separated whole numbers",
     "floats": "comma-separated numbers",
 }
+_METAVARS = {
+    "auto int": "INT|auto",
+    **{kind: kind.upper() for kind in ("str", "int", "float", "ints", "floats", "size")},
+}
+_UNITS = {"": 2**30, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
 
 
 def _convert(kind: str, text: str) -> object:
+    if kind.startswith("auto "):
+        return AUTO if text.lower() == AUTO else _convert(kind.removeprefix("auto "), text)
+    if kind == "size":
+        return _size(text)
     if kind == "str":
         if not text:
             raise ValueError("empty")
@@ -134,6 +154,14 @@ def _convert(kind: str, text: str) -> object:
         raise ValueError(text)
     one: Callable[[str], object] = int if kind == "ints" else float
     return tuple(one(part) for part in text.split(","))
+
+
+def _size(text: str) -> int:
+    """Bytes. A number alone counts GiB; units are read in any case."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match["unit"].lower() not in _UNITS:
+        raise ValueError(text)
+    return round(float(match["number"]) * _UNITS[match["unit"].lower()])
 
 
 def read_config_file(path: Path, face: str) -> dict[str, object]:

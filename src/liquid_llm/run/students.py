@@ -65,7 +65,7 @@ def make_student(
     stretch = planned_stretch(model, longest, trained)
     log.info("%s", fit_positions(model, longest, config.student.rope_scale, trained_positions=trained))
     _require_positions(model, config.evaluation.context_lengths)
-    if config.student.grad_checkpoint:
+    if config.student.grad_checkpoint is True:
         enable_gradient_checkpointing(model)
     model.to(device)
     kind = positional_embedding(model)

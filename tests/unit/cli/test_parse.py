@@ -1,14 +1,15 @@
 """How a command line is read: spellings, kinds, files, and every way of getting it wrong."""
 
+import argparse
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.cli.parse import expand_date, normalise, parse
+from liquid_llm.cli.parse import expand_date, normalise, parse, value_of
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, options_of
+from liquid_llm.options import ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, Option, options_of
 
 
 def read(face, *argv):
@@ -41,6 +42,66 @@ def test_booleans_are_bare_or_with_a_value(words, value):
     assert read(TRAIN, *words) == {"hybrid": value}
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--grad_checkpoint"], True),
+        (["--grad-checkpoint=true"], True),
+        (["--grad_checkpoint=false"], False),
+        (["--no-grad_checkpoint"], False),
+        (["--no_grad_checkpoint"], False),
+        (["--grad_checkpoint=auto"], "auto"),
+        (["--grad_checkpoint", "auto"], "auto"),
+    ],
+)
+def test_checkpointing_is_yes_no_or_auto(words, value):
+    assert read(TRAIN, *words) == {"grad_checkpoint": value}
+
+
+@pytest.mark.parametrize("face", EVERY)
+def test_every_boolean_has_a_no(face):
+    for option in options_of(face):
+        if option.kind.endswith("bool"):
+            assert read(face, f"--no-{option.name}") == {option.name: False}
+
+
+def test_a_batch_is_a_number_or_auto_and_a_number_alone_for_capture():
+    assert read(TRAIN, "--batch_size=auto") == {"batch_size": "auto"}
+    assert read(TRAIN, "--batch_size=16") == {"batch_size": 16}
+    with pytest.raises(UsageError, match="whole number"):
+        read(CAPTURE, "--batch_size=auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("22", 22 * 2**30),
+        ("22GiB", 22 * 2**30),
+        ("22.5 gib", int(22.5 * 2**30)),
+        ("24GB", 24 * 10**9),
+        ("512MiB", 2**29),
+        ("1tb", 10**12),
+    ],
+)
+def test_sizes_of_memory(text, size):
+    assert value_of("size")(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "22 GiBs", "22 bananas", "1,5GB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="22GiB or 24GB"):
+        value_of("size")(text)
+
+
+def test_a_command_may_take_more_than_its_face():
+    more = Option("gpu_memory", "size", "run", "gpu_memory", None, "how much", minimum=1)
+    assert parse(TRAIN, ["--gpu-memory=1MiB", "--seed=3"], "prog", "", [more]) == {"gpu_memory": 2**20, "seed": 3}
+    with pytest.raises(UsageError, match="Did you mean --gpu_memory"):
+        parse(TRAIN, ["--gpu_memry=1"], "prog", "", [more])
+    with pytest.raises(UsageError, match="unknown option --gpu_memory"):
+        read(TRAIN, "--gpu_memory=1")
+
+
 def test_lists_are_comma_separated():
     assert read(TRAIN, "--betas=0.9,0.95", "--eval-ctx-lens=512,1024") == {
         "betas": (0.9, 0.95),
@@ -59,6 +120,10 @@ def test_lists_are_comma_separated():
         (ANNEAL, "stray", "unexpected word"),
         (ANNEAL, "--grad_accum=x", "a whole number"),
         (ANNEAL, "--grad_accum=0", "at least 1"),
+        (ANNEAL, "--batch_size=0", "at least 1"),
+        (ANNEAL, "--batch_size=many", "a whole number or auto"),
+        (ANNEAL, "--grad_checkpoint=perhaps", "true, false or auto"),
+        (ANNEAL, "--no-grad_checkpoint=true", "ignored explicit argument"),
         (ANNEAL, "--block_size=0", "at least 2"),
         (ANNEAL, "--lr=0", "more than 0"),
         (ANNEAL, "--lr=nan", "a number"),

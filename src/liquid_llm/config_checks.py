@@ -1,0 +1,119 @@
+"""Which combinations of values cannot work, in words: every problem of a configuration at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from liquid_llm.errors import UsageError
+from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
+from liquid_llm.schedules import parse_piecewise
+
+if TYPE_CHECKING:
+    from liquid_llm.config import CaptureConfig, DataConfig, PrepareConfig, RunConfig, TeacherConfig
+
+
+def run_problems(config: RunConfig) -> list[str]:
+    """Every combination of values that cannot work, in words."""
+    problems: list[str] = []
+    data, teacher, objective, optimizer = config.data, config.teacher, config.objective, config.optimizer
+    if config.face == ANNEAL and not data.dataset_name:
+        problems.append("--dataset_name is missing: name a dataset or a local folder")
+    if config.face == TRAIN:
+        if not data.manifest:
+            problems.append("--dataset_manifest is missing: name a JSONL manifest")
+        problems += _teacher_problems(teacher)
+        if data.seq_len > data.block_size:
+            problems.append(
+                f"--seq_len={data.seq_len} is longer than --block_size={data.block_size}: raise --block_size"
+            )
+        if objective.l2 > 0 and config.student.resume_uri is None:
+            problems.append(
+                "--keep_old_logit_l2 needs --resume_gcs_uri: without it there are no old logits to stay near"
+            )
+        if not 0 <= objective.anneal_share <= 1:
+            problems.append(f"--kd_anneal_pct must lie between 0 and 1; got {objective.anneal_share}")
+        if not 0 <= data.val_fraction < 1:
+            problems.append(f"--val_fraction must be at least 0 and below 1; got {data.val_fraction}")
+    for name, alpha in (
+        ("alpha", objective.alpha),
+        ("kd_alpha_start", objective.alpha_start),
+        ("kd_alpha_end", objective.alpha_end),
+    ):
+        if not 0 <= alpha <= 1:
+            problems.append(f"--{name} must lie between 0 and 1; got {alpha}")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        problems.append(f"--betas takes two numbers from 0 to below 1; got {','.join(map(str, optimizer.betas))}")
+    if any(length < 2 for length in config.evaluation.context_lengths):
+        problems.append(
+            f"--eval_ctx_lens takes lengths of at least 2; got {','.join(map(str, config.evaluation.context_lengths))}"
+        )
+    problems += _collect(lambda: parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
+    problems += _collect(lambda: parsed(objective.temp_schedule, "--temp_schedule", None))
+    return problems + _batch_problems(config) + _token_problems(teacher) + toolkit_problems(data)
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    automatic, tokens = config.data.batch_size == AUTO_BATCH, config.optimizer.tokens_per_step
+    problems = []
+    if automatic and tokens is None:
+        problems.append("--batch_size=auto needs --tokens_per_step: the tokens of an optimizer step, whatever fits")
+    if automatic and "grad_accum" in config.given:
+        problems.append("--grad_accum follows from --batch_size=auto and --tokens_per_step: leave it out")
+    if tokens is not None and not automatic:
+        problems.append("--tokens_per_step goes with --batch_size=auto: leave it out, or let the batch be chosen")
+    if config.price_per_hour is not None and not config.dry_run:
+        problems.append("--price_per_hour goes with --dry_run, which says what a run costs before it begins")
+    return problems
+
+
+def _teacher_problems(teacher: TeacherConfig) -> list[str]:
+    if not teacher.hybrid:
+        if teacher.mode == "online" and not teacher.online_id:
+            return ["--lm_teacher_id is missing: --hybrid=false with --teacher_mode=online scores everything with it"]
+        if teacher.mode == "precomputed" and not (teacher.math_dir or teacher.code_dir):
+            return [
+                "--math_logits_dir or --code_logits_dir is missing: --teacher_mode=precomputed reads its signal there"
+            ]
+    return []
+
+
+def _token_problems(teacher: TeacherConfig) -> list[str]:
+    sources = [name for name in ("token_file", "token_uri", "token_secret") if getattr(teacher, name)]
+    if len(sources) > 1:
+        return ["give one of --hf_token_file, --hf_token_uri and --hf_token_secret, not several"]
+    return []
+
+
+def capture_problems(config: CaptureConfig) -> list[str]:
+    """Every combination of values that cannot work, in words."""
+    problems = []
+    if not config.teacher.stored_id:
+        problems.append("--mc_teacher_id is missing: name the teacher to capture")
+    if not config.data.manifest:
+        problems.append("--dataset_manifest is missing: name a JSONL manifest")
+    if not (config.teacher.math_dir or config.teacher.code_dir):
+        problems.append("--math_logits_dir and --code_logits_dir are both missing: say where the signal goes")
+    return problems + _token_problems(config.teacher) + toolkit_problems(config.data)
+
+
+def _collect(parse: Callable[[], object]) -> list[str]:
+    try:
+        parse()
+    except UsageError as error:
+        return [str(error).removesuffix(".")]
+    return []
+
+
+def parsed(text: str | None, option: str, maximum: float | None) -> tuple[tuple[int, float], ...]:
+    """The entries of a schedule as it was written; none without one. Raises ``UsageError`` for one that is none."""
+    return parse_piecewise(text, option=option, maximum=maximum) if text is not None else ()
+
+
+def toolkit_problems(data: DataConfig | PrepareConfig) -> list[str]:
+    """What cannot work of the options for an outside toolkit, in words."""
+    if data.toolkit_uri is not None:
+        skipped = data.prepare == "skip"
+        return ["--prep_toolkit_zip_uri is never run with --prepare_data=skip: leave one out"] if skipped else []
+    given = (("prep_toolkit_sha256", data.toolkit_sha256), ("prep_extract_dir", data.toolkit_dir))
+    return [f"--{name} is of no use without --prep_toolkit_zip_uri" for name, value in given if value is not None]
