@@ -17,8 +17,8 @@ capsule says "CPU" or "extension device" in one field; an operation without a ke
 which carries its arguments over, runs it and carries the result back. Operations that torch composes of others are
 composed here too.
 
-Not pretended: streams (everything is done in order, at once), kernels' own numerics, flash attention (attention is
-composed of products and a softmax), the allocator's rounding and fragmentation, autocast's cache of cast weights,
+Not pretended: streams (everything is done in order, at once), kernels' own numerics and times, the allocator's rounding
+and fragmentation, autocast's cache of cast weights, fused attention with a mask (it is composed of products),
 ``torch.Generator`` of the device (its random numbers are the CPU's), ``torch.empty(..., pin_memory=True)``, more than
 one device. A 0-dimensional CPU tensor is taken everywhere, where CUDA takes it in elementwise operations only.
 
@@ -280,6 +280,26 @@ def _read(accelerator: Accelerator, self: Tensor) -> Any:
     return torch.ops.aten._local_scalar_dense(on_host(self))
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """One fused kernel where the CPU has one, as CUDA has: no matrix of all pairs, and the CPU's numbers."""
+    given, grouped = (query, key, value), {"scale": scale, "enable_gqa": enable_gqa}
+    chosen = torch.ops.aten._fused_sdp_choice(*map(on_host, given), on_host(attn_mask), dropout_p, is_causal, **grouped)
+    if chosen != torch.nn.attention.SDPBackend.FLASH_ATTENTION.value or attn_mask is not None:
+        composed = torch.ops.aten._scaled_dot_product_attention_math
+        return composed(*given, attn_mask, dropout_p, is_causal, **grouped)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, dropout_p, is_causal, scale=scale)[0]
+
+
 def _register(accelerator: Accelerator) -> Iterator[torch.library.Library]:
     """Give torch the device's kernels; they are there as long as the libraries are."""
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
@@ -303,6 +323,8 @@ def _register(accelerator: Accelerator) -> Iterator[torch.library.Library]:
         kernels[name] = functools.partial(_given, accelerator, compute or _operation(name), _operation(name))
     for name, kernel in kernels.items():
         aten.impl(name, kernel, "PrivateUse1")
+    for key in ("AutogradPrivateUse1", "PrivateUse1"):
+        aten.impl("scaled_dot_product_attention", _attention, key)
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for name, kernel in rules.autocast_kernels(NAME):
         aten.impl(name, kernel, "AutocastPrivateUse1")

@@ -210,6 +210,21 @@ def test_a_models_loss_gradients_and_updates_equal_the_cpus(device, name, grad_c
         torch.testing.assert_close(found[1][1][key], value, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("shared_by", [1, 2])
+def test_attention_is_one_launch_and_its_bits_are_the_cpus(accelerator, device, shared_by):
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 9, 8, generator=random) for heads in (4, 4 // shared_by))
+    found = []
+    for place in ("cpu", device):
+        q, k = (tensor.clone().to(place).requires_grad_() for tensor in (query, key))
+        with accelerator.record() as log:
+            out = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=shared_by > 1)
+        out.square().sum().backward()
+        found.append([tensor.detach().cpu() for tensor in (out, q.grad, k.grad)])
+    assert log.count("launch") == 1
+    assert all(map(torch.equal, *found))
+
+
 def test_tied_weights_stay_tied_and_a_copy_is_one_of_its_own(device):
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight
