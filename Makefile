@@ -22,7 +22,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak format clean FORCE
+.PHONY: help demo test check bench gpu soak format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ bench: $(STAMP)  ## run the benchmarks, each prints a table; bench-NAME runs one
 
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(subst -,_,$*).py $(ARGS)
+
+gpu: $(STAMP)  ## on a GPU: prove and measure all of it in at most 8 minutes; without one: what can be done
+	$(BIN)/python benchmarks/gpu_session.py $(ARGS)
 
 soak: $(STAMP)  ## property tests with 20 times the examples, and the tests too long for `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak --timeout=3600 $(ARGS)

@@ -1,0 +1,146 @@
+"""Part 5: what capture costs beside the teacher's bare forward pass: an 8B teacher, long and short samples.
+
+bare      the body alone: hidden states
++ head    and float32 logits, chunk by chunk, thrown away
++ encode  and codec ``tail``, as capture does it, at several chunk sizes; packing and writing are not in it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from benchmarks.gpu.cases import capture_name
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.shapes import GIB, build_teacher, scale_for
+from benchmarks.gpu.timing_tools import at_rate, matrix_parameters, rate, seconds
+
+from liquid_llm.data.types import Sample
+from liquid_llm.device import prepare_allocator
+from liquid_llm.teachers import scoring
+from liquid_llm.teachers.capture_plan import Item
+from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.teachers.online import OnlineTeacher
+
+CHUNK_MIB = (512, 64, 256, 1024)
+FORECAST = {"bare": "H100 forecast 25,000", "encode": "H100 forecast 18,000"}
+WITHIN = 0.05
+
+
+class Samples:
+    """Made-up samples of equal length."""
+
+    def __init__(self, count: int, length: int, vocab_size: int) -> None:
+        ids = np.random.default_rng(0).integers(0, vocab_size, (count, length), dtype=np.int32)
+        self.samples = [Sample(f"s/{number}", "math_tool", row) for number, row in enumerate(ids)]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(sample.input_ids) for sample in self.samples])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample_id(self, index: int) -> str:
+        return self.samples[index].sample_id
+
+    def sample(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def items(self) -> list[Item]:
+        return [
+            Item(self, number, sample.sample_id, sample.type, len(sample.input_ids))
+            for number, sample in enumerate(self.samples)
+        ]
+
+
+def run(context: Context) -> None:
+    prepare_allocator()
+    scale = scale_for(context.device)
+    teacher = _teacher(context)
+    if teacher is None:
+        return
+    tokens = (16 if context.on_gpu else 2) * scale.time
+    for length in (scale.time, scale.short):
+        count = max(1, tokens // length // 8 * 8) if length < scale.time else tokens // length
+        _samples(context, teacher, Samples(count, length, scale.vocab_size), length)
+
+
+def _teacher(context: Context) -> OnlineTeacher | None:
+    """The 8B teacher, or the 3B one where the card is too small for it."""
+    scale = scale_for(context.device)
+    for name, settings in (("8B", scale.big_teacher), ("3B", scale.teacher)):
+        with context.attempt(f"teacher of {name}", seconds=5.0):
+            teacher = build_teacher(settings, scale, context.device)
+            size = sum(p.numel() for p in teacher._model.parameters())
+            context.row(f"teacher of {name}", size / 1e9, "1e9 parameters")
+            return teacher
+    return None
+
+
+def _samples(context: Context, teacher: OnlineTeacher, samples: Samples, length: int) -> None:
+    items = samples.items()
+    label = f"{len(items)} x {length}"
+    tokens = len(items) * length
+    ids = scoring.padded_ids([sample.input_ids for sample in samples.samples]).to(context.device)
+    times: dict[str, float] = {}
+
+    def time(name: str, work: Callable[[], object], operations: float | None = None, note: str = "") -> None:
+        with context.attempt(f"{name}, {label}", seconds=3.0):
+            if not context.on_gpu:
+                work()
+                context.ran(f"{name}, {label}")
+                return
+            took = times[name] = seconds(work, context.device, warm_up=1, timed=3)
+            floor = None if operations is None else at_rate(operations, rate(context, "bf16"))
+            bare = times.get("bare")
+            share = f"{took / bare - 1:+.1%} beside bare" if bare and bare is not took else ""
+            context.row(
+                f"{name}, {label}",
+                tokens / took,
+                "tokens/s",
+                predicted=None if floor is None else tokens / floor,
+                basis="operations at the measured bf16 rate" if floor else "",
+                note="; ".join(filter(None, [share, note])),
+            )
+
+    body = 2.0 * tokens * matrix_parameters(teacher._model)
+    head = 2.0 * tokens * teacher.head.weight.numel()
+    time("bare", lambda: teacher.hidden(ids), body, FORECAST["bare"])
+    time("+ head", lambda: _logits(teacher, ids), body + head)
+    codec = {"math_tool": get_codec("tail")}
+    usual = scoring._CHUNK_BYTES, scoring._MAX_CHUNK_ROWS
+    for size in CHUNK_MIB:
+        scoring._CHUNK_BYTES, scoring._MAX_CHUNK_ROWS = size * 2**20, 2**40
+        if context.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        scratch = scoring.Scratch()
+        time(
+            f"+ encode, chunk {size} MiB",
+            lambda scratch=scratch: list(scoring.score(teacher, items, codec, scratch)),  # type: ignore[misc]
+            body + head,
+            FORECAST["encode"] if size == CHUNK_MIB[0] else "",
+        )
+        if size == CHUNK_MIB[0]:
+            _peak(context, len(items), length)
+    scoring._CHUNK_BYTES, scoring._MAX_CHUNK_ROWS = usual
+
+
+def _logits(teacher: OnlineTeacher, ids: torch.Tensor) -> None:
+    """Logits of all positions, in the chunks capture takes, into memory that is used again."""
+    scratch = scoring.Scratch()
+    with torch.inference_mode():
+        hidden = teacher.hidden(ids)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        most = scoring.chunk_rows(teacher.head.vocab_size, rows.device)
+        for start in range(0, rows.shape[0], most):
+            scratch.logits(teacher.head, rows[start : start + most])
+
+
+def _peak(context: Context, rows: int, length: int) -> None:
+    name = capture_name(rows, length)
+    if context.on_gpu:
+        context.row(name, torch.cuda.max_memory_allocated() / GIB, "GiB", within=WITHIN)
+    else:
+        context.skip(name)

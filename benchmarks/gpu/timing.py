@@ -1,0 +1,268 @@
+"""Part 3: how long steps of the reference's shape take, and what they consist of.
+
+Predictions are operations over the rates the session measured, a floor that no step goes below; the earlier forecast
+for an H100 stands in the notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.shapes import (
+    ALPHA,
+    TEMPERATURE,
+    build_student,
+    build_teacher,
+    compute_dtype,
+    endless,
+    lm_batch,
+    new_optimizer,
+    online_signal,
+    scale_for,
+    sparse_signal,
+    stored_signal,
+    trainer,
+)
+from benchmarks.gpu.timing_tools import at_rate, matrix_parameters, rate, seconds
+from torch import Tensor
+
+from liquid_llm.device import prepare_allocator
+from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.plan import choose_plan
+from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
+from liquid_llm.models.heads import hidden_states, output_head
+from liquid_llm.models.student import enable_gradient_checkpointing
+
+CHUNK_MIB = (96, 256, 512, 1024)
+FLOOR = "operations at the measured bf16 rate"
+
+
+def run(context: Context) -> None:
+    prepare_allocator()
+    bench = Bench(context)
+    bench.steps()
+    bench.pieces()
+    bench.chunks()
+    bench.profile()
+
+
+class Bench:
+    """Models, a batch, and the times found."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.device = context.device
+        self.scale = scale_for(context.device)
+        self.dtype = compute_dtype(context.device)
+        self.teacher = build_teacher(self.scale.teacher, self.scale, self.device)
+        self.student = build_student(self.scale, self.device)
+        enable_gradient_checkpointing(self.student)
+        self.optimizer = new_optimizer(self.student)
+        self.batch = lm_batch(self.scale, self.device)
+        self.sparse = sparse_signal(self.batch.num_positions, self.scale.vocab_size, self.device)
+        self.times: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------------- operations
+
+    @property
+    def tokens(self) -> int:
+        return self.batch.input_ids.numel()
+
+    def head_operations(self, weight: Tensor, products: int) -> float:
+        return 2.0 * products * self.batch.num_positions * weight.numel()
+
+    @property
+    def student_operations(self) -> float:
+        """Forward, the same again for checkpointing, and twice that backward."""
+        return 8.0 * self.tokens * matrix_parameters(self.student)
+
+    @property
+    def teacher_operations(self) -> float:
+        return 2.0 * self.tokens * matrix_parameters(self.teacher._model)
+
+    # ------------------------------------------------------------------------------------------------------- rows
+
+    def time(self, name: str, work: Callable[[], object], operations: float | None = None, note: str = "") -> None:
+        """Time ``work`` and record it beside its floor."""
+        with self.context.attempt(name, seconds=2.0):
+            if not self.context.on_gpu:
+                work()
+                self.context.ran(name)
+                return
+            took = self.times[name] = seconds(work, self.device)
+            floor = None if operations is None else at_rate(operations, rate(self.context, "bf16"))
+            per_second = f"{self.tokens / took:,.0f} tokens/s"
+            self.context.row(
+                name,
+                1e3 * took,
+                "ms",
+                predicted=None if floor is None else 1e3 * floor,
+                basis=FLOOR if floor else "",
+                note=f"{per_second}{'; ' + note if note else ''}",
+                more={"tokens_per_second": self.tokens / took},
+            )
+
+    def ratio(self, name: str, over: str, under: list[str], note: str = "") -> None:
+        """Record how one time compares with the sum of others."""
+        if over in self.times and all(one in self.times for one in under):
+            total = sum(self.times[one] for one in under)
+            self.context.row(name, self.times[over] / total, "times", note=note)
+
+    def steps(self) -> None:
+        head = output_head(self.student).weight
+        body, three = self.student_operations, self.head_operations(head, 3)
+        with_teacher = body + three + self.teacher_operations + self.head_operations(self.teacher.head.weight, 1)
+        self.time("step, online", self.step(online_signal(self.teacher)), with_teacher, "H100 forecast 170 to 360 ms")
+        stored = self.step(stored_signal(self.sparse))
+        self.time("step, stored", stored, body + three, "H100 forecast 60 to 210 ms")
+        self.time("step, CE only", self.step(None), body + three)
+        self.time("teacher alone", lambda: self.teacher.signal(self.batch), self.teacher_operations)
+        self.ratio("online / (teacher + CE only)", "step, online", ["teacher alone", "step, CE only"])
+        self.ratio("stored / CE only", "step, stored", ["step, CE only"])
+
+    def step(self, signal_of: Any, plan: Any = None) -> Callable[[], object]:
+        job = trainer(self.student, endless(self.batch, signal_of), self.dtype, optimizer=self.optimizer, plan=plan)
+        return job.step
+
+    def pieces(self) -> None:
+        head = output_head(self.student)
+        self.time("student body, forward and backward", self._body, self.student_operations)
+        self.time("optimizer and clipping", self._update)
+        hidden = self._states()
+        dense = self.teacher.signal(self.batch)
+        three, four = self.head_operations(head.weight, 3), self.head_operations(dense.head.weight, 1)
+        for name, signal, operations in (
+            ("loss, online T=2", dense, three + four),
+            ("loss, stored T=2", self.sparse, three),
+            ("loss, CE only", None, three),
+        ):
+            self.time(name, self.loss(hidden, head, signal), operations)
+        self.time("loss, online T=2, no gradient", self.loss(hidden, head, dense, grad=False))
+        self.time("matrix products of the online loss", self._products(hidden, head, dense), three + four)
+        self.ratio("online loss / its products", "loss, online T=2", ["matrix products of the online loss"])
+
+    def _body(self) -> None:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            hidden = hidden_states(self.student, self.batch.input_ids)
+        hidden.backward(torch.ones_like(hidden))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _update(self) -> None:
+        for parameter in self.student.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+
+    def _states(self) -> Tensor:
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            hidden = hidden_states(self.student, self.batch.input_ids)
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.batch.positions)
+        self.optimizer.zero_grad(set_to_none=True)
+        return rows.to(self.dtype).requires_grad_()
+
+    def loss(
+        self, hidden: Tensor, head: OutputHead, signal: Signal | None, *, grad: bool = True, plan: Any = None
+    ) -> Callable[[], None]:
+        """The fused loss of the batch's positions, forward and backward."""
+
+        def work() -> None:
+            with torch.set_grad_enabled(grad):
+                found = fused_loss(
+                    hidden,
+                    head,
+                    self.batch.targets,
+                    signal=signal,
+                    kd_alpha=ALPHA,
+                    kd_temperature=TEMPERATURE,
+                    plan=plan,
+                    all_labelled=True,
+                ).loss
+            if grad:
+                found.backward()
+            hidden.grad = head.weight.grad = None
+
+        return work
+
+    def _products(self, hidden: Tensor, head: OutputHead, signal: DenseSignal) -> Callable[[], None]:
+        """The same products in the same chunks and nothing else: two sets of logits, two gradients."""
+        chunk = choose_plan(self.device, self.scale.vocab_size).chunk_tokens
+        states, weight = hidden.detach(), head.weight.detach().to(self.dtype)
+        teacher_states, teacher_weight = signal.hidden, signal.head.weight
+        gradient = torch.zeros_like(head.weight)
+
+        def work() -> None:
+            for start in range(0, states.shape[0], chunk):
+                part = states[start : start + chunk]
+                logits = wide_product(part, weight.t())
+                wide_product(teacher_states[start : start + chunk], teacher_weight.t())
+                narrow = logits.to(self.dtype)
+                wide_product(narrow, weight)
+                gradient.add_(wide_product(narrow.t(), part))
+
+        return work
+
+    def chunks(self) -> None:
+        usual = choose_plan(self.device, self.scale.vocab_size)
+        head, hidden, dense = output_head(self.student), self._states(), self.teacher.signal(self.batch)
+        for size in CHUNK_MIB:
+            tokens = max(1, (size << 20) // (4 * self.scale.vocab_size))
+            plan = replace(usual, chunk_tokens=tokens, slice_tokens=max(tokens, usual.slice_tokens))
+            name = f"loss, online T=2, chunk {size} MiB"
+            self.time(name, self.loss(hidden, head, dense, plan=plan), note="usual" if plan == usual else "")
+        del hidden, dense
+        for size in CHUNK_MIB:
+            tokens = max(1, (size << 20) // (4 * self.scale.vocab_size))
+            plan = replace(usual, chunk_tokens=tokens, slice_tokens=max(tokens, usual.slice_tokens))
+            self.time(f"step, online, chunk {size} MiB", self.step(online_signal(self.teacher), plan))
+
+    def profile(self) -> None:
+        """One online step seen by torch's profiler: launches, host waits, the kernels that take longest."""
+        if not self.context.on_gpu:
+            for name in ("launches of a step", "time on the device of a step"):
+                self.context.skip(name)
+            return
+        with self.context.attempt("launches of a step", seconds=6.0):
+            work = self.step(online_signal(self.teacher))
+            work()
+            record_profile(self.context, work)
+
+
+def wide_product(first: Tensor, second: Tensor) -> Tensor:
+    """A product with a float32 result, as the device does it fastest."""
+    if first.device.type != "cpu" and first.dtype == torch.bfloat16:
+        return torch.mm(first, second, out_dtype=torch.float32)
+    return torch.mm(first.float(), second.float())
+
+
+def record_profile(context: Context, work: Callable[[], object]) -> None:
+    """Rows for one call of ``work``."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    events = found.key_averages()
+    launches = sum(
+        one.count for one in events if one.key in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel")
+    )
+    waits = sum(one.count for one in events if "Synchronize" in one.key)
+    kernels = sorted(
+        (one for one in events if str(one.device_type).endswith("CUDA")), key=lambda one: -one.self_device_time_total
+    )
+    total = sum(one.self_device_time_total for one in kernels)
+    context.row("launches of a step", launches, "launches", note=f"{waits} host waits, one of them the profiler's own")
+    context.row("time on the device of a step", total / 1e3, "ms")
+    for number, one in enumerate(kernels[:15], start=1):
+        share = one.self_device_time_total / total if total else 0.0
+        context.row(
+            f"kernel {number:2}",
+            one.self_device_time_total / 1e3,
+            "ms",
+            note=f"{share:.1%}, {one.count} times: {one.key[:90]}",
+            more={"kernel": one.key, "count": one.count},
+        )
