@@ -8,6 +8,7 @@
     ├── StorageError      4   a place that cannot be read or written, a disk that is full
     │   └── CheckpointError 4 a checkpoint that is missing, truncated or of another architecture
     ├── NumericalError    5   a loss or gradient that is not finite
+    ├── DeviceError       6   a device whose memory does not suffice, or that is lost
     └── Interrupted      75   stopped by a signal with the state saved: run again to go on
 
 An error is one message: where it happened, what is wrong, what was got, what was expected and what to do.
@@ -91,6 +92,12 @@ class NumericalError(LiquidError):
     """A loss or gradient that is not finite."""
 
     exit_code = 5
+
+
+class DeviceError(LiquidError):
+    """A device (GPU, or the machine's own memory) that cannot hold what is asked, or that failed."""
+
+    exit_code = 6
 
 
 class Interrupted(LiquidError):

@@ -1,22 +1,25 @@
 """Validation: token-weighted losses by type, at one or several context lengths.
 
 Every length sees the same text, cut differently. KL to the teacher is taken at temperature 1, so that it compares
-between steps whatever the schedule does. Nothing here touches the training stream.
+between steps whatever the schedule does. Nothing here touches the training stream. Batches are kept on the CPU, and so
+is what the online teacher said of them: a GPU's memory is for training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from liquid_llm.data.types import MicroBatch
+from liquid_llm.data.types import MicroBatch, to_device
+from liquid_llm.device import is_out_of_memory, release_memory
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.signals import DenseSignal, Signal
+from liquid_llm.passes import PassLimit
 from liquid_llm.teachers.router import TeacherRouter
-from liquid_llm.training import StepValues, Student, labelled_rows
+from liquid_llm.training import StepValues, Student
 
 PLAIN = StepValues(kd_alpha=0.5, kd_temperature=1.0, l2_gamma=0.0, lr=0.0)
 CACHE_BYTES = 512 * 2**20
@@ -62,25 +65,27 @@ class Evaluator:
         sets: context length -> type -> micro-batches.
         block_size: the training length, whose figures carry no ``@length``.
         router: gives the teacher's signal; None evaluates the student alone.
+        passes: how much of a batch is scored at a time; evaluation has its own limit, as it needs less than training.
+        consumers: says what takes most of the device's memory, for the message that it does not suffice.
     """
 
     sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
     block_size: int
     context_lengths: Sequence[int]
     router: TeacherRouter | None
-    _online: dict[int, DenseSignal] = field(default_factory=dict)
-    _teacher_ce: dict[int, float] = field(default_factory=dict)
+    passes: PassLimit = field(default_factory=PassLimit)
+    consumers: Callable[[], str] = lambda: ""
+    _online: dict[tuple[int, int, int], DenseSignal] = field(default_factory=dict)
+    _teacher_ce: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _cached_bytes: int = 0
 
     def __call__(self, student: Student) -> dict[str, object]:
-        """The ``eval`` row of ``metrics.jsonl``, without its step."""
-        training = student.model.training
-        student.model.eval()
-        try:
-            with torch.no_grad():
-                scores = {length: self._score_length(student, length) for length in self.sets}
-        finally:
-            student.model.train(training)
+        """The ``eval`` row of ``metrics.jsonl``, without its step.
+
+        Raises:
+            DeviceError: not even one row of a batch fits into the device's memory.
+        """
+        scores = self._scores(student, self.sets)
         row = self._summary(scores[self.block_size], "")
         row["by_type"] = {
             kind: _without_none({"val_loss": one.val_loss, "val_kd": one.val_kd, "positions": one.num_positions})
@@ -90,9 +95,32 @@ class Evaluator:
             row.update(self._summary(scores[length], f"@{length}"))
         return row
 
-    def _score_length(self, student: Student, length: int) -> dict[str, Score]:
+    def probe(self, student: Student) -> None:
+        """Score the largest batch of each type and length, so that what evaluation lacks is found out at once.
+
+        Raises:
+            LiquidError: whatever an evaluation would have ended with, hours later.
+        """
+        largest = {
+            length: {kind: [max(batches, key=lambda one: one.padded_tokens)] for kind, batches in by_type.items()}
+            for length, by_type in self.sets.items()
+        }
+        self._scores(student, largest)
+
+    def _scores(
+        self, student: Student, sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
+    ) -> dict[int, dict[str, Score]]:
+        training = student.model.training
+        student.model.eval()
+        try:
+            with torch.no_grad():
+                return {length: self._score_types(student, by_type) for length, by_type in sets.items()}
+        finally:
+            student.model.train(training)
+
+    def _score_types(self, student: Student, by_type: Mapping[str, Sequence[MicroBatch]]) -> dict[str, Score]:
         scores = {}
-        for kind, batches in self.sets[length].items():
+        for kind, batches in by_type.items():
             total = Score()
             for batch in batches:
                 total += self._score_batch(student, batch)
@@ -100,33 +128,56 @@ class Evaluator:
         return scores
 
     def _score_batch(self, student: Student, batch: MicroBatch) -> Score:
-        signal = self._signal(batch)
-        output = student.loss(batch, signal, PLAIN)
+        """Score a batch in as many passes as its memory asks for."""
+        while True:
+            total = Score()
+            for part, positions in self.passes.parts(batch):
+                try:
+                    total += self._score_part(student, batch, part, positions)
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                break
+            else:
+                return total
+            release_memory(student.device)
+            self.passes.cut(part, where="evaluation", consumers=self.consumers())
+
+    def _score_part(self, student: Student, whole: MicroBatch, part: MicroBatch, positions: slice) -> Score:
+        key = (id(whole), positions.start, positions.stop)
+        part = part.to(student.device)
+        signal = self._signal(whole, part, positions)
+        output = student.loss(part, signal, PLAIN)
         score = Score(float(output.ce), float(output.kd), 0.0, output.num_positions, output.num_signal, 0)
         if isinstance(signal, DenseSignal):
-            score.teacher_ce = self._teacher_loss(batch, signal)
+            score.teacher_ce = self._teacher_loss(key, part, signal)
             score.num_teacher = output.num_positions
         return score
 
-    def _signal(self, batch: MicroBatch) -> Signal | None:
-        if self.router is None or not self.router.answers(batch.type, PLAIN.kd_temperature):
+    def _signal(self, whole: MicroBatch, part: MicroBatch, positions: slice) -> Signal | None:
+        if self.router is None or not self.router.answers(whole.type, PLAIN.kd_temperature):
             return None
-        if id(batch) in self._online:
-            return self._online[id(batch)]
-        signal = self.router.signal(batch, self.router.prepare(batch, PLAIN.kd_temperature))
+        # The batches live as long as the evaluator, so their identity is a safe key.
+        key = (id(whole), positions.start, positions.stop)
+        device = part.input_ids.device
+        if key in self._online:
+            kept = self._online[key]
+            return DenseSignal(to_device(kept.hidden, device), kept.head)
+        prepared = self.router.prepare(whole, PLAIN.kd_temperature)
+        signal = self.router.signal(part, prepared.part(positions))
         if isinstance(signal, DenseSignal):
-            # The batches live as long as the evaluator, so their identity is a safe key.
             size = signal.hidden.numel() * signal.hidden.element_size()
             if self._cached_bytes + size <= CACHE_BYTES:
-                self._online[id(batch)] = signal
+                self._online[key] = DenseSignal(signal.hidden.cpu(), signal.head)
                 self._cached_bytes += size
         return signal
 
-    def _teacher_loss(self, batch: MicroBatch, signal: DenseSignal) -> float:
-        if id(batch) not in self._teacher_ce:
-            labels = batch.labels.reshape(-1)[labelled_rows(batch)]
-            self._teacher_ce[id(batch)] = float(fused_loss(signal.hidden, signal.head, labels).ce)
-        return self._teacher_ce[id(batch)]
+    def _teacher_loss(self, key: tuple[int, int, int], part: MicroBatch, signal: DenseSignal) -> float:
+        if key not in self._teacher_ce:
+            output = fused_loss(signal.hidden, signal.head, part.targets, all_labelled=True)
+            self._teacher_ce[key] = float(output.ce)
+        return self._teacher_ce[key]
 
     def _summary(self, scores: Mapping[str, Score], suffix: str) -> dict[str, object]:
         total = Score()

@@ -3,6 +3,9 @@
 A step draws ``grad_accum`` micro-batches, each with its teacher signal, adds up the gradients of their *summed* losses
 divided by the number of labelled positions of the whole step, and updates the weights once. What happens now and then
 (metrics, evaluation, checkpoints) is a hook ``(fn, every)`` run after the step.
+
+The host waits for the device once a step, to see whether loss and gradient are finite. A micro-batch that does not fit
+into the device's memory is computed in parts (``passes``).
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
-from liquid_llm.errors import CheckpointError, NumericalError
+from liquid_llm.data.types import MicroBatch
+from liquid_llm.device import is_out_of_memory, release_memory
+from liquid_llm.errors import CheckpointError, DeviceError, NumericalError
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.plan import LossPlan
 from liquid_llm.losses.signals import DenseSignal, LossOutput, Signal
 from liquid_llm.models.heads import hidden_states, output_head
+from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import Schedule
 
 
@@ -32,6 +38,7 @@ class Progress:
     tokens_seen: int = 0
     data_position: int = 0
     best_val_loss: float = math.inf
+    passes: PassLimit = field(default_factory=PassLimit)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class StepSchedules:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A micro-batch and its loss."""
+    """A micro-batch, or the part of one that was computed in one pass, and its loss."""
 
     batch: MicroBatch
     output: LossOutput
@@ -84,52 +91,62 @@ class Student:
         model: the student; its parameters stay float32, products run in ``compute_dtype``.
         compute_dtype: float32, or bfloat16 by autocast.
         reference: the frozen student of the keep-old-logits term, or None.
+        plan: how the loss goes about its work; None takes what suits the device.
     """
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, reference: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_dtype: torch.dtype,
+        reference: nn.Module | None = None,
+        plan: LossPlan | None = None,
+    ) -> None:
         self.model = model
         self.reference = reference
         self.compute_dtype = compute_dtype
+        self.plan = plan
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and what is computed with it."""
+        return next(self.model.parameters()).device
 
     def loss(self, batch: MicroBatch, signal: Signal | None, values: StepValues) -> LossOutput:
         """The summed loss of a micro-batch; see ``losses/reference.py`` for the terms."""
-        keep = labelled_rows(batch)
-        labels = batch.labels.reshape(-1)[keep]
         with self._arithmetic():
-            hidden = _rows(hidden_states(self.model, batch.input_ids), keep)
-            old = self._reference_signal(batch, keep) if values.l2_gamma > 0 else None
+            hidden = self._states(self.model, batch)
+            old = self._reference_signal(batch) if values.l2_gamma > 0 else None
             return fused_loss(
                 hidden,
                 output_head(self.model),
-                labels,
+                batch.targets,
                 signal=signal,
                 kd_alpha=values.kd_alpha,
                 kd_temperature=values.kd_temperature,
                 reference=old,
                 l2_gamma=values.l2_gamma,
+                plan=self.plan,
+                all_labelled=True,
             )
 
-    def _reference_signal(self, batch: MicroBatch, keep: Tensor) -> DenseSignal:
+    def _reference_signal(self, batch: MicroBatch) -> DenseSignal:
         if self.reference is None:
             raise ValueError("an L2 weight above zero needs a reference student")
         with torch.no_grad():
-            hidden = _rows(hidden_states(self.reference, batch.input_ids), keep)
-        return DenseSignal(hidden, output_head(self.reference))
+            return DenseSignal(self._states(self.reference, batch), output_head(self.reference))
+
+    def _states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take.
+
+        Under autocast the last norm hands out float32, and the product with the head would follow it.
+        """
+        hidden = hidden_states(model, batch.input_ids)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions).to(self.compute_dtype)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[object]:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=self.compute_dtype)
-
-
-def labelled_rows(batch: MicroBatch) -> Tensor:
-    """Indices of the labelled positions in the flattened [batch * time] grid, in row-major order."""
-    return (batch.labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
-
-
-def _rows(hidden: Tensor, keep: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
 
 @dataclass
@@ -140,23 +157,26 @@ class Trainer:
         student: gives the loss.
         optimizer: its parameter groups take the scheduled learning rate.
         schedules: applied before each step.
-        batches: micro-batches from ``progress.data_position`` on, each with its teacher signal.
+        batches: micro-batches from ``progress.data_position`` on, each with what gives its teacher signal (None: no
+            teacher is asked). A signal is formed right before its loss, so that only one exists at a time.
         grad_accum: micro-batches a step.
         grad_clip: largest gradient norm, 0 for none.
         hooks: ``(fn, every)``: ``fn(result)`` after every ``every``-th step, in order.
         stopping: says that the process was asked to stop.
+        consumers: says what takes most of the device's memory, for the message that it does not suffice.
     """
 
     student: Student
     optimizer: torch.optim.Optimizer
     schedules: StepSchedules
-    batches: Iterator[tuple[MicroBatch, Signal | None]]
+    batches: Iterator[tuple[MicroBatch, SignalOf | None]]
     progress: Progress
     total_steps: int
     grad_accum: int
     grad_clip: float
     hooks: list[tuple[Callable[[StepResult], None], int]] = field(default_factory=list)
     stopping: Callable[[], bool] = lambda: False
+    consumers: Callable[[], str] = lambda: ""
 
     def train(self) -> bool:
         """Run to the end; False when it stopped early because the process was asked to."""
@@ -174,41 +194,94 @@ class Trainer:
 
         Raises:
             NumericalError: the loss or the gradient norm is not finite; the weights are as before the step.
+            DeviceError: not even one row of a micro-batch fits into the device's memory; likewise.
         """
         values = self.schedules.at(self.progress.step)
         self._release_reference(values)
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
         drawn = [next(self.batches) for _ in range(self.grad_accum)]
-        num_positions = sum(batch.num_positions for batch, _ in drawn)
-        scored = []
-        for batch, signal in drawn:
-            output = self.student.loss(batch, signal, values)
-            (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]
-            scored.append(ScoredBatch(batch, output))
-        grad_norm = self._clip()
-        self._require_finite(scored, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        scored = self._add_gradients(drawn, values)
+        grad_norm = self._clip(scored)
+        self._update()
         self.progress.step += 1
         self.progress.data_position += self.grad_accum
         self.progress.tokens_seen += sum(batch.num_tokens for batch, _ in drawn)
         return StepResult(self.progress.step, values, tuple(scored), grad_norm)
+
+    def _add_gradients(self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues) -> list[ScoredBatch]:
+        """Losses of the micro-batches, their gradients added up; passes are cut until they fit into memory.
+
+        A pass that failed may have left part of its gradient behind, so the step's gradients are formed anew.
+        """
+        num_positions = sum(batch.num_positions for batch, _ in drawn)
+        while True:
+            scored: list[ScoredBatch] = []
+            for part, signal_of, positions in self._passes(drawn):
+                try:
+                    output = self._pass(part, signal_of, positions, values, num_positions)
+                    scored.append(ScoredBatch(part, output))
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                break
+            else:
+                return scored
+            scored.clear()
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory(self.student.device)
+            self.progress.passes.cut(part, where=f"step {self.progress.step}", consumers=self.consumers())
+
+    def _pass(
+        self, part: MicroBatch, signal_of: SignalOf | None, positions: slice, values: StepValues, num_positions: int
+    ) -> LossOutput:
+        signal = None if signal_of is None else signal_of(part, positions)
+        output = self.student.loss(part, signal, values)
+        (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]
+        return output
+
+    def _passes(
+        self, drawn: list[tuple[MicroBatch, SignalOf | None]]
+    ) -> Iterator[tuple[MicroBatch, SignalOf | None, slice]]:
+        for batch, signal_of in drawn:
+            for part, positions in self.progress.passes.parts(batch):
+                yield part, signal_of, positions
+
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Some weights may be updated already: the step cannot be taken again from here.
+            raise DeviceError(
+                "the optimizer's moments do not fit into memory",
+                where=f"step {self.progress.step}",
+                got=self.consumers() or None,
+                remedy="use a smaller student, --grad_checkpoint or a larger device; the last checkpoint is intact",
+            ) from error
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _release_reference(self, values: StepValues) -> None:
         # The L2 weight only falls: at zero the reference student is never needed again and its memory is given back.
         if values.l2_gamma == 0:
             self.student.reference = None
 
-    def _clip(self) -> float:
+    def _clip(self, scored: list[ScoredBatch]) -> float:
+        """Clip the gradients; their norm before.
+
+        Raises:
+            NumericalError: it, or a loss, is not finite.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
-
-    def _require_finite(self, scored: list[ScoredBatch], grad_norm: float) -> None:
-        losses = [float(one.output.loss.detach()) for one in scored]
-        if math.isfinite(grad_norm) and all(map(math.isfinite, losses)):
-            return
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        # The one wait of a step: norm and losses come to the host together.
+        seen = torch.stack([norm, *(one.output.loss.detach().to(norm) for one in scored)]).tolist()
+        grad_norm, losses = float(seen[0]), seen[1:]
+        if all(map(math.isfinite, seen)):
+            return grad_norm
         self.optimizer.zero_grad(set_to_none=True)
         raise NumericalError(
             "the loss or its gradient is not finite",

@@ -7,6 +7,7 @@ import torch
 from tests.support.models import tiny_model
 
 from liquid_llm.data.loader import collate
+from liquid_llm.errors import DeviceError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.teachers.online import OnlineTeacher
@@ -106,3 +107,62 @@ def test_it_is_repeatable_and_leaves_student_and_generators_as_they_were(models,
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_a_probe_scores_the_largest_batch_of_each_type_and_length_and_changes_nothing(models, row):
+    student, teacher = models
+    evaluator = Evaluator({length: {"lm": cut(length, 3)} for length in LENGTHS}, 16, LENGTHS, router_of(teacher))
+    seen = []
+    handle = student.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    evaluator.probe(Student(student, torch.float32))
+    handle.remove()
+    assert seen == [(3, 8), (3, 16), (3, 50)]
+    assert student.training
+    assert evaluator(Student(student, torch.float32)) == row
+
+
+def test_what_the_teacher_said_is_kept_on_the_cpu(models):
+    student, teacher = models
+    evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), router_of(teacher))
+    evaluator(Student(student, torch.float32))
+    assert len(evaluator._online) == len(evaluator.sets[16]["lm"])
+    assert {signal.hidden.device.type for signal in evaluator._online.values()} == {"cpu"}
+
+
+def test_a_batch_that_does_not_fit_is_scored_in_parts_with_the_same_figures(models, row):
+    student, teacher = models
+    sizes = []
+
+    def hold(_module, _args, kwargs):
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    evaluator = Evaluator({length: {"lm": cut(length, 3)} for length in LENGTHS}, 16, LENGTHS, router_of(teacher))
+    handle = student.base_model.register_forward_pre_hook(hold, with_kwargs=True)
+    try:
+        found = [evaluator(Student(student, torch.float32)) for _ in range(2)]
+    finally:
+        handle.remove()
+    for one in found:
+        assert one.keys() == row.keys()
+        for key in ("val_loss_student", "val_kd", "val_loss_teacher@50", "val_kd@8"):
+            assert one[key] == pytest.approx(row[key], rel=1e-5)
+    assert sum(size > 60 for size in sizes) == 2  # 3 x 50, then 2 x 50; then it is known
+
+
+def test_one_row_that_does_not_fit_ends_the_evaluation_in_words(models):
+    def hold(_module, _args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    student = models[0]
+    handle = student.base_model.register_forward_pre_hook(hold, with_kwargs=True)
+    evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), None, consumers=lambda: "teacher weights 6.0 GiB")
+    try:
+        with pytest.raises(DeviceError, match=r"evaluation: a single row of 16 tokens.*teacher weights"):
+            evaluator(Student(student, torch.float32))
+    finally:
+        handle.remove()
+    assert student.training

@@ -37,6 +37,8 @@ LAYERS = (
         "masking",
         "formatting",
         "versions",
+        "device",
+        "passes",
         "data.types",
     },
     set(),  # parts

@@ -84,6 +84,14 @@ def guarded(job: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        from liquid_llm.device import device_error
+
+        problem = device_error(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
 
 
 def _overview(commands: dict[str, tuple[Callable[[list[str]], int], str]]) -> str:

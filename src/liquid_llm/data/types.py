@@ -6,6 +6,7 @@ record: one JSON object ``{text, type?, sample_id?}``; sample: its tokenised for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 TYPES = ("lm", "math_tool", "code")
 STORED_TYPES = ("math_tool", "code")  # scored beforehand in a hybrid run
 IGNORE_INDEX = -100
+
+_FROM_LABELS: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +59,19 @@ class MicroBatch:
     """What one forward pass sees: one type, right-padded.
 
     No attention mask is needed: padding is on the right and every model here is causal, so it cannot reach a real
-    position.
+    position. What the host must know of a batch is worked out when it is made, on the CPU: a device is never waited
+    for to learn how many positions are labelled, or where.
 
     Attributes:
         type: one of ``TYPES``.
         input_ids: [batch, time] int64, padded with 0.
         labels: [batch, time] int64, **already shifted**: ``labels[b, t]`` is the token after ``input_ids[b, t]``;
             ``IGNORE_INDEX`` at each row's last real token and at padding.
-        lengths: [batch] int64, real tokens in each row.
+        lengths: [batch] int64, real tokens in each row; always on the CPU.
         samples: the untruncated samples behind the rows of a maths or code batch, in row order; empty for ``lm``.
+        positions: [labelled] int64, places of the labelled positions in the flattened [batch * time] grid, row-major.
+        targets: [labelled] int64, their labels.
+        row_positions: [batch] int64, labelled positions of each row; always on the CPU.
     """
 
     type: str
@@ -72,20 +79,63 @@ class MicroBatch:
     labels: Tensor
     lengths: Tensor
     samples: tuple[Sample, ...] = ()
+    positions: Tensor = _FROM_LABELS
+    targets: Tensor = _FROM_LABELS
+    row_positions: Tensor = _FROM_LABELS
+
+    def __post_init__(self) -> None:
+        if self.positions is not _FROM_LABELS:
+            return
+        labelled = self.labels != IGNORE_INDEX
+        positions = labelled.reshape(-1).nonzero().squeeze(1)
+        object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "targets", self.labels.reshape(-1)[positions])
+        object.__setattr__(self, "row_positions", labelled.sum(dim=1).cpu())
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch with its token ids and labels on ``device``; lengths stay where they are read, on the CPU."""
+        """The same batch with what a model reads on ``device``; what the host reads stays on the CPU."""
         if self.input_ids.device == device:
             return self
-        ids, labels = self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return replace(self, input_ids=ids, labels=labels)
+        names = ("input_ids", "labels", "positions", "targets")
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
+        return replace(self, **moved)
+
+    def rows(self, start: int, stop: int) -> tuple[MicroBatch, slice]:
+        """Rows ``start`` to ``stop`` as a batch of their own; which of this batch's labelled positions they have."""
+        if start == 0 and stop >= len(self.lengths):  # all of it: nothing is looked at, nothing copied
+            return self, slice(0, self.num_positions)
+        ends = [0, *self.row_positions.cumsum(0).tolist()]
+        held = slice(ends[start], ends[min(stop, len(ends) - 1)])
+        part = MicroBatch(
+            self.type,
+            self.input_ids[start:stop],
+            self.labels[start:stop],
+            self.lengths[start:stop],
+            self.samples[start:stop],
+            self.positions[held] - start * self.input_ids.shape[1],
+            self.targets[held],
+            self.row_positions[start:stop],
+        )
+        return part, held
 
     @property
     def num_positions(self) -> int:
         """Labelled positions: a row of n tokens has n - 1."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return self.positions.shape[0]
 
     @property
     def num_tokens(self) -> int:
         """Real (not padded) tokens."""
         return int(self.lengths.sum())
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that a model computes, padding included."""
+        return self.input_ids.numel()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a CUDA device from pinned memory, so that the copy runs beside the computation."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

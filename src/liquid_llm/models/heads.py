@@ -41,8 +41,27 @@ def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
         [batch, time, hidden]; ``output_head(model).logits`` of it are the model's logits.
     """
     body = model.base_model if model.base_model is not model else model.get_decoder()
-    hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True)[0]
+    with _one_sequence_a_row():
+        hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True)[0]
     return hidden.to(_head_module(model).weight.dtype)
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """transformers looks at the positions of each forward pass to see whether rows join several sequences, and waits
+    for the device to learn that they do not. Positions here are always its own, counted from 0, so it is told."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    original = getattr(masking_utils, name, None)
+    if original is None:  # another version of transformers: it looks, or does not
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, original)
 
 
 def output_head(model: Any) -> OutputHead:

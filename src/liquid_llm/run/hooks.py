@@ -13,6 +13,7 @@ from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
+from liquid_llm.device import device_memory
 from liquid_llm.metrics import MetricsWriter, read_metrics
 from liquid_llm.run.parts import Parts
 from liquid_llm.run.starting import shown_metadata
@@ -95,6 +96,7 @@ class Recorder:
             tokens_seen=self.trainer.progress.tokens_seen,
             signal_wait_seconds=waited - self._row_waited,
             peak_memory_bytes=process_peak_memory_bytes(),
+            **self._device_memory(),
         )
         self._row_started, self._row_waited = now, waited
         written = self.metrics.write("train", result.step, row)
@@ -112,6 +114,19 @@ class Recorder:
             result.values.lr,
             row["tokens_per_second"],
         )
+
+    def _device_memory(self) -> dict[str, Any]:
+        """What the device has held at most since the run began; nothing where that is the host's own memory."""
+        held = device_memory(self.parts.device)
+        if held is None:
+            return {}
+        return {"device_peak_memory_bytes": held.peak_bytes, "device_reserved_bytes": held.reserved_bytes}
+
+    def probe(self) -> None:
+        """Score one batch of each type, so that what evaluation needs is found out before minutes are spent."""
+        began = self.clock()
+        self.parts.evaluator.probe(self.trainer.student)
+        self._row_started += self.clock() - began
 
     def evaluate(self) -> None:
         """Score the student on the validation batches, write the row, remember whether it is the best so far."""
@@ -204,11 +219,12 @@ class Recorder:
         )
 
     def _run_values(self) -> dict[str, Any]:
-        config = self.config
+        config, progress = self.config, self.trainer.progress
         levels = {"alpha": config.objective.alpha, "T": config.objective.temperature}
         return {
             "face": config.face,
             "seed": config.seed,
             "total_steps": self.trainer.total_steps,
+            "max_pass_tokens": progress.passes.max_tokens,
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }

@@ -17,9 +17,9 @@ from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.evaluation import Evaluator
-from liquid_llm.losses.signals import Signal
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.options import ANNEAL
+from liquid_llm.passes import SignalOf
 from liquid_llm.run.inputs import Inputs, TextTools, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.run.places import cache_dir
 from liquid_llm.run.starting import Start
@@ -68,7 +68,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    device_choice = choose_device()
+    device_choice = choose_device(config.device)
     device = torch.device(device_choice.value)
     if device.type == "cpu":
         keep_freed_memory()
@@ -174,12 +174,13 @@ def _restore(
     if start.kind == "continue":
         if metadata.best_val_loss is not None and metadata.block_size == block_size:
             progress.best_val_loss = metadata.best_val_loss  # of another run or length it would keep best.pt away
+        progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
         set_random_state(state["random"])
         accumulator.load_state_dict(state["accumulator"])
 
 
 class BatchFeed:
-    """Micro-batches with their teacher signal, in order; what can be done ahead of need is done in threads."""
+    """Micro-batches in order, each with what gives its teacher signal; what can be done ahead is done in threads."""
 
     def __init__(self, parts: Parts, grad_accum: int, num_workers: int) -> None:
         stream, schedules, device = parts.stream, parts.schedules, parts.device
@@ -190,7 +191,7 @@ class BatchFeed:
             batch = stream.micro_batch(index)
             step = first_step + (index - first_index) // grad_accum
             prepared = router.prepare(batch, schedules.temperature.value(step)) if router is not None else None
-            return batch.to(device), prepared
+            return batch.to(device), None if prepared is None else prepared.pinned(device)
 
         self._router = router
         workers = max(1, num_workers)
@@ -207,9 +208,12 @@ class BatchFeed:
     def __exit__(self, *_: object) -> None:
         self._prefetcher.close()
 
-    def __iter__(self) -> Iterator[tuple[MicroBatch, Signal | None]]:
+    def __iter__(self) -> Iterator[tuple[MicroBatch, SignalOf | None]]:
         return self
 
-    def __next__(self) -> tuple[MicroBatch, Signal | None]:
+    def __next__(self) -> tuple[MicroBatch, SignalOf | None]:
         batch, prepared = next(self._prefetcher)
-        return batch, self._router.signal(batch, prepared) if self._router is not None else None
+        router = self._router
+        if router is None:
+            return batch, None
+        return batch, lambda part, positions: router.signal(part, prepared.part(positions))

@@ -29,6 +29,7 @@ from liquid_llm.teachers.store import StoreReader, open_store
 
 log = logging.getLogger(__name__)
 
+TEACHER_PASS_TOKENS = 8192  # of an online teacher on a GPU
 STORE_OPTIONS = {"math_tool": "math_dir", "code": "code_dir"}
 
 
@@ -149,13 +150,18 @@ def make_teachers(
     if online_types and teacher.online_id is not None:
         loaded, choices = load_online(teacher.online_id, teacher, device, token)
         _require_context(loaded, config)
-        online = OnlineTeacher(loaded, min(text.vocab_size, loaded.model.config.vocab_size))
+        # On a GPU longer passes are no faster, and their activations would be the largest thing beside the weights.
+        max_tokens = None if device.type == "cpu" else TEACHER_PASS_TOKENS
+        vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
+        online = OnlineTeacher(loaded, vocab_size, max_tokens=max_tokens)
         identities["online"] = {"id": loaded.identity.id, "revision": loaded.identity.revision, "types": online_types}
     if online is None and not stores:
         if teacher.online_id is None:
             log.warning("no teacher is named: plain cross-entropy")
         return RunTeachers(None)
-    router = TeacherRouter(online, stores, strict=teacher.hybrid_strict, online_types=online_types)
+    router = TeacherRouter(
+        online, stores, strict=teacher.hybrid_strict, online_types=online_types, merge_repeats=config.deterministic
+    )
     router.check_temperatures({config.objective.temperature})
     for kind, store in stores.items():
         if not router.answers(kind, 1.0):

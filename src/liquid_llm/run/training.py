@@ -12,6 +12,7 @@ from typing import Any
 
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules
+from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.errors import Interrupted
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.models.export import save_student
@@ -40,7 +41,13 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
         Interrupted: the process was asked to stop and the state is saved.
     """
     setup_logging("INFO")
+    prepare_allocator()
     config = build_run_config(face, given)
+    with deterministic_algorithms(config.deterministic):
+        return _run(face, given, config)
+
+
+def _run(face: str, given: Mapping[str, object], config: RunConfig) -> int:
     place = resolve_place(config)
     if config.dry_run:
         return _dry_run(face, given, config, place)
@@ -96,6 +103,8 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         trainer.hooks = recorder.hooks()
         if start.state is None:
             recorder.evaluate()
+        else:
+            recorder.probe()
         with Stage("train", unit="steps", total=trainer.total_steps, done=trainer.progress.step) as stage:
             recorder.stage = stage
             done = trainer.train()

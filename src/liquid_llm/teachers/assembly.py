@@ -1,8 +1,9 @@
-"""The signals of single samples put together into the signal of a micro-batch."""
+"""The signals of single samples put together into the signal of a micro-batch, and repeated ids summed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,4 +67,27 @@ def _assemble_sparse(
 
     return SparseSignal(
         column("ids"), column("weights"), column("log_probs"), column("tail_mass"), column("mask"), like.temperature
+    )
+
+
+def merge_repeats(signal: SparseSignal) -> SparseSignal:
+    """The same estimate with each id of a row in one slot.
+
+    A codec that draws gives an id that was drawn twice two slots; the loss adds them up, and on a GPU in an order that
+    is not always the same. Weights are summed, and log-probabilities weighted, so that ``sum(weights * log_probs)`` of
+    an id is what it was. Slots that become free have weight 0, log_prob 0 and id 0, as unused ones have.
+    """
+    ids, order = signal.ids.sort(dim=1, stable=True)
+    weights, log_probs = signal.weights.gather(1, order), signal.log_probs.gather(1, order)
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slot = new.cumsum(dim=1) - 1
+    summed = torch.zeros_like(weights).scatter_add_(1, slot, weights)
+    crossed = torch.zeros_like(weights).scatter_add_(1, slot, weights * log_probs)
+    used = summed > 0
+    return replace(
+        signal,
+        ids=torch.where(used, torch.zeros_like(ids).scatter_(1, slot, ids), 0),
+        weights=summed,
+        log_probs=torch.where(used, crossed / summed.clamp_min(torch.finfo(summed.dtype).tiny), 0.0),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
+from liquid_llm.data.types import MicroBatch
 from liquid_llm.losses.signals import DenseSignal, OutputHead
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import LoadedModel
@@ -49,20 +49,24 @@ class OnlineTeacher:
 
     def signal(self, batch: MicroBatch) -> DenseSignal:
         """One row for each labelled position of ``batch``, in row-major order."""
-        labelled = batch.labels != IGNORE_INDEX
-        rows = [
-            self.hidden(batch.input_ids[part, :longest])[labelled[part, :longest].to(self.device)]
-            for part, longest in self._parts(batch)
-        ]
+        rows = []
+        for start, stop, longest in self._parts(batch):
+            part, _ = batch.rows(start, stop)
+            hidden = self.hidden(part.input_ids[:, :longest])
+            time = part.input_ids.shape[1]
+            places = part.positions.to(self.device)
+            if longest < time:  # the same positions in a narrower grid
+                places = places.div(time, rounding_mode="floor") * longest + places.remainder(time)
+            rows.append(hidden.reshape(-1, hidden.shape[-1]).index_select(0, places))
         return DenseSignal(rows[0] if len(rows) == 1 else torch.cat(rows), self.head)
 
-    def _parts(self, batch: MicroBatch) -> list[tuple[slice, int]]:
-        """Consecutive rows that fit one pass, and the longest of each."""
+    def _parts(self, batch: MicroBatch) -> list[tuple[int, int, int]]:
+        """Runs of rows that fit one pass, as (first, end, longest of them)."""
         rows, time = batch.input_ids.shape
         if self._max_tokens is None or rows * time <= self._max_tokens:
-            return [(slice(0, rows), time)]
+            return [(0, rows, time)]
         step = max(1, self._max_tokens // time)
         return [
-            (slice(start, start + step), int(batch.lengths[start : start + step].max()))
+            (start, min(start + step, rows), int(batch.lengths[start : start + step].max()))
             for start in range(0, rows, step)
         ]

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from liquid_llm.data.types import MicroBatch, Sample
+from liquid_llm.data.types import MicroBatch, Sample, to_device
 from liquid_llm.errors import DataError, SignalError
-from liquid_llm.losses.signals import LogitsSignal, Signal
-from liquid_llm.teachers.assembly import assemble
+from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
+from liquid_llm.teachers.assembly import assemble, merge_repeats
 from liquid_llm.teachers.codecs import StoredSignal, check_temperature
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.samples import SampleSource
@@ -69,6 +69,17 @@ class Prepared:
     online: bool = False
     stored: StoredSignal | None = None
 
+    def pinned(self, device: torch.device) -> Prepared:
+        """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
+        if self.stored is None or device.type != "cuda":
+            return self
+        tensors: dict[str, Any] = {name: getattr(self.stored, name).pin_memory() for name in _tensors(self.stored)}
+        return replace(self, stored=replace(self.stored, **tensors))
+
+    def part(self, positions: slice) -> Prepared:
+        """What was prepared for some of the micro-batch's labelled positions."""
+        return self if self.stored is None else replace(self, stored=part_of(self.stored, positions))
+
 
 @dataclass(frozen=True)
 class TypeCoverage:
@@ -100,6 +111,7 @@ class TeacherRouter:
         online: answers for the types in ``online_types``; None where there is none.
         stores: type -> its signal store. A type in neither gets no signal: plain cross-entropy.
         strict: see the module.
+        merge_repeats: sum the slots of an id that a codec drew twice: without repeats a GPU adds in one order only.
         online_types: types that the online teacher answers for, even where a store is given.
 
     Attributes:
@@ -113,12 +125,14 @@ class TeacherRouter:
         *,
         strict: bool,
         online_types: Iterable[str],
+        merge_repeats: bool = False,
     ) -> None:
         self.counts = SignalCounts()
         self._online = online
         self._online_types = frozenset(online_types) if online is not None else frozenset()
         self._stores = {type: store for type, store in stores.items() if type not in self._online_types}
         self._strict = strict
+        self._merge_repeats = merge_repeats
 
     def prepare(self, batch: MicroBatch, temperature: float) -> Prepared:
         """Read and decode the stored signal of ``batch``; may be called ahead of need, from any thread.
@@ -146,7 +160,10 @@ class TeacherRouter:
         missing = sum(signal is None for signal in signals)
         if missing == len(signals) or (missing and self._strict):
             return Prepared()
-        return Prepared(stored=assemble(signals, [window - 1 for window in windows]))
+        stored = assemble(signals, [window - 1 for window in windows])
+        if self._merge_repeats and isinstance(stored, SparseSignal):
+            stored = merge_repeats(stored)
+        return Prepared(stored=stored)
 
     def signal(self, batch: MicroBatch, prepared: Prepared) -> Signal | None:
         """One row for each labelled position of ``batch``, row-major, on its device; None without any signal."""
@@ -257,10 +274,21 @@ def _example(sample: Sample, lookup: Lookup) -> str:
     return f"sample {sample.sample_id!r}: {lookup.status} ({lookup.reason})"
 
 
+def part_of(signal: StoredSignal, positions: slice) -> StoredSignal:
+    """The rows ``positions`` of a stored signal that is still on the CPU."""
+    changed: dict[str, Any] = {name: getattr(signal, name)[positions] for name in _tensors(signal)}
+    changed |= {name: None for name in ("num_signal", "any_tail") if hasattr(signal, name)}  # counted anew
+    return replace(signal, **changed)
+
+
+def _tensors(signal: StoredSignal) -> tuple[str, ...]:
+    if isinstance(signal, LogitsSignal):
+        return ("rows", "mask")
+    return ("ids", "weights", "log_probs", "tail_mass", "mask")
+
+
 def _to(signal: StoredSignal, device: torch.device) -> StoredSignal:
     if signal.mask.device == device:
         return signal
-    names = (
-        ("rows", "mask") if isinstance(signal, LogitsSignal) else ("ids", "weights", "log_probs", "tail_mass", "mask")
-    )
-    return replace(signal, **{name: getattr(signal, name).to(device, non_blocking=True) for name in names})
+    moved: dict[str, Any] = {name: to_device(getattr(signal, name), device) for name in _tensors(signal)}
+    return replace(signal, **moved)

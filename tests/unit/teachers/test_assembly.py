@@ -7,8 +7,8 @@ import torch
 from tests.support.teachers import random_logits
 
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
-from liquid_llm.teachers.assembly import assemble
-from liquid_llm.teachers.codecs import FullCodec, StoredSignal, TopKCodec
+from liquid_llm.teachers.assembly import assemble, merge_repeats
+from liquid_llm.teachers.codecs import FullCodec, StoredSignal, TailCodec, TopKCodec
 
 
 def sparse(rows: int, k: int, seed: int = 0, temperature: float = 2.0) -> SparseSignal:
@@ -74,3 +74,28 @@ def test_samples_without_positions() -> None:
 def test_signals_that_do_not_fit(signals: list[StoredSignal | None], rows: list[int]) -> None:
     with pytest.raises(ValueError, match=r"signals|signal of|zip"):
         assemble(signals, rows)
+
+
+def test_repeated_ids_are_summed_into_one_slot_and_mean_the_same() -> None:
+    codec, vocab = TailCodec(), 4000
+    logits = random_logits(40, vocab, spread=2.0)
+    drawn = codec.decode(codec.pack(codec.encode(logits, 1, 0)), 0, 40, 2.0, vocab)
+    assert isinstance(drawn, SparseSignal)
+    merged = merge_repeats(drawn)
+    assert _repeats(drawn) > 0  # else this shows nothing
+    assert _repeats(merged) == 0
+    for name in ("mask", "tail_mass", "temperature"):
+        assert getattr(merged, name) is getattr(drawn, name)
+    zeros = torch.zeros(40, vocab, dtype=torch.float64)
+    for weigh in (lambda one: one.weights, lambda one: one.weights * one.log_probs):
+        before, after = (zeros.scatter_add(1, one.ids, weigh(one).double()) for one in (drawn, merged))
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-7)
+    assert merged.ids[merged.weights == 0].eq(0).all()
+    assert merged.log_probs[merged.weights == 0].eq(0).all()
+
+
+def _repeats(signal: SparseSignal) -> int:
+    return sum(
+        len(used) - len(set(used))
+        for used in (ids[weights > 0].tolist() for ids, weights in zip(signal.ids, signal.weights, strict=True))
+    )

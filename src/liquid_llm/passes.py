@@ -1,0 +1,73 @@
+"""How much of a micro-batch one forward and backward pass takes, and what happens when that does not fit.
+
+pass    rows of a micro-batch that are computed together: all of them, as long as they fit
+cut     a pass that ran out of memory is halved along its rows, and so is every later one that is as large
+
+The loss is a sum over positions, so a micro-batch in several passes gives the same loss and the same gradient, up to
+rounding. Cuts are remembered (``max_tokens`` is kept in checkpoints), so that a continued run rounds as it did before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from liquid_llm.data.types import MicroBatch
+from liquid_llm.errors import DeviceError
+from liquid_llm.losses.signals import Signal
+
+log = logging.getLogger(__name__)
+
+SignalOf = Callable[[MicroBatch, slice], "Signal | None"]
+"""The teacher signal of a part of a micro-batch: its rows, and which labelled positions of the whole they hold."""
+
+
+@dataclass
+class PassLimit:
+    """Most padded tokens of one pass.
+
+    Attributes:
+        max_tokens: None until a pass has run out of memory.
+    """
+
+    max_tokens: int | None = None
+
+    def parts(self, batch: MicroBatch) -> Iterator[tuple[MicroBatch, slice]]:
+        """The passes of ``batch`` in order: rows as equal in number as can be, and their labelled positions."""
+        num_rows, time = batch.input_ids.shape
+        if self.max_tokens is None or batch.padded_tokens <= self.max_tokens:
+            yield batch, slice(0, batch.num_positions)
+            return
+        passes = -(-num_rows // max(1, self.max_tokens // time))
+        for number in range(passes):
+            yield batch.rows(number * num_rows // passes, (number + 1) * num_rows // passes)
+
+    def cut(self, part: MicroBatch, *, where: str, consumers: str) -> None:
+        """Halve the passes as large as ``part``, which ran out of memory.
+
+        Args:
+            where: what was being done, for messages.
+            consumers: what takes most of the memory, in words.
+
+        Raises:
+            DeviceError: it was a single row already.
+        """
+        num_rows, time = part.input_ids.shape
+        if num_rows == 1:
+            raise DeviceError(
+                f"a single row of {time} tokens does not fit into memory",
+                where=where,
+                got=consumers or None,
+                remedy="shorten --block_size, use --grad_checkpoint, a smaller student or teacher, or a larger device; "
+                "the last checkpoint is intact",
+            )
+        self.max_tokens = (num_rows + 1) // 2 * time
+        log.warning(
+            "%s: out of memory with %d x %d tokens: cut in two, as every pass above %d tokens from now on; the result "
+            "is the same. A smaller --batch_size with more --grad_accum, or --grad_checkpoint, would spare the cut",
+            where,
+            num_rows,
+            time,
+            self.max_tokens,
+        )
