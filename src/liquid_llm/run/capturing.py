@@ -12,7 +12,7 @@ import torch
 from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
-from liquid_llm.errors import DataError, Interrupted, SignalError, UsageError
+from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
 from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.run.inputs import TextTools, read_manifest_inputs
 from liquid_llm.run.preparing import prepare_inputs
@@ -50,6 +50,11 @@ def run_capture(given: Mapping[str, object], new_layout: str) -> int:
             f"stopped with {summary.written + summary.skipped:,} records complete",
             remedy="run the same command again to go on",
         )
+    if summary.too_large:
+        raise DeviceError(
+            f"{summary.too_large:,} samples do not fit into the device's memory even alone; the rest is captured",
+            remedy="shorten --seq_len, use a smaller teacher or a larger device, and run the same command again",
+        )
     return DataError.exit_code if summary.failed else 0
 
 
@@ -66,7 +71,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     datasets = _datasets(config, text)
     teacher = identify(teacher_id, text.hash, token=token)
     layouts = _layouts(config, datasets, SignalIdentity.of(codec, teacher, text.vocab_size), new_layout)
-    device = torch.device(choose_device().value)
+    device = torch.device(choose_device(config.device).value)
     if device.type == "cpu":
         keep_freed_memory()
     loaded, _ = load_online(teacher_id, config.teacher, device, token)

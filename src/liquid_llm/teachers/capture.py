@@ -6,8 +6,9 @@
                 was stopped anywhere goes on where it was
 
 The main thread runs the teacher and encodes; other threads check existing records, pack and write. (With a teacher on
-the CPU the main thread packs too.) A sample that fails is reported and the rest goes on. Several processes may capture
-into one folder: records are equal and appear whole.
+the CPU the main thread packs too.) A sample that fails is reported and the rest goes on. A batch that does not fit into
+the device's memory is cut, and so are those after it. Several processes may capture into one folder: records are equal
+and appear whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from liquid_llm.device import is_lost, is_out_of_memory, release_memory
 from liquid_llm.errors import SignalError, StorageError, UsageError
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.positions import max_positions
@@ -52,6 +54,7 @@ class CaptureSummary:
     Attributes:
         written, skipped: samples captured; samples that needed none (complete already, or given twice).
         failures: samples that could not be captured.
+        too_large: how many of them do not fit into the device's memory even alone.
         tokens: real tokens scored and written.
         positions: rows stored, one fewer a sample.
         padded_tokens: tokens computed, padding included.
@@ -63,6 +66,7 @@ class CaptureSummary:
     written: int = 0
     skipped: int = 0
     failures: list[Failure] = field(default_factory=list)
+    too_large: int = 0
     tokens: int = 0
     positions: int = 0
     padded_tokens: int = 0
@@ -89,6 +93,7 @@ class CaptureSummary:
             "written": self.written,
             "skipped": self.skipped,
             "failed": self.failed,
+            "too_large": self.too_large,
             "tokens": self.tokens,
             "positions": self.positions,
             "padded_tokens": self.padded_tokens,
@@ -185,6 +190,7 @@ class _Job:
         self._pending_bytes = 0
         self._write_failures = 0  # in a row
         self._storage_error: StorageError | None = None
+        self._max_tokens: int | None = None  # of a batch, padded; None until one did not fit
 
     def run(self, work: Sequence[Sequence[Item]], stopping: Callable[[], bool]) -> None:
         """Score all batches and wait for the last record to be written."""
@@ -192,7 +198,8 @@ class _Job:
             if stopping():
                 self.summary.interrupted = True
                 break
-            self._score(batch)
+            for part in self._parts(batch):
+                self._score(part)
         while self._pending:
             self._collect(FIRST_COMPLETED)
         if self._storage_error is not None and not self.summary.written:
@@ -217,12 +224,25 @@ class _Job:
             log.warning("%s sample %r is not captured: %s", failure.type, failure.sample_id, failure.reason)
         self.progress(item.num_tokens)
 
+    def _parts(self, batch: Sequence[Item]) -> list[list[Item]]:
+        """A batch in runs of samples that hold at most as many padded tokens as have been found to fit."""
+        parts: list[list[Item]] = [[]]
+        longest = 0
+        for item in batch:
+            longest = max(longest, item.num_tokens)
+            if parts[-1] and self._max_tokens is not None and (len(parts[-1]) + 1) * longest > self._max_tokens:
+                parts.append([])
+                longest = item.num_tokens
+            parts[-1].append(item)
+        return parts
+
     def _score(self, batch: Sequence[Item]) -> None:
-        """Score a batch; should the teacher fail on it, each sample that is left alone."""
+        """Score a batch; should the teacher fail on it, what is left in halves or sample by sample."""
         left = list(batch)
+        padded_tokens = len(batch) * max(item.num_tokens for item in batch)
         try:
             codec = {item.type: self._writers[item.type].codec for item in batch}
-            self.summary.padded_tokens += len(batch) * max(item.num_tokens for item in batch)
+            self.summary.padded_tokens += padded_tokens
             for item, outcome in score(self._teacher, batch, codec, self._scratch):
                 left.remove(item)
                 if isinstance(outcome, SignalError):
@@ -230,10 +250,29 @@ class _Job:
                 else:
                     self._write(item, outcome)
         except (RuntimeError, IndexError) as error:  # what torch raises: out of memory, a kernel that refuses
-            if len(batch) == 1:
-                self.fail(batch[0], f"the teacher failed: {type(error).__name__}: {str(error).splitlines()[0]}")
-                return
-            log.warning("the teacher failed on a batch of %d samples: one by one now (%s)", len(batch), error)
+            no_room = is_out_of_memory(error)
+            if not no_room and is_lost(error):
+                raise  # every later sample would fail as well
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        else:
+            return
+        # Only here is the failed batch let go of: the traceback held it.
+        release_memory(self._teacher.device)
+        if len(batch) == 1:
+            self.summary.too_large += no_room
+            self.fail(batch[0], f"{'it does not fit into memory' if no_room else 'the teacher failed'}: {reason}")
+        elif no_room:
+            self._max_tokens = max(1, padded_tokens // 2)
+            log.warning(
+                "out of memory with %d samples: at most %d tokens a batch from now on (%s)",
+                len(batch),
+                self._max_tokens,
+                reason,
+            )
+            for part in self._parts(left):
+                self._score(part)
+        else:
+            log.warning("the teacher failed on a batch of %d samples: one by one now (%s)", len(batch), reason)
             for item in left:
                 self._score([item])
 

@@ -227,7 +227,7 @@ def failing_on(teacher: LoadedModel, *, token: int | None = None, rows: int | No
     def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"]
         if (rows is not None and ids.shape[0] > rows) or (token is not None and bool((ids == token).any())):
-            raise RuntimeError("out of memory\nand more")
+            raise RuntimeError("no such kernel\nand more")
 
     model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     return replace(teacher, model=model)
@@ -242,7 +242,7 @@ def test_a_sample_the_teacher_fails_on(tmp_path: Path, teacher: LoadedModel, cap
     assert vars(summary.failures[0]) == {
         "sample_id": "s/5",
         "type": "math_tool",
-        "reason": "the teacher failed: RuntimeError: out of memory",
+        "reason": "the teacher failed: RuntimeError: no such kernel",
     }
     assert "math_tool sample 's/5' is not captured: the teacher failed" in caplog.text
     assert summary.as_dict()["failures"] == [vars(summary.failures[0])]
