@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tb"
-TIMING_KEYS = frozenset(
-    {"seconds", "tokens_per_second", "signal_wait_seconds", "eval_seconds", "peak_memory_bytes", "rss_bytes", "time"}
-)
+_OF_MEMORY = ("peak_memory_bytes", "device_peak_memory_bytes", "device_reserved_bytes", "rss_bytes")  # the first: host
+TIMING_KEYS = frozenset({"seconds", "tokens_per_second", "signal_wait_seconds", "eval_seconds", "time", *_OF_MEMORY})
 
 _BLOCK_LINES = 32
 _MAX_WAIT_SECONDS = 5.0

@@ -289,8 +289,9 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("stored signal", f"{summary['bytes_per_token']:,.1f} bytes a token"))
     if summary.get("tokens_per_second") is not None:
         facts.append(("speed", f"{format_count(summary['tokens_per_second'])} real tokens a second"))
-    if summary.get("peak_memory_bytes") is not None:
-        facts.append(("peak memory", format_bytes(summary["peak_memory_bytes"])))
+    for name, key in (("peak device memory", "device_peak_memory_bytes"), ("peak host memory", "peak_memory_bytes")):
+        if summary.get(key) is not None:
+            facts.append((name, format_bytes(summary[key])))
     if summary.get("seconds") is not None:
         facts.append(("time", format_seconds(summary["seconds"])))
     return facts

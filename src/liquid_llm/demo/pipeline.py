@@ -127,6 +127,7 @@ def _summary(run_dir: Path, base: Path, seconds: float) -> dict[str, Any]:
         "bytes_per_token": _stored_bytes_per_token(run_dir, stored),
         "tokens_per_second": sum(r["tokens"] for r in trained) / sum(r["seconds"] for r in trained),
         "peak_memory_bytes": max(process_peak_memory_bytes() or 0, *(r.get("peak_memory_bytes") or 0 for r in trained)),
+        "device_peak_memory_bytes": max((r.get("device_peak_memory_bytes") or 0 for r in trained), default=0) or None,
         "sample": _generate(run_dir / "student", PROMPT),
         "seconds": seconds,
     }

@@ -162,7 +162,8 @@ def _machine(train: Columns) -> list[Figure]:
         _figure(
             Figure("memory", "Memory", "GiB", [], from_zero=True, small=True),
             lines=[
-                _line("peak", _scaled(peak, 2.0**-30), 2, 0),
+                _line("device peak", _scaled(train.get("device_peak_memory_bytes"), 2.0**-30), 1, 0),
+                _line("host peak", _scaled(peak, 2.0**-30), 2, 0),
                 _line("resident", _scaled(resident, 2.0**-30), 1, 1, noisy=True),
             ],
         ),

@@ -159,10 +159,13 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     coverage = train.get("kd_coverage")
     if coverage is not None:
         tiles.append(("Signal coverage", f"{100 * coverage.finite.mean():.1f} <small>%</small>", "of positions"))
-    peak = train.get("peak_memory_bytes") or train.get("rss_bytes")
-    if peak is not None:
-        size, unit = format_bytes(float(peak.finite.max())).split(" ")
-        tiles.append(("Peak memory", f"{size} <small>{unit}</small>", ""))
+    for name, peak in (
+        ("Peak device memory", train.get("device_peak_memory_bytes")),
+        ("Peak host memory", train.get("peak_memory_bytes") or train.get("rss_bytes")),
+    ):
+        if peak is not None:
+            size, unit = format_bytes(float(peak.finite.max())).split(" ")
+            tiles.append((name, f"{size} <small>{unit}</small>", ""))
     return tiles
 
 
@@ -217,7 +220,8 @@ def _result(summary: Any) -> str:
     facts = {
         "Stored signal, bytes a token": summary.get("bytes_per_token"),
         "Real tokens a second": summary.get("tokens_per_second"),
-        "Peak memory": _formatted(format_bytes, summary.get("peak_memory_bytes")),
+        "Peak device memory": _formatted(format_bytes, summary.get("device_peak_memory_bytes")),
+        "Peak host memory": _formatted(format_bytes, summary.get("peak_memory_bytes")),
         "Time": _formatted(format_seconds, summary.get("seconds")),
     }
     known = {name: value for name, value in facts.items() if value is not None}
