@@ -47,6 +47,12 @@ class BucketPlan:
         samples = np.lexsort((keyed_bits(len(self.bucket_of), "samples", *key), self.bucket_of))
         return samples, keyed_permutation(self.num_micro_batches, "micro-batches", *key)
 
+    def longest(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[micro_batches] the longest window of the bucket that each micro-batch draws from."""
+        longest = np.zeros(int(self.bucket_of.max()) + 1, dtype=np.int64)
+        np.maximum.at(longest, self.bucket_of, windows)
+        return longest[np.sort(self.bucket_of)[self.bounds[:-1]]]
+
 
 def plan_buckets(
     windows: NDArray[np.int64], batch_size: int, block_size: int, *, max_padding: float = MAX_PADDING

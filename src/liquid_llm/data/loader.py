@@ -118,6 +118,10 @@ class BlockOrder:
         self._permutation = lru_cache(maxsize=2)(partial(keyed_permutation, self._num_blocks, "blocks", *key))
         self.num_micro_batches = -(-self._num_blocks // batch_size)
 
+    def shapes(self) -> set[tuple[int, int]]:
+        """Rows and tokens a row of every micro-batch."""
+        return {(self._batch_size, self._block_size)}
+
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
         rows = []
@@ -150,10 +154,17 @@ class SampleOrder:
             )
         self._dataset = dataset
         self._window = block_size if sample_tokens is None else min(sample_tokens, block_size)
-        self._plan = plan_buckets(np.minimum(dataset.lengths, self._window), batch_size, block_size)
+        windows = np.minimum(dataset.lengths, self._window)
+        self._plan = plan_buckets(windows, batch_size, block_size)
         self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
         self.num_micro_batches = self._plan.num_micro_batches
         self.padding = self._plan.padding
+        self._longest = self._plan.longest(windows)
+
+    def shapes(self) -> set[tuple[int, int]]:
+        """Rows, and the most tokens a row, that every micro-batch can have."""
+        rows = np.diff(self._plan.bounds)
+        return set(zip(rows.tolist(), self._longest.tolist(), strict=True))
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""

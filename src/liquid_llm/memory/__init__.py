@@ -15,19 +15,37 @@ from pathlib import Path
 
 from liquid_llm.memory.cache import remember
 from liquid_llm.memory.capture import work_out_capture
+from liquid_llm.memory.free import available_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape, most_slots
 from liquid_llm.memory.training import work_out_training
+from liquid_llm.memory.verdict import (
+    BatchChoice,
+    Option,
+    Verdict,
+    capture_options,
+    fits,
+    largest_batch,
+    training_options,
+)
 
 __all__ = [
+    "BatchChoice",
     "BatchShape",
     "CaptureShape",
     "MemoryPrediction",
     "ModelShape",
+    "Option",
     "TrainingShape",
+    "Verdict",
+    "available_bytes",
+    "capture_options",
+    "fits",
+    "largest_batch",
     "most_slots",
     "predict_capture",
     "predict_training",
+    "training_options",
 ]
 
 

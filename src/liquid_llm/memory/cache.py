@@ -1,4 +1,4 @@
-"""Answers kept on disk: a few hundred bytes of JSON each, named by what was asked and by what answers.
+"""Answers kept: in the process, and on disk as a few hundred bytes of JSON each, named by question and sources.
 
 A file that cannot be read, or does not add up, is made again. Where the folder cannot be written the answer is worked
 out each time.
@@ -24,13 +24,25 @@ log = logging.getLogger(__name__)
 _SOURCES = ("memory", "losses", "training.py", "models", "teachers/online.py", "teachers/scoring.py", "teachers/codecs")
 
 
+_SAID: dict[tuple[Path | None, str], MemoryPrediction] = {}
+
+
 def remember(
     folder: Path | None, kind: str, question: Mapping[str, Any], answer: Callable[[], MemoryPrediction]
 ) -> MemoryPrediction:
-    """``answer()``, or what it said to the same question before; ``folder`` of None keeps nothing."""
-    if folder is None:
-        return answer()
-    path = folder / f"{kind}-{_key(question)}.json"
+    """``answer()``, or what it said to the same question before; ``folder`` of None keeps nothing on disk."""
+    name = f"{kind}-{_key(question)}.json"
+    if (folder, name) not in _SAID:
+        _SAID[folder, name] = answer() if folder is None else _on_disk(folder / name, answer)
+    return _SAID[folder, name]
+
+
+def forget() -> None:
+    """Drop what this process remembers; what is on disk stays."""
+    _SAID.clear()
+
+
+def _on_disk(path: Path, answer: Callable[[], MemoryPrediction]) -> MemoryPrediction:
     try:
         return MemoryPrediction.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

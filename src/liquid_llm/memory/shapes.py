@@ -80,6 +80,7 @@ class TrainingShape:
         batches: the micro-batches that can be largest, at least one.
         evaluations: validation batches that can be largest.
         teacher: the online teacher, or None.
+        teacher_pass_tokens: most padded tokens of one of its passes, or None.
         reference: a frozen copy of the student is there for the keep-old-logits term.
         grad_checkpoint: activations are recomputed in the backward pass.
         accumulates: a step has several micro-batches, so that gradients exist while a loss is computed.
@@ -93,6 +94,7 @@ class TrainingShape:
     batches: tuple[BatchShape, ...]
     evaluations: tuple[BatchShape, ...] = ()
     teacher: ModelShape | None = None
+    teacher_pass_tokens: int | None = None
     reference: bool = False
     grad_checkpoint: bool = False
     accumulates: bool = False

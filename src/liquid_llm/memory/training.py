@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from liquid_llm.memory.prediction import (
     MemoryPrediction,
 )
 from liquid_llm.memory.shapes import BatchShape, TrainingShape
+from liquid_llm.models.heads import output_head
 from liquid_llm.models.loading import LoadedModel, ModelIdentity
 from liquid_llm.models.student import enable_gradient_checkpointing
 from liquid_llm.runtime import torch_dtype
@@ -55,11 +57,17 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
         if shape.grad_checkpoint:
             enable_gradient_checkpointing(student)
         job = TrainingMemory(
-            Student(student, torch_dtype(shape.compute_dtype), reference, plan=loss_plan(shape)),
+            Student(
+                student,
+                torch_dtype(shape.compute_dtype),
+                reference,
+                plan=loss_plan(shape.device, output_head(student).vocab_size),
+            ),
             teacher,
             temperature=shape.temperature,
             accumulates=shape.accumulates,
             vocab_size=shape.vocab_size,
+            teacher_pass_tokens=shape.teacher_pass_tokens,
         )
         job.warm_up()
         found = [job.step(batch) for batch in shape.batches]
@@ -67,14 +75,14 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
     return combine(found, job.rest_bytes, shape.device)
 
 
-def loss_plan(shape: TrainingShape) -> LossPlan:
+def loss_plan(device: str, vocab_size: int) -> LossPlan:
     """How the loss goes about it on the device meant, without looking at results: fake tensors have none."""
-    return replace(choose_plan(shape.device, shape.vocab_size), looks=False)
+    return replace(choose_plan(device, vocab_size), looks=False)
 
 
-def online_teacher(model: nn.Module, vocab_size: int) -> OnlineTeacher:
+def online_teacher(model: nn.Module, vocab_size: int, pass_tokens: int | None = None) -> OnlineTeacher:
     """The online teacher of a model that has no tokenizer and no identity."""
-    return OnlineTeacher(LoadedModel(model, None, ModelIdentity("", "", "")), vocab_size)
+    return OnlineTeacher(LoadedModel(model, None, ModelIdentity("", "", "")), vocab_size, max_tokens=pass_tokens)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class TrainingMemory:
     Args:
         student: as a run has it, with its reference student.
         teacher: answers for batches with a dense signal.
-        temperature, accumulates, vocab_size: as in ``TrainingShape``.
+        temperature, accumulates, vocab_size, teacher_pass_tokens: as in ``TrainingShape``.
     """
 
     def __init__(
@@ -128,9 +136,10 @@ class TrainingMemory:
         temperature: float,
         accumulates: bool,
         vocab_size: int,
+        teacher_pass_tokens: int | None = None,
     ) -> None:
         self._student = student
-        self._teacher = None if teacher is None else online_teacher(teacher, vocab_size)
+        self._teacher = None if teacher is None else online_teacher(teacher, vocab_size, teacher_pass_tokens)
         self._accumulates, self._vocab_size = accumulates, vocab_size
         gamma = _GAMMA if student.reference is not None else 0.0
         self._values = StepValues(_ALPHA, temperature, gamma, _LR)
@@ -247,11 +256,10 @@ def make_batch(shape: BatchShape) -> MicroBatch:
     grid = torch.arange(shape.rows * shape.time).view(shape.rows, shape.time)
     positions = grid[:, :-1].reshape(-1)
     del grid
-    lengths = torch.full((shape.rows,), shape.time)
+    # What the host reads has numbers, and is of numpy: tensors made here have none.
+    lengths: Any = np.full(shape.rows, shape.time)
     kind = "lm" if shape.signal in ("dense", "none") else "math_tool"
-    return MicroBatch(
-        kind, ids, labels, lengths, (), positions, torch.zeros_like(positions), torch.full_like(lengths, shape.time - 1)
-    )
+    return MicroBatch(kind, ids, labels, lengths, (), positions, torch.zeros_like(positions), lengths - 1)
 
 
 def stored_signal(shape: BatchShape, num_rows: int, vocab_size: int, temperature: float) -> Signal | None:

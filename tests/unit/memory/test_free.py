@@ -1,0 +1,72 @@
+"""Free memory as Linux and its control groups tell of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from liquid_llm.memory.free import available_bytes, host_free_bytes
+
+GIB = 2**30
+
+
+def write(root: Path, files: dict[str, object]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return root
+
+
+MEMINFO = {"proc/meminfo": f"MemTotal: {32 * 2**20} kB\nMemFree: 100 kB\nMemAvailable: {16 * 2**20} kB"}
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+
+
+def group(folder: str, limit: object, usage: int, inactive: int = 0, version: int = 2) -> dict[str, object]:
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    stat = f"anon 5\n{names[2]} {inactive}"
+    return {f"{folder}/{names[0]}": limit, f"{folder}/{names[1]}": usage, f"{folder}/memory.stat": stat}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 16 * GIB),
+        ({"proc/self/cgroup": "0::/"}, 16 * GIB),
+        ({"proc/self/cgroup": "0::/", **group(V2, 8 * GIB, 3 * GIB)}, 5 * GIB),
+        ({"proc/self/cgroup": "0::/", **group(V2, 8 * GIB, 3 * GIB, GIB)}, 6 * GIB),
+        ({"proc/self/cgroup": "0::/", **group(V2, "max", 3 * GIB)}, 16 * GIB),
+        ({"proc/self/cgroup": "0::/", **group(V2, 64 * GIB, 3 * GIB)}, 16 * GIB),
+        ({"proc/self/cgroup": "0::/", **group(V2, GIB, 2 * GIB)}, 0),
+        # the tightest group above the process counts
+        (
+            {"proc/self/cgroup": "0::/a/b", **group(f"{V2}/a", 8 * GIB, GIB), **group(f"{V2}/a/b", 9 * GIB, GIB)},
+            7 * GIB,
+        ),
+        # a container that sees the host's path and has its own group at the top
+        ({"proc/self/cgroup": "0::/docker/1234", **group(V2, 4 * GIB, GIB)}, 3 * GIB),
+        ({"proc/self/cgroup": "5:cpu:/x\n4:memory:/x", **group(f"{V1}/x", 4 * GIB, GIB, GIB, version=1)}, 4 * GIB),
+        ({"proc/self/cgroup": "4:memory:/x", **group(f"{V1}/x", 2**63 - 4096, GIB, version=1)}, 16 * GIB),
+    ],
+)
+def test_the_least_of_the_machine_and_its_groups(tmp_path: Path, files: dict[str, object], expected: int) -> None:
+    assert host_free_bytes(write(tmp_path, {**MEMINFO, **files})) == expected
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
+    assert host_free_bytes(tmp_path) is None
+    assert host_free_bytes(write(tmp_path, {"proc/meminfo": "MemTotal: 12 kB"})) is None
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells in files")
+def test_what_the_job_holds_already_is_its_own() -> None:
+    free = available_bytes(torch.device("cpu"))
+    held = available_bytes(torch.device("cpu"), held_bytes=1 << 50)
+    assert free is not None
+    assert held is not None
+    assert 0 < free < 1 << 50 < held
