@@ -29,7 +29,7 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
         SignalError: a codec or an option that there is not.
     """
     codec = get_codec(shape.codec, options=shape.options)
-    ((_, _, chunk_rows),) = next(chunks([_LONGEST], shape.vocab_size))
+    ((_, _, chunk_rows),) = next(chunks([_LONGEST], shape.vocab_size, shape.device))
     batch = BatchShape(shape.rows, shape.time)
     chunk_rows = min(chunk_rows, max(1, shape.rows * (shape.time - 1)))
     # Rows of one sample are encoded at a time.
@@ -38,7 +38,7 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
     with fake_tensors():
         model = build(shape.teacher)
         counter.hold_model(model, TEACHER)
-        teacher, scratch = online_teacher(model, shape.vocab_size), Scratch()
+        teacher, scratch = online_teacher(model, shape.vocab_size), Scratch(shape.device)
         with counter, torch.no_grad():
             with counter.stage("teacher", BATCH):
                 ids = make_batch(batch).input_ids
