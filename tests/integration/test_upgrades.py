@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from tests.support.annealing import contents
@@ -155,6 +156,37 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_not_passed_over(
         assert main(run["words"]) == 4
     said = capsys.readouterr().err
     assert f"{newest}: this checkpoint was written by a newer release; got format version 99; expected at most" in said
+
+
+@pytest.mark.parametrize("release", RELEASES, indirect=True)
+def test_a_mirror_that_only_holds_a_newer_format_is_refused(
+    release: Release, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the local folder is lost, as on a machine just made: the mirror's run is not begun afresh over it."""
+    run = release.about["runs"]["anneal"]
+    files = fsspec.filesystem("memory")
+    for name in ("last.pt", "last.meta.json"):
+        files.pipe_file(f"/mirror/{name}", Path(run["folder"], name).read_bytes())
+    files.pipe_file("/mirror/last.meta.json", files.cat_file("/mirror/last.meta.json").replace(b": 1\n}", b": 99\n}"))
+    before = {name: files.cat_file(name) for name in files.find("/mirror")}
+    words = [word for word in run["words"] if not word.startswith("--output_gcs_uri")]
+    assert main([*words, "--output_gcs_uri=memory://mirror", "--local_workdir=work"]) == 4
+    assert {name: files.cat_file(name) for name in files.find("/mirror")} == before
+    files.rm("/mirror", recursive=True)
+    assert "memory://mirror/last.meta.json: this checkpoint was written by a newer release" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("release", RELEASES, indirect=True)
+def test_only_weights_are_taken_from_a_newer_release(release: Release, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where step and optimizer go on, so would order and numerics: refused. Weights alone are weights."""
+    run = release.about["runs"]["anneal"]
+    edit_checkpoints(Path(run["folder"]), versions=NEWER)
+    words = [word for word in run["words"] if not word.startswith(("--output_gcs_uri", "--student"))]
+    words += [f"--resume_gcs_uri={run['folder']}/last.pt", "--output_gcs_uri=made", "--train_steps=6"]
+    assert main(words) == 4
+    assert "trained by a newer release" in capsys.readouterr().err
+    assert main([*words, "--reset_optim"]) == 0
+    assert "starting from resume at step 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("release", RELEASES, indirect=True)

@@ -19,7 +19,7 @@ from tests.support.texts import paragraph
 from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm.data.records import stable_sample_id
-from liquid_llm.data.tokens import TokenDataset, build_token_dataset, held_out, split
+from liquid_llm.data.tokens import ShardFiles, TokenDataset, build_token_dataset, held_out, split, tokenize
 from liquid_llm.errors import DataError, StorageError
 
 TOKENIZER = tiny_tokenizer()
@@ -195,6 +195,18 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     tokenizer = Counting()
     assert build(shard, cache=tmp_path / "cache", tokenizer=tokenizer).tokens.tolist() == before
     assert tokenizer.texts == ["one", "two"]
+
+
+def test_another_framing_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    """The first is neither in the name nor in the description: caches from before there were versions are used."""
+    source = ShardFiles([write(tmp_path / "a.jsonl", "one", "two")], "lm")
+    cache = tmp_path / "cache"
+    for framing, texts in ((1, 2), (2, 2), (1, 0), (2, 0)):
+        tokenizer = Counting()
+        assert tokenize(source, tokenizer, "hash", cache, eos_id=0, framing=framing).meta.framing == framing
+        assert len(tokenizer.texts) == texts
+    metas = [json.loads(path.read_text()) for path in cache.glob("lm-*/meta.json")]
+    assert {meta.get("framing", "not said") for meta in metas} == {"not said", 2}
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
