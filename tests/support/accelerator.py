@@ -206,6 +206,22 @@ def _require_same_device(operation: Any, tensors: list[Tensor]) -> None:
             )
 
 
+def _with_tensors(operation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers where ``operation`` takes tensors: torch hands them over bare, and takes few of them back."""
+    if torch._C._should_allow_numbers_as_tensors(operation._schema.name.removeprefix("aten::")):
+        return args
+    kinds = [str(argument.type) for argument in operation._schema.arguments]
+    tensors = [value for value in args if isinstance(value, Tensor)]
+
+    def tensor_of(value: Any, kind: str) -> Any:
+        if kind != "Tensor" or not isinstance(value, (bool, int, float)):
+            return value
+        dtype = torch.result_type(tensors[0], value) if tensors else None
+        return torch.scalar_tensor(value, dtype=dtype)
+
+    return tuple(map(tensor_of, args, kinds))
+
+
 def _run(accelerator: Accelerator, compute: Callable[..., Any], operation: Any, args: Any, kwargs: Any) -> Any:
     """Run ``operation`` on the device's tensors by ``compute`` on the same bytes as CPU tensors."""
     schema = _schema(operation)
@@ -214,7 +230,7 @@ def _run(accelerator: Accelerator, compute: Callable[..., Any], operation: Any, 
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
     _require_same_device(operation, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
-    name = operation._schema.name.removeprefix("aten::")
+    name, args = operation._schema.name.removeprefix("aten::"), _with_tensors(operation, args)
     accelerator.note("launch", name)
     if (why := rules.wait_of(name, args)) is not None:
         accelerator.note("wait", why)

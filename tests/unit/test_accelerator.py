@@ -225,6 +225,19 @@ def test_attention_is_one_launch_and_its_bits_are_the_cpus(accelerator, device, 
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.bfloat16])
+def test_arithmetic_with_numbers_gives_the_values_and_the_dtype_of_the_cpu(device, dtype):
+    x = torch.arange(1, 7).to(dtype)
+    acts = [lambda x: x * 0.1, lambda x: x % 4, lambda x: x // 2, lambda x: 7 - x, lambda x: x**2, lambda x: x > 2]
+    acts += [lambda x: torch.where(x > 2, x, 0.5), lambda x: x.clamp(2, 5), lambda x: torch.fmod(x, 4)]
+    if not dtype.is_floating_point:
+        acts += [lambda x: x & 3, lambda x: x << 1, lambda x: x.bitwise_or(8)]
+    for act in acts:
+        got, expected = act(x.to(device)).cpu(), act(x)
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
 def test_tied_weights_stay_tied_and_a_copy_is_one_of_its_own(device):
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight

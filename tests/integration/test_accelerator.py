@@ -1,0 +1,258 @@
+"""Every command in full on the pretend accelerator: what comes out is what comes out of the CPU.
+
+Arithmetic is float32 on both, so losses differ by nothing but the order of sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support.accelerator import NAME
+from tests.support.annealing import anneal, make_world
+from tests.support.tiny import Tiny, build
+
+from liquid_llm.cli.main import main
+from liquid_llm.metrics import read_metrics, without_timings
+from liquid_llm.training import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("accelerator")]
+
+CODECS = {
+    "tail": {"codec": "tail"},
+    "full": {"codec": "full"},
+    "topk": {"codec": "topk", "topk": 16},
+    "sampled": {"codec": "sampled", "codec_options": "draws=32,temperature=2"},
+}
+FLOAT32 = {"precision": "float32", "teacher_precision": "float32"}
+# A learning rate at which what rounding differs by does not grow from step to step.
+SHORT = {"max_steps": 4, "lr": 1e-3, "eval_every": 2, "save_every": 2, "eval_tokens": 512, "seed": 3, **FLOAT32}
+DEVICES = ("cpu", NAME)
+NOT_STORED = {"mc_teacher_id": None, "math_logits_dir": None, "code_logits_dir": None}
+KINDS: dict[str, dict[str, object]] = {
+    "online": {"hybrid": "false", **NOT_STORED},
+    "online and stored": {},
+    "checkpointing": {"grad_checkpoint": "true"},
+    "three micro-batches": {"grad_accum": 3},
+    "several lengths": {"eval_ctx_lens": "16,32,128"},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Texts and a teacher; the CPU's store of each codec in a folder of its name."""
+    made = build(tmp_path_factory.mktemp("tiny"), teacher_steps=30)
+    for codec in CODECS:
+        assert capture(made, codec, made.root / codec, "cpu") == 0
+    return made
+
+
+def capture(tiny: Tiny, codec: str, folder: Path, device: str, **options: object) -> int:
+    given = {**CODECS[codec], "logits_format": "pt", "teacher_precision": "float32", "device": device, **options}
+    words = tiny.capture_words(math_logits_dir=folder / "math", code_logits_dir=folder / "code", **given)
+    return main(["capture", *words])
+
+
+def stored(tiny: Tiny, codec: str) -> dict[str, object]:
+    return {"math_logits_dir": tiny.root / codec / "math", "code_logits_dir": tiny.root / codec / "code"}
+
+
+def no_teacher(tiny: Tiny) -> dict[str, object]:
+    """Options of plain cross-entropy; the student is a model, as a shape alone has no tokenizer."""
+    manifest = tiny.root / "texts.jsonl"
+    manifest.write_text(json.dumps({"path": "lm.jsonl", "type": "lm", "weight": 1.0}) + "\n")
+    return {"student": tiny.teacher, "lm_teacher_id": None, "dataset_manifest": manifest, **NOT_STORED}
+
+
+def scoring(tiny: Tiny, kind: str) -> dict[str, object]:
+    """Options of a run whose signal is of ``kind``."""
+    if kind in CODECS:
+        return {"hybrid": "false", "teacher_mode": "precomputed", "lm_teacher_id": None, **stored(tiny, kind)}
+    return no_teacher(tiny) if kind == "no teacher" else KINDS[kind]
+
+
+def train(tiny: Tiny, output: Path, device: str, **options: object) -> Path:
+    """A run of four steps; its directory."""
+    given = {**SHORT, **stored(tiny, "topk"), "device": device, **options}
+    assert main(["train", *tiny.train_words(output, **given)]) == 0
+    return output / "run"
+
+
+def assert_same_rows(expected: Path, got: Path) -> None:
+    """Every train and eval row says the same, up to 1e-5; what is not a loss says exactly the same."""
+    rows = [[without_timings(row) for row in read_metrics(run)] for run in (expected, got)]
+    assert [(row["kind"], row["step"]) for row in rows[0]] == [(row["kind"], row["step"]) for row in rows[1]]
+    assert {row["kind"] for row in rows[0]} >= {"train", "eval"}
+    for mine, theirs in zip(*rows, strict=True):
+        assert_same(mine, theirs, f"{mine['kind']} row of step {mine['step']}")
+
+
+def assert_same(expected: Any, got: Any, where: str) -> None:
+    if isinstance(expected, dict):
+        keys = {key for key in (*expected, *got) if not key.endswith("bytes")}
+        assert keys <= {*expected} & {*got}, where
+        for key in keys:
+            assert_same(expected[key], got[key], f"{where}, {key}")
+    elif isinstance(expected, float):
+        assert math.isclose(expected, got, rel_tol=1e-5, abs_tol=1e-6), f"{where}: {expected} and {got}"
+    else:
+        assert expected == got, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_gives_the_losses_of_the_cpu(tiny, tmp_path, kind):
+    expected, got = (train(tiny, tmp_path / device, device, **KINDS[kind]) for device in DEVICES)
+    assert_same_rows(expected, got)
+
+
+def test_training_without_a_teacher_gives_the_losses_of_the_cpu(tiny, tmp_path):
+    expected, got = (train(tiny, tmp_path / device, device, **scoring(tiny, "no teacher")) for device in DEVICES)
+    assert_same_rows(expected, got)
+    assert {row["kd_coverage"] for row in read_metrics(got) if row["kind"] == "train"} == {0.0}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_training_on_a_store_gives_the_losses_of_the_cpu(tiny, tmp_path, codec):
+    expected, got = (train(tiny, tmp_path / device, device, **scoring(tiny, codec)) for device in DEVICES)
+    assert_same_rows(expected, got)
+    coverages = {
+        kind: part["kd_coverage"]
+        for row in read_metrics(got)
+        if row["kind"] == "train"
+        for kind, part in row["by_type"].items()
+    }
+    assert coverages["math_tool"] == coverages["code"] == 1.0
+
+
+def test_staying_near_the_old_logits_gives_the_losses_of_the_cpu(tiny, tmp_path):
+    begun = train(tiny, tmp_path / "begun", NAME)
+    near = {"resume_gcs_uri": begun / "student", "keep_old_logit_l2": 0.5, "keep_old_logit_l2_fade_step": 3}
+    expected, got = (train(tiny, tmp_path / device, device, **near) for device in DEVICES)
+    assert_same_rows(expected, got)
+    assert any(row["l2"] > 0 for row in read_metrics(got) if row["kind"] == "train")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch, device):
+    whole = train(tiny, tmp_path / "whole", device)
+    step = Trainer.step
+
+    def stop_after_one(trainer: Trainer) -> object:
+        result = step(trainer)
+        trainer.stopping = lambda: True
+        return result
+
+    words = tiny.train_words(tmp_path / "cut", **{**SHORT, **stored(tiny, "topk"), "device": device})
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", stop_after_one)
+        assert main(["train", *words]) == 75
+    assert main(["train", *words]) == 0
+    for run in (whole, tmp_path / "cut" / "run"):
+        assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == [1, 2, 3, 4]
+    one, other = ([without_timings(row) for row in read_metrics(run)] for run in (whole, tmp_path / "cut" / "run"))
+    assert one == other
+    weights = [torch.load(run / "final.pt", weights_only=True)["student"] for run in (whole, tmp_path / "cut" / "run")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_run_begun_on_the_device_goes_on_on_the_cpu(tiny, tmp_path):
+    for output, devices in (("same", ("cpu", "cpu")), ("moved", (NAME, "cpu"))):
+        for device, steps in zip(devices, (2, 4), strict=True):
+            given = {**SHORT, **stored(tiny, "topk"), "device": device, "max_steps": steps, "warmup_steps": 0}
+            given = {**given, "kd_anneal_pct": 0.0}
+            assert main(["train", *tiny.train_words(tmp_path / output, **given)]) == 0
+    assert_same_rows(tmp_path / "same" / "run", tmp_path / "moved" / "run")
+
+
+def test_in_bfloat16_the_losses_are_near_those_of_the_cpu(tiny, tmp_path):
+    found = []
+    for device, precision in (("cpu", "bfloat16"), (NAME, "auto")):
+        given = {"precision": precision, "teacher_precision": precision, "grad_accum": 2}
+        found.append(list(read_metrics(train(tiny, tmp_path / device, device, **given))))
+    losses = [[row.get("loss", row.get("val_loss_student")) for row in rows] for rows in found]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    # Weights and their updates are float32 all the same.
+    weights = torch.load(tmp_path / NAME / "run" / "final.pt", weights_only=True)["student"]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["no teacher", *KINDS, "staying near", *CODECS])
+def test_a_step_waits_for_the_device_once(accelerator, tiny, tmp_path, monkeypatch, kind, precision):
+    """Whether all is finite is read from the device, once; all else that the host must know it knows beforehand."""
+    if kind == "staying near":
+        begun = train(tiny, tmp_path / "begun", "cpu", max_steps=2, save_every=0)
+        given: dict[str, object] = {"resume_gcs_uri": begun / "student", "keep_old_logit_l2": 0.5}
+    else:
+        given = scoring(tiny, kind)
+    step, waits, read = Trainer.step, [], []
+
+    def counted(trainer: Trainer) -> object:
+        with accelerator.record() as log:
+            result = step(trainer)
+        waits.append(log.sites("wait"))
+        read.append(log.nbytes("to_host"))
+        return result
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    train(tiny, tmp_path, NAME, **{**given, "precision": precision})
+    assert len(waits) == 4
+    for number, places in enumerate(waits, start=1):
+        assert places.total() == 1, f"step {number} waits at {dict(places)}"
+        assert next(iter(places)).startswith("liquid_llm/training.py:"), places
+    assert max(read) < 100, "bytes a step"
+
+
+def test_a_dry_run_says_what_it_says_on_the_cpu(tiny, tmp_path, capsys):
+    said = []
+    for device in DEVICES:
+        capsys.readouterr()
+        words = tiny.train_words(tmp_path / "none", **{**SHORT, **stored(tiny, "topk"), "device": device})
+        assert main(["train", *words, "--dry_run"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert not (tmp_path / "none").exists()
+    one_step = [without_timings(report["one_step"]) for report in said]
+    assert_same(*one_step, "one step")
+    assert said[0]["signal"] == said[1]["signal"]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_store_captured_on_the_device_is_that_of_the_cpu_byte_for_byte(tiny, tmp_path, codec):
+    assert capture(tiny, codec, tmp_path, NAME) == 0
+    names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.pt"))
+    assert len(names) == 80
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (tiny.root / codec / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_store_is_verified_on_the_device(tiny, capsys, codec):
+    capsys.readouterr()
+    words = [f"--teacher={tiny.teacher}", f"--manifest={tiny.manifest}", f"--data_cache={tiny.root / 'tokens'}"]
+    words += ["--teacher_precision=float32", f"--device={NAME}", "--samples=8", "--json"]
+    assert main(["store", "verify", str(tiny.root / codec / "math"), *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["looked_at"], found["identical"], found["agrees"]) == (8, 8, True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Texts to anneal on, students' configurations and a teacher."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("student", ["gpt2", "llama"])
+def test_annealing_with_a_change_of_context_gives_the_losses_of_the_cpu(world, tmp_path, student):
+    for device in DEVICES:
+        common = {"device": device, "lr": 1e-3, "grad_accum": 2, "save_every": 2, "eval_every": 2, **FLOAT32}
+        begun = {**common, "student": world.root / f"{student}.json", "block_size": 16, "train_steps": 2}
+        assert anneal(world, tmp_path / device / "short", **begun) == 0
+        longer = {**common, "block_size": 64, "train_steps": 4, "eval_ctx_lens": "16,32,64"}
+        resumed = {"resume_gcs_uri": tmp_path / device / "short" / "last.pt", "reset_optim_on_ctx_change": "true"}
+        assert anneal(world, tmp_path / device / "long", **longer, **resumed) == 0
+    for part in ("short", "long"):
+        assert_same_rows(*(tmp_path / device / part for device in DEVICES))
