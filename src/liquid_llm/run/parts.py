@@ -20,6 +20,7 @@ from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.options import ANNEAL
 from liquid_llm.passes import SignalOf
+from liquid_llm.run.fitting import settle
 from liquid_llm.run.inputs import Inputs, TextTools, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.run.places import cache_dir
 from liquid_llm.run.starting import Start
@@ -45,8 +46,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parts:
-    """What a training job is made of; see each class."""
+    """What a training job is made of; see each class.
 
+    Attributes:
+        config: the run's, with nothing left to be decided by memory.
+        decided: what memory decided, for checkpoints.
+    """
+
+    config: RunConfig
+    decided: dict[str, Any]
     text: TextTools
     inputs: Inputs
     built: BuiltStudent
@@ -77,6 +85,8 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     seed_everything(config.seed)
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
+    settled = settle(config, start, text, device, token, keep=not config.dry_run)
+    config = settled.config
     inputs = _read_inputs(config, text, token)
     built = make_student(config, start, text, device, token)
     teachers = make_teachers(config, inputs, text, device, token)
@@ -90,6 +100,8 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     progress, accumulator = Progress(), StepAccumulator()
     _restore(start, built, progress, optimizer, accumulator, config.data.block_size)
     return Parts(
+        config=config,
+        decided=settled.decided,
         text=text,
         inputs=inputs,
         built=built,
@@ -109,7 +121,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
         progress=progress,
         accumulator=accumulator,
         device=device,
-        choices={"device": device_choice, "student_dtype": dtype, **teachers.choices},
+        choices={"device": device_choice, "student_dtype": dtype, **settled.choices, **teachers.choices},
     )
 
 

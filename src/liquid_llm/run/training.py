@@ -20,6 +20,7 @@ from liquid_llm.models.loading import quiet_transformers
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.run.dry_run import check_place, check_records, estimate, print_findings, schedule_values
+from liquid_llm.run.fitting import Fit, check_fit, say_fit
 from liquid_llm.run.hooks import Recorder
 from liquid_llm.run.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.run.parts import BatchFeed, Parts, build_parts
@@ -89,9 +90,12 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
 def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
     preparation = prepare_inputs(config.data)
     parts = build_parts(config, start)
+    config = parts.config
+    fit = check_fit(config, parts)
+    say_fit(fit, parts.device)
     if config.output.restart:  # not before everything that can fail has not
         store.set_aside()
-    _write_provenance(config, place, start, parts, preparation)
+    _write_provenance(config, place, start, parts, preparation, fit)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
@@ -99,6 +103,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step))
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
         trainer = _trainer(config, parts, feed, lambda: stop.requested)
+        trainer.consumers = parts.evaluator.consumers = fit.prediction.largest
         recorder = Recorder(config, trainer, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
         trainer.hooks = recorder.hooks()
         if start.state is None:
@@ -139,7 +144,7 @@ def _trainer(config: RunConfig, parts: Parts, feed: BatchFeed, stopping: Callabl
 
 
 def _write_provenance(
-    config: RunConfig, place: Place, start: Start, parts: Parts, preparation: Mapping[str, Any]
+    config: RunConfig, place: Place, start: Start, parts: Parts, preparation: Mapping[str, Any], fit: Fit
 ) -> None:
     write_provenance(
         place.run_dir,
@@ -161,6 +166,7 @@ def _write_provenance(
             "student": parts.built.description,
             "parameters": sum(p.numel() for p in parts.built.model.parameters()),
             "teachers": parts.teachers.identities,
+            "memory": fit.as_dict(),
         },
     )
 
