@@ -275,6 +275,20 @@ def test_float16_keeps_gradients_below_its_own_range() -> None:
     assert torch.autograd.grad(output.loss, [weight])[0][1, 0].item() == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_gradient_of_hidden_states_is_rounded_once(kept: bool) -> None:
+    """At the end: the loss is divided by the number of positions in between."""
+    problem = make_problem(57, vocab_size=301, width=16, dtype=torch.float32)
+    weight, labels = problem.weight, problem.labels
+    rounded = problem.hidden.detach().bfloat16()
+    gradients = []
+    for hidden in (rounded.clone().requires_grad_(), rounded.float().requires_grad_()):
+        loss = fused_loss(hidden, OutputHead(weight), labels, chunk_tokens=10).loss / 55
+        gradients.append(torch.autograd.grad(loss, [hidden], retain_graph=kept)[0])
+    assert gradients[0].dtype == torch.bfloat16
+    assert torch.equal(gradients[0], gradients[1].bfloat16())
+
+
 @pytest.mark.parametrize("product", plan.PRODUCTS)
 def test_under_autocast(product: str) -> None:
     """Hidden states in bfloat16, a float32 head: the answer without autocast, gradients in their tensors' dtypes."""

@@ -49,7 +49,8 @@ def test_another_head_or_dtype_is_another_product() -> None:
     heads = [OutputHead(torch.randn(30, 8)), OutputHead(torch.randn(30, 8))]
     for head in (*heads, heads[0]):
         torch.testing.assert_close(scratch.logits(head, hidden), head.logits(hidden))
-    narrow = OutputHead(heads[0].weight.bfloat16())
-    expected = hidden.bfloat16().float() @ narrow.weight.float().t()
-    for states in (hidden.bfloat16(), hidden.bfloat16().float()):
-        torch.testing.assert_close(scratch.logits(narrow, states), expected)
+    on_a_card, narrow = Scratch("cuda"), OutputHead(heads[0].weight.bfloat16())
+    with MixedProducts():
+        for states in (hidden.bfloat16(), hidden):
+            expected = states.float() @ narrow.weight.float().t()
+            torch.testing.assert_close(on_a_card.logits(narrow, states), expected)
