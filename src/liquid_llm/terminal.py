@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -264,6 +264,15 @@ def print_summary(
     for name, path in (("run", run_dir), ("report", report)):
         if path is not None:
             console.print(Text(f"{name:<7}", style="dim"), Text(str(path)), soft_wrap=True)  # paths stay copyable
+
+
+def print_facts(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
+    """Print a title and named facts as two columns, for people; on standard error if ``console`` is None."""
+    console = stderr_console() if console is None else console
+    width = max((len(name) for name, _ in rows), default=0)
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    for name, text in rows:
+        console.print(Text.assemble((f"{name:<{width}}  ", "dim"), text), soft_wrap=True)
 
 
 def _losses_table(rows: list[Mapping[str, Any]]) -> Table:

@@ -118,7 +118,6 @@ def _parts(shape: TrainingShape) -> tuple[Student, OnlineTeacher | None]:
     if shape.teacher is not None:
         loaded = LoadedModel(real_model(shape.teacher), None, ModelIdentity("", "", ""))
         teacher = OnlineTeacher(loaded, shape.vocab_size)
-        teacher.parameters = list(loaded.model.parameters())  # type: ignore[attr-defined]
     return Student(
         model, torch_dtype(shape.compute_dtype), reference, plan=loss_plan(shape.device, VOCAB_SIZE)
     ), teacher

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "store a teacher's signal for maths and code",
         ),
         "prepare": (_prepare, "stream raw datasets into shards"),
+        "memory": (_memory, "how much memory a job takes, and whether it fits"),
         "store": (_store, "pack, verify, measure and compare stores of teacher signal"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
         "report": (_report, "make report.html of a run again from its files"),
@@ -126,6 +127,12 @@ def _prepare(words: list[str]) -> int:
     from liquid_llm.cli.prepare import prepare
 
     return guarded(lambda: prepare(words))
+
+
+def _memory(words: list[str]) -> int:
+    from liquid_llm.cli.memory import memory
+
+    return guarded(lambda: memory(words))
 
 
 def _store(words: list[str]) -> int:

@@ -1,8 +1,7 @@
 """Memory of a capture job: the teacher's pass and a chunk of logits on tensors without memory, and the codec's encoder.
 
 Encoders look at what they encode, which tensors without memory cannot answer. So the real encoder runs on a few real
-rows on the CPU, as few as it takes in one piece there, and what it took is multiplied: what an encoder makes is
-proportional to its rows.
+rows on the CPU, cut as on the device meant, and what it took is extended to all rows of a chunk.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from liquid_llm.memory.prediction import BATCH, CODEC, LOSS, TEACHER, TEACHER_WO
 from liquid_llm.memory.shapes import BatchShape, CaptureShape
 from liquid_llm.memory.training import Peaks, combine, make_batch, online_teacher
 from liquid_llm.teachers.codecs import Codec, get_codec
-from liquid_llm.teachers.scoring import Scratch, chunks
+from liquid_llm.teachers.codecs.base import encode_as_on
+from liquid_llm.teachers.scoring import Scratch, chunk_rows
 
-_MEASURED_BYTES = 2**20  # of logits encoded to see what the encoder takes: codecs cut larger pieces on a CPU
-_LONGEST = 2**40  # positions, more than any chunk has
+# Of the logits encoded to see what the encoder takes. No codec has a scratch buffer of fixed size for more rows.
+_MEASURED_BYTES = (68 * 2**20, 100 * 2**20)
 
 
 def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
@@ -29,11 +29,10 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
         SignalError: a codec or an option that there is not.
     """
     codec = get_codec(shape.codec, options=shape.options)
-    ((_, _, chunk_rows),) = next(chunks([_LONGEST], shape.vocab_size, shape.device))
     batch = BatchShape(shape.rows, shape.time)
-    chunk_rows = min(chunk_rows, max(1, shape.rows * (shape.time - 1)))
-    # Rows of one sample are encoded at a time.
-    encoder_bytes, num_rows = encoder_cost(codec, min(chunk_rows, max(1, shape.time - 1)), shape.vocab_size)
+    chunk = min(chunk_rows(shape.vocab_size, shape.device), max(1, shape.rows * (shape.time - 1)))
+    encoded_rows = min(chunk, max(1, shape.time - 1))  # of one sample at a time
+    encoder_bytes, num_rows = encoder_cost(codec, encoded_rows, shape.vocab_size, shape.device)
     counter = StorageCounter()
     with fake_tensors():
         model = build(shape.teacher)
@@ -49,26 +48,36 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
             with counter.stage("teacher", TEACHER_WORK):
                 hidden = teacher.hidden(ids)
             with counter.stage("encode", LOSS):
-                scratch.logits(teacher.head, hidden.reshape(-1, hidden.shape[-1])[:chunk_rows].clone())
+                scratch.logits(teacher.head, hidden.reshape(-1, hidden.shape[-1])[:chunk].clone())
             found = [Peaks(batch, dict(counter.stages), dict(counter.peak), counter.peak_stage)]
             counter.restart()
             with counter.stage("encode", CODEC):
                 encoded = torch.empty(encoder_bytes, dtype=torch.uint8)
             found.append(Peaks(batch, dict(counter.stages), dict(counter.peak), counter.peak_stage))
             del encoded
-    measured = f"the encoder {shape.codec!r} was measured on {num_rows} rows and multiplied" if num_rows else ""
+    measured = f"the encoder {shape.codec!r} was measured on {num_rows} rows of {encoded_rows}"
     return combine(found, rest_bytes, shape.device, measured)
 
 
-def encoder_cost(codec: Codec, rows: int, vocab_size: int) -> tuple[int, int]:
-    """Most bytes that encoding ``rows`` rows takes beside the logits, and the number of rows it was measured on."""
-    measured = max(1, min(rows, _MEASURED_BYTES // (4 * vocab_size)))
+def encoder_cost(codec: Codec, rows: int, vocab_size: int, device: str) -> tuple[int, int]:
+    """Most bytes that encoding ``rows`` rows on ``device`` takes beside the logits, and the rows that were measured.
+
+    What an encoder makes is a part that is fixed or bounded, and a part in proportion to its rows: two sizes, beyond
+    the bounds that there are, tell the one from the other.
+    """
+    first, second = (max(1, min(rows, size // (4 * vocab_size))) for size in _MEASURED_BYTES)
+    least, most = (_measure(codec, count, vocab_size, device) for count in (first, second))
+    more = (rows - second) * max(0, most - least) // (second - first) if second > first else 0
+    return most + more, second
+
+
+def _measure(codec: Codec, rows: int, vocab_size: int, device: str) -> int:
     generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(measured, vocab_size, generator=generator)
-    codec.encode(logits.clone(), 0, 0)  # what is kept for ever, such as tables, is made now
+    logits = torch.randn(rows, vocab_size, generator=generator).mul_(4)
     counter = StorageCounter(block_bytes=1)
-    counter.hold([logits], LOSS)
-    held = counter.total
-    with counter, counter.stage("encode", CODEC):
-        codec.encode(logits, 0, 0)
-    return -(-(sum(counter.peak.values()) - held) * rows // measured), measured
+    with encode_as_on(device):
+        codec.encode(logits[:1].clone(), 0, 0)  # what is kept for ever, such as tables, is made now
+        counter.hold([logits], LOSS)
+        with counter, counter.stage("encode", CODEC):
+            codec.encode(logits, 0, 0)
+    return counter.peak.get(CODEC, 0)

@@ -6,10 +6,12 @@ step      a step keeps its tokens: a smaller micro-batch comes with as many more
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from liquid_llm.errors import ModelError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import CaptureShape, TrainingShape
@@ -82,32 +84,52 @@ def training_options(
 ) -> Iterator[tuple[str, MemoryPrediction]]:
     """Changes of a training job, the smallest first, each with what it needs.
 
-    Single changes come before the same together with checkpointing; of smaller batches only the largest that fits.
+    Of smaller batches only the largest that fits. Several changes at once are tried where no single one suffices.
 
     Args:
         batch_size, grad_accum: what the shape's micro-batches were made from.
         predict: the model of memory.
     """
-    kept = shape
+    enough = False
+    for change, found in _single_changes(shape, batch_size, grad_accum, free_bytes, predict):
+        enough = enough or found.needed_bytes <= free_bytes
+        yield change, found
+    if enough:
+        return
+    least, words = shape, ""
     if not shape.grad_checkpoint:
-        kept = replace(shape, grad_checkpoint=True)
-        yield "--grad_checkpoint=true", predict(kept)
+        least, words = replace(least, grad_checkpoint=True), "--grad_checkpoint=true "
+        try:
+            smaller = _smaller_batch(least, batch_size, grad_accum, free_bytes, predict)
+        except ModelError:
+            smaller, least, words = None, shape, ""
+        if smaller is not None:
+            yield words + smaller[0], smaller[1]
+            return
+    if shape.reference:
+        least = replace(least, reference=False)
+        smaller = _smaller_batch(least, batch_size, grad_accum, free_bytes, predict, with_itself=True)
+        if smaller is not None:
+            yield f"{words}--keep_old_logit_l2=0 {smaller[0]}".strip(), smaller[1]
+
+
+def _single_changes(
+    shape: TrainingShape,
+    batch_size: int,
+    grad_accum: int,
+    free_bytes: int,
+    predict: Callable[[TrainingShape], MemoryPrediction],
+) -> Iterator[tuple[str, MemoryPrediction]]:
+    if not shape.grad_checkpoint:
+        with contextlib.suppress(ModelError):  # an architecture that does not support it
+            yield "--grad_checkpoint=true", predict(replace(shape, grad_checkpoint=True))
+    smaller = _smaller_batch(shape, batch_size, grad_accum, free_bytes, predict)
+    if smaller is not None:
+        yield smaller
     if shape.reference:
         yield "--keep_old_logit_l2=0", predict(replace(shape, reference=False))
     if shape.compute_dtype == "float32" and shape.device != "cpu":
         yield "--precision=bfloat16", predict(replace(shape, compute_dtype="bfloat16"))
-    for base, words in ((shape, ""), (kept, "--grad_checkpoint=true ")):
-        if words and base is shape:
-            continue
-        found = _smaller_batch(base, batch_size, grad_accum, free_bytes, predict)
-        if found is not None:
-            yield words + found[0], found[1]
-    if shape.reference:
-        bare = replace(kept, reference=False)
-        found = _smaller_batch(bare, batch_size, grad_accum, free_bytes, predict, with_itself=True)
-        if found is not None:
-            checkpointed = "" if shape.grad_checkpoint else "--grad_checkpoint=true "
-            yield f"{checkpointed}--keep_old_logit_l2=0 {found[0]}".strip(), found[1]
 
 
 def _smaller_batch(

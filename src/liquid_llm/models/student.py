@@ -164,7 +164,7 @@ def student_config(spec: str, *, vocab_size: int, bos_id: int, eos_id: int, toke
         config = open_config(_student_source(spec, token), spec, token)
         _prepare(config, bos_id, eos_id)
         return config
-    config = _preset_config(PRESETS[spec]) if spec in PRESETS else _file_config(spec)
+    config = _preset_config(PRESETS[spec]) if spec in PRESETS else file_config(spec)
     _prepare(config, bos_id, eos_id)
     config.get_text_config(decoder=True).vocab_size = vocab_size
     return config
@@ -191,7 +191,8 @@ def _preset_config(preset: Preset) -> Any:
     return AutoConfig.for_model(preset.model_type, tie_word_embeddings=True, **preset.settings)
 
 
-def _file_config(spec: str) -> Any:
+def file_config(spec: str) -> Any:
+    """The transformers configuration in a ``config.json`` file. Raises ``ModelError`` where it holds none."""
     from transformers import AutoConfig
 
     with as_model_error(spec, "not a transformers configuration"), quiet_transformers():

@@ -62,7 +62,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     """Score the maths and code samples of the manifest that have no complete record yet."""
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
-    codec = _codec(config.store)
+    codec = codec_of(config.store)
     token = read_token(config.teacher)
     text = text_tools(load_tokenizer(teacher_id, token=token))
     if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
@@ -101,7 +101,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         )
 
 
-def _codec(store: StoreConfig) -> Codec:
+def codec_of(store: StoreConfig) -> Codec:
     """The codec asked for.
 
     Raises:

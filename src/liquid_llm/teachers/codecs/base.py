@@ -10,7 +10,9 @@ A codec is a value: its name, version and options are stored with each record an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, TypeAlias
 
 import torch
@@ -75,6 +77,24 @@ class Codec(Protocol):
             PayloadError: the payload does not have the form ``pack`` gives it.
         """
         ...
+
+
+_CUT_FOR: ContextVar[str | None] = ContextVar("_CUT_FOR", default=None)
+
+
+@contextmanager
+def encode_as_on(device: str) -> Iterator[None]:
+    """Let encoders cut their work as on a device of this type, wherever the logits are: memory follows from the cut."""
+    token = _CUT_FOR.set(device)
+    try:
+        yield
+    finally:
+        _CUT_FOR.reset(token)
+
+
+def cuts_for_cache(device: torch.device) -> bool:
+    """Whether work on ``device`` is cut into blocks that a processor's cache holds: on a CPU."""
+    return (_CUT_FOR.get() or device.type) == "cpu"
 
 
 def row_maximum(logits: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from liquid_llm.teachers.codecs.base import cuts_for_cache
+
 GRID: tuple[float, ...] = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of u = 1/T; T from 4 down to 2/3
 TEMPERATURE_RANGE = (1 / GRID[-1], 1 / GRID[0])
 LOWEST = -19.0  # f below this is stored as this: a tail of 6e-9 times the edge's probability is no tail
@@ -49,7 +51,7 @@ def tail_log_partition(logits: Tensor, ids: Tensor, edge: Tensor) -> Tensor:
         [n, len(GRID)] float32; minus infinity where the tail is empty.
     """
     num, vocab_size = logits.shape
-    block = max(1, (_CPU_BLOCK_BYTES if logits.device.type == "cpu" else _GPU_BLOCK_BYTES) // (16 * vocab_size))
+    block = max(1, (_CPU_BLOCK_BYTES if cuts_for_cache(logits.device) else _GPU_BLOCK_BYTES) // (16 * vocab_size))
     buffer = logits.new_empty(min(block, num), len(_POWERS), vocab_size)
     products = logits.new_empty(num, len(_POWERS), len(_POWERS))
     for begin in range(0, num, block):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liquid_llm.teachers.codecs.base import Rows, row_maximum
+from liquid_llm.teachers.codecs.base import Rows, cuts_for_cache, row_maximum
 from liquid_llm.teachers.codecs.candidates import Candidates, candidates, device_tables, uniforms, window_starts
 from liquid_llm.teachers.codecs.intensity import (
     DRAW_STEP,
@@ -254,5 +254,5 @@ def _widened(columns: Tensor) -> Tensor:
 
 def _blocks(n: int, device: torch.device, row_bytes: int) -> list[slice]:
     """Runs of rows that stay in a processor's cache; one run elsewhere. At least one, which may be empty."""
-    block = max(n, 1) if device.type != "cpu" else max(1, torch.get_num_threads() * _BLOCK_BYTES // row_bytes)
+    block = max(1, torch.get_num_threads() * _BLOCK_BYTES // row_bytes) if cuts_for_cache(device) else max(n, 1)
     return [slice(begin, min(begin + block, n)) for begin in range(0, max(n, 1), block)]
