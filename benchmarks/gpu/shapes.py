@@ -55,7 +55,7 @@ class Scale:
     short: int
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, *, tied: bool) -> dict[str, Any]:
+def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, *, tied: bool) -> dict[str, Any]:
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
     return {**_COMMON, **sizes, **heads_of, "tie_word_embeddings": tied}
@@ -66,8 +66,8 @@ FULL = Scale(
     time=1024,
     rows=8,
     student="liquid-350m",
-    teacher=_llama(3072, 8192, 28, 24, 8, tied=True),
-    big_teacher=_llama(4096, 14336, 32, 32, 8, tied=False),
+    teacher=llama(3072, 8192, 28, 24, 8, tied=True),
+    big_teacher=llama(4096, 14336, 32, 32, 8, tied=False),
     short=180,
 )
 TINY = Scale(
@@ -75,8 +75,8 @@ TINY = Scale(
     time=48,
     rows=2,
     student="liquid-test",
-    teacher=_llama(48, 96, 2, 4, 2, tied=True),
-    big_teacher=_llama(64, 128, 2, 4, 2, tied=False),
+    teacher=llama(48, 96, 2, 4, 2, tied=True),
+    big_teacher=llama(64, 128, 2, 4, 2, tied=False),
     short=9,
 )
 

@@ -1,0 +1,42 @@
+"""Tests of what only a device shows. Without a GPU they run on the pretend accelerator, as far as it goes.
+
+They need nothing of ``tests/conftest.py``, so that they run on a bare GPU machine:
+
+    python -m pytest tests/gpu -p no:cacheprovider -o filterwarnings= --confcutdir=tests/gpu
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Read by the library of matrix products when it is first used: what --deterministic needs of it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from tests.support.devices import find_device
+from tests.support.tiny import Tiny, build
+
+# Before any backward pass: autograd has a queue only for devices that are there when it is first used.
+DEVICE = find_device()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or the pretend accelerator."""
+    return DEVICE
+
+
+@pytest.fixture
+def card(device: torch.device) -> torch.device:
+    """The GPU; without one the test is left for a machine that has one."""
+    if device.type != "cuda":
+        pytest.skip("no GPU")
+    return device
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Texts and a small trained teacher."""
+    return build(tmp_path_factory.mktemp("tiny"), teacher_steps=30)
