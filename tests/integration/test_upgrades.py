@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 # The processor that froze the numbers is not this one: kernels that add in another order differ in the last digits, and
 # ten steps of AdamW spread that. On one machine, with one number of threads, they are equal to the last bit.
 RELATIVE, ABSOLUTE = 1e-5, 1e-8
-CHANGED = 0.01  # where a later release computes in another way, and says so
+CHANGED = 3e-3  # where a later release computes in another way, and says so
 
 NEWER = {"order": 1, "framing": 1, "numerics": 99}
 
