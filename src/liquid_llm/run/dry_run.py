@@ -1,4 +1,8 @@
-"""``--dry_run``: everything a run needs is looked at, one step is taken on real data, and nothing is kept."""
+"""``--dry_run``: everything a run needs is looked at, two steps are taken on real data, and nothing is kept.
+
+What was found is printed twice: as a table for people on standard error, as one JSON object for programs on standard
+output.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,15 @@ from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import Sample
+from liquid_llm.formatting import format_bytes, format_seconds
+from liquid_llm.run.fitting import Fit
 from liquid_llm.run.inputs import Inputs
 from liquid_llm.run.places import Place
+from liquid_llm.run.rehearsal import Rehearsal, time_to_the_end
+from liquid_llm.run.starting import Start
 from liquid_llm.runtime import process_peak_memory_bytes
 from liquid_llm.teachers.store import StoreReader
+from liquid_llm.terminal import print_facts
 from liquid_llm.training import StepResult, StepSchedules
 
 log = logging.getLogger(__name__)
@@ -103,10 +112,10 @@ def schedule_values(schedules: StepSchedules, first: int) -> list[dict[str, floa
     return [{"step": step, **vars(schedules.at(step))} for step in range(first, first + _SHOWN_STEPS)]
 
 
-def print_findings(findings: Mapping[str, Any], result: StepResult) -> None:
-    """The dry run's findings and its one step, as one JSON object on standard output."""
+def one_step(result: StepResult) -> dict[str, Any]:
+    """The first step as plain values."""
     positions = sum(one.output.num_positions for one in result.scored)
-    step = {
+    return {
         "types": [one.batch.type for one in result.scored],
         "tokens": sum(one.batch.num_tokens for one in result.scored),
         "loss": sum(float(one.output.loss.detach()) for one in result.scored) / positions,
@@ -114,4 +123,82 @@ def print_findings(findings: Mapping[str, Any], result: StepResult) -> None:
         "grad_norm": result.grad_norm,
         "peak_memory_bytes": process_peak_memory_bytes(),
     }
-    print(json.dumps({**findings, "one_step": step}, indent=2, default=str))
+
+
+def measured(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any]:
+    """What follows from the two steps: speed, time to the end, and what that costs where the price is known."""
+    remaining = time_to_the_end(config, start.step, start.state is None, found)
+    price = config.price_per_hour
+    cost = None if price is None else {"price_per_hour": price, "whole_run": price * remaining["seconds"] / 3600}
+    return {
+        "one_step": one_step(found.first),
+        "timed_step": found.timed_step(),
+        "evaluation_seconds": found.eval_seconds,
+        "save_seconds": found.save_seconds,
+        "time_to_the_end": remaining,
+        "cost": cost,
+        "device_peak_memory_bytes": found.device_peak_bytes,
+    }
+
+
+def print_findings(findings: Mapping[str, Any], fit: Fit) -> None:
+    """The dry run's findings: a table on standard error, one JSON object on standard output."""
+    print_facts("dry run: nothing was kept", _lines(findings, fit))
+    print(json.dumps(findings, indent=2, default=str))
+
+
+def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
+    place, step, timed = findings["place"], findings["one_step"], findings["timed_step"]
+    types, timed_types = " ".join(step["types"]), " ".join(timed["types"])
+    speed = f"{timed['tokens_per_second']:,.0f} tokens/s"
+    remaining, sizes, cost = findings["time_to_the_end"], findings["estimate"], findings["cost"]
+    lines = [
+        ("writes to", ", ".join(str(place[name]) for name in ("run_directory", "mirror") if place[name])),
+        ("starts from", f"{findings['starts_from']['source']}, step {findings['starts_from']['step']}"),
+    ]
+    lines += [(kind, _words_of_data(row)) for kind, row in findings["data"].items()]
+    lines += [(f"signal of {kind}", _words_of_signal(row)) for kind, row in findings["signal"].items()]
+    lines += [(name, f"{choice['value']} ({choice['reason']})") for name, choice in findings["choices"].items()]
+    lines += [
+        ("first step", f"loss {step['loss']:.4f}, {types}, {step['kd_coverage']:.0%} with signal"),
+        (
+            "second step",
+            f"{timed['seconds']:.3g} s, {speed}, {timed_types}",
+        ),
+        ("memory", fit.line.removeprefix("memory: ")),
+        ("  most is", fit.prediction.largest()),
+    ]
+    if fit.verdict is not None:
+        lines += [("  fits with", f"{one.change}: {format_bytes(one.needed_bytes)}") for one in fit.verdict.options]
+    lines.append(("  measured", _words_of_peak(findings, fit)))
+    lines += [
+        ("a checkpoint", format_bytes(sizes["checkpoint_bytes"])),
+        ("disk, uploads", f"{format_bytes(sizes['disk_bytes'])}, {format_bytes(sizes['upload_bytes'])}"),
+        ("to the end", _words_of_time(remaining)),
+    ]
+    if cost is not None:
+        lines.append(("cost", f"{cost['whole_run']:,.2f} at {cost['price_per_hour']:g} an hour"))
+    return lines
+
+
+def _words_of_data(row: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items())
+
+
+def _words_of_signal(row: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{row[name]:,} {name}" for name in ("usable", "missing", "stale", "corrupt") if row.get(name))
+    return f"{row['coverage']:.1%} of {row['samples']:,} samples usable" + (f" ({counts})" if counts else "")
+
+
+def _words_of_peak(findings: Mapping[str, Any], fit: Fit) -> str:
+    peak = findings["device_peak_memory_bytes"]
+    if peak is None:
+        return "no: this device does not count its tensors"
+    return (
+        f"{format_bytes(peak)} in these two steps and evaluation; {format_bytes(fit.prediction.peak_bytes)} predicted"
+    )
+
+
+def _words_of_time(remaining: Mapping[str, float]) -> str:
+    counts = f"{remaining['steps']:,} steps, {remaining['evaluations']:,} evaluations, {remaining['saves']:,} saves"
+    return f"{format_seconds(remaining['seconds'])}: {counts}"

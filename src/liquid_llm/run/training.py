@@ -19,13 +19,14 @@ from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import quiet_transformers
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
-from liquid_llm.run.dry_run import check_place, check_records, estimate, print_findings, schedule_values
+from liquid_llm.run.dry_run import check_place, check_records, estimate, measured, print_findings, schedule_values
 from liquid_llm.run.fitting import Fit, check_fit, say_fit
 from liquid_llm.run.hooks import Recorder
 from liquid_llm.run.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.run.parts import BatchFeed, Parts, build_parts
 from liquid_llm.run.places import Place, resolve_place
 from liquid_llm.run.preparing import prepare_inputs
+from liquid_llm.run.rehearsal import rehearse
 from liquid_llm.run.starting import Start, find_start, settle_context, shown_metadata
 from liquid_llm.runtime import StopSignal
 from liquid_llm.terminal import Stage, setup_logging
@@ -172,24 +173,29 @@ def _write_provenance(
 
 
 def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: Place) -> int:
-    """Look at everything, take one step on real data in a folder that is thrown away, print what was found."""
+    """Look at everything, take two steps on real data in a folder that is thrown away, print what was found."""
     findings: dict[str, Any] = {"place": check_place(place)}
     with tempfile.TemporaryDirectory() as folder:
         nowhere = Place(Path(folder), None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
             config, start = _merge(face, given, config, find_start(config, nowhere, store))
         parts = build_parts(config, start)
-        window = config.data.seq_len
+        config = parts.config
+        fit = check_fit(config, parts, keep=False)
+        sizes = estimate(config, parts.built.model, parts.teachers.online_model)
         findings |= {
             "starts_from": {"kind": start.kind, "source": start.source, "step": start.step},
             "data": parts.inputs.readiness(),
-            "signal": check_records(parts.teachers.stores, parts.inputs, window),
+            "signal": check_records(parts.teachers.stores, parts.inputs, config.data.seq_len),
             "choices": {name: vars(choice) for name, choice in parts.choices.items()},
-            "estimate": estimate(config, parts.built.model, parts.teachers.online_model),
+            "estimate": sizes,
+            "memory": fit.as_dict(),
             "schedules": schedule_values(parts.schedules, start.step),
         }
-        one_more = replace(config.optimizer, steps=parts.progress.step + 1)
+        two_more = replace(config.optimizer, steps=parts.progress.step + 2)
         with BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers) as feed:
-            trainer = _trainer(replace(config, optimizer=one_more), parts, feed, lambda: False)
-            print_findings(findings, trainer.step())
+            trainer = _trainer(replace(config, optimizer=two_more), parts, feed, lambda: False)
+            trainer.consumers = parts.evaluator.consumers = fit.prediction.largest
+            found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])
+        print_findings({**findings, **measured(config, start, found)}, fit)
     return 0
