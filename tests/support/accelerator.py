@@ -31,15 +31,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tests.support import accelerator_rules as rules
+from tests.support.accelerator_log import Event, Log, site
 from tests.support.accelerator_memory import Memory
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -48,44 +46,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "pretend"
 
 _DLPACK_CPU, _DLPACK_EXTENSION = 1, 12  # device types of DLPack
-_OWN = tuple(str(Path(__file__).with_name(f"accelerator{part}.py")) for part in ("", "_rules", "_memory"))
-_TORCH = str(Path(torch.__file__).parent)
-_ROOT = str(Path(__file__).parents[2])
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-
-
-class Event(NamedTuple):
-    """Something that happened on the device.
-
-    ``kind`` is ``launch``, ``wait`` (the host waited for the device), ``to_device`` or ``to_host`` (a copy of
-    ``nbytes``). ``site`` is ``file:line`` of the innermost code that is not torch's; ``autograd`` where torch's own
-    backward pass called.
-    """
-
-    kind: str
-    operation: str
-    site: str
-    nbytes: int = 0
-    thread: str = ""
-
-
-class Log(list[Event]):
-    """What happened while recording, in order, in all threads."""
-
-    def count(self, kind: str) -> int:
-        """How often ``kind`` happened."""
-        return sum(event.kind == kind for event in self)
-
-    def nbytes(self, kind: str) -> int:
-        """Bytes moved by copies of ``kind``."""
-        return sum(event.nbytes for event in self if event.kind == kind)
-
-    def sites(self, kind: str) -> Counter[str]:
-        """Where ``kind`` happened, and how often."""
-        return Counter(f"{event.site} {event.operation}" for event in self if event.kind == kind)
 
 
 class Accelerator:
@@ -133,7 +97,7 @@ class Accelerator:
                 raise getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: unspecified launch failure")
             self._launches_left -= kind == "launch"
         if self._logs:
-            event = Event(kind, operation, _site(), nbytes, threading.current_thread().name)
+            event = Event(kind, operation, site(), nbytes, threading.current_thread().name)
             for log in self._logs:
                 log.append(event)
 
@@ -159,18 +123,6 @@ def _carry(tensor: Tensor, device_type: int) -> Tensor:
     place = (ctypes.c_int32 * 2).from_address(address + ctypes.sizeof(ctypes.c_void_p))
     place[:] = [device_type, 0]
     return torch._C._from_dlpack(capsule)
-
-
-def _site() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if path not in _OWN and not path.startswith((_TORCH, "<")) and "threading" not in path:
-            for root in ("/site-packages/", "/src/", f"{_ROOT}/"):
-                path = path.rpartition(root)[2]
-            return f"{path}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "autograd"
 
 
 class _Schema(NamedTuple):

@@ -135,7 +135,7 @@ class MicroBatch:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; to a CUDA device from pinned memory, so that the copy runs beside the computation."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    """``tensor`` on ``device``; to an accelerator from pinned memory, so that the copy runs beside the computation."""
+    if device.type != "cpu" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -71,7 +71,7 @@ class Prepared:
 
     def pinned(self, device: torch.device) -> Prepared:
         """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
-        if self.stored is None or device.type != "cuda":
+        if self.stored is None or device.type == "cpu":
             return self
         tensors: dict[str, Any] = {name: getattr(self.stored, name).pin_memory() for name in _tensors(self.stored)}
         return replace(self, stored=replace(self.stored, **tensors))
