@@ -47,7 +47,7 @@ class Log(list[Event]):
 
 
 def site() -> str:
-    """``file:line`` of the innermost code that is neither torch's nor the pretence's; ``autograd`` where there is none."""
+    """``file:line`` of the innermost code that is neither torch's nor the pretence's, else ``autograd``."""
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
