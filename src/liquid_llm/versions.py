@@ -45,8 +45,8 @@ CHANGES = (
     Change(
         "numerics",
         2,
-        "with bfloat16 products logits are float32 (they were rounded to bfloat16 before the softmax), and the student's "
-        "head multiplies bfloat16 numbers (it multiplied float32 ones)",
+        "with bfloat16 products logits are float32 (they were rounded to bfloat16 before the softmax), and the head of "
+        "the student multiplies bfloat16 numbers (it multiplied float32 ones)",
         "release 0.1.0 still rounds, and --precision=float32 --teacher_precision=float32 never did",
         bfloat16_only=True,
     ),
