@@ -21,9 +21,11 @@ def find_device() -> torch.device:
         return torch.device("cuda", 0)
     try:
         from tests.support.accelerator import install
-    except ImportError:
+
+        return install().device
+    except Exception as error:  # noqa: BLE001  # another torch may have no place for it
+        print(f"no pretend accelerator: {type(error).__name__}: {error}", flush=True)
         return torch.device("cpu")
-    return install().device
 
 
 class OutOfTime(Exception):

@@ -37,8 +37,14 @@ STEPS = 3  # the first makes the moments; the last is measured
 
 def run(context: Context) -> None:
     prepare_allocator()
+    if context.on_gpu and not _cap_holds():
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        context.row(
+            "the cap", note="has no effect on expandable segments: they are off here" if _cap_holds() else "no effect"
+        )
     rig = Rig(context)
-    for case in training_cases(rig.scale):
+    cases = training_cases(rig.scale)
+    for case in cases if context.on_gpu else cases[:8]:
         with context.attempt(case.name, seconds=2.5):
             _measure(context, rig, case)
 
@@ -80,6 +86,23 @@ def set_cap(limit: int | None) -> None:
     """Give this process ``limit`` bytes of the card, or all of it. A setting of the process, not of the card."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else min(1.0, limit / total))
+
+
+def _cap_holds() -> bool:
+    """Whether this process is refused memory beyond the cap."""
+    set_cap(CAP_BYTES)
+    held: list[torch.Tensor] = []
+    try:
+        while len(held) * GIB < CAP_BYTES:
+            held.append(torch.empty(GIB, dtype=torch.uint8, device="cuda"))
+        held.append(torch.empty(GIB, dtype=torch.uint8, device="cuda"))
+    except torch.OutOfMemoryError:
+        return True
+    finally:
+        held.clear()
+        torch.cuda.empty_cache()
+        set_cap(None)
+    return False
 
 
 def _measure(context: Context, rig: Rig, case: Case) -> None:

@@ -19,7 +19,8 @@ def run(context: Context) -> None:
     # This process is kept off the card, so another way to ask whether there is one.
     device = torch.device("cuda") if _has_gpu() else context.device
     scale = FULL if device.type == "cuda" else TINY
-    for case in training_cases(scale):
+    cases = training_cases(scale)
+    for case in cases if scale is FULL else cases[:8]:
         found = work_out_training(training_shape(case, scale, device))
         context.recorder.predict("memory", case.name, found.peak_bytes / GIB, BASIS)
     if device.type == "cuda":

@@ -209,13 +209,14 @@ class Bench:
     def chunks(self) -> None:
         usual = choose_plan(self.device, self.scale.vocab_size)
         head, hidden, dense = output_head(self.student), self._states(), self.teacher.signal(self.batch)
-        for size in CHUNK_MIB:
+        sizes = CHUNK_MIB if self.context.on_gpu else CHUNK_MIB[:1]
+        for size in sizes:
             tokens = max(1, (size << 20) // (4 * self.scale.vocab_size))
             plan = replace(usual, chunk_tokens=tokens, slice_tokens=max(tokens, usual.slice_tokens))
             name = f"loss, online T=2, chunk {size} MiB"
             self.time(name, self.loss(hidden, head, dense, plan=plan), note="usual" if plan == usual else "")
         del hidden, dense
-        for size in CHUNK_MIB:
+        for size in sizes:
             tokens = max(1, (size << 20) // (4 * self.scale.vocab_size))
             plan = replace(usual, chunk_tokens=tokens, slice_tokens=max(tokens, usual.slice_tokens))
             self.time(f"step, online, chunk {size} MiB", self.step(online_signal(self.teacher), plan))

@@ -12,8 +12,10 @@ import os
 import pytest
 import torch
 
-# Read by the library of matrix products when it is first used: what --deterministic needs of it.
+# Both are read when a GPU is first used. Products must be able to be deterministic, and a limit on this process's
+# memory must hold to the megabyte.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")
 
 from tests.support.devices import find_device
 from tests.support.tiny import Tiny, build

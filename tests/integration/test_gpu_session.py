@@ -1,0 +1,93 @@
+"""``make gpu`` where there is no GPU: every part is walked, what could not be measured is said, nothing is made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_session.py"
+PARTS = ("correctness", "ceilings", "memory", "timing", "others", "capturing", "checkpointing", "decoding")
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+
+
+def hold(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A session; tests are few, because `make test` runs them all beside this."""
+    command = [sys.executable, str(SCRIPT), "--out", str(out), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=out.parent)
+
+
+def rows_of(out: Path) -> list[dict[str, object]]:
+    values = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [value for value in values if value["kind"] == "row"]
+
+
+@pytest.mark.slow
+def test_every_part_is_walked_on_the_pretend_device(tmp_path: Path) -> None:
+    done = hold(tmp_path / "out", "--select", "codec or dry_run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = rows_of(tmp_path / "out")
+    assert {row["part"] for row in rows} == {*PARTS, "session"}
+    failed = [row for row in rows if row["status"] == "failed"]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert not failed, f"{failed}\n{log[-3000:]}"
+    tests = [row for row in rows if row["part"] == "correctness"]
+    assert len(tests) > 4
+    assert all(row["status"] == "passed" for row in tests)
+    # Only a count is a figure without a GPU: bytes, parameters, and the session's own seconds.
+    assert {row["unit"] for row in rows if row["measured"] is not None} <= {"GiB", "1e9 parameters", "s"}
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert text == done.stdout[-len(text) - 1 : -1]
+    assert "not measured: no GPU. Left for a real card" in text
+
+
+@pytest.mark.slow
+def test_memory_is_within_five_percent_of_the_prediction(tmp_path: Path) -> None:
+    done = hold(tmp_path / "out", "--parts", "memory")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in (tmp_path / "out" / "table.txt").read_text().splitlines() if line.startswith("B=")]
+    assert len(lines) == 8
+    assert all("within 5%" in line for line in lines), "\n".join(lines)
+
+
+def test_a_part_that_hangs_or_dies_takes_no_other_with_it(tmp_path: Path) -> None:
+    """Two parts of a copy of the session are broken: one sleeps, one is killed; the third is there."""
+    copy = tmp_path / "benchmarks" / "gpu"
+    copy.mkdir(parents=True)
+    for path in (ROOT / "benchmarks" / "gpu").glob("*.py"):
+        (copy / path.name).write_text(path.read_text())
+    script = copy.parent / "gpu_session.py"
+    script.write_text(SCRIPT.read_text().replace('Part("ceilings", 20', 'Part("ceilings", 9'))
+    (copy / "ceilings.py").write_text("import time\ndef run(context):\n    context.ran('one')\n    time.sleep(600)\n")
+    (copy / "memory.py").write_text(
+        "import os\ndef run(context):\n    context.ran('two')\n    os.kill(os.getpid(), 9)\n"
+    )
+    (copy / "timing.py").write_text("def run(context):\n    context.ran('three')\n")
+    command = [sys.executable, str(script), "--out", str(tmp_path / "out"), "--parts", "ceilings,memory,timing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [(row["name"], row["status"]) for row in rows_of(tmp_path / "out") if row["part"] != "session"]
+    broken = [("the part itself", "failed")]
+    assert found == [("one", "ran, not measured"), *broken, ("two", "ran, not measured"), *broken,
+                     ("three", "ran, not measured")]  # fmt: skip
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert "killed after" in text
+    assert "ended with status -9" in text
+
+
+def environment() -> dict[str, str]:
+    """Where the copied session finds the project."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+
+
+def test_unknown_parts_are_refused(tmp_path: Path) -> None:
+    done = hold(tmp_path / "out", "--parts", "memory,speed")
+    assert done.returncode == 2
+    assert "no such part: speed" in done.stderr
