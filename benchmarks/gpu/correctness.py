@@ -11,7 +11,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Row
 
 TESTS = Path(__file__).resolve().parents[2] / "tests" / "gpu"
-WORKERS = 5
+WORKERS = 6
 
 
 class Rows:
