@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.accelerator import NAME
-from tests.support.annealing import anneal, make_world
+from tests.support.accelerator import NAME, install
+from tests.support.annealing import anneal_words, make_world
 from tests.support.tiny import Tiny, build
 
 from liquid_llm.cli.main import main
@@ -47,14 +47,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Texts and a teacher; the CPU's store of each codec in a folder of its name."""
     made = build(tmp_path_factory.mktemp("tiny"), teacher_steps=30)
     for codec in CODECS:
-        assert capture(made, codec, made.root / codec, "cpu") == 0
+        capture(made, codec, made.root / codec, "cpu")
     return made
 
 
-def capture(tiny: Tiny, codec: str, folder: Path, device: str, **options: object) -> int:
-    given = {**CODECS[codec], "logits_format": "pt", "teacher_precision": "float32", "device": device, **options}
+def command(device: str, words: list[str], code: int = 0) -> None:
+    """A command that must end with ``code``, and compute on ``device``."""
+    with install().record() as log:
+        assert main([*words, f"--device={device}"]) == code
+    assert (log.count("launch") > 0) == (device == NAME), "not computed where it was asked for"
+
+
+def capture(tiny: Tiny, codec: str, folder: Path, device: str, **options: object) -> None:
+    given = {**CODECS[codec], "logits_format": "pt", "teacher_precision": "float32", **options}
     words = tiny.capture_words(math_logits_dir=folder / "math", code_logits_dir=folder / "code", **given)
-    return main(["capture", *words])
+    command(device, ["capture", *words])
 
 
 def stored(tiny: Tiny, codec: str) -> dict[str, object]:
@@ -77,8 +84,8 @@ def scoring(tiny: Tiny, kind: str) -> dict[str, object]:
 
 def train(tiny: Tiny, output: Path, device: str, **options: object) -> Path:
     """A run of four steps; its directory."""
-    given = {**SHORT, **stored(tiny, "topk"), "device": device, **options}
-    assert main(["train", *tiny.train_words(output, **given)]) == 0
+    given = {**SHORT, **stored(tiny, "topk"), **options}
+    command(device, ["train", *tiny.train_words(output, **given)])
     return output / "run"
 
 
@@ -146,11 +153,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch
         trainer.stopping = lambda: True
         return result
 
-    words = tiny.train_words(tmp_path / "cut", **{**SHORT, **stored(tiny, "topk"), "device": device})
+    words = ["train", *tiny.train_words(tmp_path / "cut", **{**SHORT, **stored(tiny, "topk")})]
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", stop_after_one)
-        assert main(["train", *words]) == 75
-    assert main(["train", *words]) == 0
+        command(device, words, 75)
+    command(device, words)
     for run in (whole, tmp_path / "cut" / "run"):
         assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == [1, 2, 3, 4]
     one, other = ([without_timings(row) for row in read_metrics(run)] for run in (whole, tmp_path / "cut" / "run"))
@@ -162,9 +169,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch
 def test_a_run_begun_on_the_device_goes_on_on_the_cpu(tiny, tmp_path):
     for output, devices in (("same", ("cpu", "cpu")), ("moved", (NAME, "cpu"))):
         for device, steps in zip(devices, (2, 4), strict=True):
-            given = {**SHORT, **stored(tiny, "topk"), "device": device, "max_steps": steps, "warmup_steps": 0}
-            given = {**given, "kd_anneal_pct": 0.0}
-            assert main(["train", *tiny.train_words(tmp_path / output, **given)]) == 0
+            train(tiny, tmp_path / output, device, max_steps=steps, warmup_steps=0, kd_anneal_pct=0.0)
     assert_same_rows(tmp_path / "same" / "run", tmp_path / "moved" / "run")
 
 
@@ -211,8 +216,8 @@ def test_a_dry_run_says_what_it_says_on_the_cpu(tiny, tmp_path, capsys):
     said = []
     for device in DEVICES:
         capsys.readouterr()
-        words = tiny.train_words(tmp_path / "none", **{**SHORT, **stored(tiny, "topk"), "device": device})
-        assert main(["train", *words, "--dry_run"]) == 0
+        words = tiny.train_words(tmp_path / "none", **{**SHORT, **stored(tiny, "topk")})
+        command(device, ["train", *words, "--dry_run"])
         said.append(json.loads(capsys.readouterr().out))
     assert not (tmp_path / "none").exists()
     one_step = [without_timings(report["one_step"]) for report in said]
@@ -222,7 +227,7 @@ def test_a_dry_run_says_what_it_says_on_the_cpu(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_store_captured_on_the_device_is_that_of_the_cpu_byte_for_byte(tiny, tmp_path, codec):
-    assert capture(tiny, codec, tmp_path, NAME) == 0
+    capture(tiny, codec, tmp_path, NAME)
     names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.pt"))
     assert len(names) == 80
     for name in names:
@@ -233,8 +238,8 @@ def test_a_store_captured_on_the_device_is_that_of_the_cpu_byte_for_byte(tiny, t
 def test_a_store_is_verified_on_the_device(tiny, capsys, codec):
     capsys.readouterr()
     words = [f"--teacher={tiny.teacher}", f"--manifest={tiny.manifest}", f"--data_cache={tiny.root / 'tokens'}"]
-    words += ["--teacher_precision=float32", f"--device={NAME}", "--samples=8", "--json"]
-    assert main(["store", "verify", str(tiny.root / codec / "math"), *words]) == 0
+    words += ["--teacher_precision=float32", "--samples=8", "--json"]
+    command(NAME, ["store", "verify", str(tiny.root / codec / "math"), *words])
     found = json.loads(capsys.readouterr().out)
     assert (found["looked_at"], found["identical"], found["agrees"]) == (8, 8, True)
 
@@ -248,11 +253,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.mark.parametrize("student", ["gpt2", "llama"])
 def test_annealing_with_a_change_of_context_gives_the_losses_of_the_cpu(world, tmp_path, student):
     for device in DEVICES:
-        common = {"device": device, "lr": 1e-3, "grad_accum": 2, "save_every": 2, "eval_every": 2, **FLOAT32}
+        common = {"lr": 1e-3, "grad_accum": 2, "save_every": 2, "eval_every": 2, **FLOAT32}
         begun = {**common, "student": world.root / f"{student}.json", "block_size": 16, "train_steps": 2}
-        assert anneal(world, tmp_path / device / "short", **begun) == 0
+        command(device, ["anneal", *anneal_words(world, tmp_path / device / "short", **begun)])
         longer = {**common, "block_size": 64, "train_steps": 4, "eval_ctx_lens": "16,32,64"}
         resumed = {"resume_gcs_uri": tmp_path / device / "short" / "last.pt", "reset_optim_on_ctx_change": "true"}
-        assert anneal(world, tmp_path / device / "long", **longer, **resumed) == 0
+        command(device, ["anneal", *anneal_words(world, tmp_path / device / "long", **longer, **resumed)])
     for part in ("short", "long"):
         assert_same_rows(*(tmp_path / device / part for device in DEVICES))
