@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Google's libraries say on import that they will not be updated for Python 3.10; the pinned ones run on it.
     unsupported = "ignore:You are using a non-supported Python version:FutureWarning"
     config.addinivalue_line("filterwarnings", unsupported)
+    install()  # before any backward pass: autograd has a queue only for devices that are there when it is first used
 
 
 @pytest.fixture(scope="session")

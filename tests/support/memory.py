@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.training import Progress, StepSchedules, Student, Trainer, build_optimizer
 
 VOCAB_SIZE = 384
+CPU = torch.device("cpu")
 
 
 def preset(name: str, vocab_size: int = VOCAB_SIZE, dtype: str = "float32", **changes: Any) -> ModelShape:
@@ -65,12 +67,39 @@ class Counted:
 def counted_step(shape: TrainingShape) -> Counted:
     """The second step of the real trainer on real tensors, on the first of the shape's batches."""
     student, teacher = _parts(shape)
+    trainer, batch = _trainer(shape, student, teacher, CPU)
+    counter = _counter(student, teacher)
+    trainer.step()
+    counter.hold((value for state in trainer.optimizer.state.values() for value in state.values()), "")
+    counter.hold((batch.input_ids, batch.labels, batch.positions, batch.targets), "")
+    with counter:
+        trainer.step()
+    return Counted(sum(counter.peak.values()), counter.total)
+
+
+def allocated_step(shape: TrainingShape, device: torch.device) -> int:
+    """The most bytes of this job that ``device`` itself says were allocated in the second step of the real trainer."""
+    module = torch.get_device_module(device)
+    gc.collect()
+    before = module.memory_allocated(device)
+    student, teacher = _parts(shape, device)
+    student.plan = None  # as a run has it: the device's own
+    trainer, _ = _trainer(shape, student, teacher, device)
+    trainer.step()
+    module.reset_peak_memory_stats(device)
+    trainer.step()
+    return int(module.max_memory_allocated(device)) - before
+
+
+def _trainer(
+    shape: TrainingShape, student: Student, teacher: OnlineTeacher | None, device: torch.device
+) -> tuple[Trainer, MicroBatch]:
     optimizer = build_optimizer(student.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     gamma = 0.1 if shape.reference else 0.0
-    batch = _batch(shape.batches[0])
+    batch = _batch(shape.batches[0]).to(device)
 
     def signal_of(part: MicroBatch, _: slice) -> Signal | None:
-        return _signal(shape, shape.batches[0], part, teacher, shape.temperature)
+        return _moved(_signal(shape, shape.batches[0], part, teacher, shape.temperature), device)
 
     trainer = Trainer(
         student,
@@ -82,13 +111,7 @@ def counted_step(shape: TrainingShape) -> Counted:
         grad_accum=2 if shape.accumulates else 1,
         grad_clip=1.0,
     )
-    counter = _counter(student, teacher)
-    trainer.step()
-    counter.hold((value for state in optimizer.state.values() for value in state.values()), "")
-    counter.hold((batch.input_ids, batch.labels, batch.positions, batch.targets), "")
-    with counter:
-        trainer.step()
-    return Counted(sum(counter.peak.values()), counter.total)
+    return trainer, batch
 
 
 def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
@@ -109,18 +132,24 @@ def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
     return sum(counter.peak.values())
 
 
-def _parts(shape: TrainingShape) -> tuple[Student, OnlineTeacher | None]:
-    model = real_model(shape.student).train()
-    reference = real_model(shape.student).requires_grad_(False) if shape.reference else None
+def _moved(signal: Signal | None, device: torch.device) -> Signal | None:
+    if not isinstance(signal, (SparseSignal, LogitsSignal)):
+        return signal
+    tensors = {name: value.to(device) for name, value in vars(signal).items() if isinstance(value, torch.Tensor)}
+    return replace(signal, **tensors)
+
+
+def _parts(shape: TrainingShape, device: torch.device = CPU) -> tuple[Student, OnlineTeacher | None]:
+    model = real_model(shape.student).train().to(device)
+    reference = real_model(shape.student).requires_grad_(False).to(device) if shape.reference else None
     if shape.grad_checkpoint:
         enable_gradient_checkpointing(model)
     teacher = None
     if shape.teacher is not None:
-        loaded = LoadedModel(real_model(shape.teacher), None, ModelIdentity("", "", ""))
-        teacher = OnlineTeacher(loaded, shape.vocab_size)
-    return Student(
-        model, torch_dtype(shape.compute_dtype), reference, plan=loss_plan(shape.device, VOCAB_SIZE)
-    ), teacher
+        loaded = LoadedModel(real_model(shape.teacher).to(device), None, ModelIdentity("", "", ""))
+        teacher = OnlineTeacher(loaded, shape.vocab_size, max_tokens=shape.teacher_pass_tokens)
+    plan = loss_plan(shape.device, shape.vocab_size)
+    return Student(model, torch_dtype(shape.compute_dtype), reference, plan), teacher
 
 
 def _counter(student: Student, teacher: OnlineTeacher | None) -> StorageCounter:

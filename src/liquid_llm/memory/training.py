@@ -19,7 +19,7 @@ from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal, SparseSignal
 from liquid_llm.memory.counter import StorageCounter
-from liquid_llm.memory.fake import build, fake_tensors
+from liquid_llm.memory.fake import autocast_as_on_accelerators, build, fake_tensors
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
     BATCH,
@@ -54,6 +54,9 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
         student = build(shape.student).train()
         teacher = None if shape.teacher is None else build(shape.teacher)
         reference = build(shape.student).requires_grad_(False) if shape.reference else None
+        if shape.device != "cpu":
+            for model in (student, reference):
+                autocast_as_on_accelerators(model)
         if shape.grad_checkpoint:
             enable_gradient_checkpointing(student)
         job = TrainingMemory(

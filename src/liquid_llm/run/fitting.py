@@ -60,13 +60,10 @@ class Fit:
     def line(self) -> str:
         """One line for the log."""
         found = self.prediction
-        words = (
-            f"memory: {found.peak_batch} take {format_bytes(found.peak_bytes)} at the peak, "
-            f"{format_bytes(found.needed_bytes)} with allowances (worked out, not measured)"
-        )
+        words = f"memory: {found.peak_batch} take {format_bytes(found.peak_bytes)} at the peak (worked out, not measured)"
         if self.verdict is None:
             return f"{words}; what is free is not known"
-        return f"{words}: {self.verdict.words}"
+        return f"{words}; with allowances {self.verdict.words}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
