@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,9 +34,24 @@ _FLOAT32 = frozenset(
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors made inside have no memory; the random generators are as before afterwards."""
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), quiet_transformers():
-        yield
+    """Tensors made inside have no memory; the random generators are as before afterwards.
+
+    Raises:
+        ModelError: an operation of the model that cannot be carried out on such tensors.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would log the traceback of what is told in words here
+    try:
+        with (
+            as_model_error("memory", "this model's memory cannot be worked out without its weights"),
+            torch.random.fork_rng(devices=[]),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            quiet_transformers(),
+        ):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def autocast_as_on_accelerators(model: nn.Module | None) -> None:

@@ -166,8 +166,9 @@ def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
             f"{timed['seconds']:.3g} s, {speed}, {timed_types}",
         ),
         ("memory", fit.line.removeprefix("memory: ")),
-        ("  most is", fit.prediction.largest()),
     ]
+    if fit.prediction is not None:
+        lines.append(("  most is", fit.largest()))
     if fit.verdict is not None:
         lines += [("  fits with", f"{one.change}: {format_bytes(one.needed_bytes)}") for one in fit.verdict.options]
     lines.append(("  measured", _words_of_peak(findings, fit)))
@@ -194,9 +195,8 @@ def _words_of_peak(findings: Mapping[str, Any], fit: Fit) -> str:
     peak = findings["device_peak_memory_bytes"]
     if peak is None:
         return "no: this device does not count its tensors"
-    return (
-        f"{format_bytes(peak)} in these two steps and evaluation; {format_bytes(fit.prediction.peak_bytes)} predicted"
-    )
+    predicted = "" if fit.prediction is None else f"; {format_bytes(fit.prediction.peak_bytes)} predicted"
+    return f"{format_bytes(peak)} in two steps and an evaluation{predicted}"
 
 
 def _words_of_time(remaining: Mapping[str, float]) -> str:

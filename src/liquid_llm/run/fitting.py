@@ -47,28 +47,39 @@ class Fit:
     """Whether a run fits.
 
     Attributes:
-        prediction: of its largest micro-batches.
+        prediction: of its largest micro-batches; None for a model whose memory cannot be worked out.
         available_bytes: what it can have; None where the device does not tell.
-        verdict: None where that is so.
+        verdict: None where one of the two is not known.
+        obstacle: why there is no prediction, or "".
     """
 
-    prediction: MemoryPrediction
+    prediction: MemoryPrediction | None
     available_bytes: int | None
     verdict: Verdict | None
+    obstacle: str = ""
 
     @property
     def line(self) -> str:
         """One line for the log."""
         found = self.prediction
-        words = f"memory: {found.peak_batch} take {format_bytes(found.peak_bytes)} at the peak (worked out, not measured)"
+        if found is None:
+            return f"memory: whether it fits is not known: {self.obstacle}"
+        words = (
+            f"memory: {found.peak_batch} take {format_bytes(found.peak_bytes)} at the peak (worked out, not measured)"
+        )
         if self.verdict is None:
             return f"{words}; what is free is not known"
         return f"{words}; with allowances {self.verdict.words}"
 
+    def largest(self) -> str:
+        """The three largest consumers in words; "" where they are not known."""
+        return "" if self.prediction is None else self.prediction.largest()
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         verdict = None if self.verdict is None else self.verdict.as_dict()
-        return {**self.prediction.as_dict(), "available_bytes": self.available_bytes, "verdict": verdict}
+        known = {"obstacle": self.obstacle} if self.prediction is None else self.prediction.as_dict()
+        return {**known, "available_bytes": self.available_bytes, "verdict": verdict}
 
 
 def memory_cache() -> Path:
@@ -198,7 +209,10 @@ def _choose_checkpointing(
     """Checkpointing where the nominal shape does not fit without it and takes less with it."""
     if available is None:
         return Choice("false", "what is free is not known")
-    without = predict_training(nominal_shape(_with(config, grad_checkpoint=False), models, device), cache)
+    try:
+        without = predict_training(nominal_shape(_with(config, grad_checkpoint=False), models, device), cache)
+    except ModelError as error:
+        return Choice("false", f"whether it fits is not known: {error}")
     figures = f"{format_bytes(without.needed_bytes)} of {format_bytes(available)}"
     if without.needed_bytes <= available:
         return Choice("false", f"it fits without: {figures}")
@@ -284,9 +298,12 @@ def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
     shape = shape_of(config, models, device.type, batches, real_evaluations(parts, batches))
     shape = replace(shape, reference=parts.student.reference is not None)
     cache = memory_cache() if keep else None
-    prediction = predict_training(shape, cache)
     held = [parts.built.model, parts.student.reference, teacher]
     available = available_bytes(device, sum(_size(model) for model in held if model is not None))
+    try:
+        prediction = predict_training(shape, cache)
+    except ModelError as error:
+        return Fit(None, available, None, str(error))
     return judge(config, shape, prediction, available, cache)
 
 

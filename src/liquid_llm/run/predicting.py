@@ -138,13 +138,14 @@ def _training(config: RunConfig, card: Card, price: object) -> _Found:
     cache = memory_cache()
     settled, choices = resolve_auto(config, models, card.bytes, card.kind, cache=cache)
     shape = nominal_shape(settled, models, card.kind)
-    fit = judge(settled, shape, predict_training(shape, cache), card.bytes, cache)
+    prediction = predict_training(shape, cache)
+    fit = judge(settled, shape, prediction, card.bytes, cache)
     assert fit.verdict is not None
     notes = []
     if price is not None:
         notes.append("the cost follows from the speed, which only a run on the card says: --dry_run --price_per_hour")
     words = f"{config.face}, {settled.data.batch_size} x {settled.data.block_size} tokens a micro-batch"
-    return _Found(words, fit.prediction, fit.verdict, choices, tuple(notes))
+    return _Found(words, prediction, fit.verdict, choices, tuple(notes))
 
 
 def _capture(config: CaptureConfig, card: Card) -> _Found:

@@ -104,7 +104,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step))
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
         trainer = _trainer(config, parts, feed, lambda: stop.requested)
-        trainer.consumers = parts.evaluator.consumers = fit.prediction.largest
+        trainer.consumers = parts.evaluator.consumers = fit.largest
         recorder = Recorder(config, trainer, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
         trainer.hooks = recorder.hooks()
         if start.state is None:
@@ -195,7 +195,7 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
         two_more = replace(config.optimizer, steps=parts.progress.step + 2)
         with BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers) as feed:
             trainer = _trainer(replace(config, optimizer=two_more), parts, feed, lambda: False)
-            trainer.consumers = parts.evaluator.consumers = fit.prediction.largest
+            trainer.consumers = parts.evaluator.consumers = fit.largest
             found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])
         print_findings({**findings, **measured(config, start, found)}, fit)
     return 0
