@@ -158,17 +158,19 @@ def hold(arguments: argparse.Namespace) -> None:
 
 
 def close(arguments: argparse.Namespace, seconds: float) -> None:
-    """Write and print the table."""
-    from benchmarks.gpu.results import read, table
+    """Write the table, and print it without the tests that passed and measured nothing."""
+    from benchmarks.gpu.results import in_short, read, table
 
-    rows = read(arguments.out / "results.jsonl")
-    text = table(sorted(rows, key=lambda row: row.part == "session"))
+    rows = sorted(read(arguments.out / "results.jsonl"), key=lambda row: row.part == "session")
+    end = f"\n{seconds:.0f} s; results in {arguments.out}\n"
     left = sorted({row.part for row in rows if row.note == "no GPU"})
-    text += f"\n{seconds:.0f} s; results in {arguments.out}\n"
     if left:
-        text += f"not measured: no GPU. Left for a real card, in whole or in part: {', '.join(left)}\n"
-    (arguments.out / "table.txt").write_text(text, encoding="utf-8")
-    print(text, flush=True)
+        end += f"not measured: no GPU. Left for a real card, in whole or in part: {', '.join(left)}\n"
+    wrong = [f"{row.part}: {row.name}" for row in rows if row.status == "failed" or row.verdict.startswith("OUTSIDE")]
+    end += "".join(f"LOOK AT {one}\n" for one in wrong)
+    (arguments.out / "table.txt").write_text(table(rows) + end, encoding="utf-8")
+    shown, passed = in_short(rows)
+    print(table(shown) + f"\n{passed} more tests passed" + end, flush=True)
 
 
 def work(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 MEASURED, PASSED, FAILED, NO_ROOM, SKIPPED = "measured", "passed", "failed", "out of memory", "not measured"
 RAN = "ran, not measured"
 NO_GPU = "no GPU"
+_NAME = 64  # characters of a name in the table
 NO_TIME = "no time left in this part"
 
 
@@ -126,6 +127,13 @@ def as_text(row: Row) -> str:
     return f"[{row.part}] {row.name}: {shown} ({row.verdict}{', ' + row.note if row.note else ''})"
 
 
+def in_short(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Rows that say more than that a test passed, and how many others there are."""
+    rows = list(rows)
+    left = [row for row in rows if row.status != PASSED or row.note]
+    return left, len(rows) - len(left)
+
+
 def table(rows: Iterable[Row]) -> str:
     """All rows as one table of plain text, by part."""
     lines = []
@@ -133,9 +141,9 @@ def table(rows: Iterable[Row]) -> str:
     for row in rows:
         if row.part != part:
             part = row.part
-            lines += ["", f"{part:44} {'measured':>12} {'predicted':>12} {'unit':14} verdict"]
-        name = row.name if len(row.name) <= 44 else row.name[:41] + "..."
+            lines += ["", f"{part:{_NAME}} {'measured':>12} {'predicted':>12} {'unit':14} verdict"]
+        name = row.name if len(row.name) <= _NAME else f"{row.name[: _NAME - 33]}...{row.name[-30:]}"
         note = f": {row.note}" if row.note else f" ({row.basis})" if row.basis else ""
-        line = f"{name:44} {figure(row.measured):>12} {figure(row.predicted):>12} {row.unit:14} {row.verdict}{note}"
-        lines.append(line[:200].rstrip())
+        figures = f"{figure(row.measured):>12} {figure(row.predicted):>12} {row.unit:14}"
+        lines.append(f"{name:{_NAME}} {figures} {row.verdict}{note}"[:220].rstrip())
     return "\n".join(lines[1:]) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,22 @@ def peak_of(device: torch.device, work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("kind", ["online", "stored", "L2"])
 def test_a_batch_that_does_not_fit_is_cut_and_gives_the_same_gradient(device, scale, kind, record_property):
     teacher = shapes.build_teacher(scale.teacher, scale, device)
-    batch = shapes.lm_batch(scale, device)
-    sparse = shapes.sparse_signal(batch.num_positions, scale.vocab_size, device)
-    signal_of = shapes.stored_signal(sparse) if kind == "stored" else shapes.online_signal(teacher)
+    teacher._model.float()  # with bfloat16 its word on a row depends on the rows beside it
+    large, small = (shapes.lm_batch(scale, device, rows) for rows in (scale.rows, scale.rows // 4))
+
+    def feed() -> Iterator[Any]:
+        while True:  # the small one's gradient is there when the large one runs out of memory
+            for batch in (small, large):
+                sparse = shapes.sparse_signal(batch.num_positions, scale.vocab_size, device)
+                stored = shapes.stored_signal(sparse) if kind == "stored" else None
+                yield batch, stored or shapes.online_signal(teacher)
 
     def job() -> Any:
         student = shapes.build_student(scale, device)
         reference = shapes.build_student(scale, device).eval().requires_grad_(False) if kind == "L2" else None
-        feed = shapes.endless(batch, signal_of)
-        return shapes.trainer(student, feed, torch.float32, reference=reference, optimizer=FirstStep(student))
+        made = shapes.trainer(student, feed(), torch.float32, reference=reference, optimizer=FirstStep(student))
+        made.grad_accum = 2
+        return made
 
     whole = job()
     steps: list[Any] = []
@@ -72,13 +79,13 @@ def test_a_batch_that_does_not_fit_is_cut_and_gives_the_same_gradient(device, sc
     with memory_limit(device, held + int(0.8 * (peak - held))):
         got = cut.step()
     assert cut.progress.passes.max_tokens is not None
-    assert len(got.scored) > 1
-    record_property("cut to", f"{cut.progress.passes.max_tokens} of {batch.input_ids.numel()} tokens")
+    assert len(got.scored) > len(expected.scored) == 2
+    record_property("cut to", f"{cut.progress.passes.max_tokens} of {large.input_ids.numel()} tokens")
     assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
-    total = sum(one.output.loss.item() for one in got.scored)
-    assert total == pytest.approx(expected.scored[0].output.loss.item(), rel=1e-5)
+    losses = [sum(one.output.loss.item() for one in result.scored) for result in (expected, got)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for mine, theirs in zip(cut.optimizer.gradients, gradients, strict=True):
-        assert float((mine - theirs).norm()) <= 1e-4 * float(theirs.norm()) + 1e-7
+        assert float((mine - theirs).norm()) <= 1e-3 * float(theirs.norm()) + 1e-7
 
 
 class FirstStep(torch.optim.SGD):
