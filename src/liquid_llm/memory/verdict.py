@@ -46,7 +46,7 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**asdict(self), "options": [asdict(option) for option in self.options]}
 
     @property
     def words(self) -> str:
