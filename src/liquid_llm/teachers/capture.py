@@ -258,11 +258,14 @@ class _Job:
             return
         # Only here is the failed batch let go of: the traceback held it.
         release_memory(self._teacher.device)
-        if len(batch) == 1:
+        if no_room and len(batch) == 1 and self._scratch.halve(self._teacher.head, self._teacher.device):
+            self._score(left)  # with fewer logits at a time
+        elif len(batch) == 1:
             self.summary.too_large += no_room
             self.fail(batch[0], f"{'it does not fit into memory' if no_room else 'the teacher failed'}: {reason}")
         elif no_room:
             self._max_tokens = max(1, padded_tokens // 2)
+            self._scratch.halve(self._teacher.head, self._teacher.device)
             log.warning(
                 "out of memory with %d samples: at most %d tokens a batch from now on (%s)",
                 len(batch),

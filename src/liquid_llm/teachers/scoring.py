@@ -20,6 +20,7 @@ from liquid_llm.teachers.online import OnlineTeacher
 # Float32 logits that exist at the same time. Elsewhere than on a CPU more rows share one reading of the head.
 _CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 * 2**20, 512 * 2**20
 _MAX_CHUNK_ROWS = 1024
+_FEWEST_CHUNK_ROWS = 64  # below it the logits are small beside what a teacher's layers take
 
 
 class Scratch:
@@ -33,6 +34,22 @@ class Scratch:
         self._device = device
         self._memory = torch.empty(0, 0)
         self._products: HeadProducts | None = None
+        self._halvings = 0
+
+    def rows(self, vocab_size: int, device: torch.device | str) -> int:
+        """Most positions in a chunk."""
+        return max(1, chunk_rows(vocab_size, self._device or device) >> self._halvings)
+
+    def halve(self, head: OutputHead, device: torch.device) -> bool:
+        """Give the memory back and take half as much from now on; False where a chunk is a few positions already.
+
+        Records do not depend on how they are cut into chunks.
+        """
+        self._memory, self._products = torch.empty(0, 0), None
+        if self.rows(head.vocab_size, device) <= _FEWEST_CHUNK_ROWS:
+            return False
+        self._halvings += 1
+        return True
 
     def logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
         """Logits of ``hidden`` [positions, hidden], at most a chunk, in float32; to be used before the next call.
@@ -41,7 +58,7 @@ class Scratch:
         """
         device = self._device or hidden.device
         if self._memory.shape[1] != head.vocab_size or self._memory.device != hidden.device:
-            self._memory = torch.empty(chunk_rows(head.vocab_size, device), head.vocab_size, device=hidden.device)
+            self._memory = torch.empty(self.rows(head.vocab_size, device), head.vocab_size, device=hidden.device)
         products = self._products
         if products is None or products.head is not head or products.hidden_dtype != hidden.dtype:
             products = self._products = HeadProducts(head, hidden.dtype, choose_product(device))
@@ -82,7 +99,7 @@ def score(
         hidden = teacher.hidden(padded_ids(windows))
         encoders = [_Encoder(item, codecs[item.type]) for item in good]
         num_rows = [max(len(window) - 1, 0) for window in windows]
-        for chunk in chunks(num_rows, vocab_size, teacher.device):
+        for chunk in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
             rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
             parts = torch.split(scratch.logits(teacher.head, rows), [stop - start for _, start, stop in chunk])
             for (sample, _, stop), part in zip(chunk, parts, strict=True):
@@ -137,15 +154,12 @@ def padded_ids(windows: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def chunks(
-    num_rows: Sequence[int], vocab_size: int, device: torch.device | str = "cpu"
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Runs of positions ``(sample, start, stop)``, a chunk being as many as have their logits at the same time.
+def chunks(num_rows: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Runs of positions ``(sample, start, stop)``, a chunk being the ``limit`` that have their logits at the same time.
 
     Samples are cut at multiples of a chunk from their own start, whatever their neighbours are, so that a codec that
     draws sees the same calls in every batch. A sample without positions has one empty run.
     """
-    limit = chunk_rows(vocab_size, device)
     chunk: list[tuple[int, int, int]] = []
     held = 0
     for sample, count in enumerate(num_rows):

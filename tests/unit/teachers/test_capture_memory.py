@@ -16,6 +16,7 @@ from tests.support.teachers import VOCAB, ListSource, make_samples, tiny_teacher
 
 from liquid_llm.data.types import Sample
 from liquid_llm.models.loading import LoadedModel
+from liquid_llm.teachers import scoring
 from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.codecs import TailCodec, TopKCodec
 from liquid_llm.teachers.store import StoreWriter
@@ -95,6 +96,35 @@ def test_a_sample_that_does_not_fit_alone_is_named_and_the_rest_is_captured(
     assert (summary.failed, summary.too_large) == (2, 2)
     assert {failure.sample_id for failure in summary.failures} == {"long/0", "long/1"}
     assert all("does not fit into memory" in failure.reason for failure in summary.failures)
+
+
+def test_a_sample_alone_is_tried_with_fewer_logits_at_a_time(
+    tmp_path: Path, teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = make_samples(3, low=90, high=99)
+    whole = run(tmp_path / "whole", samples, teacher, TailCodec())
+    make, sizes = torch.empty, []
+
+    def small(*size: Any, **given: Any) -> torch.Tensor:
+        if size[-1] == VOCAB:
+            sizes.append(size[0])
+            if size[0] > 2000:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(*size, **given)
+
+    monkeypatch.setattr(scoring.torch, "empty", small)
+    cut = run(tmp_path / "cut", samples, teacher, TailCodec())
+    monkeypatch.undo()
+    assert len(sizes) > 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= 2000 < sizes[-2]
+    assert (cut.written, cut.too_large) == (whole.written, 0)
+    # Each was scored alone in the end, like these; the chunks had no part in it.
+    alone = [run(tmp_path / f"alone{n}", [one], teacher, TailCodec()) for n, one in enumerate(samples)]
+    assert sum(one.written for one in alone) == 3
+    for n in range(3):
+        for path in (tmp_path / f"alone{n}").glob("*.pt"):
+            assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
 def test_a_lost_device_ends_the_job_and_what_is_written_stays(tmp_path: Path, teacher: LoadedModel) -> None:

@@ -23,7 +23,22 @@ from liquid_llm.teachers.scoring import Scratch, chunk_rows, chunks
 )
 def test_positions_of_a_chunk(device: str, vocab_size: int, expected: int) -> None:
     assert chunk_rows(vocab_size, device) == expected
-    assert next(chunks([10**6], vocab_size, device)) == [(0, 0, expected)]
+    assert Scratch(device).rows(vocab_size, "cpu") == expected
+    assert next(chunks([10**6], expected)) == [(0, 0, expected)]
+
+
+def test_a_chunk_is_halved_down_to_a_few_positions_and_gives_its_memory_back() -> None:
+    head, device = OutputHead(torch.zeros(128_256, 4)), torch.device("cpu")
+    scratch, sizes = Scratch("cuda"), []
+    hidden = torch.zeros(8, 4)
+    while True:
+        sizes.append(scratch.rows(head.vocab_size, device))
+        assert scratch.logits(head, hidden).shape == (8, 128_256)
+        assert scratch._memory.shape[0] == sizes[-1]
+        if not scratch.halve(head, device):
+            break
+        assert scratch._memory.numel() == 0
+    assert sizes == [1024, 512, 256, 128, 64]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
