@@ -139,6 +139,22 @@ def test_a_large_teacher_beside_a_checkpointed_student_peaks_in_its_own_pass() -
     assert found.consumers[TEACHER_WORK] > found.consumers[STUDENT]
 
 
+def test_gradients_are_told_apart_where_they_came_to_be_in_the_step_that_is_counted() -> None:
+    found = predict_training(shape_of("llama-test", BatchShape(1, 3), hidden_size=128, num_hidden_layers=4))
+    assert found.peak_stage in ("backward", "optimizer")
+    # All but the last, which has not reached its parameter yet.
+    assert 0.6 * found.consumers[STUDENT] < found.consumers[GRADIENTS] <= found.consumers[STUDENT]
+
+
+def test_a_teacher_in_passes_takes_less_and_is_counted_right() -> None:
+    teacher = preset("llama-test", hidden_size=256, intermediate_size=4096)
+    whole = shape_of("llama-test", BatchShape(9, 128, "dense"), teacher=teacher, grad_checkpoint=True)
+    in_passes = replace(whole, teacher_pass_tokens=3 * 128)
+    found = predict_training(in_passes)
+    assert found.stages["teacher"] < 0.6 * predict_training(whole).stages["teacher"]
+    assert found.peak_bytes == pytest.approx(counted_step(in_passes).peak_bytes, rel=0.01)
+
+
 def test_allowances_are_apart_from_the_tensors() -> None:
     on_cpu = predict_training(CASES["llama, dense"])
     assert on_cpu.workspace_bytes == 0

@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.support.memory import VOCAB_SIZE, preset
+from tests.support.memory import VOCAB_SIZE, preset, real_model
 
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.memory import MemoryPrediction, ModelShape, TrainingShape, predict_training
+from liquid_llm.models.student import build_student, student_config
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.run import fitting
 from liquid_llm.run.fitting import Fit, decisions, judge, resolve_auto
-from liquid_llm.run.shapes import Models, nominal_shape, stored_batch
+from liquid_llm.run.shapes import Models, nominal_shape, stored_batch, with_positions
 from liquid_llm.teachers.codecs import get_codec
 
 GIB = 2**30
@@ -170,6 +171,16 @@ def test_an_evaluation_counts_where_it_has_more_tokens_than_a_micro_batch() -> N
     assert nominal_shape(config(eval_ctx_lens=(32, 512)), MODELS, "cpu").evaluations == ()
     (longer,) = nominal_shape(config(eval_ctx_lens=(32, 600)), MODELS, "cpu").evaluations
     assert (longer.rows, longer.time) == (1, 600)
+
+
+@pytest.mark.parametrize(("student", "longer"), [("gpt2-test", True), ("llama-test", False)])
+def test_a_learned_table_gets_a_row_for_each_position(student: str, longer: bool) -> None:
+    made = build_student(student, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=0, block_size=6000, seed=0)
+    known = student_config(student, vocab_size=VOCAB_SIZE, bos_id=0, eos_id=0)
+    shape = ModelShape.of(with_positions(known, config(block_size=4000, eval_ctx_lens=(6000,))))
+    fitted, bare = (sum(one.numel() for one in real_model(one).parameters()) for one in (shape, preset(student)))
+    assert fitted == sum(one.numel() for one in made.parameters())
+    assert (fitted > bare) == longer
 
 
 def test_a_temperature_that_is_scheduled_is_not_one() -> None:
