@@ -14,6 +14,7 @@ from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
 from liquid_llm.models.loading import identify, load_tokenizer
+from liquid_llm.run.fitting import check_capture_fit, say_fit
 from liquid_llm.run.inputs import TextTools, read_manifest_inputs
 from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.teachers import STORE_OPTIONS, load_online, text_tools
@@ -53,6 +54,7 @@ def run_capture(given: Mapping[str, object], new_layout: str) -> int:
     if summary.too_large:
         raise DeviceError(
             f"{summary.too_large:,} samples do not fit into the device's memory even alone; the rest is captured",
+            got=summary.consumers,
             remedy="shorten --seq_len, use a smaller teacher or a larger device, and run the same command again",
         )
     return DataError.exit_code if summary.failed else 0
@@ -82,11 +84,13 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         folder = _folder(config, kind)
         writers[kind] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout)
         log.info("%s goes to %s, layout %s", kind, folder, layout)
-    windows = sum(
-        int(dataset.lengths.clip(max=config.data.seq_len).sum()) for parts in datasets.values() for dataset in parts
-    )
+    lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
+    longest = max((int(one.max()) for one in lengths if one.size), default=0)
+    fit = check_capture_fit(config, loaded.model, codec, longest, vocab_size)
+    say_fit(fit, device)
+    windows = sum(int(one.sum()) for one in lengths)
     with StopSignal() as stop, Stage("capture", unit="tokens", total=windows // world_size) as stage:
-        return capture(
+        summary = capture(
             datasets,
             writers,
             loaded,
@@ -99,6 +103,9 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
             rank=rank,
             world_size=world_size,
         )
+    if summary.too_large:
+        summary.consumers = fit.largest()
+    return summary
 
 
 def codec_of(store: StoreConfig) -> Codec:

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from liquid_llm.config import RunConfig
+from liquid_llm.config import CaptureConfig, RunConfig
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.memory import (
+    CaptureShape,
     MemoryPrediction,
     ModelShape,
     TrainingShape,
     Verdict,
     available_bytes,
+    capture_options,
     fits,
     largest_batch,
+    predict_capture,
     predict_training,
     training_options,
 )
@@ -35,6 +38,7 @@ from liquid_llm.run.places import cache_dir
 from liquid_llm.run.shapes import Models, known_models, nominal_shape, real_batches, real_evaluations, shape_of
 from liquid_llm.run.starting import Start
 from liquid_llm.runtime import Choice
+from liquid_llm.teachers.codecs import Codec
 
 if TYPE_CHECKING:
     from liquid_llm.run.parts import Parts
@@ -305,6 +309,39 @@ def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
     except ModelError as error:
         return Fit(None, available, None, str(error))
     return judge(config, shape, prediction, available, cache)
+
+
+def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest: int, vocab_size: int) -> Fit:
+    """The same for a capture, whose teacher is on its device already.
+
+    Args:
+        longest: tokens of the longest window there is.
+    """
+    held = next(teacher.parameters())
+    # Samples shorter than a window are more in a batch: padded tokens are what is limited.
+    time = max(2, min(config.data.seq_len, longest))
+    shape = CaptureShape(
+        teacher=ModelShape.of(teacher.config, held.dtype),
+        rows=max(1, config.data.batch_size * config.data.seq_len // time),
+        time=time,
+        vocab_size=vocab_size,
+        codec=codec.name,
+        options=dict(codec.options),
+        device=held.device.type,
+    )
+    available = available_bytes(held.device, _size(teacher))
+    try:
+        prediction = predict_capture(shape, memory_cache())
+    except ModelError as error:
+        return Fit(None, available, None, str(error))
+    if available is None:
+        return Fit(prediction, None, None)
+    verdict = fits(
+        prediction,
+        available,
+        lambda: capture_options(shape, config.data.batch_size, lambda one: predict_capture(one, memory_cache())),
+    )
+    return Fit(prediction, available, verdict)
 
 
 def judge(

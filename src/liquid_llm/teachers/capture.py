@@ -55,6 +55,7 @@ class CaptureSummary:
         written, skipped: samples captured; samples that needed none (complete already, or given twice).
         failures: samples that could not be captured.
         too_large: how many of them do not fit into the device's memory even alone.
+        consumers: what takes most of that memory, in words; filled in by who knows.
         tokens: real tokens scored and written.
         positions: rows stored, one fewer a sample.
         padded_tokens: tokens computed, padding included.
@@ -67,6 +68,7 @@ class CaptureSummary:
     skipped: int = 0
     failures: list[Failure] = field(default_factory=list)
     too_large: int = 0
+    consumers: str = ""
     tokens: int = 0
     positions: int = 0
     padded_tokens: int = 0
