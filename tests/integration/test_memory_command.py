@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support import readme
 from tests.support.annealing import anneal, as_of, make_world, metadata, rows
-from tests.support.memory import preset
+from tests.support.memory import LLAMA_3B, preset
 from tests.support.tiny import Tiny
 
 from liquid_llm.cli.main import main
@@ -73,6 +75,17 @@ def test_a_job_is_asked_about_before_there_is_data_weights_or_a_gpu(
     for words_of_table in ("not measured", "peak, forward and loss", "loss buffers", "allowances", "yes, it fits"):
         assert words_of_table in err
     assert list(own_cache.iterdir())
+
+
+def test_the_readmes_command_says_that_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tmp_path / "teacher"  # what the hub would give
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps(dict(LLAMA_3B.config)))
+    words = shlex.split(readme.command("liquid memory", lm_teacher_id=teacher))
+    code, found, _ = ask(capsys, *words[2:])
+    assert code == 0
+    assert found["prediction"]["peak_bytes"] / GIB == pytest.approx(13.97, rel=0.03)
+    assert found["choices"]["grad_checkpoint"]["value"] == "true"
 
 
 def test_what_does_not_fit_ends_with_6_and_says_what_makes_it(

@@ -27,6 +27,7 @@ TESTED_BY = {
     "liquid store stats": "tests/integration/test_store_command.py::test_stats_add_up",
     "liquid store verify": "tests/integration/test_store_command.py::test_verify_agrees_with_the_teacher",
     "liquid store pack": "tests/integration/test_store_command.py::test_pack_and_diff_by_url",
+    "liquid memory": "tests/integration/test_memory_command.py::test_the_readmes_command_says_that_it_fits",
     "liquid prepare": "tests/integration/test_prepare.py::test_the_example_of_the_readme_works",
     "python -m trainer.entrypoint": f"{REFERENCE}::test_annealing_commands_run_as_written",
 }

@@ -34,6 +34,22 @@ def preset(name: str, vocab_size: int = VOCAB_SIZE, dtype: str = "float32", **ch
     return ModelShape.of(config, dtype)
 
 
+FULL_VOCAB_SIZE = 128_256
+LLAMA_3B = ModelShape(
+    {
+        "model_type": "llama",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": FULL_VOCAB_SIZE,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "bfloat16",
+)
 TEACHER = preset("llama-test", hidden_size=48, num_hidden_layers=3)
 
 

@@ -8,8 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.support.accelerator import NAME, Accelerator
-from tests.support.memory import TEACHER, allocated_step, counted_evaluation, counted_step, preset, shape_of
-from transformers import LlamaConfig
+from tests.support.memory import (
+    FULL_VOCAB_SIZE,
+    LLAMA_3B,
+    TEACHER,
+    allocated_step,
+    counted_evaluation,
+    counted_step,
+    preset,
+    shape_of,
+)
 
 from liquid_llm.errors import ModelError
 from liquid_llm.memory import BatchShape, ModelShape, TrainingShape, predict_training
@@ -180,21 +188,6 @@ def test_a_configuration_that_is_none_is_refused() -> None:
 
 # ---------------------------------------------------------------------------------------------------- the real sizes
 
-VOCAB_SIZE = 128_256
-LLAMA_3B = ModelShape.of(
-    LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=VOCAB_SIZE,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    ),
-    "bfloat16",
-)
 # --student=liquid-350m, a 3B teacher in bfloat16, 1,024 tokens, with the keep-old-logits term unless it is said.
 REAL_SIZES = {
     "the reference's command": ({"grad_checkpoint": True}, BatchShape(8, 1024, "dense"), 16.04),
@@ -212,9 +205,9 @@ def test_memory_at_real_sizes(name: str) -> None:
     settings, batch, gib = REAL_SIZES[name]
     values = {"teacher": LLAMA_3B, "reference": True, **settings}
     shape = TrainingShape(
-        student=preset("liquid-350m", VOCAB_SIZE),
+        student=preset("liquid-350m", FULL_VOCAB_SIZE),
         compute_dtype="bfloat16",
-        vocab_size=VOCAB_SIZE,
+        vocab_size=FULL_VOCAB_SIZE,
         batches=(batch,),
         **values,  # type: ignore[arg-type]
     )
