@@ -37,6 +37,25 @@ def remember(
     return _SAID[folder, name]
 
 
+def remember_config(folder: Path | None, revision: str, read: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """A model's configuration that is slow to read (a GGUF file holds it beside its tokenizer), kept by revision."""
+    path = None if folder is None else folder / f"config-{_key({'revision': revision})}.json"
+    if path is not None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and "model_type" in found:
+                return found
+        except (OSError, ValueError):
+            pass
+    config = read()
+    if path is not None:
+        try:
+            _write(path, json.dumps(config))
+        except (OSError, TypeError) as error:
+            log.debug("%s is not kept: %s", path, error)
+    return config
+
+
 def forget() -> None:
     """Drop what this process remembers; what is on disk stays."""
     _SAID.clear()

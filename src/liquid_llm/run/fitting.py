@@ -123,13 +123,14 @@ def settle(
     if config.data.batch_size != AUTO_BATCH and config.student.grad_checkpoint != AUTO:
         return Settled(config, {}, {})
     decided = start.metadata.run.get("decided") if start.kind == "continue" and start.metadata is not None else None
+    cache = memory_cache() if keep else None
     settled, choices = resolve_auto(
         config,
-        known_models(config, start, text, device, token),
+        known_models(config, start, text, device, token, cache),
         available_bytes(device),
         device.type,
         decided=decided,
-        cache=memory_cache() if keep else None,
+        cache=cache,
     )
     for name, choice in choices.items():
         log.info("%s %s: %s", name, choice.value, choice.reason)

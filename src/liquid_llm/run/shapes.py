@@ -6,14 +6,16 @@ real shape      the largest micro-batches that the data has, once it is read
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from liquid_llm.config import RunConfig
 from liquid_llm.memory import BatchShape, ModelShape, TrainingShape, most_slots
+from liquid_llm.memory.cache import remember_config
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import student_config
@@ -44,8 +46,13 @@ class Models:
     vocab_size: int
 
 
-def known_models(config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None) -> Models:
+def known_models(
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, cache: Path | None
+) -> Models:
     """The models that a run is going to build, from their configurations.
+
+    Args:
+        cache: folder for configurations that are slow to read.
 
     Raises:
         ModelError: one of them cannot be read.
@@ -65,9 +72,19 @@ def known_models(config: RunConfig, start: Start, text: TextTools, device: torch
         student = ModelShape.of(with_positions(made, config))
     teacher = None
     if config.teacher.online_id is not None:
-        found = open_config(resolve(config.teacher.online_id, token=token), config.teacher.online_id, token)
-        teacher = ModelShape.of(found, choose_dtype(config.teacher.precision, device).value)
+        dtype = choose_dtype(config.teacher.precision, device).value
+        teacher = _open_shape(config.teacher.online_id, dtype, token, cache)
     return Models(student, teacher, choose_dtype(config.student.precision, device).value, text.vocab_size)
+
+
+def _open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None) -> ModelShape:
+    source = resolve(model_id, token=token)
+
+    def read() -> Mapping[str, Any]:
+        return ModelShape.of(open_config(source, model_id, token), dtype).config
+
+    slow = source.gguf_file is not None
+    return ModelShape(remember_config(cache, source.revision, read) if slow else read(), dtype)
 
 
 def with_positions(student: Any, config: RunConfig) -> Any:

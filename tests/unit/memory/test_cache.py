@@ -11,7 +11,7 @@ import pytest
 
 from liquid_llm.memory import MemoryPrediction
 from liquid_llm.memory import cache as cached
-from liquid_llm.memory.cache import forget, remember
+from liquid_llm.memory.cache import forget, remember, remember_config
 
 ANSWER = MemoryPrediction(30, 10, {"forward": 30}, {"a": 20, "b": 10}, "forward", "2 x 3 tokens", "cuda")
 
@@ -77,6 +77,27 @@ def test_without_a_folder_nothing_is_written_and_one_that_cannot_be_written_is_n
     blocked.write_text("")
     assert remember(blocked / "memory", "training", {"x": 1}, Oracle()) == ANSWER
     assert list(tmp_path.iterdir()) == [blocked]
+
+
+@pytest.mark.parametrize("damage", [None, "", "[]", "{}", "{"])
+def test_a_slow_configuration_is_read_once(tmp_path: Path, damage: str | None) -> None:
+    reads = []
+
+    def read() -> dict[str, object]:
+        reads.append(1)
+        return {"model_type": "llama", "hidden_size": 8}
+
+    for _ in range(2):
+        assert remember_config(tmp_path, "revision", read)["hidden_size"] == 8
+    assert len(reads) == 1
+    (file,) = tmp_path.iterdir()
+    if damage is not None:
+        file.write_text(damage)
+    remember_config(tmp_path, "revision", read)
+    assert len(reads) == 1 + (damage is not None)
+    remember_config(tmp_path, "another", read)
+    remember_config(None, "revision", read)
+    assert len(reads) == 3 + (damage is not None)
 
 
 def test_other_versions_of_libraries_or_sources_ask_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
