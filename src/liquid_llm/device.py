@@ -73,6 +73,13 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(int(module.max_memory_allocated(device)), int(module.max_memory_reserved(device)))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let :func:`device_memory` count from now on."""
+    module = _module(device)
+    if module is not None and hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
+
+
 def free_memory(device: torch.device) -> tuple[int, int] | None:
     """Bytes free on ``device`` now, and in all; None for the CPU and where the device does not tell."""
     module = _module(device)

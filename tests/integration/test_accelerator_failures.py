@@ -176,7 +176,11 @@ def test_a_capture_for_which_there_is_no_room_ends_with_6_and_the_largest_consum
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = install()
-    given = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((tiny.root / "math_tool.jsonl").read_text().splitlines(keepends=True)[:5]))
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"path": str(few), "type": "math_tool", "weight": 1.0}) + "\n")
+    given = {"dataset_manifest": manifest, "math_logits_dir": tmp_path / "math", "code_logits_dir": None}
     words = ["capture", *tiny.capture_words(device=NAME, teacher_precision="float32", **given)]
     teacher_bytes = sum(path.stat().st_size for path in tiny.teacher.glob("*.safetensors"))
     with device.memory_limit(device.memory.allocated + teacher_bytes + 400 * 1024):

@@ -17,7 +17,7 @@ def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
     assert main(words) == 0
     shown = capsys.readouterr().out
     (run,) = (tmp_path / "demo" / "runs").iterdir()
-    for name in ("lm", "math_tool", "code", "bytes a token", "real tokens a second", "peak memory"):
+    for name in ("lm", "math_tool", "code", "bytes a token", "real tokens a second", "peak host memory"):
         assert name in shown
     assert str(run) in shown
     assert str(run / "report.html") in shown

@@ -16,6 +16,7 @@ from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import MicroBatch
+from liquid_llm.device import forget_peak
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.options import ANNEAL
@@ -80,6 +81,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     device = torch.device(device_choice.value)
     if device.type == "cpu":
         keep_freed_memory()
+    forget_peak(device)
     dtype = choose_dtype(config.student.precision, device.type)
     log.info("student in %s: %s", dtype.value, dtype.reason)
     seed_everything(config.seed)
