@@ -20,6 +20,13 @@ from liquid_llm.errors import DeviceError
 
 # What torch and the libraries under it say when there is no room; only the first is a type of its own.
 _NO_ROOM = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+_NO_LOSS = (  # of the program or the installation: the device is there, and the traceback is wanted
+    "no kernel image",
+    "invalid configuration argument",
+    "invalid argument",
+    "invalid device function",
+    "NOT_SUPPORTED",
+)
 _LOST = (
     "CUDA error",
     "device-side assert",
@@ -48,6 +55,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_lost(error: BaseException) -> bool:
     """Whether ``error`` says that the device failed: nothing can be computed on it in this process any more."""
+    if any(words in str(error) for words in _NO_LOSS):
+        return False
     accelerator_error: Any = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer
     if isinstance(error, accelerator_error):
         return True
@@ -76,7 +85,9 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 def forget_peak(device: torch.device) -> None:
     """Let :func:`device_memory` count from now on."""
     module = _module(device)
-    if module is not None and hasattr(module, "reset_peak_memory_stats"):
+    if module is None or not hasattr(module, "reset_peak_memory_stats"):
+        return
+    if getattr(module, "is_initialized", lambda: True)():  # CUDA refuses to be asked before; nothing was held then
         module.reset_peak_memory_stats(device)
 
 

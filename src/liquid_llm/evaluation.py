@@ -141,6 +141,9 @@ class Evaluator:
                 break
             else:
                 return total
+            for key in [one for one in self._online if one[0] == id(batch)]:  # of passes that will not come again
+                hidden = self._online.pop(key).hidden
+                self._cached_bytes -= hidden.numel() * hidden.element_size()
             release_memory(student.device)
             self.passes.cut(part, where="evaluation", consumers=self.consumers())
 

@@ -236,6 +236,7 @@ class Trainer:
     def _pass(
         self, part: MicroBatch, signal_of: SignalOf | None, positions: slice, values: StepValues, num_positions: int
     ) -> LossOutput:
+        part = part.to(self.student.device)
         signal = None if signal_of is None else signal_of(part, positions)
         output = self.student.loss(part, signal, values)
         (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]

@@ -31,7 +31,13 @@ LOST = [
     RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
 ]
-OTHER = [RuntimeError("The size of tensor a (3) must match"), ValueError("CUDA error"), KeyError("x")]
+OTHER = [
+    torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"),
+    RuntimeError("The size of tensor a (3) must match"),
+    ValueError("CUDA error"),
+    KeyError("x"),
+]
 
 
 @pytest.mark.parametrize("error", NO_ROOM, ids=repr)

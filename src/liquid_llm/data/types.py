@@ -100,6 +100,14 @@ class MicroBatch:
         moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
         return replace(self, **moved)
 
+    def pinned(self, device: torch.device) -> MicroBatch:
+        """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
+        if device.type == "cpu":
+            return self
+        names = ("input_ids", "labels", "positions", "targets")
+        tensors: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in names}
+        return replace(self, **tensors)
+
     def rows(self, start: int, stop: int) -> tuple[MicroBatch, slice]:
         """Rows ``start`` to ``stop`` as a batch of their own; which of this batch's labelled positions they have."""
         if start == 0 and stop >= len(self.lengths):  # all of it: nothing is looked at, nothing copied

@@ -90,7 +90,7 @@ def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None
 def choose_product(device: torch.device | str, *, amx: bool | None = None) -> str:
     """The fastest product of bfloat16 operands on ``device`` whose result is float32; a key of ``PRODUCTS``."""
     kind = torch.device(device).type
-    if kind == "mps":
+    if kind in ("mps", "xpu"):  # torch has such a product for CUDA and HIP
         return "widen"
     if kind != "cpu":
         return "mixed"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from liquid_llm.losses.signals import OutputHead
 
 # How far two computations of the same thing may be apart, relative to the largest value.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+_ONE_SEQUENCE_A_ROW: ContextVar[bool] = ContextVar("_ONE_SEQUENCE_A_ROW", default=False)
 
 _COHERE = ("cohere", "cohere2", "cohere2_moe", "cohere_compass")
 _GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
@@ -54,14 +57,19 @@ def _one_sequence_a_row() -> Iterator[None]:
 
     name = "find_packed_sequence_indices"
     original = getattr(masking_utils, name, None)
-    if original is None:  # another version of transformers: it looks, or does not
-        yield
-        return
-    setattr(masking_utils, name, lambda position_ids: None)
+    # Put there once and asked each time, so that passes in several threads do not take each other's for the original.
+    if original is not None and not hasattr(original, "asks_first"):
+
+        def ask_first(position_ids: Any) -> Any:
+            return None if _ONE_SEQUENCE_A_ROW.get() else original(position_ids)
+
+        ask_first.asks_first = True  # type: ignore[attr-defined]
+        setattr(masking_utils, name, ask_first)
+    token = _ONE_SEQUENCE_A_ROW.set(True)
     try:
         yield
     finally:
-        setattr(masking_utils, name, original)
+        _ONE_SEQUENCE_A_ROW.reset(token)
 
 
 def output_head(model: Any) -> OutputHead:

@@ -226,6 +226,7 @@ class Recorder:
             "seed": config.seed,
             "total_steps": self.trainer.total_steps,
             "max_pass_tokens": progress.passes.max_tokens,
+            "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
             "decided": self.parts.decided,
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }

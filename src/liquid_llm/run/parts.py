@@ -93,6 +93,9 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     built = make_student(config, start, text, device, token)
     teachers = make_teachers(config, inputs, text, device, token)
     schedules = _schedules(config, start)
+    evaluator = _evaluator(config, inputs, text, teachers)
+    if start.state is not None and start.metadata is not None:
+        evaluator.passes.max_tokens = start.metadata.run.get("eval_max_pass_tokens")
     optimizer = build_optimizer(
         built.model,
         lr=config.optimizer.peak,
@@ -111,7 +114,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
         student=Student(built.model, torch_dtype(dtype.value), _reference(config, start, built.model, schedules)),
         optimizer=optimizer,
         schedules=schedules,
-        evaluator=_evaluator(config, inputs, text, teachers),
+        evaluator=evaluator,
         stream=TrainingStream(
             inputs.sources,
             block_size=config.data.block_size,
@@ -185,10 +188,10 @@ def _restore(
     progress.step = metadata.step
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position
+    progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
     if start.kind == "continue":
         if metadata.best_val_loss is not None and metadata.block_size == block_size:
             progress.best_val_loss = metadata.best_val_loss  # of another run or length it would keep best.pt away
-        progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
         set_random_state(state["random"])
         accumulator.load_state_dict(state["accumulator"])
 
@@ -205,7 +208,8 @@ class BatchFeed:
             batch = stream.micro_batch(index)
             step = first_step + (index - first_index) // grad_accum
             prepared = router.prepare(batch, schedules.temperature.value(step)) if router is not None else None
-            return batch.to(device), None if prepared is None else prepared.pinned(device)
+            # Not moved yet: memory that runs out is seen to where the batch is computed.
+            return batch.pinned(device), None if prepared is None else prepared.pinned(device)
 
         self._router = router
         workers = max(1, num_workers)

@@ -31,6 +31,7 @@ from liquid_llm.teachers.store import Lookup, StoreReader
 
 log = logging.getLogger(__name__)
 
+_MOST_PINNED_BYTES = 64 * 2**20
 _SPREAD = 64  # records of a type that a coverage check reads at least, spread over the data
 
 
@@ -73,6 +74,8 @@ class Prepared:
         """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
         if self.stored is None or device.type == "cpu":
             return self
+        if sum(getattr(self.stored, name).nbytes for name in _tensors(self.stored)) > _MOST_PINNED_BYTES:
+            return self  # whole logits: several micro-batches of them, locked, could be all the host has
         tensors: dict[str, Any] = {name: getattr(self.stored, name).pin_memory() for name in _tensors(self.stored)}
         return replace(self, stored=replace(self.stored, **tensors))
 

@@ -1,9 +1,12 @@
+import threading
+
 import pytest
 import torch
 from tests.support.models import CAUSAL, tiny_model
 from torch import nn
 
 from liquid_llm.errors import ModelError
+from liquid_llm.models import heads
 from liquid_llm.models.heads import check_causality, check_output_head, hidden_states, output_head
 
 
@@ -133,3 +136,30 @@ def test_checks_leave_modes_generators_and_gradients_alone(check):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_passes_in_several_threads_leave_transformers_as_it_was():
+    """One sequence a row is said for our own passes alone, however they overlap."""
+    from transformers import masking_utils
+
+    inside, leave = threading.Barrier(3, timeout=30), threading.Barrier(3, timeout=30)
+    packed = torch.tensor([[0, 1, 0, 1]])
+    seen = []
+
+    def work():
+        with heads._one_sequence_a_row():
+            inside.wait()
+            seen.append(masking_utils.find_packed_sequence_indices(packed))
+            leave.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    elsewhere = masking_utils.find_packed_sequence_indices(packed)
+    leave.wait()
+    for thread in threads:
+        thread.join()
+    assert seen == [None, None]
+    assert elsewhere.tolist() == [[0, 0, 1, 1]]
+    assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1]]
