@@ -57,7 +57,7 @@ def _batch_problems(config: RunConfig) -> list[str]:
     automatic, tokens = config.data.batch_size == AUTO_BATCH, config.optimizer.tokens_per_step
     problems = []
     if automatic and tokens is None:
-        problems.append("--batch_size=auto needs --tokens_per_step: the tokens of an optimizer step, whatever fits")
+        problems.append("--batch_size=auto needs --tokens_per_step, which says how many tokens an optimizer step takes")
     if automatic and "grad_accum" in config.given:
         problems.append("--grad_accum follows from --batch_size=auto and --tokens_per_step: leave it out")
     if tokens is not None and not automatic:

@@ -27,7 +27,7 @@ _SECRET_WORDS = frozenset({"secret", "secrets", "password", "passwords", "passwd
 _SECRET_WORDS |= {"signature", "sig", "pat"}  # signed URLs, personal access tokens
 # A name ending in one of these says where a secret is kept, or counts or identifies something.
 _PLACE_WORDS = frozenset({"path", "file", "dir", "directory", "folder", "sock", "uri", "url"})
-_PLAIN_TOKEN_WORDS = frozenset({"id", "ids", "hash", "count", "type", "index"})
+_PLAIN_TOKEN_WORDS = frozenset({"id", "ids", "hash", "count", "type", "index", "step", "second"})
 _PLACE_NAMES = frozenset({"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"})
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

@@ -160,13 +160,15 @@ def test_a_student_is_a_model_a_checkpoint_or_a_folder(
     ("words", "message"),
     [
         (["trian"], "Did you mean train"),
-        ([], "required"),
-        (["train", "--gpu_memory=lots"], "22GiB or 24GB"),
+        ([], "one of anneal, train, capture"),
+        (["train", "--gpu_memory=lots"], "22GiB, 24GB or"),
+        (["train", "--gpu_memory=22528"], "22528MiB"),
         (["train", "--gpu_memory=0"], "more than 0"),
         (["train", "--gpu_memry=1"], "Did you mean --gpu_memory"),
         (["anneal", "--student=llama-test"], "how large the vocabulary is"),
         (["anneal", "--student=no-such", "--teacher_name=/no/such"], "/no/such"),
-        (["anneal", "--batch_size=auto"], "--tokens_per_step"),
+        (["anneal", "--batch_size=auto"], "needs --tokens_per_step, which says how many tokens"),
+        (["anneal", "--tokens_per_step=4096", "--batch_size=2"], "goes with --batch_size=auto: leave it out"),
         (["anneal", "--resume_gcs_uri=gs://b/x.zip", "--gpu_memory=1"], "--student"),
         (["capture"], "--mc_teacher_id is missing"),
     ],
@@ -176,6 +178,31 @@ def test_what_cannot_be_asked_is_refused(words: list[str], message: str, capsys:
     assert code == 2
     assert message in err
     assert not found
+
+
+def test_a_gpu_may_be_named_where_none_is(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--student=llama-test", f"--lm_teacher_id={teacher}", "--block_size=64"]
+    _, unnamed, _ = ask(capsys, *words)
+    for device in ("cuda", "cuda:3"):
+        code, named, _ = ask(capsys, *words, f"--device={device}")
+        assert code == 0
+        assert named["prediction"] == unnamed["prediction"]
+
+
+def test_a_micro_batch_beyond_reason_is_refused_at_once(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--student=llama-test", f"--lm_teacher_id={teacher}", "--batch_size=100000", "--block_size=512"]
+    code, _, err = ask(capsys, *words)
+    assert code == 2
+    assert "51,200,000 tokens" in err
+
+
+def test_a_resumed_folder_that_is_damaged_is_refused_in_words(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("not json")
+    code, _, err = ask(capsys, "train", f"--lm_teacher_id={teacher}", f"--resume_gcs_uri={tmp_path}")
+    assert code == 2
+    assert "no configuration of a student" in err
 
 
 def test_help_of_a_job_has_its_options_and_the_memory() -> None:
@@ -290,6 +317,25 @@ def test_a_dry_run_on_an_accelerator_measures_beside_what_it_predicts(
     assert "predicted" in err
     assert found["memory"]["device"] == accelerator.device.type
     assert found["memory"]["available_bytes"] <= accelerator.memory.total
+
+
+def test_a_dry_run_goes_on_from_the_checkpoint_that_the_run_would_go_on_from(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**STEPS, "batch_size": "auto", "tokens_per_step": 128, "block_size": 32}
+    cards(monkeypatch, GIB)
+    assert anneal(tiny, tmp_path / "run", **given) == 0
+    capsys.readouterr()
+    cards(monkeypatch, 20 * GIB)
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
+    assert anneal(tiny, tmp_path / "run", **{**given, "train_steps": 6}, dry_run=True) == 0
+    out, _ = capsys.readouterr()
+    found = json.loads(out)
+    assert found["starts_from"]["kind"] == "continue"
+    assert found["starts_from"]["step"] == 4
+    assert found["choices"]["batch_size"]["reason"] == "as the run began"
+    assert found["time_to_the_end"]["steps"] == 2
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*")) == before
 
 
 def test_the_price_goes_with_a_dry_run_alone(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from liquid_llm.cli.parse import Parser, parse, unknown_word
+from liquid_llm.errors import UsageError
 from liquid_llm.options import EVERY, RUN, Option
 
 _DESCRIPTION = (
@@ -26,7 +27,9 @@ def memory(words: list[str]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        raise UsageError("no job is named", where="liquid memory", expected=f"one of {', '.join(EVERY)}")
+    if words[0] in ("-h", "--help"):
         parser = Parser(prog="liquid memory", description=_DESCRIPTION, allow_abbrev=False)
         parser.add_argument("job", choices=EVERY, help="liquid memory JOB --help lists its options")
         parser.parse_args(words)

@@ -70,7 +70,7 @@ def parse(
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
     if config_file is not None:
-        given = {**read_config_file(Path(str(config_file)), face), **given}
+        given = {**read_config_file(Path(str(config_file)), face, extra), **given}
     return {name: expand_date(value) if isinstance(value, str) else value for name, value in given.items()}
 
 
@@ -119,7 +119,7 @@ _KIND_WORDS = {
     "bool": "true or false",
     "auto int": "a whole number or auto",
     "auto bool": "true, false or auto",
-    "size": "a size of memory, such as 22 (GiB), 22GiB or 24GB",
+    "size": "a size of memory, such as 22 (GiB), 22GiB, 24GB or 22528MiB",
     "ints": "comma-separated whole numbers",
     "floats": "comma-separated numbers",
 }
@@ -128,6 +128,7 @@ _METAVARS = {
     **{kind: kind.upper() for kind in ("str", "int", "float", "ints", "floats", "size")},
 }
 _UNITS = {"": 2**30, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_MOST_BARE = 4096  # GiB; a larger number alone is likely meant in another unit
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
 
 
@@ -161,11 +162,16 @@ def _size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match["unit"].lower() not in _UNITS:
         raise ValueError(text)
-    return round(float(match["number"]) * _UNITS[match["unit"].lower()])
+    number, unit = float(match["number"]), match["unit"].lower()
+    if not unit and number > _MOST_BARE:  # as nvidia-smi prints it, in MiB
+        raise ValueError(text)
+    return round(number * _UNITS[unit])
 
 
-def read_config_file(path: Path, face: str) -> dict[str, object]:
+def read_config_file(path: Path, face: str, extra: Sequence[Option] = ()) -> dict[str, object]:
     """Options from a YAML mapping ``name: value``, checked exactly as on the command line.
+
+    ``extra`` options are known beside those of the face.
 
     Raises:
         UsageError: the file is missing, is not a mapping, or holds an unknown option or an unusable value.
@@ -182,7 +188,7 @@ def read_config_file(path: Path, face: str) -> dict[str, object]:
         raise UsageError(
             "not a mapping of options", where=path, got=type(loaded).__name__, expected="name: value lines"
         )
-    known = {option.name: option for option in options_of(face)}
+    known = {option.name: option for option in (*extra, *options_of(face))}
     values: dict[str, object] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")

@@ -11,8 +11,10 @@ verdict      fits or not, the changes that make it fit, and the largest batch th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from liquid_llm.errors import ModelError
 from liquid_llm.memory.cache import remember
 from liquid_llm.memory.capture import work_out_capture
 from liquid_llm.memory.free import available_bytes
@@ -29,7 +31,11 @@ from liquid_llm.memory.verdict import (
     training_options,
 )
 
+# Time grows with the chunks of logits that are walked: 2 million tokens are a quarter of a minute.
+MOST_TOKENS = 2**21
+
 __all__ = [
+    "MOST_TOKENS",
     "BatchChoice",
     "BatchShape",
     "CaptureShape",
@@ -56,8 +62,9 @@ def predict_training(shape: TrainingShape, cache: Path | None = None) -> MemoryP
         cache: folder for answers, or None.
 
     Raises:
-        ModelError: a configuration that no model can be built from.
+        ModelError: a configuration that no model can be built from, or a micro-batch of more than ``MOST_TOKENS``.
     """
+    _require_some_size(one.rows * one.time for one in (*shape.batches, *shape.evaluations))
     return remember(cache, "training", shape.as_plain(), lambda: work_out_training(shape))
 
 
@@ -65,7 +72,19 @@ def predict_capture(shape: CaptureShape, cache: Path | None = None) -> MemoryPre
     """Memory of a capture job.
 
     Raises:
-        ModelError: a configuration that no model can be built from.
+        ModelError: a configuration that no model can be built from, or a batch of more than ``MOST_TOKENS``.
         SignalError: a codec or an option that there is not.
     """
+    _require_some_size([shape.rows * shape.time])
     return remember(cache, "capture", shape.as_plain(), lambda: work_out_capture(shape))
+
+
+def _require_some_size(tokens: Iterable[int]) -> None:
+    most = max(tokens, default=0)
+    if most > MOST_TOKENS:
+        raise ModelError(
+            "the memory of so large a micro-batch is not worked out",
+            got=f"{most:,} tokens",
+            expected=f"at most {MOST_TOKENS:,}",
+            remedy="use a smaller --batch_size or --block_size",
+        )

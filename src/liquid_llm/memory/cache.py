@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm.memory.prediction import MemoryPrediction
+from liquid_llm.runtime import has_amx
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ def _versions() -> list[str]:
     import torch
     import transformers
 
-    return [str(torch.__version__), transformers.__version__, _sources_digest()]
+    machine = f"{torch.get_num_threads()} threads, {'AMX' if has_amx() else 'no AMX'}"  # a cache may be shared
+    return [str(torch.__version__), transformers.__version__, machine, _sources_digest()]
 
 
 def _sources_digest() -> str:

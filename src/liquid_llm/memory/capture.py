@@ -6,6 +6,9 @@ rows on the CPU, cut as on the device meant, and what it took is extended to all
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 
 from liquid_llm.memory.counter import StorageCounter
@@ -55,8 +58,9 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
                 encoded = torch.empty(encoder_bytes, dtype=torch.uint8)
             found.append(Peaks(batch, dict(counter.stages), dict(counter.peak), counter.peak_stage))
             del encoded
+    words = f"{shape.rows} x {shape.time} tokens"
     measured = f"the encoder {shape.codec!r} was measured on {num_rows} rows of {encoded_rows}"
-    return combine(found, rest_bytes, shape.device, measured)
+    return replace(combine(found, rest_bytes, shape.device, measured), peak_batch=words)
 
 
 def encoder_cost(codec: Codec, rows: int, vocab_size: int, device: str) -> tuple[int, int]:
@@ -65,6 +69,14 @@ def encoder_cost(codec: Codec, rows: int, vocab_size: int, device: str) -> tuple
     What an encoder makes is a part that is fixed or bounded, and a part in proportion to its rows: two sizes, beyond
     the bounds that there are, tell the one from the other.
     """
+    return _encoder_cost(codec.name, tuple(sorted(codec.options.items())), rows, vocab_size, device)
+
+
+@functools.cache
+def _encoder_cost(
+    name: str, options: tuple[tuple[str, int | float | str], ...], rows: int, vocab_size: int, device: str
+) -> tuple[int, int]:
+    codec = get_codec(name, options=dict(options))
     first, second = (max(1, min(rows, size // (4 * vocab_size))) for size in _MEASURED_BYTES)
     least, most = (_measure(codec, count, vocab_size, device) for count in (first, second))
     more = (rows - second) * max(0, most - least) // (second - first) if second > first else 0

@@ -7,7 +7,8 @@ step      a step keeps its tokens: a smaller micro-batch comes with as many more
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import CaptureShape, TrainingShape
 
 _MOST_HALVINGS = 12
+PATIENCE_SECONDS = 15.0  # for options; those that are left then are not looked for
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ def fits(
     enough = prediction.needed_bytes <= free_bytes
     found: list[Option] = []
     if not enough:
-        found = [Option(change, other.needed_bytes) for change, other in options() if other.needed_bytes <= free_bytes]
+        started = time.monotonic()
+        for change, other in options():
+            if other.needed_bytes <= free_bytes:
+                found.append(Option(change, other.needed_bytes))
+            if time.monotonic() - started > PATIENCE_SECONDS:
+                break
     return Verdict(enough, prediction.needed_bytes, free_bytes, tuple(found), prediction.largest())
 
 
@@ -142,23 +149,54 @@ def _smaller_batch(
     with_itself: bool = False,
 ) -> tuple[str, MemoryPrediction] | None:
     """The largest divisor of ``batch_size`` that fits, with as many more micro-batches; None if not even 1 does."""
-    for size in divisors(batch_size):
-        if size == batch_size and not with_itself:
-            continue
-        accumulation = grad_accum * batch_size // size
-        smaller = replace(shape.with_rows(batch_size, size), accumulates=accumulation > 1)
-        found = predict(smaller)
+
+    def accumulation(size: int) -> int:
+        return grad_accum * batch_size // size
+
+    def needs(size: int) -> MemoryPrediction:
+        return predict(replace(shape.with_rows(batch_size, size), accumulates=accumulation(size) > 1))
+
+    found = largest_that_fits(divisors(batch_size)[0 if with_itself else 1 :], needs, free_bytes)
+    if found is None:
+        return None
+    size, prediction = found
+    return ("" if size == batch_size else f"--batch_size={size} --grad_accum={accumulation(size)}"), prediction
+
+
+def largest_that_fits(
+    sizes: Sequence[int], needs: Callable[[int], MemoryPrediction], free_bytes: int
+) -> tuple[int, MemoryPrediction] | None:
+    """The first of ``sizes``, which fall, whose needs fit, by halving; None, after one question, if the last does not.
+
+    A smaller size is taken to need no more than a larger one.
+    """
+    if not sizes:
+        return None
+    low, best = len(sizes) - 1, needs(sizes[-1])
+    if best.needed_bytes > free_bytes:
+        return None
+    high = -1  # of those known not to fit
+    while low - high > 1:
+        middle = (low + high) // 2
+        found = needs(sizes[middle])
         if found.needed_bytes <= free_bytes:
-            return ("" if size == batch_size else f"--batch_size={size} --grad_accum={accumulation}"), found
-    return None
+            low, best = middle, found
+        else:
+            high = middle
+    return sizes[low], best
 
 
 def capture_options(
-    shape: CaptureShape, batch_size: int, predict: Callable[[CaptureShape], MemoryPrediction]
+    shape: CaptureShape, batch_size: int, free_bytes: int, predict: Callable[[CaptureShape], MemoryPrediction]
 ) -> Iterator[tuple[str, MemoryPrediction]]:
-    """Smaller batches of a capture job, the largest first, and 16 bits for its teacher."""
-    for size in divisors(batch_size)[1:]:
-        yield f"--batch_size={size}", predict(replace(shape, rows=max(1, shape.rows * size // batch_size)))
+    """The largest smaller batch of a capture job that fits, and 16 bits for its teacher."""
+
+    def needs(size: int) -> MemoryPrediction:
+        return predict(replace(shape, rows=max(1, shape.rows * size // batch_size)))
+
+    found = largest_that_fits(divisors(batch_size)[1:], needs, free_bytes)
+    if found is not None:
+        yield f"--batch_size={found[0]}", found[1]
     if shape.teacher.dtype == "float32" and shape.device != "cpu":
         sixteen = replace(shape, teacher=replace(shape.teacher, dtype="bfloat16"))
         yield "--teacher_precision=bfloat16", predict(sixteen)
@@ -185,6 +223,7 @@ def largest_batch(
     *,
     blocks_per_step: int,
     free_bytes: int,
+    most_blocks: int | None = None,
     checkpointing: tuple[bool, ...] = (False, True),
 ) -> BatchChoice | None:
     """The largest micro-batch that fits at a constant number of blocks a step.
@@ -195,6 +234,7 @@ def largest_batch(
     Args:
         build: (batch_size, grad_accum, grad_checkpoint) -> the job's shape.
         blocks_per_step: ``tokens_per_step / block_size``.
+        most_blocks: of a micro-batch that is tried.
         checkpointing: what may be tried, in this order.
 
     Returns:
@@ -206,7 +246,7 @@ def largest_batch(
         needed = predict(build(size, accumulation, checkpoint)).needed_bytes
         return BatchChoice(size, accumulation, checkpoint, needed)
 
-    sizes = divisors(blocks_per_step)[::-1]
+    sizes = [one for one in divisors(blocks_per_step)[::-1] if most_blocks is None or one <= most_blocks]
     for checkpoint in checkpointing:
         whole = attempt(sizes[-1], checkpoint)
         if whole.needed_bytes <= free_bytes:

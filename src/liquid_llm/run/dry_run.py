@@ -178,7 +178,7 @@ def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
         ("to the end", _words_of_time(remaining)),
     ]
     if cost is not None:
-        lines.append(("cost", f"{cost['whole_run']:,.2f} at {cost['price_per_hour']:g} an hour"))
+        lines.append(("cost", f"{cost['whole_run']:,.3g} at {cost['price_per_hour']:g} an hour"))
     return lines
 
 

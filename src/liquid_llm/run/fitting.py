@@ -19,6 +19,7 @@ from liquid_llm.config import CaptureConfig, RunConfig
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.memory import (
+    MOST_TOKENS,
     CaptureShape,
     MemoryPrediction,
     ModelShape,
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from liquid_llm.run.parts import Parts
 
 log = logging.getLogger(__name__)
+
+# What models raise on tensors without values; that a run's memory cannot be worked out is no reason to end the run.
+UNPREDICTABLE = (ModelError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ def settle(
     """
     if config.data.batch_size != AUTO_BATCH and config.student.grad_checkpoint != AUTO:
         return Settled(config, {}, {})
-    decided = start.metadata.run.get("decided") if start.kind == "continue" and start.metadata is not None else None
+    # Wherever the step goes on: a place in the data is counted in micro-batches.
+    goes_on = start.state is not None and start.metadata is not None
+    decided = start.metadata.run.get("decided") if goes_on and start.metadata is not None else None
     cache = memory_cache() if keep else None
     settled, choices = resolve_auto(
         config,
@@ -216,8 +222,8 @@ def _choose_checkpointing(
         return Choice("false", "what is free is not known")
     try:
         without = predict_training(nominal_shape(_with(config, grad_checkpoint=False), models, device), cache)
-    except ModelError as error:
-        return Choice("false", f"whether it fits is not known: {error}")
+    except UNPREDICTABLE as error:
+        return Choice("false", f"whether it fits is not known: {_in_words(error)}")
     figures = f"{format_bytes(without.needed_bytes)} of {format_bytes(available)}"
     if without.needed_bytes <= available:
         return Choice("false", f"it fits without: {figures}")
@@ -256,6 +262,7 @@ def _choose_batch(
         build,
         lambda shape: predict_training(shape, cache),
         blocks_per_step=tokens // block,
+        most_blocks=max(1, MOST_TOKENS // block),
         free_bytes=available,
         checkpointing=tried,
     )
@@ -267,7 +274,8 @@ def _choose_batch(
             got=f"{format_bytes(least.needed_bytes)} of {format_bytes(available)}; most is taken by {least.largest()}",
             remedy="use a smaller student or teacher, a shorter --block_size or a larger device",
         )
-    reason = f"the most that fits: {format_bytes(found.needed_bytes)} of {format_bytes(available)}"
+    figures = f"{format_bytes(found.needed_bytes)} of {format_bytes(available)}"
+    reason = f"the whole step, which fits: {figures}" if found.grad_accum == 1 else f"the most that fits: {figures}"
     choices = {
         "batch_size": Choice(str(found.batch_size), reason),
         "grad_accum": Choice(str(found.grad_accum), f"{tokens} tokens a step"),
@@ -301,15 +309,16 @@ def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
     )
     batches = real_batches(parts)
     shape = shape_of(config, models, device.type, batches, real_evaluations(parts, batches))
-    shape = replace(shape, reference=parts.student.reference is not None)
+    cut = parts.progress.passes.max_tokens is not None  # then a pass finds the gradients of the one before it
+    shape = replace(shape, reference=parts.student.reference is not None, accumulates=shape.accumulates or cut)
     cache = memory_cache() if keep else None
     held = [parts.built.model, parts.student.reference, teacher]
     available = available_bytes(device, sum(_size(model) for model in held if model is not None))
     try:
         prediction = predict_training(shape, cache)
-    except ModelError as error:
-        return Fit(None, available, None, str(error))
-    return judge(config, shape, prediction, available, cache)
+        return judge(config, shape, prediction, available, cache)
+    except UNPREDICTABLE as error:
+        return Fit(None, available, None, _in_words(error))
 
 
 def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest: int, vocab_size: int) -> Fit:
@@ -333,14 +342,16 @@ def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest
     available = available_bytes(held.device, _size(teacher))
     try:
         prediction = predict_capture(shape, memory_cache())
-    except ModelError as error:
-        return Fit(None, available, None, str(error))
+    except UNPREDICTABLE as error:
+        return Fit(None, available, None, _in_words(error))
     if available is None:
         return Fit(prediction, None, None)
     verdict = fits(
         prediction,
         available,
-        lambda: capture_options(shape, config.data.batch_size, lambda one: predict_capture(one, memory_cache())),
+        lambda: capture_options(
+            shape, config.data.batch_size, available, lambda one: predict_capture(one, memory_cache())
+        ),
     )
     return Fit(prediction, available, verdict)
 
@@ -368,6 +379,10 @@ def say_fit(fit: Fit, device: torch.device) -> None:
     """One line in the log; a warning where an accelerator is too small (what runs out is cut and goes on)."""
     short = fit.verdict is not None and not fit.verdict.fits
     log.log(logging.WARNING if short and device.type != "cpu" else logging.INFO, "%s", fit.line)
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
 
 
 def _size(model: Any) -> int:

@@ -90,7 +90,8 @@ def _card(requested: str, asked: object) -> Card:
     if asked is not None:
         kind = "cpu" if requested == "cpu" else "cuda"
         return Card(kind, int(str(asked)), "--gpu_memory")
-    if requested == "auto" and not torch.cuda.is_available():
+    meant_for_cuda = requested == "auto" or torch.device(requested).type == "cuda"
+    if meant_for_cuda and not torch.cuda.is_available():
         return Card("cuda", _L4_BYTES, "an NVIDIA L4's: no GPU is here, and --gpu_memory is not given")
     device = torch.device(choose_device(requested).value)
     free = available_bytes(device)
@@ -167,7 +168,7 @@ def _capture(config: CaptureConfig, card: Card) -> _Found:
     verdict = fits(
         prediction,
         card.bytes,
-        lambda: capture_options(shape, config.data.batch_size, lambda one: predict_capture(one, cache)),
+        lambda: capture_options(shape, config.data.batch_size, card.bytes, lambda one: predict_capture(one, cache)),
     )
     notes = (prediction.measured_part,) if prediction.measured_part else ()
     return _Found(f"capture, {shape.rows} x {shape.time} tokens a batch", prediction, verdict, {}, notes)
@@ -219,8 +220,11 @@ def _resumed(uri: str) -> Mapping[str, Any]:
         where = uri.removesuffix(".pt") + ".meta.json"
     elif uri.endswith(".zip"):
         raise UsageError("a zip is not opened for its configuration", where=uri, remedy="name its shape with --student")
-    found = json.loads(storage.read_bytes(where))
-    config = found.get("student", {}).get("config") if uri.endswith(".pt") else found
+    try:
+        found = json.loads(storage.read_bytes(where))
+        config = found["student"]["config"] if uri.endswith(".pt") else found
+    except (ValueError, LookupError, TypeError):  # damaged, or of something else
+        config = None
     if not isinstance(config, dict) or "model_type" not in config:
         raise UsageError("no configuration of a student", where=where, remedy="name its shape with --student")
     return config

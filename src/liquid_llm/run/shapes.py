@@ -6,6 +6,8 @@ real shape      the largest micro-batches that the data has, once it is read
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from liquid_llm.config import RunConfig
+from liquid_llm.errors import LiquidError
 from liquid_llm.memory import BatchShape, ModelShape, TrainingShape, most_slots
 from liquid_llm.memory.cache import remember_config
 from liquid_llm.models.loading import open_config
@@ -23,7 +26,8 @@ from liquid_llm.run.inputs import TextTools
 from liquid_llm.run.starting import Start
 from liquid_llm.run.teachers import STORE_OPTIONS, TEACHER_PASS_TOKENS
 from liquid_llm.runtime import choose_dtype
-from liquid_llm.teachers.codecs import Codec, TailCodec
+from liquid_llm.teachers.codecs import Codec, TailCodec, get_codec
+from liquid_llm.teachers.store_file import read_store_file
 
 if TYPE_CHECKING:
     from liquid_llm.run.parts import Parts
@@ -96,18 +100,26 @@ def with_positions(student: Any, config: RunConfig) -> Any:
     return student
 
 
-def nominal_shape(config: RunConfig, models: Models, device: str, codec: Codec | None = None) -> TrainingShape:
-    """The largest micro-batches that the options allow.
+def stored_codec(config: RunConfig) -> Codec:
+    """The codec of the run's stores, the larger where they differ; the usual one where no store tells yet."""
+    found: list[Codec] = []
+    for name in STORE_OPTIONS.values():
+        folder = getattr(config.teacher, name)
+        if folder is None:
+            continue
+        with contextlib.suppress(LiquidError):  # said in words where the store is opened
+            identity = read_store_file(folder).identity
+            found.append(get_codec(identity.codec, options=identity.codec_options))
+    return max(found, key=lambda one: most_slots(one) or math.inf, default=TailCodec())
 
-    Args:
-        device: its type.
-        codec: of stored signal; None takes the usual one.
-    """
+
+def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingShape:
+    """The largest micro-batches that the options allow; ``device`` is its type."""
     rows, time = config.data.batch_size, config.data.block_size
     batches = [BatchShape(rows, time, "none" if models.teacher is None else "dense")]
     if any(getattr(config.teacher, name) for name in STORE_OPTIONS.values()):
         window = min(time, config.data.seq_len)
-        batches.append(stored_batch(rows * time // window, window, codec or TailCodec()))
+        batches.append(stored_batch(rows * time // window, window, stored_codec(config)))
     longest = max(config.evaluation.context_lengths, default=0)
     evaluations: tuple[BatchShape, ...] = ()
     if longest > rows * time:  # others have no more tokens than a micro-batch, and take less

@@ -19,7 +19,7 @@ from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
 from liquid_llm.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
 from liquid_llm.checkpoint.resume import read_student_weights
-from liquid_llm.checkpoint.store import CheckpointStore, fetch_latest
+from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import CheckpointError
 from liquid_llm.options import ANNEAL
@@ -105,6 +105,23 @@ def shown_metadata(metadata: CheckpointMetadata) -> str:
     return json.dumps({name: value for name, value in values.items() if name not in ("sha256", "run")})
 
 
+def continue_from(store: CheckpointStore, found: CheckpointInfo) -> Start:
+    """The start that goes on from a complete checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    state, metadata = store.load(found)
+    return Start(
+        "continue",
+        str(found.path),
+        state["student"],
+        metadata.student.get("config"),
+        metadata=metadata,
+        state=state,
+    )
+
+
 def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start:
     """Look for a checkpoint in the run directory, then its mirror, then at ``--resume_gcs_uri``.
 
@@ -123,15 +140,7 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
             if found is None:
                 _require_known_format(place.remote)
         if found is not None:
-            state, metadata = store.load(found)
-            return Start(
-                "continue",
-                str(found.path),
-                state["student"],
-                metadata.student.get("config"),
-                metadata=metadata,
-                state=state,
-            )
+            return continue_from(store, found)
     if config.student.resume_uri is None:
         return Start("fresh", f"--student={config.student.spec}")
     source = read_student_weights(config.student.resume_uri, cache_dir() / "resume")

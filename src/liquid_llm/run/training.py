@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
@@ -27,7 +28,7 @@ from liquid_llm.run.parts import BatchFeed, Parts, build_parts
 from liquid_llm.run.places import Place, resolve_place
 from liquid_llm.run.preparing import prepare_inputs
 from liquid_llm.run.rehearsal import rehearse
-from liquid_llm.run.starting import Start, find_start, settle_context, shown_metadata
+from liquid_llm.run.starting import Start, continue_from, find_start, settle_context, shown_metadata
 from liquid_llm.runtime import StopSignal
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.training import Trainer
@@ -172,13 +173,22 @@ def _write_provenance(
     )
 
 
+def _would_start(config: RunConfig, place: Place, nowhere: Place, store: CheckpointStore) -> Start:
+    """What the run itself would start from, without a trace: its directory is read, its mirror fetched elsewhere."""
+    there = place.run_dir.is_dir() and not config.output.restart
+    found = latest_checkpoint(place.run_dir) if there else None
+    if found is not None:
+        return continue_from(store, found)
+    return find_start(config, replace(nowhere, remote=place.remote), store)
+
+
 def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: Place) -> int:
     """Look at everything, take two steps on real data in a folder that is thrown away, print what was found."""
     findings: dict[str, Any] = {"place": check_place(place)}
     with tempfile.TemporaryDirectory() as folder:
         nowhere = Place(Path(folder), None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
-            config, start = _merge(face, given, config, find_start(config, nowhere, store))
+            config, start = _merge(face, given, config, _would_start(config, place, nowhere, store))
         parts = build_parts(config, start)
         config = parts.config
         fit = check_fit(config, parts, keep=False)

@@ -87,14 +87,17 @@ def test_sizes_of_memory(text, size):
     assert value_of("size")(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "22 GiBs", "22 bananas", "1,5GB"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "22 GiBs", "22 bananas", "1,5GB", "22528"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="22GiB or 24GB"):
+    with pytest.raises(argparse.ArgumentTypeError, match="22GiB, 24GB or 22528MiB"):
         value_of("size")(text)
 
 
-def test_a_command_may_take_more_than_its_face():
+def test_a_command_may_take_more_than_its_face(tmp_path):
     more = Option("gpu_memory", "size", "run", "gpu_memory", None, "how much", minimum=1)
+    (tmp_path / "run.yaml").write_text("gpu_memory: 2MiB\nseed: 4\n")
+    words = [f"--config={tmp_path / 'run.yaml'}", "--seed=3"]
+    assert parse(TRAIN, words, "prog", "", [more]) == {"gpu_memory": 2**21, "seed": 3}
     assert parse(TRAIN, ["--gpu-memory=1MiB", "--seed=3"], "prog", "", [more]) == {"gpu_memory": 2**20, "seed": 3}
     with pytest.raises(UsageError, match="Did you mean --gpu_memory"):
         parse(TRAIN, ["--gpu_memry=1"], "prog", "", [more])

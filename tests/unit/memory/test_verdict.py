@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,8 @@ from liquid_llm.memory import (
     largest_batch,
     training_options,
 )
-from liquid_llm.memory.verdict import divisors
+from liquid_llm.memory import verdict as verdict_module
+from liquid_llm.memory.verdict import divisors, largest_that_fits
 
 MIB = 2**20
 BATCH = BatchShape(8, 64, "dense")
@@ -117,9 +119,35 @@ def test_an_architecture_without_checkpointing_is_not_offered_it() -> None:
 
 def test_capture_offers_smaller_batches_and_16_bits() -> None:
     shape = CaptureShape(preset("llama-test"), 8, 64, 384)
-    tried = {change: found.peak_bytes for change, found in capture_options(shape, 8, simple)}
-    assert list(tried) == ["--batch_size=4", "--batch_size=2", "--batch_size=1", "--teacher_precision=bfloat16"]
-    assert list(tried.values()) == [*sorted(tried.values(), reverse=True)[:3], 90 * MIB]
+    needs = {rows: simple(replace(shape, rows=rows)).needed_bytes for rows in (8, 4, 2, 1)}
+    assert sorted(needs.values(), reverse=True) == list(needs.values())  # else this shows nothing
+    for rows, smaller in ((4, needs[4]), (2, needs[4] - 1), (1, needs[2] - 1)):
+        tried = dict(capture_options(shape, 8, smaller, simple))
+        assert list(tried) == [f"--batch_size={rows}", "--teacher_precision=bfloat16"]
+        assert tried[f"--batch_size={rows}"].needed_bytes == needs[rows] <= smaller
+    assert list(dict(capture_options(shape, 8, needs[1] - 1, simple))) == ["--teacher_precision=bfloat16"]
+
+
+@given(sizes=st.lists(st.integers(1, 100), unique=True, max_size=40), free=st.integers(0, 110))
+def test_the_largest_size_that_fits_is_found_with_few_questions(sizes: list[int], free: int) -> None:
+    falling, asked = sorted(sizes, reverse=True), []
+
+    def needs(size: int) -> MemoryPrediction:
+        asked.append(size)
+        return answer(size * MIB)
+
+    found = largest_that_fits(falling, needs, answer(free * MIB).needed_bytes)
+    assert (None if found is None else found[0]) == max((one for one in sizes if one <= free), default=None)
+    assert found is None or found[1] == answer(found[0] * MIB)
+    assert len(asked) == len(set(asked)) <= 1 + math.ceil(math.log2(len(sizes) + 1))
+    assert found is not None or len(asked) <= 1
+
+
+def test_options_are_looked_for_with_bounded_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 1000, 10))
+    monkeypatch.setattr(verdict_module.time, "monotonic", lambda: float(next(seconds)))
+    endless = (("--less", answer(MIB)) for _ in iter(int, 1))
+    assert len(fits(answer(100 * MIB), 50 * MIB, lambda: endless).options) == 2
 
 
 # ------------------------------------------------------------------------------------------------- the largest batch

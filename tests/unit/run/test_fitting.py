@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from liquid_llm.run import fitting
 from liquid_llm.run.fitting import Fit, decisions, judge, resolve_auto
 from liquid_llm.run.shapes import Models, nominal_shape, stored_batch, with_positions
 from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.teachers.records import SignalIdentity
+from liquid_llm.teachers.store_file import write_store_file
 
 GIB = 2**30
 # Deep enough for checkpointing to save something.
@@ -165,6 +168,13 @@ def test_the_nominal_shape_has_every_kind_of_signal_that_is_named() -> None:
     assert (dense.rows, dense.time, sparse.rows, sparse.time) == (8, 64, 16, 32)
     assert sparse.slots == 300
     assert stored_batch(2, 8, get_codec("full")).signal == "logits"
+
+
+def test_the_nominal_shape_has_the_signal_that_the_store_holds(tmp_path: Path) -> None:
+    identity = SignalIdentity("t", "r", "h", 300, "full", 1, {})
+    write_store_file(str(tmp_path), identity, "shards")
+    stored = config(TRAIN, math_logits_dir=str(tmp_path), seq_len=32)
+    assert [one.signal for one in nominal_shape(stored, MODELS, "cpu").batches] == ["dense", "logits"]
 
 
 def test_an_evaluation_counts_where_it_has_more_tokens_than_a_micro_batch() -> None:
