@@ -39,7 +39,7 @@ from liquid_llm.teachers.capture import CaptureSummary, capture
 from liquid_llm.teachers.capture_plan import Item, batches
 from liquid_llm.teachers.codecs import get_codec
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.scoring import chunks, padded_ids
+from liquid_llm.teachers.scoring import chunk_rows, chunks, padded_ids
 from liquid_llm.teachers.store import LAYOUTS, StoreWriter, open_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -99,7 +99,8 @@ def bare(teacher: OnlineTeacher, work: list[list[Item]]) -> None:
         for batch in work:
             windows = [item.sample().input_ids[: item.num_tokens] for item in batch]
             hidden = teacher.hidden(padded_ids(windows))
-            for chunk in chunks([len(window) - 1 for window in windows], teacher.head.vocab_size):
+            limit = chunk_rows(teacher.head.vocab_size, teacher.device)
+            for chunk in chunks([len(window) - 1 for window in windows], limit):
                 teacher.head.logits(torch.cat([hidden[row, start:stop] for row, start, stop in chunk])).float()
 
 
