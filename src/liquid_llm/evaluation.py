@@ -18,7 +18,7 @@ from liquid_llm.device import is_out_of_memory, release_memory
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.signals import DenseSignal, Signal
 from liquid_llm.passes import PassLimit
-from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.router import Prepared, TeacherRouter
 from liquid_llm.training import StepValues, Student
 
 PLAIN = StepValues(kd_alpha=0.5, kd_temperature=1.0, l2_gamma=0.0, lr=0.0)
@@ -129,11 +129,15 @@ class Evaluator:
 
     def _score_batch(self, student: Student, batch: MicroBatch) -> Score:
         """Score a batch in as many passes as its memory asks for."""
+        prepared = self._prepare(batch)
         while True:
             total = Score()
             for part, positions in self.passes.parts(batch):
                 try:
-                    total += self._score_part(student, batch, part, positions)
+                    # The batches live as long as the evaluator, so their identity is a safe key.
+                    key = (id(batch), positions.start, positions.stop)
+                    part_prepared = None if prepared is None else prepared.part(positions)
+                    total += self._score_part(student, key, part, part_prepared)
                     continue
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
@@ -147,10 +151,11 @@ class Evaluator:
             release_memory(student.device)
             self.passes.cut(part, where="evaluation", consumers=self.consumers())
 
-    def _score_part(self, student: Student, whole: MicroBatch, part: MicroBatch, positions: slice) -> Score:
-        key = (id(whole), positions.start, positions.stop)
+    def _score_part(
+        self, student: Student, key: tuple[int, int, int], part: MicroBatch, prepared: Prepared | None
+    ) -> Score:
         part = part.to(student.device)
-        signal = self._signal(whole, part, positions)
+        signal = self._signal(key, part, prepared)
         output = student.loss(part, signal, PLAIN)
         score = Score(float(output.ce), float(output.kd), 0.0, output.num_positions, output.num_signal, 0)
         if isinstance(signal, DenseSignal):
@@ -158,17 +163,19 @@ class Evaluator:
             score.num_teacher = output.num_positions
         return score
 
-    def _signal(self, whole: MicroBatch, part: MicroBatch, positions: slice) -> Signal | None:
-        if self.router is None or not self.router.answers(whole.type, PLAIN.kd_temperature):
+    def _prepare(self, batch: MicroBatch) -> Prepared | None:
+        """What the teacher's word on a batch is made from; None where it is not asked."""
+        if self.router is None or not self.router.answers(batch.type, PLAIN.kd_temperature):
             return None
-        # The batches live as long as the evaluator, so their identity is a safe key.
-        key = (id(whole), positions.start, positions.stop)
-        device = part.input_ids.device
+        return self.router.prepare(batch, PLAIN.kd_temperature)
+
+    def _signal(self, key: tuple[int, int, int], part: MicroBatch, prepared: Prepared | None) -> Signal | None:
+        if self.router is None or prepared is None:
+            return None
         if key in self._online:
             kept = self._online[key]
-            return DenseSignal(to_device(kept.hidden, device), kept.head)
-        prepared = self.router.prepare(whole, PLAIN.kd_temperature)
-        signal = self.router.signal(part, prepared.part(positions))
+            return DenseSignal(to_device(kept.hidden, part.input_ids.device), kept.head)
+        signal = self.router.signal(part, prepared)
         if isinstance(signal, DenseSignal):
             size = signal.hidden.numel() * signal.hidden.element_size()
             if self._cached_bytes + size <= CACHE_BYTES:
