@@ -341,19 +341,27 @@ def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest
     )
     available = available_bytes(held.device, _size(teacher))
     try:
-        prediction = predict_capture(shape, memory_cache())
+        return judge_capture(shape, config.data.batch_size, available)
     except UNPREDICTABLE as error:
         return Fit(None, available, None, _in_words(error))
+
+
+def judge_capture(shape: CaptureShape, batch_size: int, available: int | None) -> Fit:
+    """What a capture takes, and the verdict on it with the options that make it fit.
+
+    Raises:
+        ModelError: it cannot be worked out.
+    """
+    cache = memory_cache()
+    prediction = predict_capture(shape, cache)
     if available is None:
         return Fit(prediction, None, None)
-    verdict = fits(
+    found = fits(
         prediction,
         available,
-        lambda: capture_options(
-            shape, config.data.batch_size, available, lambda one: predict_capture(one, memory_cache())
-        ),
+        lambda: capture_options(shape, batch_size, available, lambda one: predict_capture(one, cache)),
     )
-    return Fit(prediction, available, verdict)
+    return Fit(prediction, available, found)
 
 
 def judge(

@@ -23,9 +23,6 @@ from liquid_llm.memory import (
     ModelShape,
     Verdict,
     available_bytes,
-    capture_options,
-    fits,
-    predict_capture,
     predict_training,
 )
 from liquid_llm.models.loading import open_config
@@ -33,8 +30,8 @@ from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import PRESETS, file_config, student_config
 from liquid_llm.options import ANNEAL, CAPTURE
 from liquid_llm.run.capturing import codec_of
-from liquid_llm.run.fitting import judge, memory_cache, resolve_auto
-from liquid_llm.run.shapes import Models, nominal_shape, with_positions
+from liquid_llm.run.fitting import judge, judge_capture, memory_cache, resolve_auto
+from liquid_llm.run.shapes import Models, nominal_shape, stored_codec, with_positions
 from liquid_llm.run.tokens import read_token
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
@@ -135,6 +132,7 @@ def _training(config: RunConfig, card: Card, price: object) -> _Found:
         None if teacher is None else ModelShape.of(teacher, _dtype(config.teacher.precision, card)),
         _dtype(config.student.precision, card),
         _vocab_size(teacher) if teacher is not None else _vocab_of(student),
+        stored_codec(config),
     )
     cache = memory_cache()
     settled, choices = resolve_auto(config, models, card.bytes, card.kind, cache=cache)
@@ -163,13 +161,10 @@ def _capture(config: CaptureConfig, card: Card) -> _Found:
         options=dict(codec.options),
         device=card.kind,
     )
-    cache = memory_cache()
-    prediction = predict_capture(shape, cache)
-    verdict = fits(
-        prediction,
-        card.bytes,
-        lambda: capture_options(shape, config.data.batch_size, card.bytes, lambda one: predict_capture(one, cache)),
-    )
+    fit = judge_capture(shape, config.data.batch_size, card.bytes)
+    prediction, verdict = fit.prediction, fit.verdict
+    assert prediction is not None
+    assert verdict is not None
     notes = (prediction.measured_part,) if prediction.measured_part else ()
     return _Found(f"capture, {shape.rows} x {shape.time} tokens a batch", prediction, verdict, {}, notes)
 

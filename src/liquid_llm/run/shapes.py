@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,14 @@ class Models:
         teacher: the online teacher, or None.
         compute_dtype: name of the dtype of the student's products.
         vocab_size: tokens of the shared tokenizer.
+        codec: of stored signal.
     """
 
     student: ModelShape
     teacher: ModelShape | None
     compute_dtype: str
     vocab_size: int
+    codec: Codec = field(default_factory=TailCodec)
 
 
 def known_models(
@@ -78,7 +80,8 @@ def known_models(
     if config.teacher.online_id is not None:
         dtype = choose_dtype(config.teacher.precision, device).value
         teacher = _open_shape(config.teacher.online_id, dtype, token, cache)
-    return Models(student, teacher, choose_dtype(config.student.precision, device).value, text.vocab_size)
+    compute_dtype = choose_dtype(config.student.precision, device).value
+    return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config))
 
 
 def _open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None) -> ModelShape:
@@ -119,7 +122,7 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
     batches = [BatchShape(rows, time, "none" if models.teacher is None else "dense")]
     if any(getattr(config.teacher, name) for name in STORE_OPTIONS.values()):
         window = min(time, config.data.seq_len)
-        batches.append(stored_batch(rows * time // window, window, stored_codec(config)))
+        batches.append(stored_batch(rows * time // window, window, models.codec))
     longest = max(config.evaluation.context_lengths, default=0)
     evaluations: tuple[BatchShape, ...] = ()
     if longest > rows * time:  # others have no more tokens than a micro-batch, and take less

@@ -16,7 +16,7 @@ from liquid_llm.models.student import build_student, student_config
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.run import fitting
 from liquid_llm.run.fitting import Fit, decisions, judge, resolve_auto
-from liquid_llm.run.shapes import Models, nominal_shape, stored_batch, with_positions
+from liquid_llm.run.shapes import Models, nominal_shape, stored_batch, stored_codec, with_positions
 from liquid_llm.teachers.codecs import get_codec
 from liquid_llm.teachers.records import SignalIdentity
 from liquid_llm.teachers.store_file import write_store_file
@@ -174,7 +174,8 @@ def test_the_nominal_shape_has_the_signal_that_the_store_holds(tmp_path: Path) -
     identity = SignalIdentity("t", "r", "h", 300, "full", 1, {})
     write_store_file(str(tmp_path), identity, "shards")
     stored = config(TRAIN, math_logits_dir=str(tmp_path), seq_len=32)
-    assert [one.signal for one in nominal_shape(stored, MODELS, "cpu").batches] == ["dense", "logits"]
+    models = replace(MODELS, codec=stored_codec(stored))
+    assert [one.signal for one in nominal_shape(stored, models, "cpu").batches] == ["dense", "logits"]
 
 
 def test_an_evaluation_counts_where_it_has_more_tokens_than_a_micro_batch() -> None:
