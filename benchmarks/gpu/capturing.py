@@ -15,6 +15,7 @@ from benchmarks.gpu.cases import capture_name
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.shapes import GIB, build_teacher, scale_for
 from benchmarks.gpu.timing_tools import at_rate, matrix_parameters, rate, seconds
+from tests.support.teachers import ListSource
 
 from liquid_llm.data.types import Sample
 from liquid_llm.device import prepare_allocator
@@ -28,25 +29,12 @@ FORECAST = {"bare": "H100 forecast 25,000", "encode": "H100 forecast 18,000"}
 WITHIN = 0.05
 
 
-class Samples:
+class Samples(ListSource):
     """Made-up samples of equal length."""
 
     def __init__(self, count: int, length: int, vocab_size: int) -> None:
         ids = np.random.default_rng(0).integers(0, vocab_size, (count, length), dtype=np.int32)
-        self.samples = [Sample(f"s/{number}", "math_tool", row) for number, row in enumerate(ids)]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(sample.input_ids) for sample in self.samples])
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def sample_id(self, index: int) -> str:
-        return self.samples[index].sample_id
-
-    def sample(self, index: int) -> Sample:
-        return self.samples[index]
+        super().__init__(Sample(f"s/{number}", "math_tool", row) for number, row in enumerate(ids))
 
     def items(self) -> list[Item]:
         return [

@@ -17,6 +17,7 @@ STORED_TYPES = ("math_tool", "code")  # scored beforehand in a hybrid run
 IGNORE_INDEX = -100
 
 _FROM_LABELS: Any = None
+_ON_THE_DEVICE = ("input_ids", "labels", "positions", "targets")  # of a micro-batch; the rest the host reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +97,14 @@ class MicroBatch:
         """The same batch with what a model reads on ``device``; what the host reads stays on the CPU."""
         if self.input_ids.device == device:
             return self
-        names = ("input_ids", "labels", "positions", "targets")
-        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in _ON_THE_DEVICE}
         return replace(self, **moved)
 
     def pinned(self, device: torch.device) -> MicroBatch:
         """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
         if device.type == "cpu":
             return self
-        names = ("input_ids", "labels", "positions", "targets")
-        tensors: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in names}
+        tensors: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in _ON_THE_DEVICE}
         return replace(self, **tensors)
 
     def rows(self, start: int, stop: int) -> tuple[MicroBatch, slice]:
