@@ -166,3 +166,21 @@ def test_one_row_that_does_not_fit_ends_the_evaluation_in_words(models):
     finally:
         handle.remove()
     assert student.training
+
+
+def test_what_a_batch_is_answered_from_is_read_once_however_many_passes_it_takes(models):
+    student, teacher = models
+    prepared = []
+
+    class Counting(TeacherRouter):
+        def prepare(self, batch, temperature):
+            prepared.append(id(batch))
+            return super().prepare(batch, temperature)
+
+    loaded = LoadedModel(model=teacher, tokenizer=None, identity=None)
+    router = Counting(OnlineTeacher(loaded, VOCAB_SIZE), {}, strict=False, online_types=["lm"])
+    evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), router)
+    evaluator.passes.max_tokens = 16  # a row at a time
+    evaluator(Student(student, torch.float32))
+    assert len(evaluator._online) > len(evaluator.sets[16]["lm"])  # else this shows nothing
+    assert prepared == [id(batch) for batch in evaluator.sets[16]["lm"]]
