@@ -30,17 +30,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from liquid_llm.capture.job import CaptureSummary, capture
+from liquid_llm.capture.plan import Item, batches
+from liquid_llm.capture.scoring import chunk_rows, chunks, padded_ids
 from liquid_llm.data.types import Sample
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.models.loading import LoadedModel, load_teacher
 from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.runtime import keep_freed_memory
-from liquid_llm.teachers.capture import CaptureSummary, capture
-from liquid_llm.teachers.capture_plan import Item, batches
-from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.signal_store.codecs import get_codec
+from liquid_llm.signal_store.store import LAYOUTS, StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.scoring import chunk_rows, chunks, padded_ids
-from liquid_llm.teachers.store import LAYOUTS, StoreWriter, open_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -41,7 +41,7 @@ from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import load_teacher
 from liquid_llm.models.student import build_student
 from liquid_llm.models.tokenizers import end_of_text_id
-from liquid_llm.teachers.codecs import Codec, get_codec
+from liquid_llm.signal_store.codecs import Codec, get_codec
 
 VOCABULARIES = (128_256, 151_936)
 Captured = Callable[[Tensor, int, float], Signal]  # logits of a record, its seed, temperature

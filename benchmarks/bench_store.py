@@ -30,22 +30,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from liquid_llm.capture.scoring import record_seed
 from liquid_llm.data.types import Sample
 from liquid_llm.demo.word_problems import word_problems
+from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses import SparseSignal, fused_loss
 from liquid_llm.models.heads import hidden_states, output_head
-from liquid_llm.models.loading import ModelIdentity, load_teacher
+from liquid_llm.models.loading import load_teacher
 from liquid_llm.models.student import build_student
 from liquid_llm.models.tokenizers import end_of_text_id
-from liquid_llm.teachers.codecs import Codec, Payload, get_codec
+from liquid_llm.signal_store.codecs import Codec, Payload, get_codec
+from liquid_llm.signal_store.description import write_store_file
+from liquid_llm.signal_store.records import SignalIdentity
+from liquid_llm.signal_store.shards.file import PREFIX, SUFFIX, Names, Packed, build_shard
+from liquid_llm.signal_store.shards.index import INDEX_FILE
+from liquid_llm.signal_store.shards.writer import SHARD_BYTES, write_index
+from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.records import SignalIdentity
-from liquid_llm.teachers.scoring import record_seed
-from liquid_llm.teachers.shards import PREFIX, SUFFIX, Names, Packed, build_shard
-from liquid_llm.teachers.shards_index import INDEX_FILE
-from liquid_llm.teachers.shards_writer import SHARD_BYTES, write_index
-from liquid_llm.teachers.store import StoreWriter, open_store
-from liquid_llm.teachers.store_file import write_store_file
 
 IDENTITY = ModelIdentity("org/teacher", "commit", "tokenizer")
 RECORD_BYTES = 7000  # a sample of 300 tokens

@@ -17,11 +17,11 @@ from benchmarks.gpu.shapes import GIB, build_teacher, scale_for
 from benchmarks.gpu.timing_tools import at_rate, matrix_parameters, rate, seconds
 from tests.support.teachers import ListSource
 
+from liquid_llm.capture import scoring
+from liquid_llm.capture.plan import Item
 from liquid_llm.data.types import Sample
 from liquid_llm.device import prepare_allocator
-from liquid_llm.teachers import scoring
-from liquid_llm.teachers.capture_plan import Item
-from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.teachers.online import OnlineTeacher
 
 CHUNK_MIB = (None, 64, 256, 1024)  # None: what capture takes

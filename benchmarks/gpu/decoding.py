@@ -22,11 +22,11 @@ from liquid_llm.data.loader import collate
 from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import MicroBatch, Sample
 from liquid_llm.device import prepare_allocator
-from liquid_llm.models.loading import ModelIdentity
+from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.student import enable_gradient_checkpointing
-from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.signal_store.codecs import get_codec
+from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.router import TeacherRouter
-from liquid_llm.teachers.store import StoreWriter, open_store
 
 WORKERS = (1, 2, 4)
 STEPS = 8

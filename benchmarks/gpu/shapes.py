@@ -16,9 +16,10 @@ from torch import Tensor
 
 from liquid_llm.data.loader import collate
 from liquid_llm.data.types import MicroBatch
+from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.plan import LossPlan
 from liquid_llm.losses.signals import Signal, SparseSignal
-from liquid_llm.models.loading import LoadedModel, ModelIdentity
+from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.student import PRESETS
 from liquid_llm.passes import SignalOf
 from liquid_llm.schedules import Constant

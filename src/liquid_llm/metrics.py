@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from liquid_llm.storage_local import published, translated
+from liquid_llm.storage.local import published, translated
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,12 +15,13 @@ from benchmarks.gpu.capturing import Samples
 from tests.support.devices import counters, memory_limit
 from tests.support.tiny import Tiny
 
+from liquid_llm.capture.job import capture
 from liquid_llm.cli.main import main
 from liquid_llm.device import release_memory
-from liquid_llm.models.loading import LoadedModel, ModelIdentity
-from liquid_llm.teachers.capture import capture
-from liquid_llm.teachers.codecs import TopKCodec
-from liquid_llm.teachers.store import StoreWriter, open_store
+from liquid_llm.identity import ModelIdentity
+from liquid_llm.models.loading import LoadedModel
+from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.store import StoreWriter, open_store
 
 # On a GPU large enough that what its allocator keeps beside tensors does not matter.
 WIDE = replace(

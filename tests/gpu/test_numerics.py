@@ -24,7 +24,7 @@ from liquid_llm.cli.main import main
 from liquid_llm.data.loader import collate
 from liquid_llm.losses import DenseSignal, OutputHead, Signal, SparseSignal, fused_loss, reference_loss
 from liquid_llm.metrics import read_metrics
-from liquid_llm.teachers.codecs import get_codec
+from liquid_llm.signal_store.codecs import get_codec
 
 VOCAB = 29
 

@@ -119,8 +119,8 @@ def test_a_cut_is_kept_so_that_a_continued_run_has_the_same_bits_on_a_larger_dev
 
 
 def _stop_after(step: int, words: list[str]) -> None:
-    from liquid_llm.run.hooks import Recorder
     from liquid_llm.runtime import StopSignal
+    from liquid_llm.wiring.recorder import Recorder
 
     original, requested = Recorder.hooks, StopSignal.requested
 

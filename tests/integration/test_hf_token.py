@@ -19,7 +19,7 @@ from google.oauth2.service_account import Credentials
 
 from liquid_llm.config import TeacherConfig
 from liquid_llm.errors import StorageError, UsageError
-from liquid_llm.run.tokens import read_token
+from liquid_llm.wiring.tokens import read_token
 
 SECRET = "projects/a-project/secrets/hf-token"
 ACCESS_TOKEN = "ya29.access-token-of-the-account"

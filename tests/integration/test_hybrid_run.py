@@ -10,8 +10,8 @@ from tests.support.tiny import Tiny, build, run
 
 from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics
-from liquid_llm.run import parts
 from liquid_llm.training import Trainer
+from liquid_llm.wiring import parts
 
 pytestmark = pytest.mark.slow
 

@@ -158,7 +158,7 @@ def test_a_folder_of_another_store_is_refused_before_the_teacher_is_loaded(
     def load(*args: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("liquid_llm.run.capturing.load_online", load)
+    monkeypatch.setattr("liquid_llm.jobs.capture.load_online", load)
     for words, said in (
         (["--codec=full"], "the codec differs; got full; expected tail"),
         (["--codec_options=draws_t1=3"], "the codec options differs"),

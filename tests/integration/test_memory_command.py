@@ -21,7 +21,7 @@ from tests.support.tiny import Tiny
 from liquid_llm.cli.main import main
 from liquid_llm.memory import cache
 from liquid_llm.metrics import without_timings
-from liquid_llm.run import fitting
+from liquid_llm.wiring import fitting
 
 GIB = 2**30
 MIB = 2**20

@@ -27,7 +27,7 @@ from liquid_llm.cli.main import main
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.data.records import read_records
 from liquid_llm.options import PREPARE, options_of
-from liquid_llm.run.toolkit import clean_environment
+from liquid_llm.preparation.toolkit import clean_environment
 
 pytestmark = pytest.mark.slow
 

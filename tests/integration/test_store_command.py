@@ -15,7 +15,7 @@ from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
-from liquid_llm.teachers.store import open_store
+from liquid_llm.signal_store.store import open_store
 
 pytestmark = pytest.mark.slow
 
@@ -229,7 +229,7 @@ def _forge(source: Path, target: Path) -> None:
     """Replace the payloads of ``target``'s records by those of ``source``."""
     from dataclasses import replace
 
-    from liquid_llm.teachers.records import Record, file_name, to_bytes
+    from liquid_llm.signal_store.records import Record, file_name, to_bytes
 
     there = open_store(str(target))
     for name, record in open_store(str(source)).layout.records():

@@ -15,9 +15,9 @@ import time
 
 from tests.support.teachers import IDENTITY, VOCAB, ListSource, make_samples, tiny_teacher
 
-from liquid_llm.teachers.capture import capture
-from liquid_llm.teachers.codecs import TopKCodec
-from liquid_llm.teachers.store import StoreWriter
+from liquid_llm.capture.job import capture
+from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.store import StoreWriter
 
 
 def make_writer(folder: str) -> StoreWriter:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tests.support.dying import die_before_call
 
-from liquid_llm.data.prepare.catalog import Dataset, read_catalog
-from liquid_llm.data.prepare.dataset import fingerprints, input_files, prepare, read_complete, sources_of
+from liquid_llm.preparation.catalog import Dataset, read_catalog
+from liquid_llm.preparation.dataset import fingerprints, input_files, prepare, read_complete, sources_of
 
 CALLS = ("replace", "unlink", "fsync", "mkdir", "rename")
 

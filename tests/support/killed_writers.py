@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from liquid_llm.data.types import Sample
-from liquid_llm.models.loading import ModelIdentity
-from liquid_llm.teachers.codecs import FullCodec
-from liquid_llm.teachers.records import Record
-from liquid_llm.teachers.store import StoreWriter, open_store
+from liquid_llm.identity import ModelIdentity
+from liquid_llm.signal_store.codecs import FullCodec
+from liquid_llm.signal_store.records import Record
+from liquid_llm.signal_store.store import StoreWriter, open_store
 
 SAMPLES = [Sample(f"s/{n}", "code", np.arange(n, n + 60, dtype=np.int32)) for n in range(400)]
 PAYLOAD_BYTES = 500

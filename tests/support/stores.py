@@ -9,9 +9,9 @@ from typing import Any
 from tests.support.teachers import IDENTITY, make_samples, random_logits
 
 from liquid_llm.data.types import Sample
-from liquid_llm.teachers.codecs import TopKCodec
-from liquid_llm.teachers.shards_layout import ShardsLayout
-from liquid_llm.teachers.store import StoreReader, StoreWriter, open_store
+from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.shards.folder import ShardsLayout
+from liquid_llm.signal_store.store import StoreReader, StoreWriter, open_store
 
 VOCAB = 300
 CODEC = TopKCodec(4)

@@ -12,7 +12,8 @@ from tests.support.models import tiny_model
 
 from liquid_llm.data.loader import collate
 from liquid_llm.data.types import MicroBatch, Sample
-from liquid_llm.models.loading import LoadedModel, ModelIdentity
+from liquid_llm.identity import ModelIdentity
+from liquid_llm.models.loading import LoadedModel
 
 VOCAB = 300  # the shared vocabulary; the tiny teacher's embedding is padded to 320
 IDENTITY = ModelIdentity("org/teacher", "commit-1", "tokenizer-1")

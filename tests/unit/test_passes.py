@@ -18,7 +18,7 @@ from liquid_llm.errors import DeviceError
 from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import Constant
-from liquid_llm.teachers.codecs import FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs import FullCodec, TopKCodec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.router import Prepared, part_of
 from liquid_llm.training import Progress, StepSchedules, StepValues, Student, Trainer, build_optimizer

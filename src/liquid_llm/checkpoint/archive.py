@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from liquid_llm.errors import StorageError
-from liquid_llm.storage_local import translated
+from liquid_llm.storage.local import translated
 
 _REMEDY = "make the archive again from a plain folder"
 

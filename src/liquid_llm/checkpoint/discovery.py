@@ -21,7 +21,7 @@ from typing import Any
 from liquid_llm.checkpoint.files import file_sha256, read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage_local import translated
+from liquid_llm.storage.local import translated
 
 DATA_SUFFIX = ".pt"
 SIDECAR_SUFFIX = ".meta.json"

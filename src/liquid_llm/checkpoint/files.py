@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage_local import translated
+from liquid_llm.storage.local import translated
 
 _HASH_BLOCK_BYTES = 4 * 2**20
 

@@ -25,7 +25,7 @@ from liquid_llm.checkpoint.discovery import (
 from liquid_llm.checkpoint.files import file_sha256
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage_local import translated
+from liquid_llm.storage.local import translated
 
 _SMALL_BYTES = 32 * 2**20
 

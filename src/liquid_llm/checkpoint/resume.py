@@ -28,7 +28,7 @@ from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError, StorageError
 from liquid_llm.storage import FileInfo
-from liquid_llm.storage_local import translated
+from liquid_llm.storage.local import translated
 
 _WRAPPERS = ("model", "state_dict", "student", "model_state_dict", "module", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")

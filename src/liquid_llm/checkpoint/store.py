@@ -51,7 +51,7 @@ from liquid_llm.checkpoint.discovery import (
 from liquid_llm.checkpoint.files import file_sha256, read_archive, write_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError, StorageError
-from liquid_llm.storage_local import TEMPORARY_SUFFIX, sync, translated
+from liquid_llm.storage.local import TEMPORARY_SUFFIX, sync, translated
 
 __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 

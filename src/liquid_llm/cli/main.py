@@ -1,6 +1,6 @@
 """The ``liquid`` command and the three reference faces: words in, exit code out.
 
-A face parses its options and hands them to ``liquid_llm.run``. Heavy imports happen only after parsing, so ``--help``
+A face parses its options and hands them to ``liquid_llm.jobs``. Heavy imports happen only after parsing, so ``--help``
 and a mistyped option answer at once. An error a user can cause is one message on stderr and the exit code of
 ``errors.py``.
 """
@@ -62,10 +62,10 @@ def run_face(face: str, argv: Sequence[str] | None, prog: str, new_layout: str =
     def job() -> int:
         given = parse(face, words, prog, DESCRIPTIONS[face])
         if face == CAPTURE:
-            from liquid_llm.run.capturing import run_capture
+            from liquid_llm.jobs.capture import run_capture
 
             return run_capture(given, new_layout)
-        from liquid_llm.run.training import run_training
+        from liquid_llm.jobs.train import run_training
 
         return run_training(face, given)
 
@@ -146,7 +146,7 @@ def _inspect(words: list[str]) -> int:
         parser = Parser(prog="liquid inspect", description="Say what a run, checkpoint, store or manifest holds.")
         parser.add_argument("path", help="run directory, .pt, signal store folder or manifest; local or URL")
         options = parser.parse_args(words)
-        from liquid_llm.run.inspecting import inspect
+        from liquid_llm.jobs.inspect import inspect
 
         return inspect(options.path)
 

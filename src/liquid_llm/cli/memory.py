@@ -37,6 +37,6 @@ def memory(words: list[str]) -> int:
     if face not in EVERY:
         raise unknown_word("job", face, EVERY, "liquid memory")
     given = parse(face, words[1:], f"liquid memory {face}", _DESCRIPTION, [_MEMORY])
-    from liquid_llm.run.predicting import run_memory
+    from liquid_llm.jobs.memory import run_memory
 
     return run_memory(face, given)

@@ -15,6 +15,6 @@ def prepare(words: list[str]) -> int:
         LiquidError: any problem a user can cause.
     """
     given = parse(PREPARE, words, "liquid prepare", DESCRIPTION)
-    from liquid_llm.run.preparing import run_prepare
+    from liquid_llm.jobs.prepare import run_prepare
 
     return run_prepare(given)

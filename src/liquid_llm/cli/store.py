@@ -36,7 +36,7 @@ def store(words: list[str]) -> int:
     if unknown:
         known = [option.lstrip("-") for option in actions[options.action]._option_string_actions]
         raise unknown_option(unknown[0], known, f"liquid store {options.action}")
-    from liquid_llm.run import storing
+    from liquid_llm.jobs import store as storing
 
     if options.action == "pack":
         return storing.run_pack(options.source, options.target, as_json=options.json)

@@ -22,7 +22,7 @@ from typing import Any
 from liquid_llm.data.tokens import BatchTokenizer, Progress, TokenDataset, split, tokenize
 from liquid_llm.data.types import Record
 from liquid_llm.errors import DataError, UsageError
-from liquid_llm.storage_local import translated
+from liquid_llm.storage.local import translated
 
 _log = logging.getLogger(__name__)
 _ALIASES = {

@@ -27,7 +27,7 @@ from liquid_llm.data.records import Shard
 from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, TokenWriter, fate, read_meta
 from liquid_llm.data.types import Record, Sample
 from liquid_llm.errors import DataError
-from liquid_llm.storage_local import sync, translated
+from liquid_llm.storage.local import sync, translated
 from liquid_llm.versions import FRAMING
 
 _log = logging.getLogger(__name__)

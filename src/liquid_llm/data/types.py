@@ -6,10 +6,11 @@ record: one JSON object ``{text, type?, sample_id?}``; sample: its tokenised for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TYPES = ("lm", "math_tool", "code")
@@ -146,3 +147,20 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cpu" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class SampleSource(Protocol):
+    """Tokenised samples by index, such as ``TokenDataset``.
+
+    Attributes:
+        lengths: [samples] int64, tokens of each.
+    """
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def sample_id(self, index: int) -> str: ...
+
+    def sample(self, index: int) -> Sample: ...

@@ -17,15 +17,15 @@ import torch
 from liquid_llm.config import build_capture_config, build_run_config
 from liquid_llm.demo.data import make_demo_data
 from liquid_llm.errors import UsageError
+from liquid_llm.jobs.capture import capture_signal
+from liquid_llm.jobs.train import run_training
 from liquid_llm.metrics import read_metrics
 from liquid_llm.models.loading import quiet_transformers, unpack
 from liquid_llm.options import TRAIN
 from liquid_llm.report import build_report
-from liquid_llm.run.capturing import capture_signal
-from liquid_llm.run.places import resolve_place
-from liquid_llm.run.training import run_training
 from liquid_llm.runtime import process_peak_memory_bytes
 from liquid_llm.terminal import print_summary, setup_logging
+from liquid_llm.wiring.places import resolve_place
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _row(kind: str, before: Mapping[str, float], after: Mapping[str, float]) -> 
 
 
 def _stored_bytes_per_token(run_dir: Path, stored: list[Path]) -> float:
-    from liquid_llm.teachers.store import read_header
+    from liquid_llm.signal_store.store import read_header
 
     tokens = sum(read_header(path).num_tokens for path in stored)
     return sum(path.stat().st_size for path in stored) / tokens

@@ -22,7 +22,15 @@ from liquid_llm.runtime import has_amx
 log = logging.getLogger(__name__)
 
 # What is asked decides together with these sources of ours; of torch and transformers the version does.
-_SOURCES = ("memory", "losses", "training.py", "models", "teachers/online.py", "teachers/scoring.py", "teachers/codecs")
+_SOURCES = (
+    "memory",
+    "losses",
+    "training.py",
+    "models",
+    "teachers/online.py",
+    "capture/scoring.py",
+    "signal_store/codecs",
+)
 
 
 _SAID: dict[tuple[Path | None, str], MemoryPrediction] = {}

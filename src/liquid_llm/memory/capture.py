@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import torch
 
+from liquid_llm.capture.scoring import Scratch, chunk_rows
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.fake import build, fake_tensors
 from liquid_llm.memory.prediction import BATCH, CODEC, LOSS, TEACHER, TEACHER_WORK, MemoryPrediction
 from liquid_llm.memory.shapes import BatchShape, CaptureShape
 from liquid_llm.memory.training import Peaks, combine, make_batch, online_teacher
-from liquid_llm.teachers.codecs import Codec, get_codec
-from liquid_llm.teachers.codecs.base import encode_as_on
-from liquid_llm.teachers.scoring import Scratch, chunk_rows
+from liquid_llm.signal_store.codecs import Codec, get_codec
+from liquid_llm.signal_store.codecs.base import encode_as_on
 
 # Of the logits encoded to see what the encoder takes. No codec has a scratch buffer of fixed size for more rows.
 _MEASURED_BYTES = (68 * 2**20, 100 * 2**20)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from liquid_llm.runtime import torch_dtype
-from liquid_llm.teachers.codecs import Codec, SampledCodec, TailCodec, TopKCodec
-from liquid_llm.teachers.codecs.intensity import Draws
-from liquid_llm.teachers.codecs.tail_rows import MOST_EXACT, most_draws
+from liquid_llm.signal_store.codecs import Codec, SampledCodec, TailCodec, TopKCodec
+from liquid_llm.signal_store.codecs.tail.intensity import Draws
+from liquid_llm.signal_store.codecs.tail.rows import MOST_EXACT, most_draws
 
 SignalKind = Literal["none", "dense", "sparse", "logits"]
 

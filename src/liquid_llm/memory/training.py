@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
+from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal, SparseSignal
@@ -35,7 +36,7 @@ from liquid_llm.memory.prediction import (
 )
 from liquid_llm.memory.shapes import BatchShape, TrainingShape
 from liquid_llm.models.heads import output_head
-from liquid_llm.models.loading import LoadedModel, ModelIdentity
+from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.student import enable_gradient_checkpointing
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.teachers.online import OnlineTeacher

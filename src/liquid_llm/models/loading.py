@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from liquid_llm.errors import LiquidError, ModelError
+from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.export import write_folder
 from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
 from liquid_llm.models.heads import check_output_head
@@ -27,15 +28,6 @@ from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve
 from liquid_llm.models.tokenizers import tokenizer_hash
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model it is: hub id or file name, commit or content fingerprint, and the tokenizer's hash."""
-
-    id: str
-    revision: str
-    tokenizer_hash: str
 
 
 @dataclass(frozen=True)

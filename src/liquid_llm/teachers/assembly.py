@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
-from liquid_llm.teachers.codecs import StoredSignal
+from liquid_llm.signal_store.codecs import StoredSignal
 
 
 def assemble(signals: Sequence[StoredSignal | None], num_rows: Sequence[int]) -> StoredSignal:

@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from liquid_llm.data.types import MicroBatch, Sample, to_device
+from liquid_llm.data.types import MicroBatch, Sample, SampleSource, to_device
 from liquid_llm.errors import DataError, SignalError
 from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
+from liquid_llm.signal_store.codecs import StoredSignal, check_temperature
+from liquid_llm.signal_store.store import Lookup, StoreReader
 from liquid_llm.teachers.assembly import assemble, merge_repeats
-from liquid_llm.teachers.codecs import StoredSignal, check_temperature
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.samples import SampleSource
-from liquid_llm.teachers.store import Lookup, StoreReader
 
 log = logging.getLogger(__name__)
 

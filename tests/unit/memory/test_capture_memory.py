@@ -11,15 +11,15 @@ from tests.support.memory import preset, real_model
 from tests.support.models import tiny_config
 from transformers import LlamaConfig
 
+from liquid_llm.capture.scoring import Scratch
 from liquid_llm.errors import ModelError, SignalError
 from liquid_llm.memory import CaptureShape, ModelShape, most_slots, predict_capture
 from liquid_llm.memory.capture import encoder_cost
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.prediction import CODEC, LOSS, TEACHER, TEACHER_WORK
 from liquid_llm.memory.training import online_teacher
-from liquid_llm.teachers.codecs import CODECS, get_codec
-from liquid_llm.teachers.codecs.base import encode_as_on
-from liquid_llm.teachers.scoring import Scratch
+from liquid_llm.signal_store.codecs import CODECS, get_codec
+from liquid_llm.signal_store.codecs.base import encode_as_on
 
 GIB = 2**30
 VOCAB_SIZE = 2048

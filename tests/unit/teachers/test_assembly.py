@@ -7,8 +7,8 @@ import torch
 from tests.support.teachers import random_logits
 
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.signal_store.codecs import FullCodec, StoredSignal, TailCodec, TopKCodec
 from liquid_llm.teachers.assembly import assemble, merge_repeats
-from liquid_llm.teachers.codecs import FullCodec, StoredSignal, TailCodec, TopKCodec
 
 
 def sparse(rows: int, k: int, seed: int = 0, temperature: float = 2.0) -> SparseSignal:

@@ -13,16 +13,16 @@ import pytest
 import torch
 from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher
 
+from liquid_llm.capture.job import capture
 from liquid_llm.data.types import MicroBatch, Sample
 from liquid_llm.errors import DataError, SignalError
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
-from liquid_llm.teachers.capture import capture
-from liquid_llm.teachers.codecs import Codec, FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs import Codec, FullCodec, TopKCodec
+from liquid_llm.signal_store.records import file_name
+from liquid_llm.signal_store.store import StoreReader, StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.records import file_name
 from liquid_llm.teachers.router import TeacherRouter
-from liquid_llm.teachers.store import StoreReader, StoreWriter, open_store
 
 BLOCK = 64
 

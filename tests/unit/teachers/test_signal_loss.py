@@ -8,15 +8,15 @@ import pytest
 import torch
 from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher
 
+from liquid_llm.capture.job import capture
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.reference import reference_loss
 from liquid_llm.losses.signals import OutputHead, Signal
-from liquid_llm.teachers.capture import capture
-from liquid_llm.teachers.codecs import Codec, FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs import Codec, FullCodec, TopKCodec
+from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.router import TeacherRouter
-from liquid_llm.teachers.store import StoreWriter, open_store
 
 BATCH = batch_of(make_samples(6, low=10, high=60), 48)
 

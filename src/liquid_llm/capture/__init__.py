@@ -1,0 +1,1 @@
+"""The offline job that scores samples with a teacher and fills a signal store."""

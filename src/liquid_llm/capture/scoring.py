@@ -1,0 +1,181 @@
+"""Samples through the teacher and the codec: hidden states of a batch, logits of a chunk, rows of a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liquid_llm.capture.plan import Item
+from liquid_llm.errors import SignalError
+from liquid_llm.losses.plan import choose_product
+from liquid_llm.losses.products import HeadProducts
+from liquid_llm.losses.signals import OutputHead
+from liquid_llm.signal_store.codecs import Codec, Rows
+from liquid_llm.teachers.online import OnlineTeacher
+
+# Float32 logits that exist at the same time. Elsewhere than on a CPU more rows share one reading of the head.
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+_MAX_CHUNK_ROWS = 1024
+_FEWEST_CHUNK_ROWS = 64  # below it the logits are small beside what a teacher's layers take
+
+
+class Scratch:
+    """Memory for one chunk of logits, used for every chunk: to touch as much anew costs a fifth of computing them.
+
+    Args:
+        device: whose chunks and products to use; None is where the hidden states are.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self._device = device
+        self._memory = torch.empty(0, 0)
+        self._products: HeadProducts | None = None
+        self._halvings = 0
+
+    def rows(self, vocab_size: int, device: torch.device | str) -> int:
+        """Most positions in a chunk."""
+        return max(1, chunk_rows(vocab_size, self._device or device) >> self._halvings)
+
+    def halve(self, head: OutputHead, device: torch.device) -> bool:
+        """Give the memory back and take half as much from now on; False where a chunk is a few positions already.
+
+        Records do not depend on how they are cut into chunks.
+        """
+        self._memory, self._products = torch.empty(0, 0), None
+        if self.rows(head.vocab_size, device) <= _FEWEST_CHUNK_ROWS:
+            return False
+        self._halvings += 1
+        return True
+
+    def logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
+        """Logits of ``hidden`` [positions, hidden], at most a chunk, in float32; to be used before the next call.
+
+        They are float32 out of the product: what is stored of a teacher in bfloat16 is not rounded on the way.
+        """
+        device = self._device or hidden.device
+        if self._memory.shape[1] != head.vocab_size or self._memory.device != hidden.device:
+            self._memory = torch.empty(self.rows(head.vocab_size, device), head.vocab_size, device=hidden.device)
+        products = self._products
+        if products is None or products.head is not head or products.hidden_dtype != hidden.dtype:
+            products = self._products = HeadProducts(head, hidden.dtype, choose_product(device))
+        return products.logits(hidden, self._memory[: hidden.shape[0]])
+
+
+def score(
+    teacher: OnlineTeacher, batch: Sequence[Item], codecs: Mapping[str, Codec], scratch: Scratch
+) -> Iterator[tuple[Item, Rows | SignalError]]:
+    """The encoded rows of each sample of a batch, or why it has none; one forward pass, logits chunk by chunk.
+
+    Args:
+        batch: samples of near-equal length.
+        codecs: type -> codec.
+        scratch: the same for all batches.
+
+    Raises:
+        RuntimeError, IndexError: the teacher or a codec failed; samples already yielded are finished.
+    """
+    vocab_size = teacher.head.vocab_size
+    windows: list[np.ndarray] = []
+    good: list[Item] = []
+    for item in batch:
+        window = item.sample().input_ids[: item.num_tokens]
+        if not window.size:
+            yield item, SignalError("the sample has no tokens")
+        elif int(window.max()) >= vocab_size:
+            yield (
+                item,
+                SignalError("a token outside the vocabulary", got=int(window.max()), expected=f"under {vocab_size}"),
+            )
+        else:
+            good.append(item)
+            windows.append(window)
+    if not good:
+        return
+    with torch.inference_mode():
+        hidden = teacher.hidden(padded_ids(windows))
+        encoders = [_Encoder(item, codecs[item.type]) for item in good]
+        num_rows = [max(len(window) - 1, 0) for window in windows]
+        for chunk in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
+            rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
+            parts = torch.split(scratch.logits(teacher.head, rows), [stop - start for _, start, stop in chunk])
+            for (sample, _, stop), part in zip(chunk, parts, strict=True):
+                encoders[sample].add(part)
+                if stop == num_rows[sample]:
+                    yield good[sample], encoders[sample].result()
+
+
+class _Encoder:
+    """Collects the rows of one sample."""
+
+    def __init__(self, item: Item, codec: Codec) -> None:
+        self._codec = codec
+        self._seed = record_seed(item.sample_id)
+        self._num_rows = 0
+        self._parts: list[Rows] = []
+        self._error: SignalError | None = None
+
+    def add(self, logits: Tensor) -> None:
+        if self._error is not None:
+            return
+        try:
+            rows = self._codec.encode(logits, self._seed, self._num_rows)
+        except SignalError as error:
+            self._error = error
+        else:
+            self._parts.append({name: tensor.cpu() for name, tensor in rows.items()})
+            self._num_rows += logits.shape[0]
+
+    def result(self) -> Rows | SignalError:
+        if self._error is not None:
+            return self._error
+        first = self._parts[0]
+        return (
+            first
+            if len(self._parts) == 1
+            else {name: torch.cat([part[name] for part in self._parts]) for name in first}
+        )
+
+
+def record_seed(sample_id: str) -> int:
+    """What the random numbers of a sample's record follow from: the same in every capture of it."""
+    digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8, person=b"signal").digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def padded_ids(windows: Sequence[np.ndarray]) -> Tensor:
+    """Windows right-padded with 0 to the longest: [batch, time] int64."""
+    ids = np.zeros((len(windows), max(map(len, windows))), dtype=np.int64)
+    for row, window in zip(ids, windows, strict=True):
+        row[: len(window)] = window
+    return torch.from_numpy(ids)
+
+
+def chunks(num_rows: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Runs of positions ``(sample, start, stop)``, a chunk being the ``limit`` that have their logits at the same time.
+
+    Samples are cut at multiples of a chunk from their own start, whatever their neighbours are, so that a codec that
+    draws sees the same calls in every batch. A sample without positions has one empty run.
+    """
+    chunk: list[tuple[int, int, int]] = []
+    held = 0
+    for sample, count in enumerate(num_rows):
+        for start in range(0, max(count, 1), limit):
+            stop = min(start + limit, count)
+            if chunk and held + stop - start > limit:
+                yield chunk
+                chunk, held = [], 0
+            chunk.append((sample, start, stop))
+            held += stop - start
+    if chunk:
+        yield chunk
+
+
+def chunk_rows(vocab_size: int, device: torch.device | str = "cpu") -> int:
+    """Most positions whose logits exist at the same time."""
+    if torch.device(device).type == "cpu":
+        return max(1, _CPU_CHUNK_BYTES // (4 * vocab_size))
+    return max(1, min(_MAX_CHUNK_ROWS, _CHUNK_BYTES // (4 * vocab_size)))

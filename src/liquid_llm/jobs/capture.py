@@ -1,0 +1,183 @@
+"""A capture job from options to exit code (Stage A)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from liquid_llm.capture.job import CaptureSummary, capture
+from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
+from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.data.types import STORED_TYPES
+from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
+from liquid_llm.jobs.prepare import prepare_inputs
+from liquid_llm.models.loading import identify, load_tokenizer
+from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory, launched_as
+from liquid_llm.signal_store.codecs import Codec, TopKCodec, get_codec
+from liquid_llm.signal_store.description import present_layout, require_own
+from liquid_llm.signal_store.records import SignalIdentity
+from liquid_llm.signal_store.store import StoreWriter
+from liquid_llm.terminal import Stage, setup_logging
+from liquid_llm.wiring.fitting import check_capture_fit, say_fit
+from liquid_llm.wiring.inputs import TextTools, read_manifest_inputs
+from liquid_llm.wiring.teachers import STORE_OPTIONS, load_online, text_tools
+from liquid_llm.wiring.tokens import read_token
+
+log = logging.getLogger(__name__)
+
+
+def run_capture(given: Mapping[str, object], new_layout: str) -> int:
+    """Run one capture job; prints its summary as one JSON line on stdout and returns the exit code.
+
+    Args:
+        given: option name -> value.
+        new_layout: of stores that are not there yet, where no option says so.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+        Interrupted: the process was asked to stop; everything begun is written.
+    """
+    setup_logging("INFO")
+    config = build_capture_config(given)
+    prepare_inputs(config.data, STORED_TYPES)
+    summary = capture_signal(config, new_layout)
+    print(json.dumps(summary.as_dict(), sort_keys=True), flush=True)
+    if summary.interrupted:
+        raise Interrupted(
+            f"stopped with {summary.written + summary.skipped:,} records complete",
+            remedy="run the same command again to go on",
+        )
+    if summary.too_large:
+        raise DeviceError(
+            f"{summary.too_large:,} samples do not fit into the device's memory even alone; the rest is captured",
+            got=summary.consumers,
+            remedy="shorten --seq_len, use a smaller teacher or a larger device, and run the same command again",
+        )
+    return DataError.exit_code if summary.failed else 0
+
+
+def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
+    """Score the maths and code samples of the manifest that have no complete record yet."""
+    teacher_id = config.teacher.stored_id
+    assert teacher_id is not None
+    codec = codec_of(config.store)
+    token = read_token(config.teacher)
+    text = text_tools(load_tokenizer(teacher_id, token=token))
+    if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
+        expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
+        raise UsageError("more ids than there are", where="--topk", got=codec.k, expected=expected)
+    datasets = _datasets(config, text)
+    teacher = identify(teacher_id, text.hash, token=token)
+    layouts = _layouts(config, datasets, SignalIdentity.of(codec, teacher, text.vocab_size), new_layout)
+    device = torch.device(choose_device(config.device).value)
+    if device.type == "cpu":
+        keep_freed_memory()
+    loaded, _ = load_online(teacher_id, config.teacher, device, token)
+    rank, world_size = launched_as()
+    vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
+    writers = {}
+    for kind, layout in layouts.items():
+        folder = _folder(config, kind)
+        writers[kind] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout)
+        log.info("%s goes to %s, layout %s", kind, folder, layout)
+    lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
+    longest = max((int(one.max()) for one in lengths if one.size), default=0)
+    fit = check_capture_fit(config, loaded.model, codec, longest, vocab_size)
+    say_fit(fit, device)
+    windows = sum(int(one.sum()) for one in lengths)
+    with StopSignal() as stop, Stage("capture", unit="tokens", total=windows // world_size) as stage:
+        summary = capture(
+            datasets,
+            writers,
+            loaded,
+            seq_len=config.data.seq_len,
+            batch_size=config.data.batch_size,
+            num_workers=max(1, config.data.num_workers),
+            overwrite=config.store.overwrite,
+            progress=stage.advance,
+            stopping=lambda: stop.requested,
+            rank=rank,
+            world_size=world_size,
+        )
+    if summary.too_large:
+        summary.consumers = fit.largest()
+    return summary
+
+
+def codec_of(store: StoreConfig) -> Codec:
+    """The codec asked for.
+
+    Raises:
+        UsageError: a setting is not a name and a number, is given twice, or is not one that this codec has.
+    """
+    values = _settings(store.codec_options or "")
+    if store.topk is not None:
+        if store.codec != TopKCodec.name or "k" in values:
+            raise UsageError(
+                "a setting of codec 'topk' only, to be given once",
+                where="--topk",
+                got=f"--codec={store.codec}" + (f" --codec_options={store.codec_options}" if values else ""),
+                remedy="leave --topk out, or give --codec=topk",
+            )
+        values["k"] = store.topk
+    try:
+        return get_codec(store.codec, options=values)
+    except SignalError as error:
+        raise UsageError(error.problem, where="--codec_options", got=error.got, expected=error.expected) from error
+
+
+def _settings(text: str) -> dict[str, int | float]:
+    """``name=number,name=number`` as a mapping."""
+    values: dict[str, int | float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, number = (word.strip() for word in part.partition("="))
+        try:
+            value: int | float = int(number) if number.lstrip("-").isdigit() else float(number)
+        except ValueError:
+            value = math.nan
+        if not name or name in values or not math.isfinite(value):
+            raise UsageError(
+                f"the setting {name!r} is there twice" if name in values else "a setting is not a name and a number",
+                where="--codec_options",
+                got=repr(part),
+                expected="name=number,name=number, such as draws_t1=48,draws_t2=30",
+            )
+        values[name] = value
+    return values
+
+
+def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDataset]]:
+    with Stage("tokenise", unit="tokens", total=None) as stage:
+        inputs = read_manifest_inputs(
+            config.data, text, only=STORED_TYPES, progress=lambda _, tokens: stage.advance(tokens)
+        )
+    datasets: dict[str, list[TokenDataset]] = {}
+    for dataset in inputs.everything:
+        _folder(config, dataset.type)
+        datasets.setdefault(dataset.type, []).append(dataset)
+    return datasets
+
+
+def _layouts(config: CaptureConfig, kinds: Iterable[str], identity: SignalIdentity, new_layout: str) -> dict[str, str]:
+    """The layout of each type's store. One that is there and not of this identity is refused here, before the teacher's
+    weights are loaded: those of a large one take minutes."""
+    layouts = {}
+    for kind in kinds:
+        folder = _folder(config, kind)
+        there = present_layout(folder)
+        layouts[kind] = config.store.format or there or new_layout
+        if there is not None:
+            require_own(folder, identity, layouts[kind])
+    return layouts
+
+
+def _folder(config: CaptureConfig, kind: str) -> str:
+    folder = getattr(config.teacher, STORE_OPTIONS[kind])
+    if folder is None:
+        option = f"--{STORE_OPTIONS[kind].replace('_dir', '')}_logits_dir"
+        raise UsageError(f"the manifest has {kind} samples but {option} is not given", where=option)
+    return str(folder)

@@ -1,0 +1,204 @@
+"""``--dry_run``: everything a run needs is looked at, two steps are taken on real data, and nothing is kept.
+
+What was found is printed twice: as a table for people on standard error, as one JSON object for programs on standard
+output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import nn
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import latest_checkpoint
+from liquid_llm.config import RunConfig
+from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.data.types import Sample
+from liquid_llm.formatting import format_bytes, format_seconds
+from liquid_llm.runtime import process_peak_memory_bytes
+from liquid_llm.signal_store.store import StoreReader
+from liquid_llm.terminal import print_facts
+from liquid_llm.training import StepResult, StepSchedules
+from liquid_llm.wiring.fitting import Fit
+from liquid_llm.wiring.inputs import Inputs
+from liquid_llm.wiring.places import Place
+from liquid_llm.wiring.rehearsal import Rehearsal, time_to_the_end
+from liquid_llm.wiring.start import Start
+
+log = logging.getLogger(__name__)
+
+_ADAM_BYTES = 8  # two float32 moments a parameter
+_PARAMETER_BYTES = 4
+_READERS = 8
+_SHOWN_STEPS = 3
+
+
+def check_place(place: Place) -> dict[str, Any]:
+    """Whether the run directory and its mirrors can be written, without leaving a trace; what it would continue.
+
+    Raises:
+        StorageError: one of them cannot.
+    """
+    storage.check_writable(str(place.run_dir))
+    elsewhere = {"mirror": place.remote, "tensorboard": place.tensorboard, "model": place.model}
+    for uri in elsewhere.values():
+        if uri is not None:
+            storage.check_writable(uri)
+    found = latest_checkpoint(place.run_dir) if place.run_dir.is_dir() else None
+    continues = None if found is None else {"checkpoint": str(found.path), "step": found.step}
+    return {"run_directory": str(place.run_dir), **elsewhere, "would_continue": continues}
+
+
+def check_records(stores: Mapping[str, StoreReader], inputs: Inputs, window: int) -> dict[str, dict[str, Any]]:
+    """Every sample's stored record, looked up and verified: usable, missing, stale or corrupt by type.
+
+    Raises:
+        StorageError: a store cannot be read.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for kind, store in stores.items():
+        counts: Counter[str] = Counter()
+        example: dict[str, str] = {}
+        datasets = [source.dataset for source in inputs.sources if source.dataset.type == kind]
+        with ThreadPoolExecutor(_READERS, "check") as threads:
+            for sample, lookup in threads.map(
+                lambda sample, store=store: (sample, store.check(sample, window)),
+                _samples([*datasets, *inputs.validation.get(kind, [])]),
+            ):
+                counts[lookup.status] += 1
+                if lookup.status != "usable":
+                    example.setdefault(lookup.status, f"{sample.sample_id}: {lookup.reason}")
+        total = sum(counts.values())
+        rows[kind] = {"samples": total, "coverage": counts["usable"] / total if total else 0.0, **counts}
+        if example:
+            rows[kind]["examples"] = example
+    return rows
+
+
+def _samples(datasets: Sequence[TokenDataset]) -> Iterator[Sample]:
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            yield dataset.sample(index)
+
+
+def estimate(config: RunConfig, student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
+    """Bytes a run takes: memory of weights, gradients and moments; a checkpoint; all snapshots kept; all uploads."""
+    parameters = sum(one.numel() for one in student.parameters())
+    training = parameters * (2 * _PARAMETER_BYTES + _ADAM_BYTES)
+    reference = parameters * _PARAMETER_BYTES if config.objective.l2 > 0 else 0
+    held = 0 if teacher is None else sum(one.numel() * one.element_size() for one in teacher.parameters())
+    checkpoint = parameters * (_PARAMETER_BYTES + _ADAM_BYTES)
+    every, steps = config.output.save_every_steps, config.optimizer.steps
+    saves = 1 + (steps // every if every else 0)
+    return {
+        "parameters": parameters,
+        "memory_weights_gradients_moments_bytes": training + reference,
+        "memory_teacher_bytes": held,
+        "checkpoint_bytes": checkpoint,
+        # best can lie outside the last snapshots; last and final are links to one of them
+        "disk_bytes": checkpoint * (min(saves, config.output.keep_last) + 1) + parameters * _PARAMETER_BYTES,
+        "upload_bytes": checkpoint * saves + parameters * _PARAMETER_BYTES,
+    }
+
+
+def schedule_values(schedules: StepSchedules, first: int) -> list[dict[str, float]]:
+    """What the schedules say for the first steps."""
+    return [{"step": step, **vars(schedules.at(step))} for step in range(first, first + _SHOWN_STEPS)]
+
+
+def one_step(result: StepResult) -> dict[str, Any]:
+    """The first step as plain values."""
+    positions = sum(one.output.num_positions for one in result.scored)
+    return {
+        "types": [one.batch.type for one in result.scored],
+        "tokens": sum(one.batch.num_tokens for one in result.scored),
+        "loss": sum(float(one.output.loss.detach()) for one in result.scored) / positions,
+        "kd_coverage": sum(one.output.num_signal for one in result.scored) / positions,
+        "grad_norm": result.grad_norm,
+        "peak_memory_bytes": process_peak_memory_bytes(),
+    }
+
+
+def measured(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any]:
+    """What follows from the two steps: speed, time to the end, and what that costs where the price is known."""
+    remaining = time_to_the_end(config, start.step, start.state is None, found)
+    price = config.price_per_hour
+    cost = None if price is None else {"price_per_hour": price, "whole_run": price * remaining["seconds"] / 3600}
+    return {
+        "one_step": one_step(found.first),
+        "timed_step": found.timed_step(),
+        "evaluation_seconds": found.eval_seconds,
+        "save_seconds": found.save_seconds,
+        "time_to_the_end": remaining,
+        "cost": cost,
+        "device_peak_memory_bytes": found.device_peak_bytes,
+    }
+
+
+def print_findings(findings: Mapping[str, Any], fit: Fit) -> None:
+    """The dry run's findings: a table on standard error, one JSON object on standard output."""
+    print_facts("dry run: nothing was kept", _lines(findings, fit))
+    print(json.dumps(findings, indent=2, default=str))
+
+
+def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
+    place, step, timed = findings["place"], findings["one_step"], findings["timed_step"]
+    types, timed_types = " ".join(step["types"]), " ".join(timed["types"])
+    speed = f"{timed['tokens_per_second']:,.0f} tokens/s"
+    remaining, sizes, cost = findings["time_to_the_end"], findings["estimate"], findings["cost"]
+    lines = [
+        ("writes to", ", ".join(str(place[name]) for name in ("run_directory", "mirror") if place[name])),
+        ("starts from", f"{findings['starts_from']['source']}, step {findings['starts_from']['step']}"),
+    ]
+    lines += [(kind, _words_of_data(row)) for kind, row in findings["data"].items()]
+    lines += [(f"signal of {kind}", _words_of_signal(row)) for kind, row in findings["signal"].items()]
+    lines += [(name, f"{choice['value']} ({choice['reason']})") for name, choice in findings["choices"].items()]
+    lines += [
+        ("first step", f"loss {step['loss']:.4f}, {types}, {step['kd_coverage']:.0%} with signal"),
+        (
+            "second step",
+            f"{timed['seconds']:.3g} s, {speed}, {timed_types}",
+        ),
+        ("memory", fit.line.removeprefix("memory: ")),
+    ]
+    if fit.prediction is not None:
+        lines.append(("  most is", fit.largest()))
+    if fit.verdict is not None:
+        lines += [("  fits with", f"{one.change}: {format_bytes(one.needed_bytes)}") for one in fit.verdict.options]
+    lines.append(("  measured", _words_of_peak(findings, fit)))
+    lines += [
+        ("a checkpoint", format_bytes(sizes["checkpoint_bytes"])),
+        ("disk, uploads", f"{format_bytes(sizes['disk_bytes'])}, {format_bytes(sizes['upload_bytes'])}"),
+        ("to the end", _words_of_time(remaining)),
+    ]
+    if cost is not None:
+        lines.append(("cost", f"{cost['whole_run']:,.3g} at {cost['price_per_hour']:g} an hour"))
+    return lines
+
+
+def _words_of_data(row: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items())
+
+
+def _words_of_signal(row: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{row[name]:,} {name}" for name in ("usable", "missing", "stale", "corrupt") if row.get(name))
+    return f"{row['coverage']:.1%} of {row['samples']:,} samples usable" + (f" ({counts})" if counts else "")
+
+
+def _words_of_peak(findings: Mapping[str, Any], fit: Fit) -> str:
+    peak = findings["device_peak_memory_bytes"]
+    if peak is None:
+        return "no: this device does not count its tensors"
+    predicted = "" if fit.prediction is None else f"; {format_bytes(fit.prediction.peak_bytes)} predicted"
+    return f"{format_bytes(peak)} in two steps and an evaluation{predicted}"
+
+
+def _words_of_time(remaining: Mapping[str, float]) -> str:
+    counts = f"{remaining['steps']:,} steps, {remaining['evaluations']:,} evaluations, {remaining['saves']:,} saves"
+    return f"{format_seconds(remaining['seconds'])}: {counts}"

@@ -1,0 +1,70 @@
+"""``liquid inspect``: what a checkpoint, run directory, signal store or manifest holds, as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from liquid_llm import storage
+from liquid_llm.data.manifest import entry_files, read_manifest
+from liquid_llm.errors import UsageError
+from liquid_llm.metrics import read_metrics
+from liquid_llm.signal_store.description import STORE_FILE
+from liquid_llm.signal_store.store import open_store
+
+_CHECKPOINT = ".pt"
+_SIDECAR = ".meta.json"
+
+
+def inspect(uri: str) -> int:
+    """Print what ``uri`` holds; returns the exit code.
+
+    Raises:
+        UsageError: there is nothing there this project writes or reads.
+        LiquidError: it is there and cannot be read.
+    """
+    print(json.dumps(describe(uri), indent=2, sort_keys=True, default=str))
+    return 0
+
+
+def describe(uri: str) -> dict[str, Any]:
+    """The same as a mapping whose ``kind`` says what was found."""
+    if uri.endswith(_CHECKPOINT):
+        sidecar = uri[: -len(_CHECKPOINT)] + _SIDECAR
+        return {"kind": "checkpoint", **json.loads(storage.read_bytes(sidecar))}
+    if uri.endswith((".jsonl", ".manifest")):
+        return _manifest(uri)
+    names = {info.name: info for info in storage.list_files(uri)}
+    if STORE_FILE in names:
+        return {"kind": "store", **open_store(uri).describe()}
+    sidecars = sorted(name for name in names if name.endswith(_SIDECAR) and "/" not in name)
+    if sidecars or "metrics.jsonl" in names:
+        return _run(uri, sidecars)
+    raise UsageError(
+        "nothing to inspect here",
+        where=uri,
+        expected="a run directory, a .pt checkpoint, a signal store or a .jsonl manifest",
+    )
+
+
+def _manifest(uri: str) -> dict[str, Any]:
+    entries = read_manifest(uri)
+    files = {entry.path: len(entry_files(entry)) for entry in entries}
+    rows = [{"path": e.path, "type": e.type, "weight": e.weight, "files": files[e.path]} for e in entries]
+    return {"kind": "manifest", "entries": rows, "types": dict(Counter(entry.type for entry in entries))}
+
+
+def _run(uri: str, sidecars: list[str]) -> dict[str, Any]:
+    checkpoints = {}
+    for name in sidecars:
+        metadata = json.loads(storage.read_bytes(storage.join(uri, name)))
+        checkpoints[name[: -len(_SIDECAR)]] = {key: metadata[key] for key in ("step", "tokens_seen", "block_size")}
+    found: dict[str, Any] = {"kind": "run", "checkpoints": checkpoints}
+    if not storage.is_remote(uri):
+        rows = read_metrics(storage.local_path(uri))
+        for kind in ("train", "eval"):
+            last = [row for row in rows if row["kind"] == kind][-1:]
+            if last:
+                found[f"last_{kind}"] = last[0]
+    return found

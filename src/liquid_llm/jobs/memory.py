@@ -1,0 +1,243 @@
+"""``liquid memory``: what a job would take, before there is data, weights or a GPU; from options to exit code.
+
+Only configurations are read: of the student a preset, a ``config.json``, a folder or the id of a model; of the teacher
+the same but a preset. The micro-batch is the largest that the options allow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liquid_llm import storage
+from liquid_llm.config import CaptureConfig, RunConfig, build_capture_config, build_run_config
+from liquid_llm.errors import DeviceError, UsageError
+from liquid_llm.formatting import format_bytes
+from liquid_llm.jobs.capture import codec_of
+from liquid_llm.memory import (
+    CaptureShape,
+    MemoryPrediction,
+    ModelShape,
+    Verdict,
+    available_bytes,
+    predict_training,
+)
+from liquid_llm.models.loading import open_config
+from liquid_llm.models.sources import resolve
+from liquid_llm.models.student import PRESETS, file_config, student_config
+from liquid_llm.options import ANNEAL, CAPTURE
+from liquid_llm.runtime import Choice, choose_device, choose_dtype
+from liquid_llm.terminal import print_facts, setup_logging
+from liquid_llm.wiring.fitting import judge, judge_capture, memory_cache, resolve_auto
+from liquid_llm.wiring.shapes import Models, nominal_shape, stored_codec, with_positions
+from liquid_llm.wiring.tokens import read_token
+
+_L4_BYTES = 22 * 2**30  # 24 GB less what the context takes
+_NOWHERE = "-"  # for options that a job needs and its memory does not depend on
+
+
+@dataclass(frozen=True)
+class Card:
+    """The memory a job is compared with, and where that number comes from; ``kind`` of device it is on."""
+
+    kind: str
+    bytes: int
+    origin: str
+
+
+def run_memory(face: str, given: Mapping[str, object]) -> int:
+    """Say what a job of ``face`` takes and whether it fits: a table on stderr, one JSON object on stdout.
+
+    Returns:
+        0 when it fits, 6 when it does not.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    setup_logging("WARNING")
+    options = dict(given)
+    asked = options.pop("gpu_memory", None)
+    if face == CAPTURE:
+        capture = build_capture_config(_with_places(options, "dataset_manifest", "math_logits_dir", "code_logits_dir"))
+        card = _card(capture.device, asked)
+        found = _capture(capture, card)
+    else:
+        needed = ["dataset_name"] if face == ANNEAL else ["dataset_manifest"]
+        if options.get("keep_old_logit_l2"):
+            needed.append("resume_gcs_uri")
+        price = options.pop("price_per_hour", None)
+        config = build_run_config(face, _with_places(options, *needed))
+        card = _card(config.device, asked)
+        found = _training(config, card, price)
+    print_facts("memory, worked out from configurations, not measured", _lines(found, card))
+    print(json.dumps(found.as_dict(card), indent=2))
+    return 0 if found.verdict.fits else DeviceError.exit_code
+
+
+def _with_places(options: Mapping[str, object], *names: str) -> dict[str, object]:
+    return {**dict.fromkeys(names, _NOWHERE), **options}
+
+
+def _card(requested: str, asked: object) -> Card:
+    """The device that is meant: the one here, or one that is not here yet."""
+    if asked is not None:
+        kind = "cpu" if requested == "cpu" else "cuda"
+        return Card(kind, int(str(asked)), "--gpu_memory")
+    meant_for_cuda = requested == "auto" or torch.device(requested).type == "cuda"
+    if meant_for_cuda and not torch.cuda.is_available():
+        return Card("cuda", _L4_BYTES, "an NVIDIA L4's: no GPU is here, and --gpu_memory is not given")
+    device = torch.device(choose_device(requested).value)
+    free = available_bytes(device)
+    if free is None:
+        raise UsageError(
+            "what is free on this device is not known", where=f"--device={requested}", remedy="give --gpu_memory"
+        )
+    return Card(device.type, free, f"free on {device} now")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is printed."""
+
+    what: str
+    prediction: MemoryPrediction
+    verdict: Verdict
+    choices: Mapping[str, Choice]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self, card: Card) -> dict[str, Any]:
+        return {
+            "job": self.what,
+            "measured": False,
+            "prediction": self.prediction.as_dict(),
+            "available": vars(card),
+            "verdict": self.verdict.as_dict(),
+            "choices": {name: vars(choice) for name, choice in self.choices.items()},
+            "notes": list(self.notes),
+        }
+
+
+def _training(config: RunConfig, card: Card, price: object) -> _Found:
+    token = read_token(config.teacher)
+    teacher = None
+    if config.teacher.online_id is not None:
+        teacher = _configuration(config.teacher.online_id, token)
+    student = _student(config, teacher, token)
+    models = Models(
+        student,
+        None if teacher is None else ModelShape.of(teacher, _dtype(config.teacher.precision, card)),
+        _dtype(config.student.precision, card),
+        _vocab_size(teacher) if teacher is not None else _vocab_of(student),
+        stored_codec(config),
+    )
+    cache = memory_cache()
+    settled, choices = resolve_auto(config, models, card.bytes, card.kind, cache=cache)
+    shape = nominal_shape(settled, models, card.kind)
+    prediction = predict_training(shape, cache)
+    fit = judge(settled, shape, prediction, card.bytes, cache)
+    assert fit.verdict is not None
+    notes = []
+    if price is not None:
+        notes.append("the cost follows from the speed, which only a run on the card says: --dry_run --price_per_hour")
+    words = f"{config.face}, {settled.data.batch_size} x {settled.data.block_size} tokens a micro-batch"
+    return _Found(words, prediction, fit.verdict, choices, tuple(notes))
+
+
+def _capture(config: CaptureConfig, card: Card) -> _Found:
+    teacher_id = config.teacher.stored_id
+    assert teacher_id is not None
+    teacher = _configuration(teacher_id, read_token(config.teacher))
+    codec = codec_of(config.store)
+    shape = CaptureShape(
+        teacher=ModelShape.of(teacher, _dtype(config.teacher.precision, card)),
+        rows=config.data.batch_size,
+        time=config.data.seq_len,
+        vocab_size=_vocab_size(teacher),
+        codec=codec.name,
+        options=dict(codec.options),
+        device=card.kind,
+    )
+    fit = judge_capture(shape, config.data.batch_size, card.bytes)
+    prediction, verdict = fit.prediction, fit.verdict
+    assert prediction is not None
+    assert verdict is not None
+    notes = (prediction.measured_part,) if prediction.measured_part else ()
+    return _Found(f"capture, {shape.rows} x {shape.time} tokens a batch", prediction, verdict, {}, notes)
+
+
+def _dtype(requested: str, card: Card) -> str:
+    """As a run on that device would choose; a GPU that is not here is taken to compute in bfloat16."""
+    if requested == "auto" and card.kind != "cpu" and not torch.cuda.is_available():
+        return "bfloat16"
+    return choose_dtype(requested, card.kind).value
+
+
+def _configuration(model_id: str, token: str | None) -> Any:
+    if model_id.endswith(".json"):
+        return file_config(model_id)
+    return open_config(resolve(model_id, token=token), model_id, token)
+
+
+def _vocab_size(config: Any) -> int:
+    return int(config.get_text_config(decoder=True).vocab_size)
+
+
+def _vocab_of(student: ModelShape) -> int:
+    return int(student.config.get("vocab_size") or student.config["text_config"]["vocab_size"])
+
+
+def _student(config: RunConfig, teacher: Any, token: str | None) -> ModelShape:
+    """The student that is named, else the one that is resumed."""
+    uri = config.student.resume_uri
+    if uri not in (None, _NOWHERE) and "student" not in config.given:
+        return ModelShape(_resumed(str(uri)))
+    spec = config.student.spec
+    if teacher is None and spec in PRESETS:
+        raise UsageError(
+            "nothing says how large the vocabulary is",
+            where=f"--student={spec}",
+            remedy="name a teacher, or a model or config.json as --student",
+        )
+    own = 0 if teacher is not None else _vocab_size(_configuration(spec, token))
+    vocab_size = own or _vocab_size(teacher)
+    made = student_config(spec, vocab_size=vocab_size, bos_id=0, eos_id=0, token=token)
+    return ModelShape.of(with_positions(made, config))
+
+
+def _resumed(uri: str) -> Mapping[str, Any]:
+    """The configuration of a checkpoint's student, from the small file beside the weights."""
+    where = storage.join(uri, "config.json")
+    if uri.endswith(".pt"):
+        where = uri.removesuffix(".pt") + ".meta.json"
+    elif uri.endswith(".zip"):
+        raise UsageError("a zip is not opened for its configuration", where=uri, remedy="name its shape with --student")
+    try:
+        found = json.loads(storage.read_bytes(where))
+        config = found["student"]["config"] if uri.endswith(".pt") else found
+    except (ValueError, LookupError, TypeError):  # damaged, or of something else
+        config = None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UsageError("no configuration of a student", where=where, remedy="name its shape with --student")
+    return config
+
+
+def _lines(found: _Found, card: Card) -> list[tuple[str, str]]:
+    prediction = found.prediction
+    lines = [("job", found.what)]
+    lines += [(name, f"{choice.value} ({choice.reason})") for name, choice in found.choices.items()]
+    lines += [(f"peak, {stage}", format_bytes(size)) for stage, size in prediction.stages.items() if stage]
+    lines.append(("at rest", format_bytes(prediction.rest_bytes)))
+    lines.append(("largest", f"{format_bytes(prediction.peak_bytes)} of tensors: {prediction.peak_batch}"))
+    lines += [(f"  {name}", format_bytes(size)) for name, size in prediction.consumers.items()]
+    allowances = [f"{format_bytes(prediction.fragmentation_bytes)} for fragmentation"]
+    if prediction.workspace_bytes:
+        allowances.append(f"{format_bytes(prediction.workspace_bytes)} for libraries' workspaces")
+    lines.append(("allowances", ", ".join(allowances)))
+    lines.append(("available", f"{format_bytes(card.bytes)}, {card.origin}"))
+    lines.append(("fits", found.verdict.words))
+    lines += [("  with", f"{one.change}: {format_bytes(one.needed_bytes)}") for one in found.verdict.options]
+    return lines + [("note", note) for note in found.notes]

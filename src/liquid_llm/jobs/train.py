@@ -1,0 +1,211 @@
+"""A training job from options to exit code: both training faces."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from liquid_llm.checkpoint.discovery import latest_checkpoint
+from liquid_llm.checkpoint.store import CheckpointStore
+from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules
+from liquid_llm.device import deterministic_algorithms, prepare_allocator
+from liquid_llm.errors import Interrupted
+from liquid_llm.jobs.dry_run import check_place, check_records, estimate, measured, print_findings, schedule_values
+from liquid_llm.jobs.prepare import prepare_inputs
+from liquid_llm.metrics import MetricsWriter
+from liquid_llm.models.export import save_student
+from liquid_llm.models.loading import quiet_transformers
+from liquid_llm.provenance import write_provenance
+from liquid_llm.report import build_report
+from liquid_llm.runtime import StopSignal
+from liquid_llm.terminal import Stage, setup_logging
+from liquid_llm.training import Trainer
+from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
+from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
+from liquid_llm.wiring.parts import BatchFeed, Parts, build_parts
+from liquid_llm.wiring.places import Place, resolve_place
+from liquid_llm.wiring.recorder import Recorder
+from liquid_llm.wiring.rehearsal import rehearse
+from liquid_llm.wiring.start import Start, continue_from, find_start, settle_context, shown_metadata
+
+log = logging.getLogger(__name__)
+
+
+def run_training(face: str, given: Mapping[str, object]) -> int:
+    """Run one training job; returns the exit code.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+        Interrupted: the process was asked to stop and the state is saved.
+    """
+    setup_logging("INFO")
+    prepare_allocator()
+    config = build_run_config(face, given)
+    with deterministic_algorithms(config.deterministic):
+        return _run(face, given, config)
+
+
+def _run(face: str, given: Mapping[str, object], config: RunConfig) -> int:
+    place = resolve_place(config)
+    if config.dry_run:
+        return _dry_run(face, given, config, place)
+    with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
+        config, start = _merge(face, given, config, find_start(config, place, store))
+        if _nothing_to_do(config, start, store):
+            if config.optimizer.steps > 0 and start.kind == "continue":
+                send_what_is_lacking(place)
+            return 0
+        _train(config, place, store, start)
+    return 0
+
+
+def _merge(face: str, given: Mapping[str, object], config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
+    """The configuration with the checkpoint's metadata behind what was given, and what goes on at that block size."""
+    config = build_run_config(face, given, start.options(face, given))
+    settled = settle_context(start, config)
+    if start.metadata is not None:
+        log.info("checkpoint metadata: %s", shown_metadata(start.metadata))
+    log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.source)
+    return build_run_config(face, given, settled.options(face, given)), settled
+
+
+def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> bool:
+    step, steps = start.step, config.optimizer.steps
+    schedules = build_schedules(config)
+    log.info("step %d: alpha %g, T %g", step, schedules.alpha.value(step), schedules.temperature.value(step))
+    if steps == 0:
+        log.info("0 steps asked for: nothing is trained or written")
+        return True
+    if step < steps:
+        return False
+    if start.kind == "continue" and not (store.run_dir / "student").is_dir():
+        return False  # killed between the last step and the end: what is left is done
+    log.info("already at step %d of %d: nothing to do", step, steps)
+    return True
+
+
+def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
+    preparation = prepare_inputs(config.data)
+    parts = build_parts(config, start)
+    config = parts.config
+    fit = check_fit(config, parts)
+    say_fit(fit, parts.device)
+    if config.output.restart:  # not before everything that can fail has not
+        store.set_aside()
+    _write_provenance(config, place, start, parts, preparation, fit)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
+        resume_step = parts.progress.step if start.kind == "continue" else None
+        metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step))
+        mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
+        trainer = _trainer(config, parts, feed, lambda: stop.requested)
+        trainer.consumers = parts.evaluator.consumers = fit.largest
+        recorder = Recorder(config, trainer, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
+        trainer.hooks = recorder.hooks()
+        if start.state is None:
+            recorder.evaluate()
+        else:
+            recorder.probe()
+        with Stage("train", unit="steps", total=trainer.total_steps, done=trainer.progress.step) as stage:
+            recorder.stage = stage
+            done = trainer.train()
+        if not done:
+            recorder.save(snapshot=True)
+            mirrors.close()
+            raise Interrupted(
+                f"stopped at step {trainer.progress.step} of {trainer.total_steps} with the state saved",
+                where=place.shown,
+                remedy="run the same command again to go on",
+            )
+        recorder.finish()
+        with quiet_transformers():
+            save_student(parts.built.model, parts.text.tokenizer, place.run_dir / "student")
+        build_report(place.run_dir)
+        mirrors.finish()
+    log.info("done: %s", place.shown)
+
+
+def _trainer(config: RunConfig, parts: Parts, feed: BatchFeed, stopping: Callable[[], bool]) -> Trainer:
+    return Trainer(
+        parts.student,
+        parts.optimizer,
+        parts.schedules,
+        feed,
+        parts.progress,
+        config.optimizer.steps,
+        config.optimizer.grad_accum,
+        config.optimizer.grad_clip,
+        stopping=stopping,
+    )
+
+
+def _write_provenance(
+    config: RunConfig, place: Place, start: Start, parts: Parts, preparation: Mapping[str, Any], fit: Fit
+) -> None:
+    write_provenance(
+        place.run_dir,
+        config=as_plain(config),
+        manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in parts.inputs.entries],
+        readiness={
+            "types": parts.inputs.readiness(),
+            "signal": parts.teachers.coverage,
+            **preparation.get("readiness", {}),
+        },
+        datasets={
+            "name": config.data.dataset_name,
+            "config": config.data.dataset_config,
+            **preparation.get("datasets", {}),
+        },
+        choices={name: {"value": str(choice.value), "reason": choice.reason} for name, choice in parts.choices.items()},
+        extra={
+            "start": {"kind": start.kind, "source": start.source, "step": start.step},
+            "student": parts.built.description,
+            "parameters": sum(p.numel() for p in parts.built.model.parameters()),
+            "teachers": parts.teachers.identities,
+            "memory": fit.as_dict(),
+        },
+    )
+
+
+def _would_start(config: RunConfig, place: Place, nowhere: Place, store: CheckpointStore) -> Start:
+    """What the run itself would start from, without a trace: its directory is read, its mirror fetched elsewhere."""
+    there = place.run_dir.is_dir() and not config.output.restart
+    found = latest_checkpoint(place.run_dir) if there else None
+    if found is not None:
+        return continue_from(store, found)
+    return find_start(config, replace(nowhere, remote=place.remote), store)
+
+
+def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: Place) -> int:
+    """Look at everything, take two steps on real data in a folder that is thrown away, print what was found."""
+    findings: dict[str, Any] = {"place": check_place(place)}
+    with tempfile.TemporaryDirectory() as folder:
+        nowhere = Place(Path(folder), None)
+        with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
+            config, start = _merge(face, given, config, _would_start(config, place, nowhere, store))
+        parts = build_parts(config, start)
+        config = parts.config
+        fit = check_fit(config, parts, keep=False)
+        sizes = estimate(config, parts.built.model, parts.teachers.online_model)
+        findings |= {
+            "starts_from": {"kind": start.kind, "source": start.source, "step": start.step},
+            "data": parts.inputs.readiness(),
+            "signal": check_records(parts.teachers.stores, parts.inputs, config.data.seq_len),
+            "choices": {name: vars(choice) for name, choice in parts.choices.items()},
+            "estimate": sizes,
+            "memory": fit.as_dict(),
+            "schedules": schedule_values(parts.schedules, start.step),
+        }
+        two_more = replace(config.optimizer, steps=parts.progress.step + 2)
+        with BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers) as feed:
+            trainer = _trainer(replace(config, optimizer=two_more), parts, feed, lambda: False)
+            trainer.consumers = parts.evaluator.consumers = fit.largest
+            found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])
+        print_findings({**findings, **measured(config, start, found)}, fit)
+    return 0

@@ -1,1 +1,0 @@
-"""The composition root: builds the parts of a job from its configuration. Nothing else does."""

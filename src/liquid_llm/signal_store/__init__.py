@@ -1,0 +1,1 @@
+"""Stores of teacher signal: records, codecs, layouts. Knows no model."""

@@ -1,0 +1,51 @@
+"""Codec ``full``: every logit in 16 bits.
+
+Stored is ``z - max z`` in float16. Subtracting the maximum costs nothing (the distribution does not change) and puts
+float16's digits where the probability is. Mean KL of what the teacher said to what is read, T=2, SmolLM2-135M: 8e-7,
+against 1.3e-4 for bfloat16 of plain logits and 5e-5 for bfloat16 of shifted ones. Any temperature can be read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from liquid_llm.losses.signals import LogitsSignal
+from liquid_llm.signal_store.codecs.base import (
+    Options,
+    Payload,
+    PayloadError,
+    Rows,
+    check_temperature,
+    require,
+    row_maximum,
+)
+
+_LOWEST = -65504.0  # the most negative float16: a masked token's probability is 0 without an infinity in the loss
+
+
+class FullCodec:
+    """2 * vocab bytes a position; the yardstick for every other codec."""
+
+    name = "full"
+    version = 1
+    temperature_range = (math.ulp(0.0), math.inf)
+
+    def __init__(self) -> None:
+        self.options: Options = {}
+
+    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
+        shifted = logits.sub_(row_maximum(logits)).clamp_(min=_LOWEST)
+        return {"logits": shifted.to(torch.float16)}
+
+    def pack(self, rows: Rows) -> Payload:
+        return {"logits": rows["logits"].contiguous()}
+
+    def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> LogitsSignal:
+        check_temperature(self, temperature)
+        stored = require(payload, "logits", torch.float16, (None, vocab_size))
+        if stored.shape[0] < stop:
+            raise PayloadError(f"{stored.shape[0]} positions, {stop} wanted")
+        return LogitsSignal(stored[start:stop], torch.ones(stop - start, dtype=torch.bool))

@@ -1,0 +1,1 @@
+"""Shards: thousands of records a file."""

@@ -1,0 +1,211 @@
+"""Layout ``shards``, bytes of one shard: from this machine's memory map, or from a bucket by ranges or as a whole.
+
+A range costs one request's wait and its own bytes; the whole shard costs one wait and all its bytes, once. Nobody knows
+how many records of it will be wanted. So ranges are rented until what they cost has reached the price of the whole,
+which is then bought: never more than twice the cheaper of the two, whatever comes (the ski rental problem). At 43 ms
+a request and 205 MB/s a shard of 64 MB is fetched after about eight of its records.
+
+Bought shards lie in a local folder of bounded size; the ones not used for longest make room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from liquid_llm import storage
+from liquid_llm.errors import StorageError
+from liquid_llm.storage import FileInfo
+from liquid_llm.storage.local import translated
+
+log = logging.getLogger(__name__)
+
+REQUEST_SECONDS = 0.043
+BYTES_PER_SECOND = 205e6
+DEFAULT_CACHE_BYTES = 16 * 2**30
+
+_FRONT_BYTES = 2**17  # of a remote shard: header and table of most shards in one request
+
+
+class ShardBytes(Protocol):
+    """Reads bytes ``[begin, end)`` of one shard file; fewer where it ends before."""
+
+    def __call__(self, begin: int, end: int) -> bytes: ...
+
+
+def cost_seconds(num_bytes: int) -> float:
+    """What fetching so many bytes with one request is taken to cost."""
+    return REQUEST_SECONDS + num_bytes / BYTES_PER_SECOND
+
+
+class MappedFile:
+    """A local file in a memory map. Raises StorageError where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        with translated(path), path.open("rb") as stream:
+            empty = os.fstat(stream.fileno()).st_size == 0
+            self._map = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __call__(self, begin: int, end: int) -> bytes:
+        return self._map[begin:end]
+
+    front = __call__
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """The bytes without a copy."""
+        return memoryview(self._map)[begin:end]
+
+
+class ShardCache:
+    """Whole shards in a local folder of bounded size; several processes may share it.
+
+    Args:
+        folder: where; a temporary one, removed with this object, when None.
+        max_bytes: how much may lie there. A shard larger than that is never fetched whole.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._folder = folder
+        self._remove: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+
+    def find(self, info: FileInfo) -> MappedFile | None:
+        """The shard, where it is here and whole."""
+        if self._folder is None:
+            return None
+        path = self._path(self._folder, info)
+        try:
+            if path.stat().st_size != info.size:
+                return None
+            os.utime(path)
+            return MappedFile(path)
+        except (OSError, StorageError):  # another process made room
+            return None
+
+    def fetch(self, info: FileInfo) -> MappedFile:
+        """Download the shard, making room for it; one at a time, since they share a line. Raises StorageError."""
+        with self._lock:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="liquid-shards-"))
+                self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            path = self._path(self._folder, info)
+            self._make_room(self._folder, info.size)
+            storage.download(info.uri, path)
+            return MappedFile(path)
+
+    def forget(self, info: FileInfo) -> None:
+        """Drop the shard: what is here is damaged."""
+        if self._folder is not None:
+            self._path(self._folder, info).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove a temporary folder."""
+        with self._lock:
+            if self._remove is not None:
+                self._remove()
+                self._remove = self._folder = None
+
+    def _make_room(self, folder: Path, num_bytes: int) -> None:
+        files = []
+        for path in folder.glob("*.shard") if folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):  # another process made room too
+                status = path.stat()
+                files.append((status.st_mtime, status.st_size, path))
+        held = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if held + num_bytes <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            held -= size
+
+    def _path(self, folder: Path, info: FileInfo) -> Path:
+        name = hashlib.blake2b(f"{info.uri}\n{info.size}\n{info.version}".encode(), digest_size=16).hexdigest()
+        return folder / f"{name}.shard"
+
+
+class RemoteShard:
+    """A shard in a bucket: ranges first, the whole once that is cheaper. Safe to use from several threads.
+
+    Args:
+        info: of the file.
+        cache: where whole shards go.
+    """
+
+    def __init__(self, info: FileInfo, cache: ShardCache) -> None:
+        self.info = info
+        self._cache = cache
+        self._lock = threading.Lock()
+        self._local = cache.find(info)
+        self._front = b""
+        self._spent_seconds = 0.0
+        self._buying = False
+
+    def __call__(self, begin: int, end: int) -> bytes:
+        local = self._local or self._buy(begin, end)
+        return local(begin, end) if local is not None else storage.read_bytes(self.info.uri, begin, end)
+
+    def front(self, begin: int, end: int) -> bytes:
+        """As a call, for the bytes at the beginning, which are asked for in several small pieces."""
+        if self._local is not None:
+            return self._local(begin, end)
+        if end > len(self._front):
+            # The ids follow; they are wanted whenever a table is read without an index.
+            self._front = storage.read_bytes(self.info.uri, 0, max(end, min(self.info.size, _FRONT_BYTES)))
+        return self._front[begin:end]
+
+    def drop_front(self) -> None:
+        """The front has been read."""
+        self._front = b""
+
+    def drop_copy(self) -> bool:
+        """Do without the local copy, which is damaged; whether there was one."""
+        with self._lock:
+            had, self._local, self._spent_seconds = self._local is not None, None, 0.0
+        if had:
+            self._cache.forget(self.info)
+        return had
+
+    def _buy(self, begin: int, end: int) -> MappedFile | None:
+        """The whole shard if its price has been spent on ranges by now, this one included."""
+        size = self.info.size
+        with self._lock:
+            self._spent_seconds += cost_seconds(end - begin)
+            dear = self._spent_seconds < cost_seconds(size) or size > self._cache.max_bytes
+            if dear or self._buying:  # while one thread fetches it the others go on with ranges
+                return self._local
+            self._buying = True
+        try:
+            found = self._cache.find(self.info) or self._cache.fetch(self.info)
+        except StorageError as error:
+            if not storage.exists(self.info.uri):
+                raise
+            log.warning("no local copy of %s, reading it by ranges: %s", self.info.uri, error)
+            with self._lock:  # never again: this disk is full or cannot be written
+                self._spent_seconds = -float("inf")
+            return None
+        finally:
+            self._buying = False
+        self._local = found
+        return found
+
+
+def open_shard(info: FileInfo, cache: ShardCache) -> MappedFile | RemoteShard:
+    """The bytes of a shard, wherever it is. Raises StorageError where a local one cannot be opened."""
+    return RemoteShard(info, cache) if storage.is_remote(info.uri) else MappedFile(storage.local_path(info.uri))
+
+
+def new_token() -> str:
+    """Eight hexadecimal digits that tell a writer's files from any other's."""
+    return uuid.uuid4().hex[:8]

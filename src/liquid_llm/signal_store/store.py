@@ -1,0 +1,377 @@
+"""A signal store: the records of one teacher in one folder, local or behind any URL.
+
+    store.json    in the folder: whose signal it holds, in which codec and layout
+    layout        how records lie in the folder: ``pt`` is one file a sample, ``shards`` thousands in one
+    missing       no record of a sample; stale: a record of other tokens, another teacher or too short a window;
+                  corrupt: bytes that cannot be a whole record
+
+A store belongs to one teacher, tokenizer, vocabulary and codec: a writer of another is refused, and so is a reader
+that expects another. What concerns single samples is never an error: it is a ``Lookup`` with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from liquid_llm import storage
+from liquid_llm.data.types import Sample
+from liquid_llm.errors import SignalError
+from liquid_llm.identity import ModelIdentity
+from liquid_llm.signal_store.codecs import Codec, Payload, PayloadError, StoredSignal, get_codec
+from liquid_llm.signal_store.description import STORE_FILE, read_store_file, require_own, write_store_file
+from liquid_llm.signal_store.pt import PtLayout
+from liquid_llm.signal_store.records import (
+    FORMAT_VERSION,
+    SUFFIX,
+    Record,
+    RecordError,
+    RecordHeader,
+    RecordMissingError,
+    SignalIdentity,
+    first_difference,
+    from_bytes,
+    token_hashes,
+)
+from liquid_llm.signal_store.shards.folder import ShardsLayout
+from liquid_llm.signal_store.shards.listing import is_shard
+from liquid_llm.signal_store.shards.remote import ShardCache
+from liquid_llm.signal_store.shards.writer import PART_SECONDS, SHARD_BYTES, ShardsWriter
+
+log = logging.getLogger(__name__)
+
+LAYOUTS = ("pt", "shards")
+_CAPTURE = (
+    "liquid capture --mc-teacher-id=TEACHER --dataset-manifest=MANIFEST --math-logits-dir=DIR --code-logits-dir=DIR"
+)
+_REMOTE_READERS = 8  # one GET waits some 40 ms for its first byte: a batch's records are fetched together
+
+Status: TypeAlias = Literal["usable", "missing", "stale", "corrupt"]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a store has for a sample.
+
+    Attributes:
+        status: only "usable" has a record.
+        reason: why not, in words; empty when usable.
+        signal: the decoded rows, where they were asked for.
+    """
+
+    status: Status
+    reason: str = ""
+    signal: StoredSignal | None = None
+
+
+class Layout(Protocol):
+    """How the records of a store lie in its folder."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int:
+        """Number of records, complete or not."""
+        ...
+
+    def has(self, sample_id: str) -> bool:
+        """Whether there is something for the sample, without asking storage."""
+        ...
+
+    def read(self, sample_id: str) -> Record:
+        """The sample's record. Raises RecordError or StorageError."""
+        ...
+
+    def records(self) -> Iterator[tuple[str, Record | RecordError]]:
+        """Every sample's id and record; what cannot be read under the name of its file."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open."""
+        ...
+
+
+class StoreReader:
+    """Reads one store; safe to use from several threads. Made by :func:`open_store`.
+
+    Attributes:
+        uri: the folder.
+        identity: whose signal it holds.
+        codec: that decodes it.
+        layout: how its records lie in the folder.
+        versions: of framing and numerics the store was begun with.
+    """
+
+    def __init__(self, uri: str, identity: SignalIdentity, layout: Layout, versions: Mapping[str, int]) -> None:
+        self.uri, self.versions = uri, versions
+        self.identity = identity
+        self.codec: Codec = get_codec(identity.codec, identity.codec_version, identity.codec_options)
+        self.layout = layout
+        self._threads = ThreadPoolExecutor(_REMOTE_READERS, "signal") if storage.is_remote(uri) else None
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def has(self, sample_id: str) -> bool:
+        """Whether there is a record of that name; whether it is usable only :meth:`check` knows."""
+        return self.layout.has(sample_id)
+
+    def check(self, sample: Sample, window: int) -> Lookup:
+        """Whether the first ``window`` tokens of ``sample`` have a usable record, without decoding it."""
+        found = self._find(sample, window)
+        return found if isinstance(found, Lookup) else Lookup("usable")
+
+    def get(self, sample: Sample, window: int, temperature: float) -> Lookup:
+        """The signal of the positions of a window: ``min(window, len(sample)) - 1`` rows at ``temperature``.
+
+        Args:
+            window: tokens from the sample's start; a record of a longer capture serves a shorter window.
+
+        Raises:
+            SignalError: the codec cannot answer at this temperature.
+            StorageError: the store cannot be read.
+        """
+        found = self._find(sample, window)
+        if isinstance(found, Lookup):
+            return found
+        num_rows = max(min(window, len(sample.input_ids)) - 1, 0)
+        try:
+            signal = self.codec.decode(found.payload, 0, num_rows, temperature, self.identity.vocab_size)
+        except PayloadError as error:
+            return Lookup("corrupt", f"the payload is not one of codec {self.codec.name!r}: {error}")
+        return Lookup("usable", signal=signal)
+
+    def get_many(self, samples: Sequence[Sample], windows: Sequence[int], temperature: float) -> list[Lookup]:
+        """:meth:`get` for several samples; a remote store's records are fetched at the same time."""
+        temperatures = [temperature] * len(samples)
+        if self._threads is None:
+            return list(map(self.get, samples, windows, temperatures))
+        return list(self._threads.map(self.get, samples, windows, temperatures))
+
+    def describe(self) -> dict[str, Any]:
+        """What the store is, as plain values for provenance."""
+        about = {"uri": self.uri, "layout": self.layout.name, "records": len(self), "versions": dict(self.versions)}
+        return {**about, **asdict(self.identity)}
+
+    def close(self) -> None:
+        """Close its files and end the threads of a remote store."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        self.layout.close()
+
+    def _find(self, sample: Sample, window: int) -> Record | Lookup:
+        if not self.layout.has(sample.sample_id):
+            return Lookup("missing", f"no record in {self.uri}")
+        try:
+            record = self.layout.read(sample.sample_id)
+        except RecordMissingError as error:
+            return Lookup("missing", str(error))
+        except RecordError as error:
+            return Lookup("corrupt", str(error))
+        reason = stale_reason(record.header, self.identity, sample, window)
+        return record if reason is None else Lookup("stale", reason)
+
+
+class StoreWriter:
+    """Writes records of one teacher into a folder; safe to use from several threads and processes.
+
+    Args:
+        uri: the folder; made when missing.
+        teacher: what the teacher is.
+        codec: that encodes the records.
+        vocab_size: entries given to the codec.
+        layout: ``pt`` or ``shards``.
+        versions: that the records of a new store were made with, this release's if None.
+        shard_bytes, part_seconds: of layout ``shards``, see ``ShardsWriter``.
+
+    Raises:
+        SignalError: the folder holds another teacher's signal, or signal in another codec or layout, or foreign files.
+        StorageError: the folder cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        teacher: ModelIdentity,
+        codec: Codec,
+        *,
+        vocab_size: int,
+        layout: str = "pt",
+        versions: Mapping[str, int] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        part_seconds: float = PART_SECONDS,
+    ) -> None:
+        self.uri = uri
+        self.codec = codec
+        self.identity = SignalIdentity.of(codec, teacher, vocab_size)
+        infos = storage.list_files(uri)
+        names = {info.name for info in infos}
+        if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):
+            require_own(uri, self.identity, layout)
+        else:
+            self._refuse_foreign_files(names)
+            write_store_file(uri, self.identity, layout, versions)
+        self._layout: PtLayout | ShardsLayout
+        self._sink: PtLayout | ShardsWriter
+        if layout == "pt":
+            self._layout = self._sink = PtLayout(uri, names)
+        else:
+            self._layout = there = ShardsLayout(uri, infos)
+            self._sink = ShardsWriter(
+                uri, self.identity, names, shard_bytes=shard_bytes, part_seconds=part_seconds, index_due=there.index_due
+            )
+
+    def has(self, sample_id: str) -> bool:
+        """Whether a record of that name was there when the writer was made."""
+        return self._layout.has(sample_id)
+
+    def complete(self, sample: Sample, window: int) -> bool:
+        """Whether a whole record is there that serves the first ``window`` tokens of ``sample``. Reads it."""
+        if not self.has(sample.sample_id):
+            return False
+        try:
+            header = self._layout.read(sample.sample_id).header
+        except RecordError:
+            return False
+        return stale_reason(header, self.identity, sample, window) is None
+
+    def write(self, sample: Sample, num_tokens: int, payload: Payload) -> int:
+        """Store the first ``num_tokens`` tokens of ``sample``, replacing any record; returns its bytes.
+
+        Layout ``pt`` publishes it at once, ``shards`` with others, all of them by :meth:`finish`.
+        """
+        header = RecordHeader(
+            FORMAT_VERSION,
+            sample.sample_id,
+            sample.type,
+            self.identity,
+            num_tokens,
+            token_hashes(sample.input_ids[:num_tokens]),
+        )
+        return self.put(Record(header, payload))
+
+    def put(self, record: Record) -> int:
+        """Store a record that is made already, of this store's identity; otherwise as :meth:`write`."""
+        return self._sink.write(record)
+
+    def holds(self, record: Record) -> bool:
+        """Whether a whole record of the same tokens was there when the writer was made. Reads it."""
+        if not self.has(record.header.sample_id):
+            return False
+        try:
+            there = self._layout.read(record.header.sample_id).header
+        except RecordError:
+            return False
+        mine = record.header
+        return (there.type, there.num_tokens, there.token_hashes) == (mine.type, mine.num_tokens, mine.token_hashes)
+
+    def finish(self) -> int:
+        """Publish what is held back; returns the bytes of files beyond those told by ``write``. More may be written.
+
+        Raises:
+            StorageError: something could not be published.
+        """
+        return self._sink.finish()
+
+    def _refuse_foreign_files(self, names: set[str]) -> None:
+        foreign = sorted(name for name in names if name.endswith(SUFFIX) or is_shard(name))
+        if foreign:
+            kind = "shards" if is_shard(foreign[0]) else ".pt files"
+            raise SignalError(
+                f"this folder has {kind} but no {STORE_FILE}: they are not records of this program",
+                where=self.uri,
+                got=f"{len(foreign)} such files, the first {foreign[0]}",
+                remedy="write to another folder",
+            )
+
+
+def open_store(
+    uri: str,
+    *,
+    teacher_id: str | None = None,
+    teacher_revision: str | None = None,
+    tokenizer_hash: str | None = None,
+    vocab_size: int | None = None,
+    cache: ShardCache | None = None,
+) -> StoreReader:
+    """Open a store for reading; the folder is listed once, so that a missing record costs no request.
+
+    Args:
+        uri: the folder.
+        teacher_id, teacher_revision: the teacher expected, as its ``ModelIdentity`` says; None takes any.
+        tokenizer_hash, vocab_size: likewise.
+        cache: where whole shards of a remote store are kept; a temporary folder when None.
+
+    Raises:
+        SignalError: there is no store or no record, or it is of another teacher, tokenizer or vocabulary, or it was
+            written by a newer program.
+        StorageError: the folder cannot be read.
+    """
+    infos = storage.list_files(uri)
+    names = {info.name for info in infos}
+    if STORE_FILE not in names:
+        kind = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
+        raise SignalError(kind, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
+    identity, layout_name, versions = read_store_file(uri)
+    _require(uri, identity, "teacher", identity.teacher_id, teacher_id)
+    _require(uri, identity, "revision of the teacher", identity.teacher_revision, teacher_revision)
+    _require(uri, identity, "tokenizer", identity.tokenizer_hash, tokenizer_hash)
+    _require(uri, identity, "vocabulary size", identity.vocab_size, vocab_size)
+    if layout_name not in LAYOUTS:
+        raise SignalError(
+            "a store in a layout that this program does not know",
+            where=storage.join(uri, STORE_FILE),
+            got=repr(layout_name),
+            expected=" or ".join(map(repr, LAYOUTS)),
+            remedy="install a newer liquid-llm",
+        )
+    layout = PtLayout(uri, names) if layout_name == "pt" else ShardsLayout(uri, infos, cache)
+    problems = [] if isinstance(layout, PtLayout) else layout.condition.problems()
+    if not len(layout):
+        got = "; ".join(problems) or None
+        raise SignalError("the signal store has no record", where=uri, got=got, remedy=f"capture first: {_CAPTURE}")
+    for problem in problems:
+        log.warning("%s: %s", uri, problem)
+    return StoreReader(uri, identity, layout, versions)
+
+
+def read_header(uri: str | os.PathLike[str]) -> RecordHeader:
+    """The header of one ``.pt`` record. Raises SignalError where the file is not a whole record."""
+    try:
+        return from_bytes(storage.read_bytes(os.fspath(uri))).header
+    except RecordError as error:
+        raise SignalError("not a record of teacher signal", where=uri, got=str(error)) from error
+
+
+def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample, window: int) -> str | None:
+    """Why a whole record cannot serve the first ``window`` tokens of ``sample`` in a store of ``identity``, or None."""
+    if header.format_version > FORMAT_VERSION:
+        return f"record format {header.format_version}, this program reads {FORMAT_VERSION}"
+    difference = header.identity.difference(identity)
+    if difference is not None:
+        name, theirs, stores = difference
+        return f"captured with {name} {theirs}, the store is of {stores}"
+    if (header.sample_id, header.type) != (sample.sample_id, sample.type):
+        return f"it is the record of {header.type} sample {header.sample_id!r}"
+    needed = min(window, len(sample.input_ids))
+    difference_at = first_difference(header, sample.input_ids, needed)
+    if difference_at is not None:
+        return difference_at
+    if header.num_tokens < needed:
+        return f"captured at {header.num_tokens} tokens, {needed} wanted"
+    return None
+
+
+def _require(uri: str, identity: SignalIdentity, what: str, stored: object, expected: object) -> None:
+    if expected is not None and stored != expected:
+        raise SignalError(
+            f"the store is of another {what}",
+            where=uri,
+            got=stored if what == "teacher" else f"{stored} (of {identity.teacher})",
+            expected=expected,
+            remedy="name the folder captured with the expected one, or capture again into another folder",
+        )

@@ -1,0 +1,323 @@
+"""The storage seam: every place the project reads or writes, through about ten functions.
+
+    URI      a local path, ``file://…``, or any fsspec URL (``gs://bucket/key``, ``s3://…``, ``https://…``, ``memory://…``)
+    remote   a URI that is not on this machine's file system
+    publish  make a file appear under its name complete, or not at all
+
+Local files never go through fsspec: they are written to a temporary name beside the target, flushed, fsynced and
+renamed. A failure of any backend becomes a StorageError with the URI, the cause in plain words and what to do. Passing
+failures (429, 5xx, cut connections, timeouts) are retried with growing, jittered pauses before that.
+
+All functions may be called from any thread and after a fork. Nothing else in the project imports fsspec
+(``storage_backends`` does); ``storage_local`` and ``storage_failures`` are the other two parts of the seam.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from liquid_llm.errors import StorageError
+from liquid_llm.storage.backends import SCHEME, RemoteReader, scheme_of, with_backend
+from liquid_llm.storage.failures import RetryPolicy, describe, failure_types, set_retry_policy
+from liquid_llm.storage.local import borrowed_folder, files_below, matching_files, published, sync, translated
+
+__all__ = [
+    "FileInfo",
+    "RetryPolicy",
+    "check_writable",
+    "copy",
+    "download",
+    "exists",
+    "glob",
+    "is_remote",
+    "join",
+    "list_files",
+    "local_path",
+    "open_read",
+    "published",
+    "read_bytes",
+    "remove",
+    "set_retry_policy",
+    "stat",
+    "sync",
+    "upload",
+    "write_bytes",
+]
+
+_READ_BLOCK_BYTES = 16 * 2**20  # a GET costs about 43 ms before its first byte: small blocks waste the line
+_BUFFER_BYTES = 2**20
+_VERSION_KEYS = ("etag", "ETag", "generation", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file.
+
+    Attributes:
+        uri: where it is, scheme included.
+        name: relative to the folder that was listed.
+        size: bytes.
+        version: changes whenever the content does (etag, generation, hash or time of change); "" for a folder.
+    """
+
+    uri: str
+    name: str
+    size: int
+    version: str
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def is_remote(uri: str) -> bool:
+    """Whether ``uri`` lies outside this machine's file system."""
+    return scheme_of(uri) is not None
+
+
+def join(base: str, *parts: str) -> str:
+    """``base`` and ``parts`` with exactly one slash between them; the slashes of a scheme or of the root are kept."""
+    joined = base
+    for part in parts:
+        if not joined:
+            joined = part
+        elif part:
+            joined = (joined if joined.endswith("://") else joined.rstrip("/") + "/") + part.lstrip("/")
+    return joined
+
+
+def local_path(uri: str) -> Path:
+    """The path behind a plain path or ``file://`` URI. Raises StorageError for a remote URI."""
+    if is_remote(uri):
+        raise StorageError("a local path is needed here", where=uri, remedy="download the file first")
+    match = SCHEME.match(uri)
+    return Path(uri[match.end() :] if match else uri)
+
+
+# -------------------------------------------------------------------------------------------------------------- looking
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there. A place that cannot be asked (403, 503) raises StorageError."""
+    return stat(uri) is not None
+
+
+def stat(uri: str) -> FileInfo | None:
+    """The file's name, size and version; None where nothing is. A folder has size 0 and an empty version."""
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    if not is_remote(uri):
+        with translated(uri):
+            try:
+                status = local_path(uri).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if local_path(uri).is_dir():
+            return FileInfo(uri, name, 0, "")
+        return FileInfo(uri, name, status.st_size, str(status.st_mtime_ns))
+
+    def look(fs: Any, path: str) -> FileInfo | None:
+        try:
+            details = fs.info(path)
+        except FileNotFoundError as error:
+            if describe(error, writing=False).kind == "not found":
+                return None
+            raise  # fsspec's http says "not found" whatever happened
+        if details.get("type") == "directory":
+            return FileInfo(uri, name, 0, "")
+        return FileInfo(uri, name, int(details.get("size") or 0), _version(details))
+
+    return with_backend(uri, look)
+
+
+def glob(uri: str) -> list[str]:
+    """Sorted URIs, scheme included, of the files matching a pattern (``*``, ``?``, ``[…]``, ``**``).
+
+    A URI without a pattern, or one that names an existing file literally, gives itself; nothing found gives [].
+    """
+    if not is_remote(uri):
+        path = str(local_path(uri))
+        prefix = uri[: -len(path)] if uri != path and uri.endswith(path) else ""
+        return [prefix + found for found in matching_files(path)]
+    base = re.split(r"[*?\[]", uri, maxsplit=1)[0]
+    if base == uri:
+        found = stat(uri)
+        return [uri] if found is not None and found.version else []
+    base = base[: base.rfind("/") + 1]
+
+    def look(fs: Any, path: str) -> list[str]:
+        try:
+            matches = fs.glob(path, detail=True)
+        except FileNotFoundError:
+            return []
+        files = [name for name, details in matches.items() if details.get("type") == "file"]
+        return sorted(_full_uri(fs, base, name) for name in files)
+
+    return with_backend(uri, look)
+
+
+def list_files(uri_dir: str) -> list[FileInfo]:
+    """Every file below a folder, recursively, sorted by name; [] where the folder is absent."""
+    if not is_remote(uri_dir):
+        with translated(uri_dir):
+            found = [
+                FileInfo(join(uri_dir, name), name, status.st_size, str(status.st_mtime_ns))
+                for name, status in files_below(local_path(uri_dir))
+            ]
+        return sorted(found, key=lambda info: info.name)
+    base = uri_dir.rstrip("/") + "/"
+
+    def look(fs: Any, path: str) -> list[FileInfo]:
+        try:
+            entries = fs.find(path.rstrip("/"), detail=True)
+        except FileNotFoundError:
+            return []
+        infos = []
+        for name, details in entries.items():
+            uri = _full_uri(fs, base, name)
+            if uri.startswith(base) and not uri.endswith("/"):
+                infos.append(FileInfo(uri, uri[len(base) :], int(details.get("size") or 0), _version(details)))
+        return sorted(infos, key=lambda info: info.name)
+
+    return with_backend(uri_dir, look)
+
+
+def _full_uri(fs: Any, base: str, name: str) -> str:
+    """The URI of ``name`` as a backend lists it, found below ``base`` (backends drop the scheme, some the host too)."""
+    if "://" in name:
+        return name
+    root = fs._strip_protocol(base).strip("/")
+    return base + name.lstrip("/")[len(root) :].lstrip("/")
+
+
+def _version(details: dict[str, Any]) -> str:
+    for key in _VERSION_KEYS:
+        if details.get(key):
+            return str(details[key])
+    return f"size {details.get('size')}"
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_read(uri: str) -> BinaryIO:
+    """A buffered binary stream for ``with``, read block by block so that memory stays flat; usually seekable."""
+    if not is_remote(uri):
+        with translated(uri):
+            return local_path(uri).open("rb", buffering=_BUFFER_BYTES)
+
+    def begin(fs: Any, path: str) -> Any:
+        if scheme_of(uri) == "memory":
+            return io.BytesIO(fs.cat_file(path))  # fsspec hands the one shared object to every reader
+        return fs.open(path, "rb", block_size=_READ_BLOCK_BYTES, cache_type="readahead")
+
+    return cast(BinaryIO, io.BufferedReader(RemoteReader(uri, with_backend(uri, begin)), _BUFFER_BYTES))
+
+
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The whole file, or its bytes ``[start, end)`` with one ranged request; what lies past the end is left out."""
+    if not is_remote(uri):
+        with translated(uri), local_path(uri).open("rb") as stream:
+            stream.seek(start or 0)
+            return stream.read(-1 if end is None else max(0, end - (start or 0)))
+    if end is not None and end <= (start or 0):
+        return b""
+
+    def fetch(fs: Any, path: str) -> bytes:
+        try:
+            data = bytes(fs.cat_file(path, start=start, end=end))
+        except failure_types() as error:
+            if describe(error, writing=False).kind == "past the end":
+                return b""
+            raise
+        if end is not None and len(data) > end - (start or 0):
+            data = data[start:end]  # an HTTP server that knows no ranges sends everything
+        return data
+
+    return with_backend(uri, fetch)
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Publish ``data`` as one file, making the folders above it."""
+    if is_remote(uri):
+        with_backend(uri, lambda fs, path: fs.pipe_file(path, data), writing=True)
+        return
+    with published(local_path(uri), uri) as temporary, temporary.open("xb") as stream:
+        stream.write(data)
+
+
+def upload(local: str | Path, uri: str) -> None:
+    """Publish a copy of a local file at ``uri``. The file must not change meanwhile."""
+    _publish_copy(Path(local), local, uri)
+
+
+def _publish_copy(local: Path, source: object, uri: str) -> None:
+    with translated(source), local.open("rb"):
+        pass  # a missing or unreadable source is told from a missing target here
+    if is_remote(uri):
+        with_backend(uri, lambda fs, path: fs.put_file(str(local), path), writing=True)
+        return
+    with published(local_path(uri), uri) as temporary:
+        shutil.copyfile(local, temporary)
+
+
+def download(uri: str, local: str | Path) -> None:
+    """Publish a copy of ``uri`` as a local file, making the folders above it."""
+    if not is_remote(uri):
+        _publish_copy(local_path(uri), uri, str(local))
+        return
+    with published(Path(local), local) as temporary:
+        with_backend(uri, lambda fs, path: fs.get_file(path, str(temporary)), where=f"{uri} -> {local}")
+
+
+def copy(source: str, target: str) -> None:
+    """Publish a copy of a file elsewhere; within one object store the data does not pass through this machine."""
+    if not is_remote(source):
+        _publish_copy(local_path(source), source, target)
+    elif not is_remote(target):
+        download(source, local_path(target))
+    elif scheme_of(source) == scheme_of(target):
+        with_backend(
+            target, lambda fs, path: fs.cp_file(fs._strip_protocol(source), path), where=f"{source} -> {target}"
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            download(source, Path(folder, "file"))
+            upload(Path(folder, "file"), target)
+
+
+def remove(uri: str, missing_ok: bool = True) -> None:
+    """Remove one file. Raises StorageError where it cannot be removed or, with ``missing_ok=False``, is not there."""
+    if not is_remote(uri):
+        with translated(uri):
+            local_path(uri).unlink(missing_ok=missing_ok)
+        return
+
+    def delete(fs: Any, path: str) -> None:
+        try:
+            fs.rm_file(path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    with_backend(uri, delete)
+
+
+def check_writable(uri: str) -> None:
+    """Prove that files can be made in, and removed from, the folder ``uri`` by doing so; nothing is left behind."""
+    probe = join(uri, f".write-check-{uuid.uuid4().hex[:12]}")
+    if is_remote(uri):
+        write_bytes(probe, b"write check")
+        remove(probe, missing_ok=False)
+        return
+    with borrowed_folder(local_path(uri)):
+        write_bytes(probe, b"write check")
+        remove(probe)

@@ -1,0 +1,174 @@
+"""The remote half of the storage seam: fsspec filesystems, one a process, with this project's retries and errors.
+
+This is the only module that imports fsspec and gcsfs, and only where a remote URI is first used.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+from liquid_llm.errors import StorageError
+from liquid_llm.storage.failures import announced_pause, describe, failure_types, retry_policy, retrying
+
+T = TypeVar("T")
+
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)(?:://|::)")
+_LOCAL_SCHEMES = ("file", "local")
+_GCS_SCHEMES = ("gs", "gcs")
+_LARGE_BODY_BYTES = 2**20
+_READ_ONLY_SCHEMES = ("http", "https", "data", "github")
+
+_filesystems: dict[tuple[object, ...], Any] = {}
+_filesystems_lock = threading.Lock()
+
+
+def scheme_of(uri: str) -> str | None:
+    """The scheme of a remote URI in lower case, None for a local one."""
+    match = SCHEME.match(uri)
+    scheme = match.group(1).lower() if match else None
+    return None if scheme in _LOCAL_SCHEMES else scheme
+
+
+def with_backend(
+    uri: str, call: Callable[[Any, str], T], *, writing: bool = False, retry: bool = True, where: str | None = None
+) -> T:
+    """``call(filesystem, path)`` with retries and translated errors; ``where`` is what messages name, else ``uri``."""
+    scheme = scheme_of(uri)
+    if writing and scheme in _READ_ONLY_SCHEMES:
+        raise StorageError(f"{scheme} can only be read", where=uri, remedy="give a bucket or a local folder instead")
+    failures = 0
+    while True:
+        try:
+            return call(*filesystem(uri))
+        except failure_types() as error:
+            failures += 1
+            # gcsfs requests are retried one by one (see _new_filesystem), which spares repeating a long upload
+            attempts = retry_policy().attempts if retry and scheme not in _GCS_SCHEMES else 1
+            cause = describe(error, writing=writing)
+            if not cause.passing or failures >= attempts:
+                raise cause.as_error(where or uri) from error
+            time.sleep(announced_pause(uri, cause, failures))
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a remote URI and the path in it. One instance serves all threads of a process."""
+    import fsspec
+
+    scheme = cast(str, scheme_of(uri))
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "") if scheme in _GCS_SCHEMES else ""
+    try:
+        if "::" in uri:
+            return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+        kind = _gcs_class(emulator) if scheme in _GCS_SCHEMES else fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        raise StorageError(f"no backend for {scheme}:// is installed", where=uri, remedy=str(error)) from error
+    options = dict(kind._get_kwargs_from_urls(uri))
+    # the emulator is part of the key: a session made for one server must not outlive it
+    key = (os.getpid(), scheme, emulator, repr(sorted(options.items())))
+    with _filesystems_lock:
+        fs = _filesystems.get(key)
+        if fs is None:
+            fs = _filesystems[key] = _new_filesystem(kind, scheme, emulator, options)
+    return fs, kind._strip_protocol(uri)
+
+
+def _gcs_class(emulator: str) -> Any:
+    if emulator:
+        # without this gcsfs asks a gRPC endpoint, which no emulator has, about every bucket: a minute a call
+        os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    with warnings.catch_warnings():
+        # on Python 3.10 Google's libraries announce the end of their support, three times, at every import
+        warnings.simplefilter("ignore", FutureWarning)
+        if emulator:
+            from gcsfs.core import GCSFileSystem
+        else:
+            from gcsfs import GCSFileSystem
+    return GCSFileSystem
+
+
+def _new_filesystem(kind: Any, scheme: str, emulator: str, options: dict[str, Any]) -> Any:
+    # listings are never cached: other processes write to the same places
+    options = options | {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme in ("http", "https", *_GCS_SCHEMES):
+        from aiohttp import ClientTimeout
+
+        # aiohttp's own limit is five minutes for a whole transfer; a silent line is what must not last
+        limits = {"timeout": ClientTimeout(total=None, sock_connect=20, sock_read=60)}
+        options["session_kwargs" if scheme in _GCS_SCHEMES else "client_kwargs"] = limits
+    if scheme not in _GCS_SCHEMES:
+        return kind(**options)
+    if emulator:
+        options |= {"endpoint_url": emulator if "://" in emulator else f"http://{emulator}", "token": "anon"}
+    fs = kind(consistency="size", **options)
+    # gcsfs has fixed retries of its own; this module's take their place
+    for name, retry in (("_request", True), ("_get_file_request", True), ("_get_file_concurrent", False)):
+        plain = getattr(getattr(kind, name, None), "__wrapped__", None)
+        if plain is not None:
+            method = _with_streamed_body(plain.__get__(fs)) if name == "_request" else plain.__get__(fs)
+            setattr(fs, name, retrying(method, str(fs._location)) if retry else method)
+    gcs_log = logging.getLogger("gcsfs")
+    if gcs_log.level == logging.NOTSET:
+        gcs_log.setLevel(logging.CRITICAL)  # it prints a traceback for what is raised anyway and explained here
+    return fs
+
+
+def _with_streamed_body(request: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """A request that sends a large body piece by piece: aiohttp warns that bytes given whole block its event loop.
+
+    A body that is a file is sent as a copy: aiohttp may close it when the request fails, and it is needed again.
+    """
+
+    async def call(*args: Any, **kwargs: Any) -> T:
+        body = kwargs.get("data")
+        if isinstance(body, io.BytesIO):
+            kwargs["data"] = io.BytesIO(body.getvalue())
+        elif isinstance(body, (bytes, bytearray, memoryview)) and memoryview(body).nbytes > _LARGE_BODY_BYTES:
+            kwargs["data"] = io.BytesIO(body)
+        return await request(*args, **kwargs)
+
+    return call
+
+
+class RemoteReader(io.RawIOBase):
+    """An fsspec file whose failures are StorageErrors; passing ones are retried where it can seek."""
+
+    def __init__(self, uri: str, stream: Any) -> None:
+        super().__init__()
+        self._uri, self._stream = uri, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._stream.seekable())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        position = self._stream.tell() if self.seekable() else None
+
+        def read(_fs: Any, _path: str) -> bytes:
+            if position is not None:
+                self._stream.seek(position)
+            return bytes(self._stream.read(len(buffer)))
+
+        data = with_backend(self._uri, read, retry=position is not None)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()

@@ -1,0 +1,397 @@
+"""Whether a run fits into its device's memory, and the choices that follow from it; ``shapes`` has the words.
+
+What ``auto`` stands for is decided from the nominal shape, before the order of the data (which depends on the batch) is
+made; the fit of the run is said from the real one. Decisions are kept in checkpoints, so that a run goes on exactly as
+it began, on another card too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from liquid_llm.config import CaptureConfig, RunConfig
+from liquid_llm.errors import ModelError, UsageError
+from liquid_llm.formatting import format_bytes
+from liquid_llm.memory import (
+    MOST_TOKENS,
+    CaptureShape,
+    MemoryPrediction,
+    ModelShape,
+    TrainingShape,
+    Verdict,
+    available_bytes,
+    capture_options,
+    fits,
+    largest_batch,
+    predict_capture,
+    predict_training,
+    training_options,
+)
+from liquid_llm.options import AUTO, AUTO_BATCH
+from liquid_llm.runtime import Choice
+from liquid_llm.signal_store.codecs import Codec
+from liquid_llm.wiring.inputs import TextTools
+from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.shapes import Models, known_models, nominal_shape, real_batches, real_evaluations, shape_of
+from liquid_llm.wiring.start import Start
+
+if TYPE_CHECKING:
+    from liquid_llm.wiring.parts import Parts
+
+log = logging.getLogger(__name__)
+
+# What models raise on tensors without values; that a run's memory cannot be worked out is no reason to end the run.
+UNPREDICTABLE = (ModelError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError, LookupError)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a run fits.
+
+    Attributes:
+        prediction: of its largest micro-batches; None for a model whose memory cannot be worked out.
+        available_bytes: what it can have; None where the device does not tell.
+        verdict: None where one of the two is not known.
+        obstacle: why there is no prediction, or "".
+    """
+
+    prediction: MemoryPrediction | None
+    available_bytes: int | None
+    verdict: Verdict | None
+    obstacle: str = ""
+
+    @property
+    def line(self) -> str:
+        """One line for the log."""
+        found = self.prediction
+        if found is None:
+            return f"memory: whether it fits is not known: {self.obstacle}"
+        words = (
+            f"memory: {found.peak_batch} take {format_bytes(found.peak_bytes)} at the peak (worked out, not measured)"
+        )
+        if self.verdict is None:
+            return f"{words}; what is free is not known"
+        return f"{words}; with allowances {self.verdict.words}"
+
+    def largest(self) -> str:
+        """The three largest consumers in words; "" where they are not known."""
+        return "" if self.prediction is None else self.prediction.largest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        verdict = None if self.verdict is None else self.verdict.as_dict()
+        known = {"obstacle": self.obstacle} if self.prediction is None else self.prediction.as_dict()
+        return {**known, "available_bytes": self.available_bytes, "verdict": verdict}
+
+
+def memory_cache() -> Path:
+    """Where answers of the model of memory are kept."""
+    return cache_dir() / "memory"
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A configuration in which nothing is left to memory.
+
+    Attributes:
+        config: with every ``auto`` replaced.
+        choices: by what, and why.
+        decided: the same as plain values, for the checkpoint's ``run["decided"]``; empty where nothing was ``auto``.
+    """
+
+    config: RunConfig
+    choices: dict[str, Choice]
+    decided: dict[str, Any]
+
+
+def settle(
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, *, keep: bool = True
+) -> Settled:
+    """Decide what is left to memory, before anything of size is built; a run that goes on keeps what it decided.
+
+    Args:
+        keep: whether answers of the model of memory may be kept on disk.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    if config.data.batch_size != AUTO_BATCH and config.student.grad_checkpoint != AUTO:
+        return Settled(config, {}, {})
+    # Wherever the step goes on: a place in the data is counted in micro-batches.
+    goes_on = start.state is not None and start.metadata is not None
+    decided = start.metadata.run.get("decided") if goes_on and start.metadata is not None else None
+    cache = memory_cache() if keep else None
+    settled, choices = resolve_auto(
+        config,
+        known_models(config, start, text, device, token, cache),
+        available_bytes(device),
+        device.type,
+        decided=decided,
+        cache=cache,
+    )
+    for name, choice in choices.items():
+        log.info("%s %s: %s", name, choice.value, choice.reason)
+    return Settled(settled, choices, decisions(config, settled))
+
+
+def resolve_auto(
+    config: RunConfig,
+    models: Models,
+    available: int | None,
+    device: str,
+    *,
+    decided: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+) -> tuple[RunConfig, dict[str, Choice]]:
+    """The configuration with every ``auto`` that memory decides replaced, and why.
+
+    Args:
+        available: bytes that the run can have; None where that is not known.
+        device: its type.
+        decided: what :func:`decisions` kept when the run began; it wins over what would be decided today.
+        cache: folder of the model of memory.
+
+    Raises:
+        UsageError: no micro-batch fits, or tokens a step that no batch of this block size gives.
+    """
+    if decided:
+        config, kept = _take_decided(config, decided)
+    else:
+        kept = {}
+    if config.data.batch_size == AUTO_BATCH:
+        config, chosen = _choose_batch(config, models, available, device, cache)
+        return config, {**kept, **chosen}
+    if config.student.grad_checkpoint == AUTO:
+        choice = _choose_checkpointing(config, models, available, device, cache)
+        return _with(config, grad_checkpoint=choice.value == "true"), {**kept, "grad_checkpoint": choice}
+    return config, kept
+
+
+def decisions(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """What memory decided, as plain values for a checkpoint's metadata."""
+    automatic = before.data.batch_size == AUTO_BATCH
+    values: dict[str, Any] = {}
+    if automatic:
+        values |= {"batch_size": after.data.batch_size, "grad_accum": after.optimizer.grad_accum}
+    if before.student.grad_checkpoint == AUTO:
+        values["grad_checkpoint"] = after.student.grad_checkpoint
+    return values
+
+
+def _take_decided(config: RunConfig, decided: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Choice]]:
+    reason = "as the run began"
+    kept: dict[str, Choice] = {}
+    if config.data.batch_size == AUTO_BATCH and {"batch_size", "grad_accum"} <= decided.keys():
+        size, accumulation = int(decided["batch_size"]), int(decided["grad_accum"])
+        if size * accumulation * config.data.block_size == config.optimizer.tokens_per_step:
+            config = _with(config, batch_size=size, grad_accum=accumulation)
+            kept |= {"batch_size": Choice(str(size), reason), "grad_accum": Choice(str(accumulation), reason)}
+    if config.student.grad_checkpoint == AUTO and "grad_checkpoint" in decided:
+        checkpointing = bool(decided["grad_checkpoint"])
+        config = _with(config, grad_checkpoint=checkpointing)
+        kept["grad_checkpoint"] = Choice(str(checkpointing).lower(), reason)
+    return config, kept
+
+
+def _with(config: RunConfig, **values: Any) -> RunConfig:
+    """``config`` with ``batch_size``, ``grad_accum`` or ``grad_checkpoint`` set."""
+    data, optimizer, student = config.data, config.optimizer, config.student
+    if "batch_size" in values:
+        data = replace(data, batch_size=values["batch_size"])
+    if "grad_accum" in values:
+        optimizer = replace(optimizer, grad_accum=values["grad_accum"])
+    if "grad_checkpoint" in values:
+        student = replace(student, grad_checkpoint=values["grad_checkpoint"])
+    return replace(config, data=data, optimizer=optimizer, student=student)
+
+
+def _choose_checkpointing(
+    config: RunConfig, models: Models, available: int | None, device: str, cache: Path | None
+) -> Choice:
+    """Checkpointing where the nominal shape does not fit without it and takes less with it."""
+    if available is None:
+        return Choice("false", "what is free is not known")
+    try:
+        without = predict_training(nominal_shape(_with(config, grad_checkpoint=False), models, device), cache)
+    except UNPREDICTABLE as error:
+        return Choice("false", f"whether it fits is not known: {_in_words(error)}")
+    figures = f"{format_bytes(without.needed_bytes)} of {format_bytes(available)}"
+    if without.needed_bytes <= available:
+        return Choice("false", f"it fits without: {figures}")
+    try:
+        with_it = predict_training(nominal_shape(_with(config, grad_checkpoint=True), models, device), cache)
+    except ModelError as error:
+        return Choice("false", f"it does not fit ({figures}), but {error.problem}")
+    if with_it.needed_bytes >= without.needed_bytes:
+        return Choice("false", f"it would save nothing: {figures} without")
+    return Choice("true", f"{figures} without, {format_bytes(with_it.needed_bytes)} with it")
+
+
+def _choose_batch(
+    config: RunConfig, models: Models, available: int | None, device: str, cache: Path | None
+) -> tuple[RunConfig, dict[str, Choice]]:
+    tokens, block = config.optimizer.tokens_per_step, config.data.block_size
+    assert tokens is not None
+    if tokens % block:
+        raise UsageError(
+            "a step of so many tokens is no whole number of blocks",
+            where=f"--tokens_per_step={tokens}",
+            expected=f"a multiple of --block_size={block}, such as {max(1, round(tokens / block)) * block}",
+        )
+    if available is None:
+        raise UsageError(
+            "what is free is not known, so no batch can be chosen", where="--batch_size=auto", remedy="give a number"
+        )
+    automatic = config.student.grad_checkpoint == AUTO
+    tried = (False, True) if automatic else (config.student.grad_checkpoint is True,)
+
+    def build(size: int, accumulation: int, checkpointing: bool) -> TrainingShape:
+        changed = _with(config, batch_size=size, grad_accum=accumulation, grad_checkpoint=checkpointing)
+        return nominal_shape(changed, models, device)
+
+    found = largest_batch(
+        build,
+        lambda shape: predict_training(shape, cache),
+        blocks_per_step=tokens // block,
+        most_blocks=max(1, MOST_TOKENS // block),
+        free_bytes=available,
+        checkpointing=tried,
+    )
+    if found is None:
+        least = predict_training(build(1, tokens // block, tried[-1]), cache)
+        raise UsageError(
+            "not even a single block fits into memory",
+            where="--batch_size=auto",
+            got=f"{format_bytes(least.needed_bytes)} of {format_bytes(available)}; most is taken by {least.largest()}",
+            remedy="use a smaller student or teacher, a shorter --block_size or a larger device",
+        )
+    figures = f"{format_bytes(found.needed_bytes)} of {format_bytes(available)}"
+    reason = f"the whole step, which fits: {figures}" if found.grad_accum == 1 else f"the most that fits: {figures}"
+    choices = {
+        "batch_size": Choice(str(found.batch_size), reason),
+        "grad_accum": Choice(str(found.grad_accum), f"{tokens} tokens a step"),
+    }
+    if automatic:
+        words = "not even one block fits without" if found.grad_checkpoint else "it fits without"
+        choices["grad_checkpoint"] = Choice(str(found.grad_checkpoint).lower(), words)
+    chosen = {"batch_size": found.batch_size, "grad_accum": found.grad_accum, "grad_checkpoint": found.grad_checkpoint}
+    return _with(config, **chosen), choices
+
+
+# ----------------------------------------------------------------------------------------------------------- the check
+
+
+def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
+    """Work out the memory of the run's real shapes and compare it with what its device can give.
+
+    Called when the models are on the device: what they take is part of both sides of the comparison.
+
+    Args:
+        config: with every ``auto`` decided.
+        keep: whether the answer may be kept on disk.
+    """
+    device = parts.device
+    teacher = parts.teachers.online_model
+    models = Models(
+        ModelShape.of(parts.built.model.config),
+        None if teacher is None else ModelShape.of(teacher.config, next(teacher.parameters()).dtype),
+        str(parts.student.compute_dtype).removeprefix("torch."),
+        parts.text.vocab_size,
+    )
+    batches = real_batches(parts)
+    shape = shape_of(config, models, device.type, batches, real_evaluations(parts, batches))
+    cut = parts.progress.passes.max_tokens is not None  # then a pass finds the gradients of the one before it
+    shape = replace(shape, reference=parts.student.reference is not None, accumulates=shape.accumulates or cut)
+    cache = memory_cache() if keep else None
+    held = [parts.built.model, parts.student.reference, teacher]
+    available = available_bytes(device, sum(_size(model) for model in held if model is not None))
+    try:
+        prediction = predict_training(shape, cache)
+        return judge(config, shape, prediction, available, cache)
+    except UNPREDICTABLE as error:
+        return Fit(None, available, None, _in_words(error))
+
+
+def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest: int, vocab_size: int) -> Fit:
+    """The same for a capture, whose teacher is on its device already.
+
+    Args:
+        longest: tokens of the longest window there is.
+    """
+    held = next(teacher.parameters())
+    # Samples shorter than a window are more in a batch: padded tokens are what is limited.
+    time = max(2, min(config.data.seq_len, longest))
+    shape = CaptureShape(
+        teacher=ModelShape.of(teacher.config, held.dtype),
+        rows=max(1, config.data.batch_size * config.data.seq_len // time),
+        time=time,
+        vocab_size=vocab_size,
+        codec=codec.name,
+        options=dict(codec.options),
+        device=held.device.type,
+    )
+    available = available_bytes(held.device, _size(teacher))
+    try:
+        return judge_capture(shape, config.data.batch_size, available)
+    except UNPREDICTABLE as error:
+        return Fit(None, available, None, _in_words(error))
+
+
+def judge_capture(shape: CaptureShape, batch_size: int, available: int | None) -> Fit:
+    """What a capture takes, and the verdict on it with the options that make it fit.
+
+    Raises:
+        ModelError: it cannot be worked out.
+    """
+    cache = memory_cache()
+    prediction = predict_capture(shape, cache)
+    if available is None:
+        return Fit(prediction, None, None)
+    found = fits(
+        prediction,
+        available,
+        lambda: capture_options(shape, batch_size, available, lambda one: predict_capture(one, cache)),
+    )
+    return Fit(prediction, available, found)
+
+
+def judge(
+    config: RunConfig, shape: TrainingShape, prediction: MemoryPrediction, available: int | None, cache: Path | None
+) -> Fit:
+    """The verdict on a prediction, with the options that make the job fit."""
+    if available is None:
+        return Fit(prediction, None, None)
+
+    def options() -> Iterable[tuple[str, MemoryPrediction]]:
+        return training_options(
+            shape,
+            config.data.batch_size,
+            config.optimizer.grad_accum,
+            available,
+            lambda one: predict_training(one, cache),
+        )
+
+    return Fit(prediction, available, fits(prediction, available, options))
+
+
+def say_fit(fit: Fit, device: torch.device) -> None:
+    """One line in the log; a warning where an accelerator is too small (what runs out is cut and goes on)."""
+    short = fit.verdict is not None and not fit.verdict.fits
+    log.log(logging.WARNING if short and device.type != "cpu" else logging.INFO, "%s", fit.line)
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+
+
+def _size(model: Any) -> int:
+    return sum(one.numel() * one.element_size() for one in model.parameters())

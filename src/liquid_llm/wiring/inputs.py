@@ -1,0 +1,161 @@
+"""Data of a run: manifest or dataset -> training sources and validation batches by type."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liquid_llm.config import DataConfig
+from liquid_llm.data.hub import load_hub_dataset
+from liquid_llm.data.loader import Source, validation_batches
+from liquid_llm.data.manifest import entry_files, read_manifest
+from liquid_llm.data.tokens import Progress, TokenDataset, build_token_dataset, split
+from liquid_llm.data.types import STORED_TYPES, TYPES, ManifestEntry, MicroBatch
+from liquid_llm.errors import DataError
+from liquid_llm.jobs.prepare import resolve_entries
+from liquid_llm.wiring.places import cache_dir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """The tokenizer and what belongs to it."""
+
+    tokenizer: Any
+    hash: str
+    eos_id: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains and validates on.
+
+    Attributes:
+        sources: training datasets with their weights.
+        validation: held-out datasets by type, in the order of ``TYPES``; a type without any is absent.
+        entries: the manifest's lines; empty when the data is a named dataset.
+        everything: for each manifest entry, the whole dataset before the split.
+    """
+
+    sources: list[Source]
+    validation: dict[str, list[TokenDataset]]
+    entries: list[ManifestEntry] = field(default_factory=list)
+    everything: list[TokenDataset] = field(default_factory=list)
+
+    @property
+    def types(self) -> list[str]:
+        """The types present, in the order of ``TYPES``."""
+        present = {source.dataset.type for source in self.sources}
+        return [kind for kind in TYPES if kind in present]
+
+    def readiness(self) -> dict[str, dict[str, int]]:
+        """Samples and tokens by type and split, for provenance and the log."""
+        rows: dict[str, dict[str, int]] = {}
+        for kind in self.types:
+            train = [source.dataset for source in self.sources if source.dataset.type == kind]
+            held = self.validation.get(kind, [])
+            rows[kind] = {
+                "train_samples": sum(len(one) for one in train),
+                "train_tokens": sum(one.num_tokens for one in train),
+                "validation_samples": sum(len(one) for one in held),
+                "validation_tokens": sum(one.num_tokens for one in held),
+            }
+        return rows
+
+
+def token_cache(config: DataConfig) -> Path:
+    """Where tokenised data is kept between runs."""
+    return Path(config.cache_dir) if config.cache_dir else cache_dir() / "data"
+
+
+def read_manifest_inputs(
+    config: DataConfig, text: TextTools, *, only: Sequence[str] = TYPES, progress: Progress | None = None
+) -> Inputs:
+    """Tokenise (or open) every manifest entry of the types in ``only``, and hold out the validation share.
+
+    Raises:
+        DataError: the manifest, a shard or a record cannot be used, or nothing of the types is named.
+    """
+    assert config.manifest is not None
+    entries = resolve_entries(config, [entry for entry in read_manifest(config.manifest) if entry.type in only])
+    if not entries:
+        raise DataError(
+            "no entry of the types needed", where=config.manifest, expected=f"a line of {' or '.join(only)}"
+        )
+    sources, everything = [], []
+    validation: dict[str, list[TokenDataset]] = {kind: [] for kind in TYPES}
+    for entry in entries:
+        dataset = build_token_dataset(
+            entry_files(entry),
+            entry.type,
+            text.tokenizer,
+            text.hash,
+            token_cache(config),
+            eos_id=text.eos_id,
+            progress=progress,
+        )
+        train, held = split(dataset, config.val_fraction)
+        if len(train) == 0:
+            raise DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
+        sources.append(Source(train, entry.weight))
+        everything.append(dataset)
+        if len(held):
+            validation[entry.type].append(held)
+    held_out = {kind: datasets for kind, datasets in validation.items() if datasets}
+    return Inputs(sources, held_out, entries, everything)
+
+
+def read_dataset_inputs(
+    config: DataConfig, text: TextTools, *, token: str | None = None, progress: Progress | None = None
+) -> Inputs:
+    """Tokenise (or open) a named dataset's train and validation splits; all of it is plain text.
+
+    Raises:
+        DataError: the dataset cannot be found or read.
+    """
+    assert config.dataset_name is not None
+    splits = load_hub_dataset(
+        config.dataset_name,
+        config.dataset_config,
+        text.tokenizer,
+        text.hash,
+        token_cache(config),
+        eos_id=text.eos_id,
+        token=token,
+        progress=progress,
+    )
+    return Inputs([Source(splits["train"], 1.0)], {"lm": [splits["validation"]]})
+
+
+def validation_sets(
+    inputs: Inputs, lengths: Sequence[int], config: DataConfig, eos_id: int, max_tokens: int
+) -> dict[int, dict[str, list[MicroBatch]]]:
+    """Validation batches for each context length; every length sees the same text.
+
+    A type without held-out text is left out, with a message.
+    """
+    sets: dict[int, dict[str, list[MicroBatch]]] = {}
+    for length in lengths:
+        by_type: dict[str, list[MicroBatch]] = {}
+        for kind, datasets in inputs.validation.items():
+            batches: list[MicroBatch] = []
+            for dataset in datasets:
+                batches += validation_batches(
+                    dataset,
+                    block_size=length,
+                    batch_size=max(1, config.batch_size * config.block_size // length),
+                    eos_id=eos_id,
+                    max_tokens=max_tokens // len(datasets),
+                    sample_tokens=config.seq_len if kind in STORED_TYPES else None,
+                )
+            if batches:
+                by_type[kind] = batches
+            else:
+                log.warning("no %s text is held out: it is not evaluated", kind)
+        sets[length] = by_type
+    return sets

@@ -1,0 +1,232 @@
+"""What happens now and then while a run trains: metric rows, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
+from liquid_llm.checkpoint.upload import Uploader
+from liquid_llm.config import RunConfig
+from liquid_llm.device import device_memory
+from liquid_llm.metrics import MetricsWriter, read_metrics
+from liquid_llm.runtime import process_peak_memory_bytes, random_state
+from liquid_llm.schedules import Piecewise
+from liquid_llm.terminal import Stage
+from liquid_llm.training import StepResult, Trainer
+from liquid_llm.wiring.parts import Parts
+from liquid_llm.wiring.start import shown_metadata
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Recorder:
+    """Writes a run's metrics and checkpoints.
+
+    Rows are written before the checkpoint of the same step, and evaluation comes before the snapshot it may name
+    best, so that a run continued from any checkpoint writes what an uninterrupted one writes.
+    """
+
+    config: RunConfig
+    trainer: Trainer
+    parts: Parts
+    store: CheckpointStore
+    metrics: MetricsWriter
+    uploader: Uploader
+    waited: Callable[[], float]
+    clock: Callable[[], float] = time.monotonic
+    stage: Stage | None = None
+    _row_started: float = field(default=0.0, init=False)
+    _row_waited: float = field(default=0.0, init=False)
+    _last_time_save: float = field(default=0.0, init=False)
+    _evaluated_at: int = field(default=-1, init=False)
+    _saved: CheckpointInfo | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._row_started = self._last_time_save = self.clock()
+        # A run killed between its last evaluation and its end is evaluated already.
+        evaluated = [row["step"] for row in read_metrics(self.store.run_dir) if row["kind"] == "eval"]
+        self._evaluated_at = max(evaluated, default=-1)
+
+    def hooks(self) -> list[tuple[Callable[[StepResult], None], int]]:
+        """The hooks in the order they must run."""
+        config = self.config
+        hooks: list[tuple[Callable[[StepResult], None], int]] = [
+            (self._count, 1),
+            (self._write_due_row, 1),
+        ]
+        if config.evaluation.every_steps:
+            hooks.append((lambda _: self.evaluate(), config.evaluation.every_steps))
+        if config.output.save_every_steps:
+            hooks.append((lambda _: self.save(snapshot=True), config.output.save_every_steps))
+        if config.output.save_every_minutes:
+            hooks.append((lambda _: self._save_by_time(), 1))
+        return hooks
+
+    def _count(self, result: StepResult) -> None:
+        for one in result.scored:
+            tokens = one.batch.num_tokens
+            self.parts.accumulator.add(
+                one.batch.type, one.output, tokens=tokens, padded_tokens=one.batch.input_ids.numel()
+            )
+
+        if self.stage is not None:
+            self.stage.advance()
+
+    def _write_due_row(self, result: StepResult) -> None:
+        # The last step has a row whatever the interval: a short run would else say nothing of its losses.
+        if result.step % self.config.output.metrics_every_steps == 0 or result.step == self.trainer.total_steps:
+            self._write_row(result)
+
+    def _write_row(self, result: StepResult) -> None:
+        now, waited = self.clock(), self.waited()
+        row = self.parts.accumulator.row(
+            seconds=now - self._row_started,
+            kd_alpha=result.values.kd_alpha,
+            kd_temperature=result.values.kd_temperature,
+            l2_gamma=result.values.l2_gamma,
+            lr=result.values.lr,
+            grad_norm=result.grad_norm,
+            tokens_seen=self.trainer.progress.tokens_seen,
+            signal_wait_seconds=waited - self._row_waited,
+            peak_memory_bytes=process_peak_memory_bytes(),
+            **self._device_memory(),
+        )
+        self._row_started, self._row_waited = now, waited
+        written = self.metrics.write("train", result.step, row)
+        if self.stage is not None:
+            self.stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+        log.info(
+            "step %d/%d loss %.4f ce %.4f kd %s alpha %.3g T %.3g lr %.3g %.0f tokens/s",
+            result.step,
+            self.trainer.total_steps,
+            row["loss"],
+            row["ce"],
+            "-" if written.get("kd") is None else f"{written['kd']:.4f}",
+            result.values.kd_alpha,
+            result.values.kd_temperature,
+            result.values.lr,
+            row["tokens_per_second"],
+        )
+
+    def _device_memory(self) -> dict[str, Any]:
+        """What the device has held at most since the run began; nothing where that is the host's own memory."""
+        held = device_memory(self.parts.device)
+        if held is None:
+            return {}
+        return {"device_peak_memory_bytes": held.peak_bytes, "device_reserved_bytes": held.reserved_bytes}
+
+    def probe(self) -> None:
+        """Score one batch of each type, so that what evaluation needs is found out before minutes are spent."""
+        began = self.clock()
+        self.parts.evaluator.probe(self.trainer.student)
+        self._row_started += self.clock() - began
+
+    def evaluate(self) -> None:
+        """Score the student on the validation batches, write the row, remember whether it is the best so far."""
+        progress = self.trainer.progress
+        if self._evaluated_at == progress.step or not any(self.parts.evaluator.sets.values()):
+            return
+        began = self.clock()
+        row = self.parts.evaluator(self.trainer.student)
+        row["eval_seconds"] = self.clock() - began
+        self.metrics.write("eval", progress.step, row)
+        self._evaluated_at = progress.step
+        self._row_started += self.clock() - began  # a row's rate is that of training
+        loss = float(row["val_loss_student"])  # type: ignore[arg-type]
+        extra = "".join(f" {key} {row[key]:.4f}" for key in row if "@" in key and key.startswith("val_loss"))
+        log.info("evaluation at step %d: val_loss_student %.4f%s", progress.step, loss, extra)
+        if loss < progress.best_val_loss:
+            progress.best_val_loss = loss
+            if progress.step > 0:
+                self._save(names=("best",), snapshot=True)
+
+    def save(self, *, snapshot: bool) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved is None or self._saved.step != self.trainer.progress.step:
+            self._save(names=(), snapshot=snapshot)
+
+    def finish(self) -> None:
+        """Last evaluation, final checkpoint."""
+        self.evaluate()
+        if self._saved is None or self._saved.step != self.trainer.progress.step:
+            self._save(names=("final",), snapshot=True)
+        else:
+            self.uploader.enqueue_checkpoint(self.store.publish_as(self._saved, ("final",)))
+
+    def _save_by_time(self) -> None:
+        if self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes:
+            self._last_time_save = self.clock()
+            self._save(names=(), snapshot=False)
+
+    def _save(self, *, names: tuple[str, ...], snapshot: bool) -> None:
+        began = self.clock()
+        self.metrics.sync()
+        metadata = self.metadata()
+        state = {
+            "student": self.trainer.student.model.state_dict(),
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "lr_schedule": {"step": metadata.step, "peak": self.config.optimizer.peak, "lr": metadata.lr},
+            "random": random_state(),
+            "accumulator": self.parts.accumulator.state_dict(),
+        }
+        info = self.store.save(state, metadata, kind="step" if snapshot else "time", also_as=("last", *names))
+        self.uploader.enqueue_checkpoint(info)
+        self._saved = info
+        self._row_started += self.clock() - began
+        log.info("saved %s in %.2f s: %s", " ".join(info.names), self.clock() - began, shown_metadata(metadata))
+
+    def metadata(self) -> CheckpointMetadata:
+        """What a checkpoint of the present moment says about itself."""
+        config, progress = self.config, self.trainer.progress
+        values = self.trainer.schedules.at(progress.step)
+        pending = {
+            name: schedule.pending(progress.step)
+            for name, schedule in (
+                ("alpha", self.trainer.schedules.alpha),
+                ("temperature", self.trainer.schedules.temperature),
+            )
+            if isinstance(schedule, Piecewise)
+        }
+        return CheckpointMetadata(
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            block_size=config.data.block_size,
+            kd_alpha=values.kd_alpha,
+            kd_temperature=values.kd_temperature,
+            alpha_schedule=config.objective.alpha_schedule,
+            temp_schedule=config.objective.temp_schedule,
+            schedule_state=pending,
+            grad_accum=config.optimizer.grad_accum,
+            warmup_steps=config.optimizer.warmup_steps,
+            lr=config.optimizer.lr,
+            lr_peak=config.optimizer.lr_peak,
+            positional_embedding=self.parts.built.positional_embedding,
+            rope_scale=config.student.rope_scale,
+            eval_ctx_lens=config.evaluation.context_lengths,
+            student=self.parts.built.description,
+            tokenizer_hash=self.parts.text.hash,
+            data_position=progress.data_position,
+            best_val_loss=progress.best_val_loss,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            run=self._run_values(),
+        )
+
+    def _run_values(self) -> dict[str, Any]:
+        config, progress = self.config, self.trainer.progress
+        levels = {"alpha": config.objective.alpha, "T": config.objective.temperature}
+        return {
+            "face": config.face,
+            "seed": config.seed,
+            "total_steps": self.trainer.total_steps,
+            "max_pass_tokens": progress.passes.max_tokens,
+            "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
+            "decided": self.parts.decided,
+            "given_levels": {name: value for name, value in levels.items() if name in config.given},
+        }

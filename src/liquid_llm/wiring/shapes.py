@@ -1,0 +1,208 @@
+"""What a run's memory is worked out from: its models without weights, and its largest micro-batches.
+
+nominal shape   the largest micro-batch that options alone allow: ``batch_size`` full blocks
+real shape      the largest micro-batches that the data has, once it is read
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from liquid_llm.config import RunConfig
+from liquid_llm.errors import LiquidError
+from liquid_llm.memory import BatchShape, ModelShape, TrainingShape, most_slots
+from liquid_llm.memory.cache import remember_config
+from liquid_llm.models.loading import open_config
+from liquid_llm.models.sources import resolve
+from liquid_llm.models.student import student_config
+from liquid_llm.runtime import choose_dtype
+from liquid_llm.signal_store.codecs import Codec, TailCodec, get_codec
+from liquid_llm.signal_store.description import read_store_file
+from liquid_llm.wiring.inputs import TextTools
+from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.teachers import STORE_OPTIONS, TEACHER_PASS_TOKENS
+
+if TYPE_CHECKING:
+    from liquid_llm.wiring.parts import Parts
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is known of a run's models before they are built.
+
+    Attributes:
+        student: in float32.
+        teacher: the online teacher, or None.
+        compute_dtype: name of the dtype of the student's products.
+        vocab_size: tokens of the shared tokenizer.
+        codec: of stored signal.
+    """
+
+    student: ModelShape
+    teacher: ModelShape | None
+    compute_dtype: str
+    vocab_size: int
+    codec: Codec = field(default_factory=TailCodec)
+
+
+def known_models(
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, cache: Path | None
+) -> Models:
+    """The models that a run is going to build, from their configurations.
+
+    Args:
+        cache: folder for configurations that are slow to read.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    student: ModelShape
+    if start.student_config is not None:
+        student = ModelShape(start.student_config)
+    else:
+        bos_id = text.tokenizer.bos_token_id
+        made = student_config(
+            config.student.spec,
+            vocab_size=text.vocab_size,
+            bos_id=text.eos_id if bos_id is None else bos_id,
+            eos_id=text.eos_id,
+            token=token,
+        )
+        student = ModelShape.of(with_positions(made, config))
+    teacher = None
+    if config.teacher.online_id is not None:
+        dtype = choose_dtype(config.teacher.precision, device).value
+        teacher = _open_shape(config.teacher.online_id, dtype, token, cache)
+    compute_dtype = choose_dtype(config.student.precision, device).value
+    return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config))
+
+
+def _open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None) -> ModelShape:
+    source = resolve(model_id, token=token)
+
+    def read() -> Mapping[str, Any]:
+        return ModelShape.of(open_config(source, model_id, token), dtype).config
+
+    slow = source.gguf_file is not None
+    return ModelShape(remember_config(cache, source.revision, read) if slow else read(), dtype)
+
+
+def with_positions(student: Any, config: RunConfig) -> Any:
+    """A student's configuration with the positions that it is going to be given: a learned table has a row for each."""
+    longest = max(config.data.block_size, *config.evaluation.context_lengths, 0)
+    text = student.get_text_config(decoder=True)
+    if (getattr(text, "max_position_embeddings", None) or longest) < longest:
+        text.max_position_embeddings = longest
+    return student
+
+
+def stored_codec(config: RunConfig) -> Codec:
+    """The codec of the run's stores, the larger where they differ; the usual one where no store tells yet."""
+    found: list[Codec] = []
+    for name in STORE_OPTIONS.values():
+        folder = getattr(config.teacher, name)
+        if folder is None:
+            continue
+        with contextlib.suppress(LiquidError):  # said in words where the store is opened
+            identity = read_store_file(folder).identity
+            found.append(get_codec(identity.codec, options=identity.codec_options))
+    return max(found, key=lambda one: most_slots(one) or math.inf, default=TailCodec())
+
+
+def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingShape:
+    """The largest micro-batches that the options allow; ``device`` is its type."""
+    rows, time = config.data.batch_size, config.data.block_size
+    batches = [BatchShape(rows, time, "none" if models.teacher is None else "dense")]
+    if any(getattr(config.teacher, name) for name in STORE_OPTIONS.values()):
+        window = min(time, config.data.seq_len)
+        batches.append(stored_batch(rows * time // window, window, models.codec))
+    longest = max(config.evaluation.context_lengths, default=0)
+    evaluations: tuple[BatchShape, ...] = ()
+    if longest > rows * time:  # others have no more tokens than a micro-batch, and take less
+        evaluations = (replace(batches[0], rows=1, time=longest),)
+    return shape_of(config, models, device, tuple(batches), evaluations)
+
+
+def stored_batch(rows: int, time: int, codec: Codec) -> BatchShape:
+    """A micro-batch with signal from a store of ``codec``."""
+    slots = most_slots(codec)
+    return BatchShape(rows, time, "sparse", slots) if slots else BatchShape(rows, time, "logits")
+
+
+def shape_of(
+    config: RunConfig,
+    models: Models,
+    device: str,
+    batches: tuple[BatchShape, ...],
+    evaluations: tuple[BatchShape, ...],
+) -> TrainingShape:
+    """The job of ``config`` with these micro-batches."""
+    return TrainingShape(
+        student=models.student,
+        compute_dtype=models.compute_dtype,
+        vocab_size=models.vocab_size,
+        batches=batches,
+        evaluations=evaluations,
+        teacher=models.teacher,
+        teacher_pass_tokens=None if device == "cpu" else TEACHER_PASS_TOKENS,
+        reference=config.objective.l2 > 0,
+        grad_checkpoint=config.student.grad_checkpoint is True,
+        accumulates=config.optimizer.grad_accum > 1,
+        # One that is scheduled is not 1 all the time.
+        temperature=config.objective.temperature if config.objective.temp_schedule is None else 2.0,
+        device=device,
+    )
+
+
+def real_batches(parts: Parts) -> tuple[BatchShape, ...]:
+    """Of each kind of signal, the micro-batch with the most padded tokens and the one with the longest row.
+
+    Where passes had to be cut before, as the checkpoint tells, they are the passes.
+    """
+    found = []
+    most = parts.progress.passes.max_tokens
+    for order, source in zip(parts.stream.orders, parts.inputs.sources, strict=True):
+        for rows, time in order.shapes():
+            in_a_pass = rows if most is None else min(rows, max(1, most // time))
+            found.append(_with_signal(parts, source.dataset.type, in_a_pass, time))
+    return _largest(found)
+
+
+def real_evaluations(parts: Parts, batches: Iterable[BatchShape]) -> tuple[BatchShape, ...]:
+    """The same of the validation batches that can take more than ``batches``: those with more tokens."""
+    trained: dict[str, int] = {}
+    for batch in batches:
+        trained[batch.signal] = max(batch.tokens, trained.get(batch.signal, 0))
+    found = _largest(
+        _with_signal(parts, kind, *batch.input_ids.shape)
+        for by_type in parts.evaluator.sets.values()
+        for kind, those in by_type.items()
+        for batch in those
+    )
+    return tuple(one for one in found if one.tokens > trained.get(one.signal, 0))
+
+
+def _with_signal(parts: Parts, kind: str, rows: int, time: int) -> BatchShape:
+    store = parts.teachers.stores.get(kind)
+    if store is not None:
+        return stored_batch(rows, time, store.codec)
+    online = kind in parts.teachers.identities.get("online", {}).get("types", ())
+    return BatchShape(rows, time, "dense" if online else "none")
+
+
+def _largest(shapes: Iterable[BatchShape]) -> tuple[BatchShape, ...]:
+    by_signal: dict[tuple[str, int], list[BatchShape]] = {}
+    for shape in shapes:
+        by_signal.setdefault((shape.signal, shape.slots), []).append(shape)
+    chosen: dict[BatchShape, None] = {}
+    for those in by_signal.values():
+        chosen[max(those, key=lambda one: (one.tokens, one.rows))] = None
+        chosen[max(those, key=lambda one: (one.time, one.rows))] = None
+    return tuple(chosen)

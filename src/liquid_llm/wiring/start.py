@@ -1,0 +1,230 @@
+"""Where a run starts from.
+
+continue   the run directory (or its mirror) already holds a complete checkpoint of this run
+resume     ``--resume_gcs_uri`` names a checkpoint, Hugging Face folder or zip
+fresh      neither: the student is built from ``--student``
+
+What goes on and what starts afresh is decided here, once, and said in words.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
+from liquid_llm.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
+from liquid_llm.checkpoint.resume import read_student_weights
+from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
+from liquid_llm.config import RunConfig
+from liquid_llm.errors import CheckpointError
+from liquid_llm.options import ANNEAL
+from liquid_llm.runtime import choose_device, choose_dtype
+from liquid_llm.schedules import level_from
+from liquid_llm.versions import changes_since, find_newer
+from liquid_llm.wiring.places import Place, cache_dir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        kind: ``continue``, ``resume`` or ``fresh``.
+        source: where it was read, in words.
+        weights: the student's state dict; None when fresh.
+        student_config: Hugging Face configuration of those weights, when known.
+        tokenizer_folder: local folder with the tokenizer that came with the weights, when there is one.
+        metadata: the checkpoint's metadata, when it is one of this project's.
+        state: the checkpoint's whole state when optimizer, random states and step go on; None when they start afresh.
+    """
+
+    kind: str
+    source: str
+    weights: Mapping[str, Any] | None = None
+    student_config: Mapping[str, Any] | None = None
+    tokenizer_folder: str | None = None
+    metadata: CheckpointMetadata | None = None
+    state: Mapping[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        """The step training goes on from."""
+        return self.metadata.step if self.state is not None and self.metadata is not None else 0
+
+    def options(self, face: str, given: Mapping[str, object]) -> dict[str, object]:
+        """Option values the checkpoint stands for; they rank behind those ``given`` and before defaults."""
+        if self.metadata is None:
+            return {}
+        metadata = self.metadata
+        values: dict[str, object] = {"rope_scale": metadata.rope_scale}
+        if face == ANNEAL or self.kind == "continue":
+            values["block_size"] = metadata.block_size
+        if face == ANNEAL:
+            values |= {
+                "alpha": metadata.kd_alpha,
+                "T": metadata.kd_temperature,
+                "grad_accum": metadata.grad_accum,
+                "warmup_steps": metadata.warmup_steps,
+                "lr": metadata.lr,
+                "lr_peak": metadata.lr_peak,
+                "eval_ctx_lens": tuple(metadata.eval_ctx_lens),
+            }
+        if face == ANNEAL and self.state is not None:
+            # Steps of an inherited schedule count from the old step 0: it is taken up only where the step goes on.
+            values |= {
+                "alpha_schedule": self._schedule(metadata.alpha_schedule, "alpha", given),
+                "temp_schedule": self._schedule(metadata.temp_schedule, "T", given),
+            }
+            decayed = self.state["optimizer"]["param_groups"][0]
+            values |= {"weight_decay": decayed["weight_decay"], "betas": tuple(decayed["betas"])}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _schedule(self, text: str | None, level: str, given: Mapping[str, object]) -> str | None:
+        """A checkpoint's schedule, with what it has reached replaced by a newly given level.
+
+        A command that is run again to continue gives the level it gave before: that is not given anew.
+        """
+        assert self.metadata is not None
+        known = self.metadata.run.get("given_levels", {}) if self.kind == "continue" else {}
+        if text is None or level not in given or given[level] == known.get(level):
+            return text
+        return level_from(text, self.step, float(str(given[level])))
+
+
+def shown_metadata(metadata: CheckpointMetadata) -> str:
+    """Checkpoint metadata for the log: what a later job needs, on one line, without the model's configuration."""
+    values = metadata.to_dict()
+    values["student"] = metadata.student.get("spec")
+    return json.dumps({name: value for name, value in values.items() if name not in ("sha256", "run")})
+
+
+def continue_from(store: CheckpointStore, found: CheckpointInfo) -> Start:
+    """The start that goes on from a complete checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    state, metadata = store.load(found)
+    return Start(
+        "continue",
+        str(found.path),
+        state["student"],
+        metadata.student.get("config"),
+        metadata=metadata,
+        state=state,
+    )
+
+
+def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start:
+    """Look for a checkpoint in the run directory, then its mirror, then at ``--resume_gcs_uri``.
+
+    Raises:
+        CheckpointError: what is there cannot be used, or is of a newer release.
+        StorageError: a place cannot be read.
+    """
+    if not config.output.restart:
+        # A checkpoint of a newer format would be passed over like a damaged one, and the run go on from an older step.
+        _require_known_format(str(place.run_dir))
+        found = store.latest()
+        if place.remote is not None and config.optimizer.steps > 0:
+            # Another machine may have gone on since this one's checkpoint: the mirror is asked even when there is one.
+            fetched = fetch_latest(place.remote, place.run_dir, newer_than=-1 if found is None else found.step)
+            found = fetched or found
+            if found is None:
+                _require_known_format(place.remote)
+        if found is not None:
+            return continue_from(store, found)
+    if config.student.resume_uri is None:
+        return Start("fresh", f"--student={config.student.spec}")
+    source = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
+    kept = source.state if config.face == ANNEAL else None
+    return Start(
+        "resume",
+        source.description,
+        source.state_dict,
+        source.config,
+        source.tokenizer_folder,
+        source.metadata,
+        kept,
+    )
+
+
+def settle_context(start: Start, config: RunConfig) -> Start:
+    """Decide whether optimizer, LR schedule and step go on at this block size, and say so.
+
+    Resuming with another ``block_size`` and ``--reset_optim_on_ctx_change``, or with ``--reset_optim``, keeps the
+    weights and starts the rest afresh. An interrupted run that is continued is never reset again: its checkpoint
+    already has the new length.
+
+    Raises:
+        CheckpointError: the step would go on from order, framing or numerics of a newer release.
+    """
+    settled = _settled(start, config)
+    if settled.state is not None and settled.metadata is not None:
+        _require_known_versions(settled.metadata, config, settled.source)
+    return settled
+
+
+def _settled(start: Start, config: RunConfig) -> Start:
+    metadata = start.metadata
+    if start.state is None or metadata is None:
+        return start
+    changed = metadata.block_size != config.data.block_size
+    if changed:
+        log.info("context length changes from %d to %d tokens", metadata.block_size, config.data.block_size)
+    reset = changed and config.optimizer.reset_on_context_change
+    if reset or (config.optimizer.reset and start.kind == "resume"):
+        log.info("optimizer, LR schedule and step start afresh; weights are kept")
+        for name, text in (("alpha", metadata.alpha_schedule), ("temp", metadata.temp_schedule)):
+            if text is not None and f"{name}_schedule" not in config.given:
+                log.info("the checkpoint's %s schedule %s is not taken up: its steps have ended", name, text)
+        return replace(start, state=None)
+    if changed:
+        log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)
+    return start
+
+
+_NEWER = "update liquid-llm to the release that wrote it, or start afresh with --restart in another output"
+
+
+def _require_known_format(folder: str) -> None:
+    """Refuse a folder with a checkpoint whose format is newer than this release's."""
+    for info in storage.list_files(folder):
+        if not info.name.endswith(SIDECAR_SUFFIX) or not is_known(info.name.removesuffix(SIDECAR_SUFFIX)):
+            continue
+        try:
+            version = json.loads(storage.read_bytes(info.uri))["format_version"]
+        except (ValueError, TypeError, KeyError):
+            continue  # damaged: reported where checkpoints are compared
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                "this checkpoint was written by a newer release",
+                where=info.uri,
+                got=f"format version {version}",
+                expected=f"at most {FORMAT_VERSION}",
+                remedy=_NEWER,
+            )
+
+
+def _require_known_versions(metadata: CheckpointMetadata, config: RunConfig, source: str) -> None:
+    """Refuse what a newer release counts or computes in another way; say what has changed since an older one."""
+    newer = find_newer(metadata.versions)
+    if newer is not None:
+        raise CheckpointError(
+            "this run was trained by a newer release, which works in another way",
+            where=source,
+            got=newer,
+            remedy=_NEWER,
+        )
+    device = choose_device(config.device).value
+    precisions = (config.student.precision, config.teacher.precision)
+    bfloat16 = any(choose_dtype(one, device).value == "bfloat16" for one in precisions)
+    for change in changes_since(metadata.versions, bfloat16=bfloat16):
+        log.info("%s %d since this checkpoint: %s (%s)", change.name, change.version, change.what, change.before)

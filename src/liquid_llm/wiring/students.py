@@ -1,0 +1,168 @@
+"""The student of a run: built or loaded, fitted to the context length, checked against the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liquid_llm.config import RunConfig
+from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.models.positions import (
+    Stretch,
+    fit_positions,
+    match_table,
+    max_positions,
+    planned_stretch,
+    positional_embedding,
+)
+from liquid_llm.models.student import build_student, enable_gradient_checkpointing
+from liquid_llm.wiring.inputs import TextTools
+from liquid_llm.wiring.start import Start
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuiltStudent:
+    """A student ready to train.
+
+    Attributes:
+        model: float32 parameters, dropout off.
+        positional_embedding: ``learned``, ``rotary`` or ``none``.
+        description: plain values a checkpoint keeps to build it again.
+        stretch: what was done to its learned positions since the checkpoint, if anything.
+    """
+
+    model: nn.Module
+    positional_embedding: str
+    description: dict[str, Any]
+    stretch: Stretch | None = None
+
+
+def make_student(
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None
+) -> BuiltStudent:
+    """Build the student a run starts from.
+
+    Raises:
+        CheckpointError: the weights are of another architecture or vocabulary.
+        ModelError: the architecture's head is not one the loss understands.
+        UsageError: an evaluation length past what the student supports.
+    """
+    model = _build(config, start, text, token)
+    if start.weights is not None:
+        load_weights(model, start.weights, start.source)
+    trained = start.metadata.student.get("trained_positions") if start.metadata is not None else None
+    longest = max(config.data.block_size, config.data.seq_len)
+    stretch = planned_stretch(model, longest, trained)
+    log.info("%s", fit_positions(model, longest, config.student.rope_scale, trained_positions=trained))
+    _require_positions(model, config.evaluation.context_lengths)
+    if config.student.grad_checkpoint is True:
+        enable_gradient_checkpointing(model)
+    model.to(device)
+    kind = positional_embedding(model)
+    trained = longest if start.kind == "fresh" else max(longest, trained or max_positions(model) or longest)
+    description = {"spec": _spec(config, start), "config": model.config.to_dict(), "trained_positions": trained}
+    return BuiltStudent(model, kind, description, stretch)
+
+
+def _spec(config: RunConfig, start: Start) -> str:
+    """What the student is called: as it was asked for, else as its checkpoint calls it, else where it was read."""
+    if "student" in config.given or start.student_config is None:
+        return config.student.spec
+    called = start.metadata.student.get("spec") if start.metadata is not None else config.student.resume_uri
+    return str(called or config.student.spec)
+
+
+def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:
+    """The architecture: the checkpoint's own where it says, else ``--student`` with the tokenizer's vocabulary."""
+    longest = max(config.data.block_size, *config.evaluation.context_lengths, 0)
+    bos_id = text.tokenizer.bos_token_id
+
+    def build(spec: str, vocab_size: int, block_size: int) -> Any:
+        return build_student(
+            spec,
+            vocab_size=vocab_size,
+            bos_id=text.eos_id if bos_id is None else bos_id,
+            eos_id=text.eos_id,
+            block_size=block_size,
+            seed=config.seed,
+            token=token,
+        )
+
+    if start.student_config is None:
+        return build(config.student.spec, text.vocab_size, longest)
+    vocab_size = int(start.student_config.get("vocab_size", text.vocab_size))
+    if vocab_size < text.vocab_size:
+        raise CheckpointError(
+            "the weights are of a smaller vocabulary than the tokenizer's",
+            where=start.source,
+            got=vocab_size,
+            expected=f"at least {text.vocab_size}",
+            remedy="use the tokenizer the student was trained with",
+        )
+    known = None if start.metadata is None else start.metadata.student.get("spec")
+    if "student" in config.given and config.student.spec != known:
+        require_weights_of(build(config.student.spec, vocab_size, 2), start.weights or {}, start.source)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(start.student_config), encoding="utf-8")
+        return build(str(path), vocab_size, 2)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load a state dict; nothing but tied weights may be absent, nothing may be left over.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message says which.
+    """
+    require_weights_of(model, weights, source)
+    model.load_state_dict(dict(weights), strict=False)
+
+
+def require_weights_of(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise CheckpointError unless ``weights`` are those of ``model``, whose learned positions become as many."""
+    match_table(model, weights)
+    expected = model.state_dict()
+    tied = {
+        name for name, value in expected.items() if any(value is other for n, other in expected.items() if n != name)
+    }
+    missing = [name for name in expected if name not in weights and name not in tied and "lm_head" not in name]
+    unknown = [name for name in weights if name not in expected]
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if missing or unknown or shapes:
+        parts = [f"{len(missing)} missing ({missing[0]})"] if missing else []
+        parts += [f"{len(unknown)} unknown ({unknown[0]})"] if unknown else []
+        parts += [f"{len(shapes)} of another shape ({shapes[0]})"] if shapes else []
+        raise CheckpointError(
+            "the weights are of another architecture or vocabulary",
+            where=source,
+            got=", ".join(parts),
+            expected=f"those of {type(model).__name__}",
+            remedy="give the --student they were trained as, or leave it out if the checkpoint names it",
+        )
+
+
+def _require_positions(model: nn.Module, lengths: tuple[int, ...]) -> None:
+    limit = max_positions(model)
+    beyond = [length for length in lengths if limit is not None and length > limit]
+    if beyond:
+        raise UsageError(
+            "the student has no positions that far",
+            where=f"--eval_ctx_lens={','.join(map(str, lengths))}",
+            got=max(beyond),
+            expected=f"at most {limit}",
+            remedy="leave the longer lengths out, or train with a larger --block_size, which grows the table",
+        )

@@ -1,0 +1,52 @@
+"""Time to the end of a run, from what a dry run measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from liquid_llm.config import build_run_config
+from liquid_llm.options import ANNEAL
+from liquid_llm.wiring.rehearsal import Rehearsal, time_to_the_end, write_seconds
+
+ANY: Any = None
+
+
+def measured(step: float = 1.0, evaluation: float | None = 10.0, save: float = 100.0) -> Rehearsal:
+    return Rehearsal(ANY, ANY, step, evaluation, save, None)
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 9), st.integers(0, 9), st.booleans())
+def test_steps_evaluations_and_saves_are_as_many_as_the_run_will_have(
+    first: int, total: int, eval_every: int, save_every: int, fresh: bool
+) -> None:
+    given = {"dataset_name": "d", "train_steps": total, "eval_every": eval_every, "save_every": save_every}
+    found = time_to_the_end(build_run_config(ANNEAL, given), first, fresh, measured())
+    steps = range(first + 1, total + 1)
+    ends = int(bool(steps))
+    # As the hooks do it: every so many steps, and at the end unless that was just done; before a fresh run's first.
+    evaluations = {step for step in steps if eval_every and step % eval_every == 0} | set(steps[-1:])
+    saves = {step for step in steps if save_every and step % save_every == 0} | set(steps[-1:])
+    assert found["steps"] == len(steps)
+    assert found["evaluations"] == len(evaluations) + fresh
+    assert found["saves"] == len(saves) >= ends
+    assert found["seconds"] == len(steps) + 10 * (len(evaluations) + fresh) + 100 * len(saves)
+
+
+def test_without_anything_held_out_nothing_is_evaluated() -> None:
+    config = build_run_config(ANNEAL, {"dataset_name": "d", "train_steps": 10, "eval_every": 2})
+    found = time_to_the_end(config, 0, True, measured(evaluation=None))
+    assert found["evaluations"] == found["evaluation_seconds"] == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * 2**20 + 7, 500 * 2**20])
+def test_writing_is_scaled_to_the_size_and_leaves_nothing(tmp_path: Path, size: int) -> None:
+    times = iter((5.0, 7.0))
+    seconds = write_seconds(tmp_path, size, lambda: next(times))
+    written = min(size, 128 * 2**20)
+    assert seconds == (0 if size == 0 else pytest.approx(2.0 * size / written))
+    assert not list(tmp_path.iterdir())
