@@ -40,6 +40,7 @@ LAYERS = (
         "device",
         "passes",
         "identity",
+        "registry",
         "distributed",
         "data.types",
     },

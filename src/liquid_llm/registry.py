@@ -1,0 +1,28 @@
+"""What can be named on a command line or in a configuration file, and where it lies: one line each.
+
+A new codec, divergence, teacher or tracker is a file and a line here. Only names are held, so that ``--help`` can list
+them without importing what they stand for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+CODECS = {
+    "tail": "liquid_llm.signal_store.codecs.tail:TailCodec",
+    "full": "liquid_llm.signal_store.codecs.full:FullCodec",
+    "topk": "liquid_llm.signal_store.codecs.topk:TopKCodec",
+    "sampled": "liquid_llm.signal_store.codecs.sampled:SampledCodec",
+}
+
+
+def load(table: Mapping[str, str], name: str) -> Any:
+    """The object that ``name`` stands for in one of the tables, imported now.
+
+    Raises:
+        KeyError: the table has no such name; what reads a user's words checks them against it before.
+    """
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
