@@ -1,4 +1,4 @@
-"""What a run says about its course: rows of ``metrics.jsonl`` and TensorBoard events.
+"""What a run says about its course: rows of ``metrics.jsonl``, which trackers get too.
 
     row       one JSON object: ``{"kind": "train" | "eval", "step": n, ...}``; ``step`` counts finished optimizer steps
     torn line a last line cut off by a kill; it never counts as a row
@@ -19,14 +19,13 @@ import json
 import logging
 import math
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from liquid_llm.storage.local import published, translated
+from liquid_llm.trackers import Tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +33,10 @@ if TYPE_CHECKING:
     from liquid_llm.losses.signals import LossOutput
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tb"
 _OF_MEMORY = ("peak_memory_bytes", "device_peak_memory_bytes", "device_reserved_bytes", "rss_bytes")  # the first: host
 TIMING_KEYS = frozenset({"seconds", "tokens_per_second", "signal_wait_seconds", "eval_seconds", "time", *_OF_MEMORY})
 
 _BLOCK_LINES = 32
-_MAX_WAIT_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -116,25 +113,25 @@ def _checked(row: object) -> Row | None:
 
 
 class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` and to TensorBoard events; one writer a run directory, on rank 0.
+    """Appends rows to ``metrics.jsonl`` and hands them to trackers; one writer a run directory, on the main process.
 
     Args:
         run_dir: the run directory; made if absent.
         resume_step: finished steps of the checkpoint being continued: rows after it are dropped, atomically.
             None starts the file afresh.
-        tensorboard: whether events are written too.
+        trackers: who gets the rows too, closed with the writer.
 
     Raises:
-        StorageError: the files cannot be written (full disk, no permission).
+        StorageError: the file cannot be written (full disk, no permission).
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
         self._path = Path(run_dir) / FILE_NAME
         with translated(self._path, writing=True):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _rewrite(self._path, -1 if resume_step is None else resume_step)
             self._file = self._path.open("ab", buffering=0)
-        self._events = _event_writer(Path(run_dir) / TENSORBOARD_FOLDER, resume_step) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> Row:
         """Append one row and flush it; returns the row as written.
@@ -156,25 +153,21 @@ class MetricsWriter:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
         with translated(self._path, writing=True):
             _write_all(self._file.fileno(), line.encode())
-            if self._events is not None:
-                for tag, value in _scalars(row, kind):
-                    self._events.add_scalar(tag, value, step)
-                self._events.flush()
+        for tracker in self._trackers:
+            tracker.log(row)
         return row
 
     def sync(self) -> None:
         """Force what was written to the disk; called before a checkpoint, so that none outlives its rows."""
         with translated(self._path, writing=True):
             os.fsync(self._file.fileno())
-            if self._events is not None:
-                self._events.flush()
 
     def close(self) -> None:
-        """Write what is pending and let go of the files."""
+        """Let go of the file and of the trackers."""
         with translated(self._path, writing=True):
             self._file.close()
-            if self._events is not None:
-                self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -183,35 +176,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _event_writer(folder: Path, resume_step: int | None) -> Any:
-    # TensorBoard costs a second to import, and reading metrics must not pay for it.
-    from torch.utils.tensorboard import SummaryWriter
-
-    first_step = 0 if resume_step is None else resume_step + 1
-    with translated(folder, writing=True):
-        if resume_step is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            _wait_until_later(folder)
-        # Readers drop earlier events from the purge step on: those are about to be written again.
-        return SummaryWriter(str(folder), purge_step=first_step)
-
-
-def _wait_until_later(folder: Path) -> None:
-    """Wait for the second after that in which the newest event file was begun.
-
-    Readers take event files in the order of their names, which begin with that second; what follows it within the same
-    second is the process id, which orders nothing.
-    """
-    begun = [name.name.split(".")[3] for name in folder.glob("events.out.tfevents.*")]
-    newest = max((int(second) for second in begun if second.isdigit()), default=0)
-    ahead = newest + 1 - time.time()
-    if ahead > _MAX_WAIT_SECONDS:
-        _log.warning("%s: earlier events are dated %.0f s ahead of this clock and will hide new ones", folder, ahead)
-    elif ahead > 0:
-        time.sleep(ahead)
 
 
 def _rewrite(path: Path, last_step: int) -> None:
@@ -248,40 +212,29 @@ def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
     raise TypeError(f"metric {name}: {type(value).__name__} is not a plain value")
 
 
-def _scalars(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """TensorBoard tags of all numbers in a row: ``train/loss``, ``train/by_type/lm/ce``."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}/{key}")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
-            yield f"{prefix}/{key}", float(value)
-
-
 # -------------------------------------------------------------------------------------------------------- accumulating
 
 
-_SUMS = ("loss", "ce", "kd", "l2", "positions", "signal_positions", "tokens", "padded_tokens", "timed_tokens")
-_FIELD = {name: index for index, name in enumerate(_SUMS)}
+_LOSSES = ("loss", "ce", "kd", "l2")
+_SUMS = (*_LOSSES, "positions", "signal_positions", "tokens", "padded_tokens", "timed_tokens")
+_OF_TYPE = ("ce", "kd", "tokens", "kd_coverage")  # what a row says of one type
 
-Sums = list[list[float]]  # [types, sums]
+_Sums = dict[str, float]
 
 
 class StepAccumulator:
     """Adds up micro-batch sums and divides once, by global counts, when a ``train`` row is due.
 
-    Loss tensors are only held, not read, until then, so that a GPU is not waited for after every micro-batch. Sums are
-    taken in float64 in the order of ``add``, whether or not a checkpoint came between: a continued run's rows agree.
+    Loss tensors are only held, not read, until then: counting a micro-batch never waits for the device. Sums are taken
+    in float64 in the order of ``add``, whether or not a checkpoint came between: a continued run's rows agree.
 
     Args:
-        types: all types a run may see, those of ``data.types`` if None; ranks agree on them.
+        types: all types the run draws from, in the order in which rows name them; the same on every rank.
     """
 
-    def __init__(self, types: Iterable[str] | None = None) -> None:
-        from liquid_llm.data.types import TYPES  # brings torch, which readers of metrics do without
-
-        self._types = TYPES if types is None else tuple(types)
-        self._sums = _zeros(len(self._types))
-        self._pending: list[tuple[int, Tensor]] = []
+    def __init__(self, types: Iterable[str]) -> None:
+        self._sums = {type: dict.fromkeys(_SUMS, 0.0) for type in types}
+        self._pending: list[tuple[str, Tensor]] = []
 
     def add(self, type: str, output: LossOutput, *, tokens: int, padded_tokens: int | None = None) -> None:
         """Count one micro-batch.
@@ -292,27 +245,20 @@ class StepAccumulator:
             tokens: its real tokens.
             padded_tokens: its tokens with padding, if the share of padding is wanted.
         """
-        import torch
+        import torch  # here and below: readers of metrics do without
 
-        index = self._types.index(type)
-        sums = self._sums[index]
-        sums[_FIELD["positions"]] += output.num_positions
-        sums[_FIELD["signal_positions"]] += output.num_signal
-        sums[_FIELD["tokens"]] += tokens
-        sums[_FIELD["timed_tokens"]] += tokens
-        sums[_FIELD["padded_tokens"]] += tokens if padded_tokens is None else padded_tokens
+        sums = self._sums[type]
+        sums["positions"] += output.num_positions
+        sums["signal_positions"] += output.num_signal
+        sums["tokens"] += tokens
+        sums["timed_tokens"] += tokens
+        sums["padded_tokens"] += tokens if padded_tokens is None else padded_tokens
         # detached: the graph of a finished backward pass must not live on
         exact = torch.float32 if output.loss.device.type == "mps" else torch.float64
-        values = [value.detach().reshape(()).to(exact) for value in (output.loss, output.ce, output.kd, output.l2)]
-        self._pending.append((index, torch.stack(values)))
+        values = [getattr(output, name).detach().reshape(()).to(exact) for name in _LOSSES]
+        self._pending.append((type, torch.stack(values)))
 
-    def row(
-        self,
-        *,
-        seconds: float,
-        reduce: Callable[[Sums], Sums] | None = None,
-        **values: Any,
-    ) -> Row:
+    def row(self, *, seconds: float, reduce: Callable[[Tensor], Tensor] | None = None, **values: Any) -> Row:
         """The values of a ``train`` row over all that was added since the last one; starts anew.
 
         Means of ``loss``, ``ce`` and ``l2`` are over labelled positions; ``kd`` is over positions with a signal and
@@ -320,77 +266,64 @@ class StepAccumulator:
 
         Args:
             seconds: wall time the micro-batches added by this process took.
-            reduce: adds the sums [types, sums] of all ranks; None on a single process.
+            reduce: adds a float64 tensor up over all ranks (an engine's ``sum``); None: this process is alone.
             values: what else the row says (``kd_alpha``, ``kd_temperature``, ``lr``, ``grad_norm``, ...).
 
         Raises:
             ValueError: nothing was added on any rank.
         """
-        sums = self.sums()
-        self._sums = _zeros(len(self._types))
+        self._read_pending()
+        sums, self._sums = self._sums, {type: dict.fromkeys(_SUMS, 0.0) for type in self._sums}
         if reduce is not None:
-            sums = reduce(sums)
-        total = [sum(column) for column in zip(*sums, strict=True)]
-        if total[_FIELD["positions"]] == 0:
+            import torch
+
+            own = torch.tensor([list(one.values()) for one in sums.values()], dtype=torch.float64)
+            sums = {
+                type: dict(zip(_SUMS, one, strict=True)) for type, one in zip(sums, reduce(own).tolist(), strict=True)
+            }
+        total = {name: sum(one[name] for one in sums.values()) for name in _SUMS}
+        if total["positions"] == 0:
             raise ValueError("a train row needs at least one labelled position")
-        row = _means(total)
-        row.update(values)
-        row["seconds"] = seconds
-        row["tokens_per_second"] = total[_FIELD["timed_tokens"]] / seconds if seconds > 0 else None
-        if total[_FIELD["padded_tokens"]] > row["tokens"]:
-            row["padding_share"] = 1.0 - row["tokens"] / total[_FIELD["padded_tokens"]]
-        seen = [(name, one) for name, one in zip(self._types, sums, strict=True) if one[_FIELD["positions"]] > 0]
-        row["by_type"] = {name: _of_type(one) for name, one in seen}
+        row = {**_means(total), **values, "seconds": seconds}
+        row["tokens_per_second"] = total["timed_tokens"] / seconds if seconds > 0 else None
+        if total["padded_tokens"] > row["tokens"]:
+            row["padding_share"] = 1.0 - row["tokens"] / total["padded_tokens"]
+        seen = {type: _means(one) for type, one in sums.items() if one["positions"] > 0}
+        row["by_type"] = {type: {key: one[key] for key in _OF_TYPE} for type, one in seen.items()}
         return row
 
-    def sums(self) -> Sums:
-        """This rank's sums since the last row, [types, sums] in the order of the types given."""
+    def _read_pending(self) -> None:
         if self._pending:
             import torch
 
             values = torch.stack([one for _, one in self._pending]).cpu().tolist()
-            for (index, _), one in zip(self._pending, values, strict=True):
-                for field, value in enumerate(one):
-                    self._sums[index][field] += value
+            for (type, _), one in zip(self._pending, values, strict=True):
+                for name, value in zip(_LOSSES, one, strict=True):
+                    self._sums[type][name] += value
             self._pending.clear()
-        return [list(one) for one in self._sums]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain values."""
-        sums = self.sums()
-        for one in sums:
-            one[_FIELD["timed_tokens"]] = 0.0  # their seconds are not the next process's
-        return {"types": list(self._types), "sums": sums}
+        self._read_pending()
+        # The seconds of the tokens so far are not the next process's.
+        sums = [list({**one, "timed_tokens": 0.0}.values()) for one in self._sums.values()]
+        return {"types": list(self._sums), "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict()``.
-
-        Raises:
-            ValueError: the state is of other types.
-        """
-        if tuple(state["types"]) != self._types:
-            raise ValueError(f"accumulated metrics are of types {state['types']}, this run's are {list(self._types)}")
+        """Continue from ``state_dict()``; types that this run does not draw from keep what was counted of them."""
+        for type, sums in zip(state["types"], state["sums"], strict=True):
+            if type in self._sums or any(sums):
+                self._sums[type] = dict(zip(_SUMS, map(float, sums), strict=True))
         self._pending.clear()
-        self._sums = [[float(value) for value in one] for one in state["sums"]]
 
 
-def _zeros(num_types: int) -> Sums:
-    return [[0.0] * len(_SUMS) for _ in range(num_types)]
-
-
-def _means(sums: list[float]) -> Row:
-    value = dict(zip(_SUMS, sums, strict=True))
-    positions, with_signal = value["positions"], value["signal_positions"]
+def _means(sums: _Sums) -> Row:
+    positions, with_signal = sums["positions"], sums["signal_positions"]
     return {
-        "loss": value["loss"] / positions,
-        "ce": value["ce"] / positions,
-        "kd": value["kd"] / with_signal if with_signal else None,
-        "l2": value["l2"] / positions,
-        "tokens": int(value["tokens"]),
+        "loss": sums["loss"] / positions,
+        "ce": sums["ce"] / positions,
+        "kd": sums["kd"] / with_signal if with_signal else None,
+        "l2": sums["l2"] / positions,
+        "tokens": int(sums["tokens"]),
         "kd_coverage": with_signal / positions,
     }
-
-
-def _of_type(sums: list[float]) -> Row:
-    row = _means(sums)
-    return {key: row[key] for key in ("ce", "kd", "tokens", "kd_coverage")}

@@ -17,6 +17,10 @@ CODECS = {
     "sampled": "liquid_llm.signal_store.codecs.sampled:SampledCodec",
 }
 
+TRACKERS = {
+    "tensorboard": "liquid_llm.trackers.tensorboard:TensorBoardTracker",
+}
+
 
 def load(table: Mapping[str, str], name: str) -> Any:
     """The object that ``name`` stands for in one of the tables, imported now.

@@ -58,6 +58,7 @@ PARTS = 1
 # and the jobs that fill and read it; the data side knows nothing of how raw data became it.
 KNOWN_PARTS: dict[str, set[str]] = {
     "training": {"models"},
+    "metrics": {"trackers"},
     "report": {"metrics"},
     "preparation": {"data"},
     "teachers": {"models", "signal_store"},

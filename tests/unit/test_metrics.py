@@ -7,6 +7,7 @@ import json
 import math
 import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from liquid_llm.errors import StorageError
 from liquid_llm.losses.signals import LossOutput
@@ -23,11 +22,12 @@ from liquid_llm.metrics import (
     TIMING_KEYS,
     MetricsWriter,
     StepAccumulator,
-    Sums,
     iter_metrics,
     read_metrics,
     without_timings,
 )
+
+TYPES = ("lm", "math_tool", "code")
 
 
 def output(loss: float, ce: float, kd: float, l2: float, positions: int, signal: int) -> LossOutput:
@@ -39,8 +39,8 @@ def values(step: int, run: int = 0) -> dict[str, object]:
     return {"loss": 1.0 / step, "by_type": {"lm": {"ce": step * 0.5}}, "tokens_per_second": 100.0 + run}
 
 
-def write_steps(folder: Path, steps: range, resume_step: int | None, run: int = 0, tensorboard: bool = True) -> None:
-    with MetricsWriter(folder, resume_step=resume_step, tensorboard=tensorboard) as writer:
+def write_steps(folder: Path, steps: range, resume_step: int | None, run: int = 0) -> None:
+    with MetricsWriter(folder, resume_step=resume_step) as writer:
         for step in steps:
             writer.write("train", step, values(step, run))
             if step % 3 == 0:
@@ -58,11 +58,11 @@ def test_a_continued_file_equals_an_uninterrupted_one(
 ) -> None:
     checkpoint = min(checkpoint, killed_after)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    write_steps(whole, range(1, 10), None, tensorboard=False)
-    write_steps(broken, range(1, killed_after + 1), None, tensorboard=False)
+    write_steps(whole, range(1, 10), None)
+    write_steps(broken, range(1, killed_after + 1), None)
     with (broken / "metrics.jsonl").open("ab") as file:
         file.write(torn)
-    write_steps(broken, range(checkpoint + 1, 10), checkpoint, run=1, tensorboard=False)
+    write_steps(broken, range(checkpoint + 1, 10), checkpoint, run=1)
     assert [without_timings(row) for row in read_metrics(broken)] == [
         without_timings(row) for row in read_metrics(whole)
     ]
@@ -77,7 +77,6 @@ def test_a_fresh_start_forgets_the_earlier_run(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 6), None)
     write_steps(tmp_path, range(1, 3), None, run=1)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
-    assert len(list((tmp_path / "tb").iterdir())) == 1
 
 
 def test_dropping_rows_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +175,7 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path, value: objec
 def test_plain_values_come_back_as_written(tmp_path_factory: pytest.TempPathFactory, row: dict[str, object]) -> None:
     # any text, newlines and surrogate-free unicode included, must stay on its own line
     folder = tmp_path_factory.getbasetemp() / "plain"
-    with MetricsWriter(folder, resume_step=None, tensorboard=False) as writer:
+    with MetricsWriter(folder, resume_step=None) as writer:
         writer.write("train", 7, row)
     assert read_metrics(folder) == [{"kind": "train", "step": 7, **row}]
 
@@ -195,40 +194,26 @@ def test_unwritable_run_directory_is_a_storage_error(tmp_path: Path) -> None:
         MetricsWriter(tmp_path / "file" / "run", resume_step=None)
 
 
-# ---------------------------------------------------------------------------------------------------------- tensorboard
+class Listening:
+    """A tracker that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.heard: list[object] = []
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self.heard.append(row)
+
+    def close(self) -> None:
+        self.heard.append("closed")
 
 
-def tensorboard_series(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder / "tb"))
-    events.Reload()
-    return [(event.step, round(event.value, 5)) for event in events.Scalars(tag)]
-
-
-@pytest.mark.parametrize("earlier_writers", [0, 9])
-def test_tensorboard_shows_a_continued_run_once(
-    tmp_path: Path, earlier_writers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The writers' running number is the last part of their files' names, where 10 comes before 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(earlier_writers))
-    write_steps(tmp_path, range(1, 7), None)
-    write_steps(tmp_path, range(5, 9), 4, run=1)
-    assert tensorboard_series(tmp_path, "train/loss") == [(step, round(1 / step, 5)) for step in range(1, 9)]
-    assert tensorboard_series(tmp_path, "train/by_type/lm/ce") == [(step, step * 0.5) for step in range(1, 9)]
-    assert tensorboard_series(tmp_path, "eval/val_loss_student") == [(3, 0.66667), (6, 0.33333)]
-    rates = dict(tensorboard_series(tmp_path, "train/tokens_per_second"))
-    assert [rates[step] for step in range(1, 9)] == [100.0] * 4 + [101.0] * 4
-
-
-def test_events_from_a_clock_ahead_of_ours_are_named_in_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_steps(tmp_path, range(1, 3), None)
-    (event_file,) = (tmp_path / "tb").iterdir()
-    parts = event_file.name.split(".")
-    parts[3] = str(int(parts[3]) + 3600)
-    event_file.rename(event_file.with_name(".".join(parts)))
-    write_steps(tmp_path, range(3, 5), 2)
-    assert "ahead of this clock" in caplog.text
+def test_every_tracker_gets_each_row_as_it_was_written_and_is_closed(tmp_path: Path) -> None:
+    first, second = Listening(), Listening()
+    with MetricsWriter(tmp_path, resume_step=None, trackers=[first, second]) as writer:
+        writer.write("train", 1, {"loss": math.nan})
+        writer.write("eval", 1, {"val_loss_student": 2.0})
+        assert first.heard == second.heard == read_metrics(tmp_path)
+    assert first.heard[-1] == second.heard[-1] == "closed"
 
 
 # --------------------------------------------------------------------------------------------------------- accumulating
@@ -257,7 +242,7 @@ def add(to: StepAccumulator, batch: tuple[str, float, float, int, int, int]) -> 
 
 @given(micro_batches)
 def test_means_are_divided_once_by_global_counts(batches: list[tuple[str, float, float, int, int, int]]) -> None:
-    accumulator = StepAccumulator()
+    accumulator = StepAccumulator(TYPES)
     for batch in batches:
         add(accumulator, batch)
     row = accumulator.row(seconds=2.0, lr=0.5)
@@ -284,7 +269,7 @@ def test_means_are_divided_once_by_global_counts(batches: list[tuple[str, float,
 def test_a_checkpoint_between_micro_batches_changes_nothing(
     batches: list[tuple[str, float, float, int, int, int]], cut: int
 ) -> None:
-    whole, first, second = StepAccumulator(), StepAccumulator(), StepAccumulator()
+    whole, first, second = StepAccumulator(TYPES), StepAccumulator(TYPES), StepAccumulator(TYPES)
     for batch in batches:
         add(whole, batch)
     for batch in batches[:cut]:
@@ -296,7 +281,7 @@ def test_a_checkpoint_between_micro_batches_changes_nothing(
 
 
 def test_the_rate_after_a_resume_counts_only_what_was_timed() -> None:
-    first, second = StepAccumulator(), StepAccumulator()
+    first, second = StepAccumulator(TYPES), StepAccumulator(TYPES)
     add(first, ("lm", 1.0, 1.0, 5, 5, 1000))
     second.load_state_dict(first.state_dict())
     add(second, ("lm", 1.0, 1.0, 5, 5, 10))
@@ -309,19 +294,21 @@ def test_the_rate_after_a_resume_counts_only_what_was_timed() -> None:
 def test_ranks_add_up(
     mine: list[tuple[str, float, float, int, int, int]], theirs: list[tuple[str, float, float, int, int, int]]
 ) -> None:
-    together, rank0, rank1 = StepAccumulator(), StepAccumulator(), StepAccumulator()
+    together, rank0, rank1 = StepAccumulator(TYPES), StepAccumulator(TYPES), StepAccumulator(TYPES)
     for batch in mine:
         add(together, batch)
         add(rank0, batch)
     for batch in theirs:
         add(together, batch)
         add(rank1, batch)
-    other = rank1.sums()
+    sent: list[torch.Tensor] = []
 
-    def reduce(sums: Sums) -> Sums:
-        return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, other, strict=True)]
+    def send(sums: torch.Tensor) -> torch.Tensor:
+        sent.append(sums)
+        return sums
 
-    row = rank0.row(seconds=1.0, reduce=reduce)
+    rank1.row(seconds=1.0, reduce=send)
+    row = rank0.row(seconds=1.0, reduce=lambda sums: sums + sent[0])
     expected = together.row(seconds=1.0)
     assert row["by_type"].keys() == expected["by_type"].keys()
     for key in ("loss", "ce", "kd", "l2", "tokens", "kd_coverage", "tokens_per_second"):
@@ -329,7 +316,7 @@ def test_ranks_add_up(
 
 
 def test_a_row_starts_anew_and_an_empty_one_is_refused() -> None:
-    accumulator = StepAccumulator()
+    accumulator = StepAccumulator(TYPES)
     add(accumulator, ("lm", 9.0, 1.0, 3, 3, 4))
     accumulator.row(seconds=1.0)
     with pytest.raises(ValueError, match="labelled position"):
@@ -361,7 +348,7 @@ def test_the_graph_of_a_step_is_not_kept_alive() -> None:
     alive = weakref.ref(activations)
     loss = KeepsActivations.apply(torch.ones(3, requires_grad=True), activations)
     zero = torch.zeros(())
-    accumulator = StepAccumulator()
+    accumulator = StepAccumulator(TYPES)
     accumulator.add("lm", LossOutput(loss, zero, zero, zero, 3, 0), tokens=3)
     del loss, activations
     gc.collect()
@@ -369,9 +356,15 @@ def test_the_graph_of_a_step_is_not_kept_alive() -> None:
     assert accumulator.row(seconds=1.0)["loss"] == 1.0
 
 
-def test_state_of_other_types_is_refused() -> None:
-    with pytest.raises(ValueError, match="types"):
-        StepAccumulator(("lm",)).load_state_dict(StepAccumulator().state_dict())
+def test_a_state_of_other_types_keeps_what_was_counted_of_them() -> None:
+    earlier, now = StepAccumulator(TYPES), StepAccumulator(["lm", "dialogue"])
+    add(earlier, ("code", 6.0, 0.0, 3, 0, 4))
+    now.load_state_dict(earlier.state_dict())
+    add(now, ("dialogue", 4.0, 0.0, 2, 0, 4))
+    row = now.row(seconds=1.0)
+    assert row["ce"] == 2.0
+    assert {type: one["tokens"] for type, one in row["by_type"].items()} == {"dialogue": 4, "code": 4}
+    assert now.state_dict()["types"] == ["lm", "dialogue", "code"]  # math_tool was never seen
 
 
 def test_timings_are_all_that_is_left_out() -> None:

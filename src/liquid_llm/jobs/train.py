@@ -24,6 +24,7 @@ from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.runtime import StopSignal
 from liquid_llm.terminal import Stage, setup_logging
+from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
 from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
@@ -102,7 +103,13 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         stop = stack.enter_context(StopSignal())
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
         resume_step = parts.progress.step if start.kind == "continue" else None
-        metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step))
+        metrics = stack.enter_context(
+            MetricsWriter(
+                place.run_dir,
+                resume_step=resume_step,
+                trackers=open_trackers(["tensorboard"], place.run_dir, resume_step),
+            )
+        )
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
         trainer = _trainer(config, parts, feed, lambda: stop.requested)
         trainer.consumers = parts.evaluator.consumers = fit.largest

@@ -15,7 +15,7 @@ from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
-from liquid_llm.data.types import MicroBatch
+from liquid_llm.data.types import TYPES, MicroBatch
 from liquid_llm.device import forget_peak
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
@@ -102,7 +102,10 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
         weight_decay=config.optimizer.weight_decay,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
     )
-    progress, accumulator = Progress(), StepAccumulator()
+    progress, accumulator = (
+        Progress(),
+        StepAccumulator(dict.fromkeys([*TYPES, *(source.type for source in inputs.sources)])),
+    )
     _restore(start, built, progress, optimizer, accumulator, config.data.block_size)
     return Parts(
         config=config,

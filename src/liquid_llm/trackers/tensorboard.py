@@ -1,0 +1,64 @@
+"""TensorBoard: event files in the run directory's ``tb/``."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from liquid_llm.storage.local import translated
+from liquid_llm.trackers import numbers
+
+FOLDER = "tb"
+_MAX_WAIT_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class TensorBoardTracker:
+    """Writes every number of a row as a scalar event; a continued run is shown once, as if never interrupted.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        self._folder = run_dir / FOLDER
+        with translated(self._folder, writing=True):
+            if resume_step is None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                _wait_until_later(self._folder)
+            # Readers drop earlier events from the purge step on: those are about to be written again.
+            first_step = 0 if resume_step is None else resume_step + 1
+            self._events: Any = SummaryWriter(str(self._folder), purge_step=first_step)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        with translated(self._folder, writing=True):
+            for tag, value in numbers(row):
+                self._events.add_scalar(tag, value, row["step"])
+            self._events.flush()
+
+    def close(self) -> None:
+        with translated(self._folder, writing=True):
+            self._events.close()
+
+
+def _wait_until_later(folder: Path) -> None:
+    """Wait for the second after that in which the newest event file was begun.
+
+    Readers take event files in the order of their names, which begin with that second; what follows it within the same
+    second is the process id, which orders nothing.
+    """
+    begun = [name.name.split(".")[3] for name in folder.glob("events.out.tfevents.*")]
+    newest = max((int(second) for second in begun if second.isdigit()), default=0)
+    ahead = newest + 1 - time.time()
+    if ahead > _MAX_WAIT_SECONDS:
+        _log.warning("%s: earlier events are dated %.0f s ahead of this clock and will hide new ones", folder, ahead)
+    elif ahead > 0:
+        time.sleep(ahead)
