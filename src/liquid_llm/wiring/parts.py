@@ -15,7 +15,7 @@ from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
-from liquid_llm.data.types import TYPES, MicroBatch
+from liquid_llm.data.types import MicroBatch
 from liquid_llm.device import forget_peak
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
@@ -104,7 +104,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     )
     progress, accumulator = (
         Progress(),
-        StepAccumulator(dict.fromkeys([*TYPES, *(source.type for source in inputs.sources)])),
+        StepAccumulator(inputs.types),
     )
     _restore(start, built, progress, optimizer, accumulator, config.data.block_size)
     return Parts(
