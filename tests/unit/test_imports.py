@@ -69,7 +69,6 @@ KNOWN_PARTS: dict[str, set[str]] = {
 
 # Imports that break the rule and are to go: (importer, imported).
 DEBTS: set[tuple[str, str]] = {
-    ("liquid_llm.wiring.inputs", "liquid_llm.jobs.prepare"),
     ("liquid_llm.preparation.toolkit", "liquid_llm.checkpoint.archive"),
 }
 

@@ -14,7 +14,7 @@ from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
-from liquid_llm.jobs.prepare import prepare_inputs
+from liquid_llm.jobs.prepare import prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory, launched_as
 from liquid_llm.signal_store.codecs import Codec, TopKCodec, get_codec
@@ -43,7 +43,6 @@ def run_capture(given: Mapping[str, object], new_layout: str) -> int:
     """
     setup_logging("INFO")
     config = build_capture_config(given)
-    prepare_inputs(config.data, STORED_TYPES)
     summary = capture_signal(config, new_layout)
     print(json.dumps(summary.as_dict(), sort_keys=True), flush=True)
     if summary.interrupted:
@@ -151,10 +150,9 @@ def _settings(text: str) -> dict[str, int | float]:
 
 
 def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDataset]]:
+    entries = prepare_run_data(config.data, STORED_TYPES).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:
-        inputs = read_manifest_inputs(
-            config.data, text, only=STORED_TYPES, progress=lambda _, tokens: stage.advance(tokens)
-        )
+        inputs = read_manifest_inputs(config.data, text, entries, progress=lambda _, tokens: stage.advance(tokens))
     datasets: dict[str, list[TokenDataset]] = {}
     for dataset in inputs.everything:
         _folder(config, dataset.type)

@@ -18,7 +18,7 @@ import logging
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,29 @@ def run_prepare(given: Mapping[str, object]) -> int:
     return 0
 
 
-def prepare_inputs(config: DataConfig, types: Sequence[str] = TYPES) -> dict[str, Any]:
-    """Prepare what a run needs of its types; gives what provenance keeps of it.
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads.
 
-    ``readiness`` holds what was done, by dataset; ``datasets`` the catalog and its place; nothing without a catalog.
+    Attributes:
+        entries: the manifest's lines, each raw input replaced by its dataset's shards; empty without a manifest.
+        readiness: what was prepared, by dataset, for provenance.
+        datasets: the catalog and its location, for provenance; empty without one.
+    """
+
+    entries: list[ManifestEntry] = field(default_factory=list)
+    readiness: dict[str, Any] = field(default_factory=dict)
+    datasets: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare_run_data(config: DataConfig, types: Sequence[str] = TYPES) -> RunData:
+    """Prepare what a run needs of its types, then read its manifest.
 
     Raises:
         LiquidError: any problem a user can cause.
     """
     if config.manifest is None:
-        return {}
+        return RunData()
     if config.prepare == "force" and launched_as()[1] > 1:
         raise UsageError(
             "several processes cannot prepare anew at once",
@@ -108,7 +121,7 @@ def prepare_inputs(config: DataConfig, types: Sequence[str] = TYPES) -> dict[str
         for option, given in asked:
             if given:
                 raise UsageError("no datasets are known", where=f"--{option}", remedy="give --datasets_yaml")
-        return {}
+        return RunData(_entries(config.manifest, types, None))
     manifest = absolute(config.manifest)
     paths = [entry.path for entry in read_manifest(manifest)] if storage.stat(manifest) is not None else []
     needed = [
@@ -118,10 +131,22 @@ def prepare_inputs(config: DataConfig, types: Sequence[str] = TYPES) -> dict[str
         and (dataset.manifest == manifest or any(dataset.names_input(p) or dataset.names_shards(p) for p in paths))
     ]
     done = prepare_datasets(needed, config.prepare, toolkit_options(config))
-    return {
-        "readiness": {"preparation": done},
-        "datasets": {"datasets_yaml": catalog.uri, "datasets": catalog.plain},
-    }
+    return RunData(
+        _entries(config.manifest, types, catalog),
+        {"preparation": done},
+        {"datasets_yaml": catalog.uri, "datasets": catalog.plain},
+    )
+
+
+def find_run_data(config: DataConfig, types: Sequence[str] = TYPES) -> RunData:
+    """What a run reads as it stands: nothing is prepared.
+
+    Raises:
+        DataError: as ``prepare_run_data``; a dataset that is named has no complete shards.
+    """
+    if config.manifest is None:
+        return RunData()
+    return RunData(_entries(config.manifest, types, find_catalog(config)))
 
 
 def find_catalog(config: DataConfig) -> Catalog | None:
@@ -150,13 +175,18 @@ def toolkit_options(config: DataConfig | PrepareConfig) -> ToolkitOptions | None
     return ToolkitOptions(config.toolkit_uri, config.toolkit_sha256, folder, config.toolkit_timeout_seconds)
 
 
-def resolve_entries(config: DataConfig, entries: list[ManifestEntry]) -> list[ManifestEntry]:
-    """The entries with every raw input of a known dataset replaced by that dataset's shards; lines of one are merged.
+def _entries(manifest: str, types: Sequence[str], catalog: Catalog | None) -> list[ManifestEntry]:
+    """The manifest's entries of ``types``, every raw input of a known dataset replaced by that dataset's shards.
+
+    Lines of one dataset are merged.
 
     Raises:
-        DataError: a dataset that is named has no complete shards, or is of another type than the line says.
+        DataError: nothing of the types is named; a dataset that is named has no complete shards, or is of another type
+            than the line says.
     """
-    catalog = find_catalog(config)
+    entries = [entry for entry in read_manifest(manifest) if entry.type in types]
+    if not entries:
+        raise DataError("no entry of the types needed", where=manifest, expected=f"a line of {' or '.join(types)}")
     if catalog is None:
         return entries
     resolved: dict[str, ManifestEntry] = {}

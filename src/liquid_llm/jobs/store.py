@@ -22,6 +22,7 @@ from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, SignalError, UsageError
 from liquid_llm.formatting import format_bytes
+from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
 from liquid_llm.signal_store.codecs import PayloadError
@@ -178,10 +179,9 @@ def _verify(
     token = read_token(config.teacher)
     text = text_tools(load_tokenizer(teacher_id, token=token))
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
+    entries = find_run_data(config.data, STORED_TYPES).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:
-        inputs = read_manifest_inputs(
-            config.data, text, only=STORED_TYPES, progress=lambda _, tokens: stage.advance(tokens)
-        )
+        inputs = read_manifest_inputs(config.data, text, entries, progress=lambda _, tokens: stage.advance(tokens))
     coverage = _coverage(store, inputs.everything)
     chosen = list(_chosen(store, inputs.everything, samples, config.seed))
     if not chosen:

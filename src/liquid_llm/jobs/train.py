@@ -16,7 +16,7 @@ from liquid_llm.config import RunConfig, as_plain, build_run_config, build_sched
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, estimate, measured, print_findings, schedule_values
-from liquid_llm.jobs.prepare import prepare_inputs
+from liquid_llm.jobs.prepare import RunData, find_run_data, prepare_run_data
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import quiet_transformers
@@ -91,14 +91,14 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
 
 
 def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
-    preparation = prepare_inputs(config.data)
-    parts = build_parts(config, start)
+    data = prepare_run_data(config.data)
+    parts = build_parts(config, start, data.entries)
     config = parts.config
     fit = check_fit(config, parts)
     say_fit(fit, parts.device)
     if config.output.restart:  # not before everything that can fail has not
         store.set_aside()
-    _write_provenance(config, place, start, parts, preparation, fit)
+    _write_provenance(config, place, start, parts, data, fit)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
@@ -152,9 +152,7 @@ def _trainer(config: RunConfig, parts: Parts, feed: BatchFeed, stopping: Callabl
     )
 
 
-def _write_provenance(
-    config: RunConfig, place: Place, start: Start, parts: Parts, preparation: Mapping[str, Any], fit: Fit
-) -> None:
+def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Parts, data: RunData, fit: Fit) -> None:
     write_provenance(
         place.run_dir,
         config=as_plain(config),
@@ -162,12 +160,12 @@ def _write_provenance(
         readiness={
             "types": parts.inputs.readiness(),
             "signal": parts.teachers.coverage,
-            **preparation.get("readiness", {}),
+            **data.readiness,
         },
         datasets={
             "name": config.data.dataset_name,
             "config": config.data.dataset_config,
-            **preparation.get("datasets", {}),
+            **data.datasets,
         },
         choices={name: {"value": str(choice.value), "reason": choice.reason} for name, choice in parts.choices.items()},
         extra={
@@ -196,7 +194,7 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
         nowhere = Place(Path(folder), None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
             config, start = _merge(face, given, config, _would_start(config, place, nowhere, store))
-        parts = build_parts(config, start)
+        parts = build_parts(config, start, find_run_data(config.data).entries)
         config = parts.config
         fit = check_fit(config, parts, keep=False)
         sizes = estimate(config, parts.built.model, parts.teachers.online_model)

@@ -11,11 +11,10 @@ from typing import Any
 from liquid_llm.config import DataConfig
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.loader import Source, validation_batches
-from liquid_llm.data.manifest import entry_files, read_manifest
+from liquid_llm.data.manifest import entry_files
 from liquid_llm.data.tokens import Progress, TokenDataset, build_token_dataset, split
 from liquid_llm.data.types import STORED_TYPES, TYPES, ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
-from liquid_llm.jobs.prepare import resolve_entries
 from liquid_llm.wiring.places import cache_dir
 
 log = logging.getLogger(__name__)
@@ -74,19 +73,13 @@ def token_cache(config: DataConfig) -> Path:
 
 
 def read_manifest_inputs(
-    config: DataConfig, text: TextTools, *, only: Sequence[str] = TYPES, progress: Progress | None = None
+    config: DataConfig, text: TextTools, entries: Sequence[ManifestEntry], *, progress: Progress | None = None
 ) -> Inputs:
-    """Tokenise (or open) every manifest entry of the types in ``only``, and hold out the validation share.
+    """Tokenise (or open) every manifest entry, and hold out the validation share.
 
     Raises:
-        DataError: the manifest, a shard or a record cannot be used, or nothing of the types is named.
+        DataError: a shard or a record cannot be used.
     """
-    assert config.manifest is not None
-    entries = resolve_entries(config, [entry for entry in read_manifest(config.manifest) if entry.type in only])
-    if not entries:
-        raise DataError(
-            "no entry of the types needed", where=config.manifest, expected=f"a line of {' or '.join(only)}"
-        )
     sources, everything = [], []
     validation: dict[str, list[TokenDataset]] = {kind: [] for kind in TYPES}
     for entry in entries:
@@ -107,7 +100,7 @@ def read_manifest_inputs(
         if len(held):
             validation[entry.type].append(held)
     held_out = {kind: datasets for kind, datasets in validation.items() if datasets}
-    return Inputs(sources, held_out, entries, everything)
+    return Inputs(sources, held_out, list(entries), everything)
 
 
 def read_dataset_inputs(

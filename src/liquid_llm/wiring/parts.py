@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
-from liquid_llm.data.types import MicroBatch
+from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.device import forget_peak
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
-from liquid_llm.options import ANNEAL
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
     Choice,
@@ -71,8 +70,8 @@ class Parts:
     choices: dict[str, Choice]
 
 
-def build_parts(config: RunConfig, start: Start) -> Parts:
-    """Build everything a run needs from its configuration and what it starts from.
+def build_parts(config: RunConfig, start: Start, entries: Sequence[ManifestEntry]) -> Parts:
+    """Build everything a run needs from its configuration, what it starts from and the entries of its manifest.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -89,7 +88,7 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     text = choose_tokenizer(config, start, token)
     settled = settle(config, start, text, device, token, keep=not config.dry_run)
     config = settled.config
-    inputs = _read_inputs(config, text, token)
+    inputs = _read_inputs(config, text, token, entries)
     built = make_student(config, start, text, device, token)
     teachers = make_teachers(config, inputs, text, device, token)
     schedules = _schedules(config, start)
@@ -133,17 +132,17 @@ def build_parts(config: RunConfig, start: Start) -> Parts:
     )
 
 
-def _read_inputs(config: RunConfig, text: TextTools, token: str | None) -> Inputs:
+def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]) -> Inputs:
     with Stage("tokenise", unit="tokens", total=None) as stage:
 
         def progress(fraction: float, num_tokens: int) -> None:
             stage.advance(num_tokens)
             stage.note(f"{fraction:.0%} of this source")
 
-        if config.face == ANNEAL:
+        if config.data.manifest is None:
             inputs = read_dataset_inputs(config.data, text, token=token, progress=progress)
         else:
-            inputs = read_manifest_inputs(config.data, text, progress=progress)
+            inputs = read_manifest_inputs(config.data, text, entries, progress=progress)
     for kind, row in inputs.readiness().items():
         log.info("%s: %s", kind, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
     return inputs
