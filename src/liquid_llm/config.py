@@ -10,13 +10,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from liquid_llm.config_checks import capture_problems, parsed, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, PREPARE, TRAIN, options_of
 from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule
+from liquid_llm.sources import SPELLINGS, SourceConfig, default_layout, read_given, spellings
 
 DEFAULT_BLOCK_SIZE = {ANNEAL: 512, TRAIN: 1024, CAPTURE: 1024}
 
@@ -81,6 +82,7 @@ class ObjectiveConfig:
     anneal_share: float = 0.0
     l2: float = 0.0
     l2_fade_step: int = 1
+    divergence: str = "forward_kl"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,24 @@ class OutputConfig:
     upload_every_seconds: float
     tensorboard_uri: str | None
     model_uri: str | None
+    trackers: tuple[str, ...]
     run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """How each type of text is taught: ``named`` types, and the teacher of any other."""
+
+    named: Mapping[str, SourceConfig]
+    other_teacher: str | None = None
+
+    def __call__(self, type: str) -> SourceConfig:
+        return self.named.get(type) or SourceConfig(self.other_teacher, default_layout(type))
+
+    @property
+    def has_store(self) -> bool:
+        """Whether a type's signal is read from a store, or captured into it."""
+        return any(one.store is not None for one in self.named.values())
 
 
 @dataclass(frozen=True)
@@ -142,6 +161,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     evaluation: EvaluationConfig
     output: OutputConfig
+    source: Sources
     given: frozenset[str]
 
 
@@ -163,6 +183,7 @@ class CaptureConfig:
     teacher: TeacherConfig
     data: DataConfig
     store: StoreConfig
+    source: Sources
 
 
 @dataclass(frozen=True)
@@ -194,16 +215,19 @@ def build_run_config(face: str, given: Mapping[str, object], metadata: Mapping[s
         values["data"]["batch_size"] = AUTO_BATCH
     block_size = values["data"].pop("block_size") or DEFAULT_BLOCK_SIZE[face]
     seq_len = values["data"].pop("seq_len", None) or block_size
+    teacher = TeacherConfig(**values["teacher"])
+    source = _build_sources(given, teacher)
     config = RunConfig(
         face=face,
         given=frozenset(given),
         student=StudentConfig(**values["student"]),
-        teacher=TeacherConfig(**values["teacher"]),
+        teacher=_with_stores(teacher, source),
         data=DataConfig(block_size=block_size, seq_len=seq_len, **values["data"]),
         objective=ObjectiveConfig(**values["objective"]),
         optimizer=OptimizerConfig(**values["optimizer"]),
         evaluation=EvaluationConfig(**values["evaluation"]),
         output=OutputConfig(**values["output"]),
+        source=source,
         **values["run"],
     )
     _raise_all(run_problems(config))
@@ -220,10 +244,13 @@ def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
     data = values["data"]
     block_size = data.pop("block_size", None)
     seq_len = data.pop("seq_len") or block_size or DEFAULT_BLOCK_SIZE[CAPTURE]
+    teacher = TeacherConfig(**values["teacher"])
+    source = _build_sources(given, replace(teacher, hybrid=True))
     config = CaptureConfig(
-        teacher=TeacherConfig(**values["teacher"]),
+        teacher=_with_stores(teacher, source),
         data=DataConfig(block_size=seq_len, seq_len=seq_len, **data),
         store=StoreConfig(**values["store"]),
+        source=source,
         **values["run"],
     )
     _raise_all(capture_problems(config))
@@ -242,9 +269,50 @@ def build_prepare_config(given: Mapping[str, object]) -> PrepareConfig:
     return config
 
 
+def _build_sources(given: Mapping[str, object], teacher: TeacherConfig) -> Sources:
+    """What each type is taught by.
+
+    In a hybrid run lm is scored by the online teacher and the reference options name the other two types' stores;
+    without, everything is scored online, or (``--teacher_mode=precomputed``) what has a store is read from it.
+
+    Raises:
+        UsageError: one type's teacher is named twice, differently.
+    """
+    online = f"online:{teacher.online_id}" if teacher.online_id is not None else None
+    folders = {"math_logits_dir": teacher.math_dir, "code_logits_dir": teacher.code_dir}
+    stored = {SPELLINGS[option]: f"store:{folder}" for option, folder in folders.items() if folder is not None}
+    if teacher.mode == "online" and not teacher.hybrid:
+        spelled, other = {}, online
+    else:
+        spelled, other = ({"lm": online} if teacher.hybrid and online else {}) | stored, None
+    read = read_given(given)
+    twice = [
+        f"--{option} and --signal {type}=... name different teachers for {type}: leave one out"
+        for option, type in spellings({"hybrid": teacher.hybrid}).items()
+        if type in spelled and read.get(type, {}).get("teacher", spelled[type]) != spelled[type]
+    ]
+    _raise_all(twice)
+    return Sources(
+        {
+            type: SourceConfig(
+                **{"teacher": spelled.get(type, other), "layout": default_layout(type), **read.get(type, {})}
+            )
+            for type in [*spelled, *(type for type in read if type not in spelled)]
+        },
+        other,
+    )
+
+
+def _with_stores(teacher: TeacherConfig, source: Sources) -> TeacherConfig:
+    math, code = source("math_tool").store, source("code").store
+    return replace(teacher, math_dir=math or teacher.math_dir, code_dir=code or teacher.code_dir)
+
+
 def _by_group(face: str, given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
     for option in options_of(face):
+        if option.kind == "sources":
+            continue
         values.setdefault(option.group, {})[option.field] = given.get(option.name, option.default_for(face))
     return values
 
@@ -312,6 +380,8 @@ def run_name(config: RunConfig) -> str:
     plain = as_plain(config)
     for volatile in ("output", "given", "dry_run", "device", "price_per_hour"):
         plain.pop(volatile)
+    plain.pop("source")
+    plain["objective"].pop("divergence")
     # What follows is hashed as it was before there were such options.
     if plain["student"]["grad_checkpoint"] == AUTO:
         plain["student"]["grad_checkpoint"] = False

@@ -22,7 +22,7 @@ def run_problems(config: RunConfig) -> list[str]:
     if config.face == TRAIN:
         if not data.manifest:
             problems.append("--dataset_manifest is missing: name a JSONL manifest")
-        problems += _teacher_problems(teacher)
+        problems += _teacher_problems(config)
         if data.seq_len > data.block_size:
             problems.append(
                 f"--seq_len={data.seq_len} is longer than --block_size={data.block_size}: raise --block_size"
@@ -67,14 +67,14 @@ def _batch_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _teacher_problems(teacher: TeacherConfig) -> list[str]:
+def _teacher_problems(config: RunConfig) -> list[str]:
+    teacher = config.teacher
     if not teacher.hybrid:
         if teacher.mode == "online" and not teacher.online_id:
             return ["--lm_teacher_id is missing: --hybrid=false with --teacher_mode=online scores everything with it"]
-        if teacher.mode == "precomputed" and not (teacher.math_dir or teacher.code_dir):
-            return [
-                "--math_logits_dir or --code_logits_dir is missing: --teacher_mode=precomputed reads its signal there"
-            ]
+        if teacher.mode == "precomputed" and not config.source.has_store:
+            named = "--math_logits_dir, --code_logits_dir or --signal TYPE=URI"
+            return [f"{named} is missing: --teacher_mode=precomputed reads its signal there"]
     return []
 
 
@@ -92,8 +92,10 @@ def capture_problems(config: CaptureConfig) -> list[str]:
         problems.append("--mc_teacher_id is missing: name the teacher to capture")
     if not config.data.manifest:
         problems.append("--dataset_manifest is missing: name a JSONL manifest")
-    if not (config.teacher.math_dir or config.teacher.code_dir):
-        problems.append("--math_logits_dir and --code_logits_dir are both missing: say where the signal goes")
+    if not config.source.has_store:
+        problems.append(
+            "--math_logits_dir, --code_logits_dir and --signal TYPE=URI are all missing: say where the signal goes"
+        )
     return problems + _token_problems(config.teacher) + toolkit_problems(config.data)
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from liquid_llm.registry import DIVERGENCES, TRACKERS
+
 ANNEAL, TRAIN, CAPTURE, PREPARE = "anneal", "train", "capture", "prepare"
 TRAINING = (ANNEAL, TRAIN)
 EVERY = (ANNEAL, TRAIN, CAPTURE)
@@ -42,7 +44,8 @@ class Option:
     Attributes:
         name: spelled with underscores; ``-`` is accepted too.
         kind: ``str``, ``int``, ``float``, ``bool``, ``ints`` or ``floats`` (comma-separated); ``auto int`` and ``auto
-            bool`` also take the word auto.
+            bool`` also take the word auto; ``names`` (comma-separated, each one of ``choices``, or none);
+            ``sources`` (``TYPE=SPEC``, comma-separated, may be given several times; see ``sources.py``).
         group, field: the configuration value it sets.
         default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
         faces: the commands that take it.
@@ -85,6 +88,7 @@ OPTIONS = (
     Option("teacher_mode", "str", TEACHER, "mode", "online", "with --hybrid=false: where all signal comes from", faces=(TRAIN,), choices=("online", "precomputed")),
     Option("math_logits_dir", "str", TEACHER, "math_dir", None, "folder or URL of the stored maths signal", faces=(TRAIN, CAPTURE)),
     Option("code_logits_dir", "str", TEACHER, "code_dir", None, "folder or URL of the stored code signal", faces=(TRAIN, CAPTURE)),
+    Option("signal", "sources", TEACHER, "sources", None, "teacher signal by type, TYPE=URI of its store, TYPE=online:MODEL or TYPE=none; several times or comma-separated", faces=(TRAIN, CAPTURE)),
     Option("teacher_precision", "str", TEACHER, "precision", "auto", "teacher's arithmetic; auto takes the faster one here", faces=EVERY, choices=PRECISIONS),
     Option("hf_token_file", "str", TEACHER, "token_file", None, "file with a Hugging Face token (else HF_TOKEN)", faces=EVERY),
     Option("hf_token_uri", "str", TEACHER, "token_uri", None, "URL of an object with a Hugging Face token", faces=EVERY),
@@ -110,6 +114,7 @@ OPTIONS = (
     Option("prep_extract_dir", "str", DATA, "toolkit_dir", None, "where the toolkit is unpacked", faces=PREPARING),
     Option("prep_timeout_s", "int", DATA, "toolkit_timeout_seconds", 3600, "longest the toolkit may run", faces=PREPARING, minimum=1),
     # objective
+    Option("divergence", "str", OBJECTIVE, "divergence", "forward_kl", "distance from the teacher that the KD term measures", choices=tuple(DIVERGENCES)),
     Option("alpha", "float", OBJECTIVE, "alpha", 0.5, "weight of the KD term", faces=(ANNEAL,), minimum=0),
     Option("T", "float", OBJECTIVE, "temperature", 1.0, "KD temperature", faces=(ANNEAL,), above=0),
     Option("alpha_schedule", "str", OBJECTIVE, "alpha_schedule", None, "step:value list for alpha", faces=(ANNEAL,)),
@@ -149,6 +154,7 @@ OPTIONS = (
     Option("keep_last", "int", OUTPUT, "keep_last", 3, "snapshots kept", minimum=1),
     Option("log_interval", "int", OUTPUT, "metrics_every_steps", 10, "steps between metric rows", faces=(ANNEAL,), minimum=1),
     Option("metrics_interval", "int", OUTPUT, "metrics_every_steps", 100, "steps between metric rows", faces=(TRAIN,), minimum=1),
+    Option("trackers", "names", OUTPUT, "trackers", ("tensorboard",), "where metrics go beside metrics.jsonl, comma-separated (none: nowhere else)", choices=tuple(TRACKERS)),
     Option("upload_interval", "float", OUTPUT, "upload_every_seconds", 60.0, "seconds between uploads of metrics while training", above=0),
     # the store written by capture
     Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt)", faces=(CAPTURE,), choices=("pt", "shards")),

@@ -17,6 +17,15 @@ CODECS = {
     "sampled": "liquid_llm.signal_store.codecs.sampled:SampledCodec",
 }
 
+DIVERGENCES = {
+    "forward_kl": "liquid_llm.losses.divergences.forward_kl:ForwardKL",
+}
+
+TEACHERS = {
+    "online": "liquid_llm.teachers.online:OnlineTeacher",
+    "store": "liquid_llm.teachers.stored:StoredTeacher",
+}
+
 TRACKERS = {
     "tensorboard": "liquid_llm.trackers.tensorboard:TensorBoardTracker",
 }

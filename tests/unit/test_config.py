@@ -91,6 +91,7 @@ def test_capture_needs_a_teacher_a_manifest_and_a_place():
     with pytest.raises(UsageError) as caught:
         build_capture_config({})
     assert "3 problems" in str(caught.value)
+    assert "--signal TYPE=URI" in str(caught.value)
 
 
 def test_hybrid_schedules_follow_the_reference():
@@ -163,3 +164,53 @@ def test_new_options_leave_the_names_of_runs_as_they_were():
     assert run_name(hybrid(dry_run=True, price_per_hour=0.7)) == run_name(hybrid())
     automatic = {"batch_size": "auto", "tokens_per_step": 8192}
     assert run_name(hybrid(**automatic)) != run_name(hybrid(**{**automatic, "tokens_per_step": 4096}))
+
+
+def test_each_type_is_taught_by_what_names_it():
+    both = hybrid(lm_teacher_id="m", math_logits_dir="u", sources={"essays": {"teacher": "none", "alpha": 0.3}})
+    found = {type: both.source(type) for type in ("lm", "math_tool", "code", "essays")}
+    assert {type: one.teacher for type, one in found.items()} == {
+        "lm": "online:m",
+        "math_tool": "store:u",
+        "code": None,
+        "essays": "none",
+    }
+    assert {type: one.layout for type, one in found.items()} == {
+        "lm": "blocks",
+        "math_tool": "samples",
+        "code": "samples",
+        "essays": "samples",
+    }
+    assert (found["lm"].online, found["math_tool"].store, found["math_tool"].online) == ("m", "u", None)
+    assert (found["essays"].alpha, found["lm"].alpha) == (0.3, None)
+
+
+def test_without_hybrid_everything_is_taught_one_way_but_what_is_named():
+    named = {"code": {"teacher": "store:u"}, "lm": {"layout": "samples"}}
+    online = hybrid(hybrid=False, lm_teacher_id="m", math_logits_dir="left aside", sources=named)
+    assert [online.source(type).teacher for type in ("lm", "math_tool", "code", "essays")] == [
+        "online:m",
+        "online:m",
+        "store:u",
+        "online:m",
+    ]
+    assert online.source("lm").layout == "samples"
+    stored = hybrid(hybrid=False, teacher_mode="precomputed", sources={"essays": {"teacher": "store:u"}})
+    assert [stored.source(type).teacher for type in ("lm", "code", "essays")] == [None, None, "store:u"]
+    assert anneal(teacher_name="m").source("lm").teacher == "online:m"
+
+
+@pytest.mark.parametrize(
+    ("option", "type"), [("math_logits_dir", "math_tool"), ("code_logits_dir", "code"), ("lm_teacher_id", "lm")]
+)
+def test_a_type_has_one_teacher_however_it_is_spelled(option, type):
+    same = f"{'online' if type == 'lm' else 'store'}:u"
+    assert hybrid(**{option: "u", "sources": {type: {"teacher": same}}}).source(type).teacher == same
+    with pytest.raises(UsageError, match=f"--{option} and --signal {type}="):
+        hybrid(**{option: "u", "sources": {type: {"teacher": "none"}}})
+
+
+def test_capture_writes_where_a_source_says():
+    given = {"mc_teacher_id": "m", "dataset_manifest": "m.jsonl", "sources": {"essays": {"teacher": "store:u"}}}
+    assert build_capture_config({**given, "code_logits_dir": "c"}).source("code").store == "c"
+    assert build_capture_config(given).source("essays").store == "u"

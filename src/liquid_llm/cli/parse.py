@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO, Option, options_of
+from liquid_llm.sources import NONE, overlay, read_signals, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
@@ -49,7 +50,8 @@ def build_parser(face: str, prog: str, description: str, extra: Sequence[Option]
             group.add_argument(without, dest=option.name, action="store_const", const=False, help=hidden)
         else:
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
-            group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar)
+            action = "extend" if option.kind == "sources" else "store"
+            group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar, action=action)
     return parser
 
 
@@ -69,9 +71,19 @@ def parse(
         raise unknown_option(unknown[0], [option.name for option in (*extra, *options_of(face))] + ["config"], prog)
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
+    if "signal" in given:
+        given["sources"] = _signals(given.pop("signal"), prog)
     if config_file is not None:
-        given = {**read_config_file(Path(str(config_file)), face, extra), **given}
-    return {name: expand_date(value) if isinstance(value, str) else value for name, value in given.items()}
+        given = overlay(read_config_file(Path(str(config_file)), face, extra), given)
+    return {name: _expand_dates(value) for name, value in given.items()}
+
+
+def _signals(texts: object, where: object) -> dict[str, dict[str, object]]:
+    assert isinstance(texts, Sequence)
+    try:
+        return read_signals(list(texts))
+    except ValueError as error:
+        raise UsageError(str(error), where=f"{where}: --signal") from None
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -100,7 +112,8 @@ def value_of(
             value = _convert(kind, text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {_KIND_WORDS[kind]}") from None
-        if choices and value not in choices:
+        missed = [one for one in (value if isinstance(value, tuple) else (value,)) if choices and one not in choices]
+        if missed:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(choices)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if minimum is not None and not value >= minimum:
@@ -122,10 +135,13 @@ _KIND_WORDS = {
     "size": "a size of memory, such as 22 (GiB), 22GiB, 24GB or 22528MiB",
     "ints": "comma-separated whole numbers",
     "floats": "comma-separated numbers",
+    "names": "comma-separated names",
+    "sources": "comma-separated TYPE=URI",
 }
 _METAVARS = {
     "auto int": "INT|auto",
-    **{kind: kind.upper() for kind in ("str", "int", "float", "ints", "floats", "size")},
+    **{kind: kind.upper() for kind in ("str", "int", "float", "ints", "floats", "size", "names")},
+    "sources": "TYPE=SPEC",
 }
 _UNITS = {"": 2**30, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _MOST_BARE = 4096  # GiB; a larger number alone is likely meant in another unit
@@ -153,8 +169,13 @@ def _convert(kind: str, text: str) -> object:
         if word in TRUE_WORDS | FALSE_WORDS:
             return word in TRUE_WORDS
         raise ValueError(text)
+    parts = [part.strip() for part in text.split(",")]
+    if kind in ("names", "sources"):
+        if not all(parts):
+            raise ValueError("empty")
+        return () if parts == [NONE] else tuple(parts)
     one: Callable[[str], object] = int if kind == "ints" else float
-    return tuple(one(part) for part in text.split(","))
+    return tuple(one(part) for part in parts)
 
 
 def _size(text: str) -> int:
@@ -192,6 +213,12 @@ def read_config_file(path: Path, face: str, extra: Sequence[Option] = ()) -> dic
     values: dict[str, object] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
+        if name == "sources" and "signal" in known:
+            try:
+                values[name] = read_sources(value)
+            except ValueError as error:
+                raise UsageError(str(error), where=f"{path}: {name}") from None
+            continue
         if name not in known:
             raise unknown_option(f"--{name}", list(known), str(path))
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -199,7 +226,15 @@ def read_config_file(path: Path, face: str, extra: Sequence[Option] = ()) -> dic
             values[name] = converter(known[name])(text)
         except argparse.ArgumentTypeError as error:
             raise UsageError(str(error), where=f"{path}: {name}") from None
+    if "signal" in values:
+        values = overlay(values, {"sources": _signals(values.pop("signal"), path)})
     return values
+
+
+def _expand_dates(value: object) -> object:
+    if isinstance(value, str):
+        return expand_date(value)
+    return {key: _expand_dates(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def expand_date(text: str) -> str:

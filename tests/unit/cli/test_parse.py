@@ -112,6 +112,25 @@ def test_lists_are_comma_separated():
     }
 
 
+def test_a_signal_is_named_by_type_in_one_word_or_in_several():
+    several = read(TRAIN, "--signal=math_tool=gs://b/m", "--signal", "lm=online:org/m,essays=none")
+    assert several == read(TRAIN, "--signal=math_tool=store:gs://b/m,lm=online:org/m,essays=none")
+    assert several == {
+        "sources": {
+            "math_tool": {"teacher": "store:gs://b/m"},
+            "lm": {"teacher": "online:org/m"},
+            "essays": {"teacher": "none"},
+        }
+    }
+    dated = read(CAPTURE, "--signal=code=gs://b/$(date +%Y)")["sources"]["code"]["teacher"]
+    assert re.fullmatch(r"store:gs://b/\d{4}", dated)
+
+
+def test_trackers_are_names_or_none():
+    assert read(TRAIN, "--trackers=none") == {"trackers": ()}
+    assert read(ANNEAL, "--trackers=tensorboard") == {"trackers": ("tensorboard",)}
+
+
 @pytest.mark.parametrize(
     ("face", "word", "message"),
     [
@@ -134,6 +153,14 @@ def test_lists_are_comma_separated():
         (TRAIN, "--teacher_mode=offline", "online, precomputed"),
         (TRAIN, "--betas=0.9,", "comma-separated numbers"),
         (TRAIN, "--output_gcs_uri=", "text"),
+        (TRAIN, "--signal=gs://b/m", "TYPE=URI"),
+        (TRAIN, "--signal=my type=u", "TYPE=URI"),
+        (TRAIN, "--signal=code=", "expected a URI"),
+        (TRAIN, "--signal=code=online:", "expected a URI"),
+        (TRAIN, "--signal=code=a,code=b", "'code' is named twice"),
+        (TRAIN, "--trackers=tensorbord", "one of tensorboard"),
+        (TRAIN, "--trackers=none,tensorboard", "one of tensorboard"),
+        (ANNEAL, "--divergence=reverse", "one of forward_kl"),
     ],
 )
 def test_a_wrong_word_is_refused_with_what_was_expected(face, word, message):
@@ -152,6 +179,68 @@ def test_a_configuration_file_gives_values_and_the_command_line_wins(tmp_path):
         "eval_ctx_lens": (512, 1024),
         "reset_optim": True,
     }
+
+
+SOURCES = """
+sources:
+  lm: {alpha: 0.3, temperature: 1, teacher: null}
+  essays: {teacher: gs://b/e, layout: blocks, divergence: forward_kl}
+"""
+
+
+def test_sources_of_a_file_say_how_each_type_is_taught(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SOURCES)
+    lm = {"alpha": 0.3, "temperature": 1.0}
+    essays = {"teacher": "store:gs://b/e", "layout": "blocks", "divergence": "forward_kl"}
+    assert read(TRAIN, f"--config={path}") == {"sources": {"lm": lm, "essays": essays}}
+    over = read(TRAIN, f"--config={path}", "--signal=essays=none,lm=online:m")
+    assert over == {"sources": {"lm": {**lm, "teacher": "online:m"}, "essays": {**essays, "teacher": "none"}}}
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "kept"),
+    [
+        ("signal: code=a", "--code_logits_dir=b", {"code_logits_dir": "b"}),
+        ("code_logits_dir: a", "--signal=code=b", {"sources": {"code": {"teacher": "store:b"}}}),
+        ("signal: lm=none", "--lm_teacher_id=m", {"lm_teacher_id": "m"}),
+        ("lm_teacher_id: m", "--signal=lm=none", {"sources": {"lm": {"teacher": "none"}}}),
+        (
+            "{hybrid: false, lm_teacher_id: m}",
+            "--signal=lm=none",
+            {"hybrid": False, "lm_teacher_id": "m", "sources": {"lm": {"teacher": "none"}}},
+        ),
+    ],
+)
+def test_the_command_line_wins_over_a_file_however_a_teacher_is_spelled(tmp_path, lower, upper, kept):
+    path = tmp_path / "run.yaml"
+    path.write_text(lower)
+    assert read(TRAIN, f"--config={path}", upper) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[lm]", "a mapping of types"),
+        ("{my type: {}}", "a type's name"),
+        ("{lm: gs://b}", "lm: got 'gs://b'"),
+        ("{lm: {alpa: 1}}", "lm: unknown key 'alpa'"),
+        ("{lm: {alpha: 1.5}}", "lm: alpha: got 1.5"),
+        ("{lm: {alpha: yes}}", "lm: alpha: got True"),
+        ("{lm: {temperature: 0}}", "lm: temperature: got 0"),
+        ("{lm: {temperature: .inf}}", "lm: temperature: got inf"),
+        ("{lm: {layout: rows}}", "blocks, samples"),
+        ("{lm: {divergence: backward}}", "forward_kl"),
+        ("{lm: {teacher: 'online:'}}", "expected a URI"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_refused_by_type(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"sources: {text}")
+    with pytest.raises(UsageError) as caught:
+        read(TRAIN, f"--config={path}")
+    assert message in str(caught.value)
+    assert f"{path}: sources" in str(caught.value)
 
 
 @pytest.mark.parametrize(
