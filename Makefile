@@ -5,11 +5,13 @@
 #                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   ARGS         more arguments for the command behind a target: make test ARGS="-k loss"
 #   WORKERS      processes `make test` runs at once
+#   SEED         the order of the tests in `make soak`
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 WORKERS ?= 2
+SEED ?= $(shell date +%s)
 
 # Relative paths only, so that a clone may lie in a folder with spaces in its name.
 BIN := .venv/bin
@@ -22,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu soak format clean FORCE
+.PHONY: help demo test check bench gpu soak mutants format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -50,8 +52,15 @@ bench-%: $(STAMP)
 gpu: $(STAMP)  ## on a GPU: prove and measure all of it in at most 8 minutes; without one: what can be done
 	$(BIN)/python benchmarks/gpu_session.py $(ARGS)
 
-soak: $(STAMP)  ## property tests with 20 times the examples, and the tests too long for `make test`
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --hypothesis-profile=soak --timeout=3600 $(ARGS)
+# No test may count on another: all of them in random order, then the files one by one, each in a process of its own.
+soak: $(STAMP)  ## all tests in random order with 20 times the examples, the too long ones too; then each file alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --shuffle=$(SEED) --hypothesis-profile=soak --timeout=3600 $(ARGS)
+	@set -e; alone=""; for file in $$(git ls-files 'tests/**/test_*.py'); do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" "$$file" || [ $$? = 5 ] || alone="$$alone $$file"; done; \
+	  [ -z "$$alone" ] || { echo "fail when run alone:$$alone" >&2; exit 1; }
+
+mutants: $(STAMP)  ## make 200 small mistakes in the numbers, one at a time, and list those that no test notices
+	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m tests.mutation.run $(ARGS)
 
 format: $(STAMP)  ## rewrite the sources the way `make check` wants them
 	$(BIN)/ruff check --fix .

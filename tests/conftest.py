@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,33 @@ settings.register_profile("steady", settings.default, deadline=None, derandomize
 settings.load_profile("steady")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    say = "files, and the tests of each file, in an order drawn from this number"
+    parser.addoption("--shuffle", type=int, metavar="SEED", help=say)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "soak: too long for `make test`; run by `make soak`")
     # Google's libraries say on import that they will not be updated for Python 3.10; the pinned ones run on it.
     unsupported = "ignore:You are using a non-supported Python version:FutureWarning"
     config.addinivalue_line("filterwarnings", unsupported)
     install()  # before any backward pass: autograd has a queue only for devices that are there when it is first used
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if (seed := terminalreporter.config.option.shuffle) is not None:
+        terminalreporter.write_line(f"the order was that of --shuffle={seed}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests of a file stay together, for its fixtures' sake; no test may count on what another left behind."""
+    seed = config.option.shuffle
+    if seed is not None:
+        order = random.Random(seed)
+        keys = {file: order.random() for file in sorted({item.path for item in items})}
+        order.shuffle(items)
+        items.sort(key=lambda item: keys[item.path])
 
 
 @pytest.fixture(scope="session")
