@@ -15,19 +15,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
-from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
+from liquid_llm.formatting import format_count, format_seconds
 from liquid_llm.masking import Masker, MaskingFilter, secret_values
 
 PLAIN_LINE_SECONDS = 15.0
@@ -70,13 +67,7 @@ def setup_logging(level: str | int = "INFO") -> None:
     package.setLevel(level)
 
 
-if TYPE_CHECKING:
-    _TextHandler = logging.StreamHandler[IO[str]]
-else:
-    _TextHandler = logging.StreamHandler  # Python 3.10 cannot subscript it
-
-
-class _StderrHandler(_TextHandler):
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 cannot subscript it
     """Writes to whatever standard error is at the moment, one unwrapped line a record."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -150,11 +141,11 @@ class Stage:
         self._meter = RateMeter(clock)
 
     def __enter__(self) -> Stage:
-        self._began = self._last_line = self._clock()
-        self._meter = RateMeter(self._clock)
         if self._console.is_terminal:
             self._progress = Progress(
-                *_columns(self, self._console.width),
+                SpinnerColumn(),
+                *([BarColumn(bar_width=20)] if self.total and self._console.width >= 110 else []),  # words come first
+                _StatusColumn(self),
                 console=self._console,
                 transient=True,
                 refresh_per_second=5,
@@ -229,43 +220,6 @@ class _StatusColumn(ProgressColumn):
         return text
 
 
-def _columns(stage: Stage, width: int) -> list[ProgressColumn]:
-    bar = [BarColumn(bar_width=20)] if stage.total and width >= 110 else []  # the words come first
-    return [SpinnerColumn(), *bar, _StatusColumn(stage)]
-
-
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-def print_summary(
-    summary: Mapping[str, Any], *, run_dir: str | Path, report: str | Path | None = None, console: Console | None = None
-) -> None:
-    """Print what a finished run reached, on standard output.
-
-    Args:
-        summary: what ``summary.json`` holds: ``rows`` of ``type``, ``val_loss_before``, ``val_loss_after``,
-            ``val_kd_before``, ``val_kd_after``; ``bytes_per_token``, ``tokens_per_second``, ``peak_memory_bytes``,
-            ``seconds``, ``sample``. A key that is absent or None is left out.
-        run_dir, report: paths to name.
-        console: where to print; standard output if None.
-    """
-    console = Console(highlight=False) if console is None else console
-    if summary.get("rows"):
-        console.print(_losses_table(summary["rows"]))
-    facts = Table.grid(padding=(0, 2))
-    for name, text in _facts(summary):
-        facts.add_row(Text(name, style="dim"), Text(text))
-    console.print(facts)
-    sample = summary.get("sample")
-    if sample:
-        console.print(Text("\nsample", style="dim"))
-        console.print(Text(str(sample.get("prompt", "")), style="dim"), Text(str(sample.get("text", ""))), sep="")
-    console.print()
-    for name, path in (("run", run_dir), ("report", report)):
-        if path is not None:
-            console.print(Text(f"{name:<7}", style="dim"), Text(str(path)), soft_wrap=True)  # paths stay copyable
-
-
 def print_facts(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
     """Print a title and named facts as two columns, for people; on standard error if ``console`` is None."""
     console = stderr_console() if console is None else console
@@ -273,43 +227,3 @@ def print_facts(title: str, rows: Sequence[tuple[str, str]], console: Console | 
     console.print(Text(title, style="bold"), soft_wrap=True)
     for name, text in rows:
         console.print(Text.assemble((f"{name:<{width}}  ", "dim"), text), soft_wrap=True)
-
-
-def _losses_table(rows: list[Mapping[str, Any]]) -> Table:
-    title = "validation, nats a token: loss, and KL divergence from the teacher"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("type")
-    for what in ("loss", "KL"):
-        table.add_column(f"{what} before", justify="right")
-        table.add_column("after", justify="right")
-        table.add_column("change", justify="right")
-    for row in rows:
-        cells = [Text(str(row.get("type", "")))]
-        for name in ("val_loss", "val_kd"):
-            before, after = row.get(f"{name}_before"), row.get(f"{name}_after")
-            cells += [Text(_number(before)), Text(_number(after)), _change(before, after)]
-        table.add_row(*cells)
-    return table
-
-
-def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    facts = []
-    if summary.get("bytes_per_token") is not None:
-        facts.append(("stored signal", f"{summary['bytes_per_token']:,.1f} bytes a token"))
-    if summary.get("tokens_per_second") is not None:
-        facts.append(("speed", f"{format_count(summary['tokens_per_second'])} real tokens a second"))
-    for name, key in (("peak device memory", "device_peak_memory_bytes"), ("peak host memory", "peak_memory_bytes")):
-        if summary.get(key) is not None:
-            facts.append((name, format_bytes(summary[key])))
-    if summary.get("seconds") is not None:
-        facts.append(("time", format_seconds(summary["seconds"])))
-    return facts
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _change(before: float | None, after: float | None) -> Text:
-    text = format_change(before, after)
-    return Text(text, style="green" if text.startswith("−") else "")

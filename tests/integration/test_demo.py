@@ -27,8 +27,17 @@ def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
         assert row["val_loss_before"] > 0
         assert row["val_kd_before"] > 0
     assert summary["sample"]["text"]
+    signal = tmp_path / "demo" / "signal"
+    for store in ("math", "code"):
+        assert list((signal / store).glob("shard-*")), "the layout that capture writes when nothing is said"
+    captured = json.loads((tmp_path / "demo" / "capture.json").read_text())
+    assert captured["positions"] == captured["tokens"] - captured["written"], "a sample's first token is not predicted"
+    on_disk = sum(path.stat().st_size for path in signal.rglob("*") if path.is_file())
+    assert summary["bytes_per_token"] == pytest.approx(on_disk / captured["positions"], rel=0.01)
     assert main(words) == 0, "a second call shows the result again"
-    assert str(run / "report.html") in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert str(run / "report.html") in again
+    assert "bytes a token" in again
 
 
 def test_a_scale_that_makes_no_sense_is_refused(tmp_path, capsys):

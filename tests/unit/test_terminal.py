@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from liquid_llm.terminal import RateMeter, Stage, print_summary, setup_logging, stderr_console
+from liquid_llm.terminal import RateMeter, Stage, print_facts, setup_logging, stderr_console
 
 
 class Clock:
@@ -242,38 +242,7 @@ def test_there_is_one_console_for_standard_error(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr() == ("", "x\n")
 
 
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-SUMMARY = {
-    "rows": [
-        {"type": "lm", "val_loss_before": 10.8, "val_loss_after": 5.4, "val_kd_before": 8.0, "val_kd_after": 2.0},
-        {"type": "[b]odd", "val_loss_before": 1.0, "val_loss_after": 1.5, "val_kd_before": None, "val_kd_after": None},
-    ],
-    "bytes_per_token": 98_312.25,
-    "tokens_per_second": 412.6,
-    "peak_memory_bytes": 2.6e9,
-    "seconds": 300.0,
-    "sample": {"prompt": "Q: [/x]", "text": " <<1+1=2>>"},
-}
-
-
-def test_the_summary_has_every_figure_and_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    path = "/a" * 100
-    print_summary(SUMMARY, run_dir=path, report=path + "/report.html")
-    out, err = capsys.readouterr()
-    assert err == ""
-    for words in ("−50.0 %", "−75.0 %", "+50.0 %", "[b]odd", "98,312.2 bytes a token", "413 real tokens a second"):
-        assert words in out
-    for words in ("2.42 GiB", "5 min 00 s", "Q: [/x] <<1+1=2>>", path + "/report.html\n"):
-        assert words in out
-    assert max(len(line) for line in out.splitlines() if "/a/a" not in line) <= 80
-
-
-@pytest.mark.parametrize("key", list(SUMMARY))
-def test_absent_figures_are_left_out(key: str) -> None:
-    for summary in ({name: value for name, value in SUMMARY.items() if name != key}, {**SUMMARY, key: None}):
-        console, text = plain_console()
-        print_summary(summary, run_dir="/run", console=console)
-        assert "None" not in text.getvalue()
-        assert "/run" in text.getvalue()
+def test_facts_stand_in_columns_as_text_and_paths_are_not_wrapped() -> None:
+    console, text = plain_console()
+    print_facts("[b]size", [("run", "/a" * 100), ("a long name", "[red]3")], console)
+    assert text.getvalue() == f"[b]size\nrun          {'/a' * 100}\na long name  [red]3\n"

@@ -26,48 +26,39 @@ from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.errors import DataError
 
 WEIGHTS = {"lm": 0.5, "math_tool": 0.25, "code": 0.25}
+_FILES = 2  # of each type
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils", "pydoc_data", "encodings"}
-_CODE_LINES = range(5, 41)
+_CODE_LINES, _CODE_CHARACTERS = range(5, 41), 700  # of a function; 700 characters are about 200 tokens
 _LONG_DOCSTRING = 400
 
 
-def make_demo_data(
-    out_dir: str | Path,
-    *,
-    seed: int = 0,
-    num_lm: int = 500,
-    num_math: int = 240,
-    num_code: int = 110,
-    max_code_characters: int = 700,
-    num_shards: int = 2,
-) -> str:
-    """Write JSONL shards of all three types and their manifest; gives the manifest's URI.
+def make_demo_data(out_dir: str | Path, *, seed: int, num_lm: int, num_math: int, num_code: int) -> str:
+    """Write JSONL files of all three types and their manifest; gives the manifest's URI.
 
     Args:
-        out_dir: a folder or URL; shards go to ``lm/``, ``math_tool/`` and ``code/`` in it.
+        out_dir: a folder or URL; files go to ``lm/``, ``math_tool/`` and ``code/`` in it.
         seed: which problems, functions and docstrings are taken.
         num_lm: documents of plain text, about 400 tokens each; the 80 or so pages of the language reference come first.
         num_math: word problems, about 100 tokens each.
         num_code: functions, about 130 tokens each.
-        max_code_characters: longest function; 700 characters are about 200 tokens.
-        num_shards: files for each type.
 
     Raises:
         DataError: this Python has no sources of its standard library, or fewer functions or docstrings than asked.
         StorageError: the folder cannot be written.
     """
     library = read_library()
+    problems = enumerate(word_problems(num_math, seed))
     records = {
         "lm": _lm_records(library, seed, num_lm),
-        "math_tool": _math_records(seed, num_math),
-        "code": _code_records(library, seed, num_code, max_code_characters),
+        "math_tool": [Record(text, "math_tool", f"math-{number:06d}") for number, text in problems],
+        "code": _code_records(library, seed, num_code),
     }
     lines = []
     for type, rows in records.items():
-        for shard in range(num_shards):
-            name = f"part-{shard:05d}-of-{num_shards:05d}.jsonl"
-            storage.write_bytes(storage.join(str(out_dir), type, name), _jsonl(rows[shard::num_shards]))
-        lines.append({"path": f"{type}/part-*-of-{num_shards:05d}.jsonl", "type": type, "weight": WEIGHTS[type]})
+        for number in range(_FILES):
+            name = f"part-{number:05d}-of-{_FILES:05d}.jsonl"
+            storage.write_bytes(storage.join(str(out_dir), type, name), _jsonl(rows[number::_FILES]))
+        lines.append({"path": f"{type}/part-*-of-{_FILES:05d}.jsonl", "type": type, "weight": WEIGHTS[type]})
     manifest = storage.join(str(out_dir), "manifest.jsonl")
     storage.write_bytes(manifest, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return manifest
@@ -139,19 +130,12 @@ def _lm_records(library: Library, seed: int, count: int) -> list[Record]:
     return _enough(records, count, "documents")
 
 
-def _math_records(seed: int, count: int) -> list[Record]:
-    return [Record(text, "math_tool", f"math-{number:06d}") for number, text in enumerate(word_problems(count, seed))]
-
-
-def _code_records(library: Library, seed: int, count: int, max_characters: int) -> list[Record]:
-    records: list[Record] = []
-    seen: set[str] = set()
+def _code_records(library: Library, seed: int, count: int) -> list[Record]:
+    short: dict[str, str] = {}
     for name, text in _shuffled(library.functions, f"functions {seed}"):
-        if len(records) == count:
-            break
-        if len(text) <= max_characters and text.count("\n") in _CODE_LINES and text not in seen:
-            seen.add(text)
-            records.append(Record(text, "code", f"code-{name}"))
+        if len(text) <= _CODE_CHARACTERS and text.count("\n") in _CODE_LINES:
+            short.setdefault(text, name)  # some stand in several modules
+    records = [Record(text, "code", f"code-{name}") for text, name in islice(short.items(), count)]
     return _enough(records, count, "short functions")
 
 

@@ -8,23 +8,27 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from liquid_llm.config import build_capture_config, build_run_config
 from liquid_llm.demo.data import make_demo_data
 from liquid_llm.errors import UsageError
-from liquid_llm.jobs.capture import capture_signal
+from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
+from liquid_llm.jobs.capture import capture_signal, exit_code
 from liquid_llm.jobs.train import run_training
 from liquid_llm.metrics import read_metrics
 from liquid_llm.models.loading import quiet_transformers, unpack
 from liquid_llm.options import TRAIN
 from liquid_llm.report import build_report
 from liquid_llm.runtime import process_peak_memory_bytes
-from liquid_llm.terminal import print_summary, setup_logging
+from liquid_llm.terminal import print_facts, setup_logging
 from liquid_llm.wiring.places import resolve_place
 
 log = logging.getLogger(__name__)
@@ -63,17 +67,19 @@ def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int
         num_math=_scaled(NUM_MATH, scale),
     )
     log.info("3/5 capture: the teacher's signal for maths and code")
-    capture_options = _capture_options(base, teacher_dir, str(manifest))
-    capture_signal(build_capture_config(capture_options))
+    captured = capture_signal(build_capture_config(_capture_options(base, teacher_dir, manifest)), "shards")
+    if captured.written:
+        (base / "capture.json").write_text(json.dumps(captured.as_dict(), indent=1), encoding="utf-8")
+    if code := exit_code(captured):
+        return code
     log.info("4/5 training and 5/5 evaluation: %s", student)
-    options = _train_options(base, teacher_dir, str(manifest), student, _scaled(STEPS, scale), seed)
-    code = run_training(TRAIN, options)
-    if code:
+    options = _train_options(base, teacher_dir, manifest, student, _scaled(STEPS, scale), seed)
+    if code := run_training(TRAIN, options):
         return code
     run_dir = resolve_place(build_run_config(TRAIN, options)).run_dir
     summary = _summary(run_dir, base, time.monotonic() - began)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print_summary(summary, run_dir=run_dir, report=build_report(run_dir))
+    print_summary(summary, {"run": run_dir, "report": build_report(run_dir)})
     return 0
 
 
@@ -117,37 +123,29 @@ def _train_options(base: Path, teacher: str, manifest: str, student: str, steps:
 
 
 def _summary(run_dir: Path, base: Path, seconds: float) -> dict[str, Any]:
+    """What ``summary.json`` holds, and the table at the end shows."""
     rows = read_metrics(run_dir)
-    evaluations = [row for row in rows if row["kind"] == "eval"]
+    first, *_, last = (row["by_type"] for row in rows if row["kind"] == "eval")
     trained = [row for row in rows if row["kind"] == "train"]
-    before, after = evaluations[0]["by_type"], evaluations[-1]["by_type"]
-    stored = sorted((base / "signal").glob("*/*.pt"))
+    said = base / "capture.json"  # by the capture that wrote the signal: a second demo finds it written
+    captured = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+    losses = [
+        {
+            "type": type,
+            **{f"{name}_before": first[type][name] for name in ("val_loss", "val_kd")},
+            **{f"{name}_after": values[name] for name in ("val_loss", "val_kd")},
+        }
+        for type, values in last.items()
+    ]
     return {
-        "rows": [_row(kind, before[kind], after[kind]) for kind in before],
-        "bytes_per_token": _stored_bytes_per_token(run_dir, stored),
+        "rows": losses,
+        "bytes_per_token": captured.get("bytes_per_token"),
         "tokens_per_second": sum(r["tokens"] for r in trained) / sum(r["seconds"] for r in trained),
         "peak_memory_bytes": max(process_peak_memory_bytes() or 0, *(r.get("peak_memory_bytes") or 0 for r in trained)),
         "device_peak_memory_bytes": max((r.get("device_peak_memory_bytes") or 0 for r in trained), default=0) or None,
         "sample": _generate(run_dir / "student", PROMPT),
         "seconds": seconds,
     }
-
-
-def _row(kind: str, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "val_loss_before": before["val_loss"],
-        "val_loss_after": after["val_loss"],
-        "val_kd_before": before["val_kd"],
-        "val_kd_after": after["val_kd"],
-    }
-
-
-def _stored_bytes_per_token(run_dir: Path, stored: list[Path]) -> float:
-    from liquid_llm.signal_store.store import read_header
-
-    tokens = sum(read_header(path).num_tokens for path in stored)
-    return sum(path.stat().st_size for path in stored) / tokens
 
 
 def _generate(folder: Path, prompt: str) -> dict[str, str]:
@@ -163,3 +161,33 @@ def _generate(folder: Path, prompt: str) -> dict[str, str]:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0
         )
     return {"prompt": prompt, "text": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
+
+
+def print_summary(summary: dict[str, Any], paths: dict[str, Path]) -> None:
+    """Show what was reached on standard output: losses and KL by type, what it cost, a sample, where to look."""
+    console = Console(highlight=False)
+    title = "validation, nats a token: loss, and KL divergence from the teacher"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("type")
+    for name in ("loss before", "after", "change", "KL before", "after", "change"):
+        table.add_column(name, justify="right")
+    for row in summary["rows"]:
+        cells = [Text(row["type"])]
+        for name in ("val_loss", "val_kd"):
+            before, after = row[f"{name}_before"], row[f"{name}_after"]
+            change = format_change(before, after)
+            cells += [Text(f"{before:.3f}"), Text(f"{after:.3f}"), Text(change, "green" if change[0] == "−" else "")]
+        table.add_row(*cells)
+    console.print(table)
+    facts = {
+        "stored signal": summary["bytes_per_token"] and f"{summary['bytes_per_token']:,.1f} bytes a token",
+        "speed": f"{format_count(summary['tokens_per_second'])} real tokens a second",
+        "peak device memory": summary["device_peak_memory_bytes"] and format_bytes(summary["device_peak_memory_bytes"]),
+        "peak host memory": format_bytes(summary["peak_memory_bytes"]),
+        "time": format_seconds(summary["seconds"]),
+        **{name: str(path) for name, path in paths.items()},
+    }
+    print_facts("", [(name, text) for name, text in facts.items() if text], console)
+    console.print(
+        Text(f"\nsample\n{summary['sample']['prompt']}", style="dim"), Text(summary["sample"]["text"]), sep=""
+    )

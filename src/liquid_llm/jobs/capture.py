@@ -45,6 +45,16 @@ def run_capture(given: Mapping[str, object], new_layout: str) -> int:
     config = build_capture_config(given)
     summary = capture_signal(config, new_layout)
     print(json.dumps(summary.as_dict(), sort_keys=True), flush=True)
+    return exit_code(summary)
+
+
+def exit_code(summary: CaptureSummary) -> int:
+    """What the job's process ends with.
+
+    Raises:
+        Interrupted: it was asked to stop.
+        DeviceError: samples are too large for the device's memory.
+    """
     if summary.interrupted:
         raise Interrupted(
             f"stopped with {summary.written + summary.skipped:,} records complete",

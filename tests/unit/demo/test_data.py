@@ -96,13 +96,6 @@ def test_what_the_records_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_other_shard_counts_do_not_mix(tmp_path: Path) -> None:
-    make_demo_data(tmp_path, seed=0, num_shards=3, **SIZES)
-    made = records(make_demo_data(tmp_path, seed=0, **SIZES))
-    assert len(made["code"]) == 30
-
-
-@pytest.mark.usefixtures("quick")
 def test_any_storage(tmp_path: Path) -> None:
     manifest = make_demo_data(f"memory://demo{tmp_path}", seed=0, **SIZES)
     assert len(records(manifest)["math_tool"]) == 40

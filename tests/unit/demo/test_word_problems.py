@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.demo.word_problems import TEMPLATES, _Answer, _Inexact, word_problems
+from liquid_llm.demo.word_problems import TEMPLATES, Answer, word_problems
 
 TRACE = re.compile(r"(\d+(?:\.\d\d)?)([-+*/])(\d+(?:\.\d\d)?)=(\$?)<<\1\2\3=(\d+(?:\.\d\d)?)>>\5(?!\d)")
 SIGNS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
@@ -40,15 +40,11 @@ def test_every_trace_is_right_and_leads_to_the_answer(seed: int) -> None:
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.__name__.strip("_"))
 def test_steps_use_what_is_told_or_worked_out(template: object) -> None:
     """Every number in a step is in the question, comes from an earlier step, or is implied."""
-    implied = {2, 3, 4, 5, 60, 100} | {Fraction(n, 100) for n in range(101)}
-    rng, made = random.Random(1), 0
-    while made < 20:
-        answer = _Answer()
-        try:
-            question = template(rng, answer)  # type: ignore[operator]
-        except _Inexact:
-            continue
-        made += 1
+    implied = {2, 100} | {Fraction(n, 100) for n in range(101)}
+    rng = random.Random(1)
+    for _ in range(200):
+        answer = Answer()
+        question = template(rng, answer)  # type: ignore[operator]
         known = {Fraction(number) for number in re.findall(r"\d+(?:\.\d+)?", question)} | implied
         for left, _, right, _, value in TRACE.findall(" ".join(answer.sentences)):
             assert {Fraction(left), Fraction(right)} <= known, question
@@ -65,15 +61,15 @@ def test_problems_are_many_and_varied() -> None:
     texts = list(word_problems(3000, 0))
     assert len(set(texts)) == 3000
     openings = Counter(re.sub(r"[A-Z]\w+|\d+(\.\d\d)?", "_", parts(text)[1]) for text in texts)
-    assert len(openings) > 100  # sentence shapes with names and numbers taken out
+    assert len(openings) > 50  # sentence shapes with names and numbers taken out
     assert {sign for text in texts for _, sign, *_ in TRACE.findall(text)} == set("+-*/")
     assert Counter(len(TRACE.findall(text)) for text in texts).keys() == {2, 3, 4, 5}
 
 
-def test_values_that_two_decimals_cannot_hold_are_refused() -> None:
+def test_values_that_two_decimals_cannot_hold_are_no_answer() -> None:
     for left, sign, right in ((1, "/", 3), (2, "-", 3), (Fraction(1, 8), "*", 1)):
-        with pytest.raises(_Inexact):
-            _Answer().step("{}", left, sign, right)
+        with pytest.raises(ValueError, match="decimals"):
+            Answer().step("{}", left, sign, right)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +80,6 @@ def test_values_that_two_decimals_cannot_hold_are_refused() -> None:
     ],
 )
 def test_how_a_step_is_written(sentence: str, expected: str) -> None:
-    answer = _Answer()
+    answer = Answer()
     assert answer.step(sentence, 3, "*", Fraction(3, 2)) == Fraction(9, 2)
     assert answer.sentences == [expected]
