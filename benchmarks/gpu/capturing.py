@@ -61,7 +61,7 @@ def _teacher(context: Context) -> OnlineTeacher | None:
     for name, settings in (("8B", scale.big_teacher), ("3B", scale.teacher)):
         with context.attempt(f"teacher of {name}", seconds=5.0):
             teacher = build_teacher(settings, scale, context.device)
-            size = sum(p.numel() for p in teacher._model.parameters())
+            size = sum(p.numel() for p in teacher.model.parameters())
             context.row(f"teacher of {name}", size / 1e9, "1e9 parameters")
             return teacher
     return None
@@ -93,7 +93,7 @@ def _samples(context: Context, teacher: OnlineTeacher, samples: Samples, length:
                 note="; ".join(filter(None, [share, note])),
             )
 
-    body = 2.0 * tokens * matrix_parameters(teacher._model)
+    body = 2.0 * tokens * matrix_parameters(teacher.model)
     head = 2.0 * tokens * teacher.head.weight.numel()
     time("bare", lambda: teacher.hidden(ids), body, FORECAST["bare"])
     time("+ head", lambda: _logits(teacher, ids), body + head)

@@ -26,7 +26,7 @@ from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.student import enable_gradient_checkpointing
 from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.store import StoreWriter, open_store
-from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.stored import StoredTeacher
 
 WORKERS = (1, 2, 4)
 STEPS = 8
@@ -81,17 +81,17 @@ def _measure(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     reader = open_store(folder)
-    router = TeacherRouter(None, {"math_tool": reader}, strict=True, online_types=())
+    teacher = StoredTeacher(reader, strict=True)
 
     def fetch(_: int) -> tuple[MicroBatch, Any]:
         batch = collate("math_tool", [sample.input_ids for sample in samples], tuple(samples))
-        return batch.to(context.device), router.prepare(batch, TEMPERATURE)
+        return batch.to(context.device), teacher.prepare(batch, TEMPERATURE)
 
     with Prefetcher(fetch, 0, depth=2 * workers, workers=workers) as feed:
 
         def batches() -> Any:
             for batch, prepared in feed:
-                yield batch, lambda part, positions, prepared=prepared: router.signal(part, prepared.part(positions))
+                yield batch, lambda part, positions, prepared=prepared: teacher.signal(part, prepared.part(positions))
 
         job = trainer(student, batches(), compute_dtype(context.device), optimizer=optimizer)
         if not context.on_gpu:

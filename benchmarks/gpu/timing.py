@@ -82,7 +82,7 @@ class Bench:
 
     @property
     def teacher_operations(self) -> float:
-        return 2.0 * self.tokens * matrix_parameters(self.teacher._model)
+        return 2.0 * self.tokens * matrix_parameters(self.teacher.model)
 
     # ------------------------------------------------------------------------------------------------------- rows
 

@@ -2,7 +2,7 @@
 
 Every length sees the same text, cut differently. KL to the teacher is taken at temperature 1, so that it compares
 between steps whatever the schedule does. Nothing here touches the training stream. Batches are kept on the CPU, and so
-is what the online teacher said of them: a GPU's memory is for training.
+is what a teacher computed for them: a GPU's memory is for training.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from liquid_llm.data.types import MicroBatch, to_device
+from liquid_llm.data.types import MicroBatch
 from liquid_llm.device import is_out_of_memory, release_memory
-from liquid_llm.losses.fused import fused_loss
-from liquid_llm.losses.signals import DenseSignal, Signal
+from liquid_llm.losses.signals import Signal
 from liquid_llm.passes import PassLimit
-from liquid_llm.teachers.router import Prepared, TeacherRouter
+from liquid_llm.teachers.assembly import move, nbytes
+from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.teacher import Prepared
 from liquid_llm.training import StepValues, Student
 
 PLAIN = StepValues(kd_alpha=0.5, kd_temperature=1.0, l2_gamma=0.0, lr=0.0)
@@ -75,8 +76,8 @@ class Evaluator:
     router: TeacherRouter | None
     passes: PassLimit = field(default_factory=PassLimit)
     consumers: Callable[[], str] = lambda: ""
-    _online: dict[tuple[int, int, int], DenseSignal] = field(default_factory=dict)
-    _teacher_ce: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    _kept: dict[tuple[int, int, int], Signal] = field(default_factory=dict)
+    _teacher_ce: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
     _cached_bytes: int = 0
 
     def __call__(self, student: Student) -> dict[str, object]:
@@ -145,9 +146,8 @@ class Evaluator:
                 break
             else:
                 return total
-            for key in [one for one in self._online if one[0] == id(batch)]:  # of passes that will not come again
-                hidden = self._online.pop(key).hidden
-                self._cached_bytes -= hidden.numel() * hidden.element_size()
+            for key in [one for one in self._kept if one[0] == id(batch)]:  # of passes that will not come again
+                self._cached_bytes -= nbytes(self._kept.pop(key))
             release_memory(student.device)
             self.passes.cut(part, where="evaluation", consumers=self.consumers())
 
@@ -158,9 +158,9 @@ class Evaluator:
         signal = self._signal(key, part, prepared)
         output = student.loss(part, signal, PLAIN)
         score = Score(float(output.ce), float(output.kd), 0.0, output.num_positions, output.num_signal, 0)
-        if isinstance(signal, DenseSignal):
-            score.teacher_ce = self._teacher_loss(key, part, signal)
-            score.num_teacher = output.num_positions
+        teacher_ce = None if signal is None else self._teacher_loss(key, part, signal)
+        if teacher_ce is not None:
+            score.teacher_ce, score.num_teacher = teacher_ce, output.num_positions
         return score
 
     def _prepare(self, batch: MicroBatch) -> Prepared | None:
@@ -172,21 +172,20 @@ class Evaluator:
     def _signal(self, key: tuple[int, int, int], part: MicroBatch, prepared: Prepared | None) -> Signal | None:
         if self.router is None or prepared is None:
             return None
-        if key in self._online:
-            kept = self._online[key]
-            return DenseSignal(to_device(kept.hidden, part.input_ids.device), kept.head)
+        if key in self._kept:
+            return move(self._kept[key], part.input_ids.device)
         signal = self.router.signal(part, prepared)
-        if isinstance(signal, DenseSignal):
-            size = signal.hidden.numel() * signal.hidden.element_size()
+        if signal is not None and prepared.signal is None:  # computed just now: dear, and the same the next time
+            size = nbytes(signal)
             if self._cached_bytes + size <= CACHE_BYTES:
-                self._online[key] = DenseSignal(signal.hidden.cpu(), signal.head)
+                self._kept[key] = move(signal, torch.device("cpu"))
                 self._cached_bytes += size
         return signal
 
-    def _teacher_loss(self, key: tuple[int, int, int], part: MicroBatch, signal: DenseSignal) -> float:
+    def _teacher_loss(self, key: tuple[int, int, int], part: MicroBatch, signal: Signal) -> float | None:
+        assert self.router is not None
         if key not in self._teacher_ce:
-            output = fused_loss(signal.hidden, signal.head, part.targets, all_labelled=True)
-            self._teacher_ce[key] = float(output.ce)
+            self._teacher_ce[key] = self.router[part.type].own_loss(part, signal)
         return self._teacher_ce[key]
 
     def _summary(self, scores: Mapping[str, Score], suffix: str) -> dict[str, object]:

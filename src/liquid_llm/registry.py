@@ -22,8 +22,8 @@ DIVERGENCES = {
 }
 
 TEACHERS = {
-    "online": "liquid_llm.teachers.online:OnlineTeacher",
-    "store": "liquid_llm.teachers.stored:StoredTeacher",
+    "online": "liquid_llm.teachers.online:open_online",
+    "store": "liquid_llm.teachers.stored:open_stored",
 }
 
 TRACKERS = {

@@ -175,7 +175,7 @@ def _counter(student: Student, teacher: OnlineTeacher | None) -> StorageCounter:
     if student.reference is not None:
         counter.hold_model(student.reference, "")
     if teacher is not None:
-        counter.hold_model(teacher._model, "")
+        counter.hold_model(teacher.model, "")
     return counter
 
 

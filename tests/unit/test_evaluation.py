@@ -53,7 +53,7 @@ def row(models):
 
 def router_of(teacher):
     loaded = LoadedModel(model=teacher, tokenizer=None, identity=None)
-    return TeacherRouter(OnlineTeacher(loaded, VOCAB_SIZE), {}, strict=False, online_types=["lm"])
+    return TeacherRouter({"lm": OnlineTeacher(loaded, VOCAB_SIZE)})
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -127,8 +127,8 @@ def test_what_the_teacher_said_is_kept_on_the_cpu(models):
     student, teacher = models
     evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), router_of(teacher))
     evaluator(Student(student, torch.float32))
-    assert len(evaluator._online) == len(evaluator.sets[16]["lm"])
-    assert {signal.hidden.device.type for signal in evaluator._online.values()} == {"cpu"}
+    assert len(evaluator._kept) == len(evaluator.sets[16]["lm"])
+    assert {signal.hidden.device.type for signal in evaluator._kept.values()} == {"cpu"}
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts_with_the_same_figures(models, row):
@@ -172,15 +172,14 @@ def test_what_a_batch_is_answered_from_is_read_once_however_many_passes_it_takes
     student, teacher = models
     prepared = []
 
-    class Counting(TeacherRouter):
+    class Counting(OnlineTeacher):
         def prepare(self, batch, temperature):
             prepared.append(id(batch))
             return super().prepare(batch, temperature)
 
     loaded = LoadedModel(model=teacher, tokenizer=None, identity=None)
-    router = Counting(OnlineTeacher(loaded, VOCAB_SIZE), {}, strict=False, online_types=["lm"])
-    evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), router)
+    evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), TeacherRouter({"lm": Counting(loaded, VOCAB_SIZE)}))
     evaluator.passes.max_tokens = 16  # a row at a time
     evaluator(Student(student, torch.float32))
-    assert len(evaluator._online) > len(evaluator.sets[16]["lm"])  # else this shows nothing
+    assert len(evaluator._kept) > len(evaluator.sets[16]["lm"])  # else this shows nothing
     assert prepared == [id(batch) for batch in evaluator.sets[16]["lm"]]

@@ -19,8 +19,9 @@ from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import Constant
 from liquid_llm.signal_store.codecs import FullCodec, TopKCodec
+from liquid_llm.teachers.assembly import part_of
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.router import Prepared, part_of
+from liquid_llm.teachers.teacher import Prepared
 from liquid_llm.training import Progress, StepSchedules, StepValues, Student, Trainer, build_optimizer
 
 VALUES = StepValues(kd_alpha=0.6, kd_temperature=2.0, l2_gamma=0.3, lr=1e-2)
@@ -44,7 +45,7 @@ def signal_of(kind: str, batch: MicroBatch):
     logits = random_logits(batch.num_positions, VOCAB, seed=5)
     signal = codec.decode(codec.pack(codec.encode(logits, 1, 0)), 0, batch.num_positions, 2.0, VOCAB)
     signal.mask[::3] = False
-    return lambda part, positions: Prepared(stored=signal).part(positions).stored
+    return lambda part, positions: Prepared(signal).part(positions).signal
 
 
 def gradients(limit: PassLimit, kind: str, batch: MicroBatch):

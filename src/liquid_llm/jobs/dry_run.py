@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,11 +16,9 @@ from torch import nn
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
-from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.data.types import Sample
 from liquid_llm.formatting import format_bytes, format_seconds
 from liquid_llm.runtime import process_peak_memory_bytes
-from liquid_llm.signal_store.store import StoreReader
+from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import print_facts
 from liquid_llm.training import StepResult, StepSchedules
 from liquid_llm.wiring.fitting import Fit
@@ -35,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _ADAM_BYTES = 8  # two float32 moments a parameter
 _PARAMETER_BYTES = 4
-_READERS = 8
 _SHOWN_STEPS = 3
 
 
@@ -55,44 +50,31 @@ def check_place(place: Place) -> dict[str, Any]:
     return {"run_directory": str(place.run_dir), **elsewhere, "would_continue": continues}
 
 
-def check_records(stores: Mapping[str, StoreReader], inputs: Inputs, window: int) -> dict[str, dict[str, Any]]:
+def check_records(teachers: TeacherRouter, inputs: Inputs, window: int) -> dict[str, dict[str, Any]]:
     """Every sample's stored record, looked up and verified: usable, missing, stale or corrupt by type.
 
     Raises:
         StorageError: a store cannot be read.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for kind, store in stores.items():
-        counts: Counter[str] = Counter()
-        example: dict[str, str] = {}
-        datasets = [source.dataset for source in inputs.sources if source.dataset.type == kind]
-        with ThreadPoolExecutor(_READERS, "check") as threads:
-            for sample, lookup in threads.map(
-                lambda sample, store=store: (sample, store.check(sample, window)),
-                _samples([*datasets, *inputs.validation.get(kind, [])]),
-            ):
-                counts[lookup.status] += 1
-                if lookup.status != "usable":
-                    example.setdefault(lookup.status, f"{sample.sample_id}: {lookup.reason}")
-        total = sum(counts.values())
-        rows[kind] = {"samples": total, "coverage": counts["usable"] / total if total else 0.0, **counts}
-        if example:
-            rows[kind]["examples"] = example
+    for type, teacher in teachers.items():
+        datasets = [source.dataset for source in inputs.sources if source.dataset.type == type]
+        found = teacher.coverage([*datasets, *inputs.validation.get(type, [])], window, every=True)
+        if found is None:
+            continue
+        share = found.usable / found.samples if found.samples else 0.0
+        rows[type] = {"samples": found.samples, "coverage": share, **found.statuses}
+        if found.examples:
+            rows[type]["examples"] = dict(found.examples)
     return rows
 
 
-def _samples(datasets: Sequence[TokenDataset]) -> Iterator[Sample]:
-    for dataset in datasets:
-        for index in range(len(dataset)):
-            yield dataset.sample(index)
-
-
-def estimate(config: RunConfig, student: nn.Module, teacher: nn.Module | None) -> dict[str, int]:
+def estimate(config: RunConfig, student: nn.Module, teachers: Sequence[nn.Module]) -> dict[str, int]:
     """Bytes a run takes: memory of weights, gradients and moments; a checkpoint; all snapshots kept; all uploads."""
     parameters = sum(one.numel() for one in student.parameters())
     training = parameters * (2 * _PARAMETER_BYTES + _ADAM_BYTES)
     reference = parameters * _PARAMETER_BYTES if config.objective.l2 > 0 else 0
-    held = 0 if teacher is None else sum(one.numel() * one.element_size() for one in teacher.parameters())
+    held = sum(one.numel() * one.element_size() for teacher in teachers for one in teacher.parameters())
     checkpoint = parameters * (_PARAMETER_BYTES + _ADAM_BYTES)
     every, steps = config.output.save_every_steps, config.optimizer.steps
     saves = 1 + (steps // every if every else 0)

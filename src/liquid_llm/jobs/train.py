@@ -159,7 +159,7 @@ def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Part
         manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in parts.inputs.entries],
         readiness={
             "types": parts.inputs.readiness(),
-            "signal": parts.teachers.coverage,
+            "signal": {type: row.as_dict() for type, row in parts.teachers.coverage.items()},
             **data.readiness,
         },
         datasets={
@@ -197,11 +197,11 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
         parts = build_parts(config, start, find_run_data(config.data).entries)
         config = parts.config
         fit = check_fit(config, parts, keep=False)
-        sizes = estimate(config, parts.built.model, parts.teachers.online_model)
+        sizes = estimate(config, parts.built.model, parts.teachers.models)
         findings |= {
             "starts_from": {"kind": start.kind, "source": start.source, "step": start.step},
             "data": parts.inputs.readiness(),
-            "signal": check_records(parts.teachers.stores, parts.inputs, config.data.seq_len),
+            "signal": check_records(parts.teachers.router, parts.inputs, config.data.seq_len),
             "choices": {name: vars(choice) for name, choice in parts.choices.items()},
             "estimate": sizes,
             "memory": fit.as_dict(),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.data.types import to_device
+from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
 from liquid_llm.signal_store.codecs import StoredSignal
 
 
@@ -91,3 +93,31 @@ def merge_repeats(signal: SparseSignal) -> SparseSignal:
         weights=summed,
         log_probs=torch.where(used, crossed / summed.clamp_min(torch.finfo(summed.dtype).tiny), 0.0),
     )
+
+
+def _tensors(signal: Signal) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(signal).items() if isinstance(value, Tensor)}
+
+
+def nbytes(signal: Signal) -> int:
+    """Bytes of its tensors."""
+    return sum(tensor.nbytes for tensor in _tensors(signal).values())
+
+
+def pin(signal: Signal) -> Signal:
+    """The same in pinned memory."""
+    changed: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in _tensors(signal).items()}
+    return replace(signal, **changed)
+
+
+def part_of(signal: Signal, positions: slice) -> Signal:
+    """The rows ``positions`` of a signal."""
+    changed: dict[str, Any] = {name: tensor[positions] for name, tensor in _tensors(signal).items()}
+    changed |= {name: None for name in ("num_signal", "any_tail") if hasattr(signal, name)}  # counted anew
+    return replace(signal, **changed)
+
+
+def move(signal: Signal, device: torch.device) -> Signal:
+    """The same on ``device``."""
+    changed: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in _tensors(signal).items()}
+    return replace(signal, **changed)

@@ -5,16 +5,29 @@ Logits are formed by the loss, chunk by chunk; here nothing of size [tokens, voc
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.losses.signals import DenseSignal, OutputHead
+from liquid_llm.errors import UsageError
+from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.models.heads import hidden_states, output_head
-from liquid_llm.models.loading import LoadedModel
+from liquid_llm.models.loading import LoadedModel, load_teacher
+from liquid_llm.models.positions import max_positions
+from liquid_llm.runtime import Choice, choose_dtype, torch_dtype
+from liquid_llm.teachers.teacher import Prepared, Teacher, TeacherSetup
+
+log = logging.getLogger(__name__)
+
+PASS_TOKENS = 8192  # on a GPU: longer passes are no faster, and their activations would be the largest thing there
 
 
-class OnlineTeacher:
+class OnlineTeacher(Teacher):
     """A frozen causal language model.
 
     Args:
@@ -22,17 +35,26 @@ class OnlineTeacher:
         vocab_size: the shared vocabulary; the padding of the teacher's embedding beyond it is cut off.
         max_tokens: most padded tokens in one forward pass, so that activations stay bounded whatever the batch; None
             takes the batch as it comes. Rows are never split: a longer row gets a pass of its own.
+        choices: its arithmetic and attention, each with its reason.
 
     Attributes:
         identity: what the model is.
         head: its output head over ``vocab_size`` entries.
     """
 
-    def __init__(self, loaded: LoadedModel, vocab_size: int, *, max_tokens: int | None = None) -> None:
-        self._model = loaded.model.eval().requires_grad_(False)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        vocab_size: int,
+        *,
+        max_tokens: int | None = None,
+        choices: Mapping[str, Choice] | None = None,
+    ) -> None:
+        self.model: nn.Module = loaded.model.eval().requires_grad_(False)
+        self.choices = choices or {}
         self._max_tokens = max_tokens
         self.identity = loaded.identity
-        self.head: OutputHead = output_head(self._model).cut(vocab_size)
+        self.head: OutputHead = output_head(self.model).cut(vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -45,9 +67,22 @@ class OnlineTeacher:
             input_ids: [batch, time] int64, padded on the right.
         """
         with torch.no_grad():
-            return hidden_states(self._model, input_ids.to(self.device))
+            return hidden_states(self.model, input_ids.to(self.device))
 
-    def signal(self, batch: MicroBatch) -> DenseSignal:
+    def prepare(self, batch: MicroBatch, temperature: float) -> Prepared:
+        """Nothing: a model on the device is asked when its answer is needed."""
+        return Prepared()
+
+    def describe(self) -> dict[str, Any]:
+        """Which model it is."""
+        return {"id": self.identity.id, "revision": self.identity.revision}
+
+    def own_loss(self, batch: MicroBatch, signal: Signal) -> float:
+        """Of the same hidden states that ``signal`` was made of."""
+        assert isinstance(signal, DenseSignal)
+        return float(fused_loss(signal.hidden, signal.head, batch.targets, all_labelled=True).ce)
+
+    def signal(self, batch: MicroBatch, prepared: Prepared | None = None) -> DenseSignal:
         """One row for each labelled position of ``batch``, in row-major order."""
         rows = []
         for start, stop, longest in self._parts(batch):
@@ -70,3 +105,44 @@ class OnlineTeacher:
             (start, min(start + step, rows), int(batch.lengths[start : start + step].max()))
             for start in range(0, rows, step)
         ]
+
+
+def load_online(
+    model_id: str,
+    precision: str,
+    device: torch.device,
+    attention: Callable[[torch.device, str], Choice],
+    token: str | None,
+) -> tuple[LoadedModel, dict[str, Choice]]:
+    """A model in inference mode on ``device``, and the choices made for it; see ``TeacherSetup`` for the arguments.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
+    dtype = choose_dtype(precision, device.type)
+    kernel = attention(device, dtype.value)
+    log.info("teacher %s in %s (%s), attention %s (%s)", model_id, *vars(dtype).values(), *vars(kernel).values())
+    loaded = load_teacher(model_id, dtype=torch_dtype(dtype.value), device=device, attention=kernel.value, token=token)
+    return loaded, {"teacher_dtype": dtype, "attention": kernel}
+
+
+def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
+    """The maker of ``online:MODEL_ID``.
+
+    Raises:
+        ModelError: the model cannot be opened.
+        UsageError: it cannot see so long a context.
+    """
+    loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token)
+    limit = max_positions(loaded.model)
+    if limit is not None and setup.context > limit:
+        raise UsageError(
+            "the teacher cannot see so long a context",
+            where="--block_size or --eval_ctx_lens",
+            got=setup.context,
+            expected=f"at most {limit}, the limit of {loaded.identity.id}",
+            remedy="use a shorter length or another teacher",
+        )
+    vocab_size = min(setup.vocab_size, loaded.model.config.vocab_size)
+    max_tokens = None if setup.device.type == "cpu" else PASS_TOKENS
+    return OnlineTeacher(loaded, vocab_size, max_tokens=max_tokens, choices=choices)

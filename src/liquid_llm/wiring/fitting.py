@@ -300,7 +300,8 @@ def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
         keep: whether the answer may be kept on disk.
     """
     device = parts.device
-    teacher = parts.teachers.online_model
+    # Another teacher's weights are neither predicted nor given back: they lie on the device already.
+    teacher: Any = max(parts.teachers.models, key=_size, default=None)
     models = Models(
         ModelShape.of(parts.built.model.config),
         None if teacher is None else ModelShape.of(teacher.config, next(teacher.parameters()).dtype),

@@ -30,7 +30,6 @@ from liquid_llm.runtime import (
     torch_dtype,
 )
 from liquid_llm.schedules import WarmupCosine
-from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, StepSchedules, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
@@ -203,13 +202,13 @@ class BatchFeed:
 
     def __init__(self, parts: Parts, grad_accum: int, num_workers: int) -> None:
         stream, schedules, device = parts.stream, parts.schedules, parts.device
-        router: TeacherRouter | None = parts.teachers.router
+        router = parts.teachers.router
         first_step, first_index = parts.progress.step, parts.progress.data_position
 
         def fetch(index: int) -> tuple[MicroBatch, Any]:
             batch = stream.micro_batch(index)
             step = first_step + (index - first_index) // grad_accum
-            prepared = router.prepare(batch, schedules.temperature.value(step)) if router is not None else None
+            prepared = router.prepare(batch, schedules.temperature.value(step))
             # Not moved yet: memory that runs out is seen to where the batch is computed.
             return batch.pinned(device), None if prepared is None else prepared.pinned(device)
 
@@ -233,7 +232,6 @@ class BatchFeed:
 
     def __next__(self) -> tuple[MicroBatch, SignalOf | None]:
         batch, prepared = next(self._prefetcher)
-        router = self._router
-        if router is None:
+        if prepared is None:
             return batch, None
-        return batch, lambda part, positions: router.signal(part, prepared.part(positions))
+        return batch, lambda part, positions: self._router.signal(part, prepared.part(positions))

@@ -25,9 +25,11 @@ from liquid_llm.models.student import student_config
 from liquid_llm.runtime import choose_dtype
 from liquid_llm.signal_store.codecs import Codec, TailCodec, get_codec
 from liquid_llm.signal_store.description import read_store_file
+from liquid_llm.teachers.online import PASS_TOKENS
+from liquid_llm.teachers.stored import StoredTeacher
 from liquid_llm.wiring.inputs import TextTools
 from liquid_llm.wiring.start import Start
-from liquid_llm.wiring.teachers import STORE_OPTIONS, TEACHER_PASS_TOKENS
+from liquid_llm.wiring.teachers import STORE_OPTIONS
 
 if TYPE_CHECKING:
     from liquid_llm.wiring.parts import Parts
@@ -151,7 +153,7 @@ def shape_of(
         batches=batches,
         evaluations=evaluations,
         teacher=models.teacher,
-        teacher_pass_tokens=None if device == "cpu" else TEACHER_PASS_TOKENS,
+        teacher_pass_tokens=None if device == "cpu" else PASS_TOKENS,
         reference=config.objective.l2 > 0,
         grad_checkpoint=config.student.grad_checkpoint is True,
         accumulates=config.optimizer.grad_accum > 1,
@@ -190,11 +192,12 @@ def real_evaluations(parts: Parts, batches: Iterable[BatchShape]) -> tuple[Batch
 
 
 def _with_signal(parts: Parts, kind: str, rows: int, time: int) -> BatchShape:
-    store = parts.teachers.stores.get(kind)
-    if store is not None:
-        return stored_batch(rows, time, store.codec)
-    online = kind in parts.teachers.identities.get("online", {}).get("types", ())
-    return BatchShape(rows, time, "dense" if online else "none")
+    teacher = parts.teachers.router.get(kind)
+    if teacher is None:
+        return BatchShape(rows, time, "none")
+    if isinstance(teacher, StoredTeacher):
+        return stored_batch(rows, time, teacher.store.codec)
+    return BatchShape(rows, time, "dense")
 
 
 def _largest(shapes: Iterable[BatchShape]) -> tuple[BatchShape, ...]:

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from liquid_llm.config import RunConfig, TeacherConfig
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.flash_attention import provide
-from liquid_llm.models.loading import LoadedModel, load_teacher, load_tokenizer
-from liquid_llm.models.positions import max_positions
+from liquid_llm.models.loading import LoadedModel, load_tokenizer
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
 from liquid_llm.models.student import PRESETS
 from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
 from liquid_llm.options import ANNEAL
-from liquid_llm.runtime import Choice, choose_attention, choose_dtype, torch_dtype
-from liquid_llm.signal_store.shards.remote import ShardCache
-from liquid_llm.signal_store.store import StoreReader, open_store
-from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.registry import TEACHERS, load
+from liquid_llm.runtime import Choice, choose_attention
+from liquid_llm.sources import NONE, SPELLINGS
+from liquid_llm.teachers import online
 from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.teacher import Coverage, Teacher, TeacherSetup
 from liquid_llm.wiring.inputs import Inputs, TextTools
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.start import Start
 
 log = logging.getLogger(__name__)
 
-TEACHER_PASS_TOKENS = 8192  # of an online teacher on a GPU
 STORE_OPTIONS = {"math_tool": "math_dir", "code": "code_dir"}
 
 
@@ -38,20 +40,24 @@ class RunTeachers:
     """What gives a run its teacher signal.
 
     Attributes:
-        router: routes a micro-batch to its teacher; None for plain cross-entropy.
-        stores: the signal store of each type that has one.
-        online_model: the online teacher's model, or None.
-        coverage: stored signal found by type, for provenance.
+        router: the teacher of each type; empty for plain cross-entropy.
+        coverage: what stored signal there is by type, for provenance.
         identities: what each teacher is, for provenance.
-        choices: arithmetic and attention, each with its reason.
     """
 
-    router: TeacherRouter | None
-    stores: dict[str, StoreReader] = field(default_factory=dict)
-    online_model: Any = None
-    coverage: dict[str, Any] = field(default_factory=dict)
-    identities: dict[str, Any] = field(default_factory=dict)
-    choices: dict[str, Any] = field(default_factory=dict)
+    router: TeacherRouter
+    coverage: dict[str, Coverage]
+    identities: dict[str, Any]
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """What teachers hold on the device."""
+        return [teacher.model for teacher in dict.fromkeys(self.router.values()) if teacher.model is not None]
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """Arithmetic and attention of the online teacher, each with its reason."""
+        return {name: choice for teacher in self.router.values() for name, choice in teacher.choices.items()}
 
 
 def text_tools(tokenizer: Any) -> TextTools:
@@ -102,26 +108,13 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
 
 def load_online(
     model_id: str, teacher: TeacherConfig, device: torch.device, token: str | None
-) -> tuple[LoadedModel, dict[str, Any]]:
+) -> tuple[LoadedModel, dict[str, Choice]]:
     """A teacher in inference mode, and the choices made for it."""
-    dtype = choose_dtype(teacher.precision, device.type)
-    attention = _attention(teacher, device, dtype.value)
-    log.info(
-        "teacher %s in %s (%s), attention %s (%s)",
-        model_id,
-        dtype.value,
-        dtype.reason,
-        attention.value,
-        attention.reason,
-    )
-    loaded = load_teacher(
-        model_id, dtype=torch_dtype(dtype.value), device=device, attention=attention.value, token=token
-    )
-    return loaded, {"teacher_dtype": dtype, "attention": attention}
+    return online.load_online(model_id, teacher.precision, device, partial(choose_attention_of, teacher), token)
 
 
-def _attention(teacher: TeacherConfig, device: torch.device, dtype: str) -> Choice:
-    """The attention of the teacher; where a FlashAttention wheel was named and cannot be used, the reason says why."""
+def choose_attention_of(teacher: TeacherConfig, device: torch.device, dtype: str) -> Choice:
+    """The attention of a teacher; where a FlashAttention wheel was named and cannot be used, the reason says why."""
     if teacher.fa_wheel_uri is None:
         return choose_attention(device, dtype=dtype)
     obstacle = provide(teacher.fa_wheel_uri, teacher.fa_wheel_sha256, cache_dir() / "wheels")
@@ -132,91 +125,96 @@ def _attention(teacher: TeacherConfig, device: torch.device, dtype: str) -> Choi
 def make_teachers(
     config: RunConfig, inputs: Inputs, text: TextTools, device: torch.device, token: str | None
 ) -> RunTeachers:
-    """Build what the configuration routes to. The online teacher is built only when samples for it are present.
+    """Build the teacher of each type that the data has; types that name the same one share it.
 
     Raises:
-        UsageError: a type that needs a store has no folder named, or a teacher cannot see so long a context.
+        UsageError: a type that needs a teacher names none, or a teacher cannot see so long a context.
         DataError: a whole run would have no stored signal.
         SignalError: a store is missing, empty or of another teacher, tokenizer or vocabulary, or cannot be read at the
             run's temperature.
     """
-    teacher = config.teacher
-    online_types = _online_types(config, inputs)
-    stores = _open_stores(config, inputs, text, online_types)
-    identities: dict[str, Any] = {kind: store.describe() for kind, store in stores.items()}
-    loaded: LoadedModel | None = None
-    online: OnlineTeacher | None = None
-    choices: dict[str, Any] = {}
-    if online_types and teacher.online_id is not None:
-        loaded, choices = load_online(teacher.online_id, teacher, device, token)
-        _require_context(loaded, config)
-        # On a GPU longer passes are no faster, and their activations would be the largest thing beside the weights.
-        max_tokens = None if device.type == "cpu" else TEACHER_PASS_TOKENS
-        vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
-        online = OnlineTeacher(loaded, vocab_size, max_tokens=max_tokens)
-        identities["online"] = {"id": loaded.identity.id, "revision": loaded.identity.revision, "types": online_types}
-    if online is None and not stores:
-        if teacher.online_id is None:
-            log.warning("no teacher is named: plain cross-entropy")
-        return RunTeachers(None)
-    router = TeacherRouter(
-        online, stores, strict=teacher.hybrid_strict, online_types=online_types, merge_repeats=config.deterministic
+    setup = TeacherSetup(
+        tokenizer=text.tokenizer,
+        tokenizer_hash=text.hash,
+        vocab_size=text.vocab_size,
+        context=max(config.data.block_size, *config.evaluation.context_lengths, 0),
+        device=device,
+        cache=cache_dir(),
+        precision=config.teacher.precision,
+        attention=partial(choose_attention_of, config.teacher),
+        token=token,
+        stored_id=stored_name(config.teacher.stored_id),
+        strict=config.teacher.hybrid_strict,
+        deterministic=config.deterministic,
     )
-    router.check_temperatures({config.objective.temperature})
-    for kind, store in stores.items():
-        if not router.answers(kind, 1.0):
-            log.warning("%s: codec %r is not read at T=1: no val_kd for this type", kind, store.codec.name)
-    datasets = {kind: [source.dataset for source in inputs.sources if source.dataset.type == kind] for kind in stores}
-    coverage = router.coverage(datasets, window=config.data.seq_len)
-    for kind, row in coverage.items():
+    specs = {type: spec for type in inputs.types if (spec := _spec(config, type)) != NONE}
+    made = {spec: make_teacher(spec, setup) for spec in dict.fromkeys(specs.values())}
+    router = TeacherRouter({type: made[spec] for type, spec in specs.items()})
+    if not router:
+        log.warning("no teacher is named: plain cross-entropy")
+    for type in router:
+        router.check_temperature(type, config.source(type).temperature or config.objective.temperature)
+        if not router.answers(type, 1.0):
+            log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
+    datasets = {type: [one.dataset for one in inputs.sources if one.dataset.type == type] for type in router}
+    coverage = router.coverage(datasets, config.data.seq_len)
+    for type, row in coverage.items():
         log.info(
             "stored signal for %s: %d of %d samples have a record, %d of %d looked at are usable",
-            kind,
+            type,
             row.listed,
             row.samples,
             row.usable,
             row.checked,
         )
-    return RunTeachers(
-        router,
-        stores,
-        None if loaded is None else loaded.model,
-        {kind: row.as_dict() for kind, row in coverage.items()},
-        identities,
-        choices,
-    )
+    return RunTeachers(router, coverage, _identities(specs, router))
 
 
-def _online_types(config: RunConfig, inputs: Inputs) -> list[str]:
-    if config.face == ANNEAL:
-        return ["lm"]
-    if config.teacher.hybrid:
-        return ["lm"] if "lm" in inputs.types else []
-    return inputs.types if config.teacher.mode == "online" else []
+def make_teacher(spec: str, setup: TeacherSetup) -> Teacher:
+    """The teacher that ``spec`` names, ``KIND:REST``.
 
-
-def _open_stores(config: RunConfig, inputs: Inputs, text: TextTools, online_types: list[str]) -> dict[str, StoreReader]:
-    if config.face == ANNEAL:
-        return {}
-    stores = {}
-    for kind, name in STORE_OPTIONS.items():
-        if kind not in inputs.types or kind in online_types:
-            continue
-        folder = getattr(config.teacher, name)
-        if folder is None:
-            raise UsageError(
-                f"the manifest has {kind} samples but no folder of stored signal is named",
-                where=f"--{name.replace('_dir', '')}_logits_dir",
-                remedy="capture them first and name the folder, or use --hybrid=false --teacher_mode=online",
-            )
-        stores[kind] = open_store(
-            folder,
-            teacher_id=stored_name(config.teacher.stored_id),
-            tokenizer_hash=text.hash,
-            vocab_size=text.vocab_size,
-            cache=ShardCache(cache_dir() / "signal"),
+    Raises:
+        UsageError: there is no such kind.
+        LiquidError: whatever its maker finds wrong.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in TEACHERS:
+        raise UsageError(
+            "unknown kind of teacher", got=repr(spec), expected=" or ".join(f"{one}:..." for one in TEACHERS)
         )
-    return stores
+    teacher: Teacher = load(TEACHERS, name)(rest, setup)
+    return teacher
+
+
+def _identities(specs: Mapping[str, str], router: TeacherRouter) -> dict[str, Any]:
+    """What each teacher is: a store under its type, any other under its kind with the types it answers for."""
+    found: dict[str, Any] = {}
+    for type, spec in specs.items():
+        name = spec.partition(":")[0]
+        if name == "store":
+            found[type] = router[type].describe()
+            continue
+        if name in found and found[name]["spec"] != spec:
+            name = spec
+        entry = found.setdefault(name, {**router[type].describe(), "spec": spec, "types": []})
+        entry["types"].append(type)
+    return found
+
+
+def _spec(config: RunConfig, type: str) -> str:
+    """What names the teacher of ``type``; a type beside plain text is not left without one in silence."""
+    spec = config.source(type).teacher
+    if spec is not None:
+        return spec
+    if type == "lm" or (config.teacher.mode == "online" and not config.teacher.hybrid):
+        return NONE
+    own = [f"--{option}=URI" for option, of in SPELLINGS.items() if of == type]
+    raise UsageError(
+        f"the manifest has {type} samples but nothing names their signal",
+        where=" or ".join([*own, f"--signal {type}=URI"]),
+        remedy="capture the signal first and name its folder, ask a teacher with --hybrid=false --teacher_mode=online, "
+        f"or say --signal {type}=none for plain cross-entropy",
+    )
 
 
 def stored_name(model_id: str | None) -> str | None:
@@ -224,16 +222,3 @@ def stored_name(model_id: str | None) -> str | None:
     if model_id is None or model_id.startswith(PACKAGE_PREFIX):
         return model_id
     return resolve(model_id).id if Path(model_id).expanduser().exists() else model_id.partition("@")[0]
-
-
-def _require_context(loaded: LoadedModel, config: RunConfig) -> None:
-    limit = max_positions(loaded.model)
-    longest = max(config.data.block_size, *config.evaluation.context_lengths, 0)
-    if limit is not None and longest > limit:
-        raise UsageError(
-            "the teacher cannot see so long a context",
-            where=f"--block_size={config.data.block_size}",
-            got=longest,
-            expected=f"at most {limit}, the limit of {loaded.identity.id}",
-            remedy="use a shorter length or another teacher",
-        )

@@ -38,7 +38,7 @@ def test_the_prediction_is_what_is_counted_when_a_batch_is_scored(codec: str) ->
     logits = torch.randn(asked.time - 1, VOCAB_SIZE)
     encoder.encode(logits.clone(), 0, 0)
     counter = StorageCounter()
-    counter.hold_model(teacher._model, "")
+    counter.hold_model(teacher.model, "")
     scratch.logits(teacher.head, torch.zeros(1, teacher.head.weight.shape[1]))
     counter.hold([scratch._memory], "")
     with counter, torch.no_grad():

@@ -16,7 +16,7 @@ from liquid_llm.losses.signals import OutputHead, Signal
 from liquid_llm.signal_store.codecs import Codec, FullCodec, TopKCodec
 from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.stored import StoredTeacher
 
 BATCH = batch_of(make_samples(6, low=10, high=60), 48)
 
@@ -26,8 +26,10 @@ def signals(folder: Path, codec: Codec, temperature: float) -> tuple[Signal, Sig
     teacher = tiny_teacher()
     writer = StoreWriter(str(folder), teacher.identity, codec, vocab_size=VOCAB)
     capture({"math_tool": [ListSource(BATCH.samples)]}, {"math_tool": writer}, teacher, seq_len=64, batch_size=2)
-    router = TeacherRouter(None, {"math_tool": open_store(str(folder))}, strict=True, online_types=[])
-    stored = router.signal(BATCH, router.prepare(BATCH, temperature))
+    reader = StoredTeacher(open_store(str(folder)), strict=True)
+    prepared = reader.prepare(BATCH, temperature)
+    assert prepared is not None
+    stored = reader.signal(BATCH, prepared)
     assert stored is not None
     return OnlineTeacher(teacher, VOCAB).signal(BATCH), stored
 

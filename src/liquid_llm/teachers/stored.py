@@ -1,0 +1,155 @@
+"""A teacher whose signal was captured beforehand: records of a signal store, joined into the signal of a micro-batch.
+
+strict    a micro-batch with any record missing gets no signal; otherwise only those samples go without
+counts    every lookup by type and status; each kind of trouble is reported once for each type, with an example
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from liquid_llm.data.types import MicroBatch, Sample, SampleSource
+from liquid_llm.errors import SignalError
+from liquid_llm.losses.signals import Signal, SparseSignal
+from liquid_llm.signal_store.shards.remote import ShardCache
+from liquid_llm.signal_store.store import Lookup, StoreReader, open_store
+from liquid_llm.teachers.assembly import assemble, merge_repeats, move
+from liquid_llm.teachers.teacher import Coverage, Prepared, Teacher, TeacherSetup
+
+log = logging.getLogger(__name__)
+
+_SPREAD = 64  # records of a type that a coverage check reads at least, spread over the data
+_READERS = 8
+
+
+class StoredTeacher(Teacher):
+    """Reads a signal store; safe to use from several threads.
+
+    Args:
+        store: the records.
+        strict: see the module.
+        merge_repeats: sum the slots of an id that a codec drew twice: without repeats a GPU adds in one order only.
+
+    Attributes:
+        counts: lookups so far by (type, status).
+    """
+
+    def __init__(self, store: StoreReader, *, strict: bool, merge_repeats: bool = False) -> None:
+        self.store = store
+        self.temperature_range = store.codec.temperature_range
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._strict = strict
+        self._merge_repeats = merge_repeats
+        self._lock = threading.Lock()
+
+    def prepare(self, batch: MicroBatch, temperature: float) -> Prepared | None:
+        """Read and decode the records of ``batch``; see ``Teacher`` for what it raises."""
+        if len(batch.samples) != len(batch.lengths):
+            raise SignalError(
+                "stored signal is of whole samples and cannot serve blocks that join several",
+                where=self.store.uri,
+                got=f"a {batch.type} block",
+                remedy=f"use an online teacher for {batch.type}",
+            )
+        lookups = self.store.get_many(batch.samples, batch.lengths.tolist(), temperature)
+        self._count(batch, lookups)
+        signals = [lookup.signal for lookup in lookups]
+        missing = sum(signal is None for signal in signals)
+        if missing == len(signals) or (missing and self._strict):
+            return None
+        joined = assemble(signals, batch.row_positions.tolist())
+        if self._merge_repeats and isinstance(joined, SparseSignal):
+            joined = merge_repeats(joined)
+        return Prepared(joined)
+
+    def signal(self, batch: MicroBatch, prepared: Prepared) -> Signal | None:
+        """The prepared signal, moved to the device of ``batch``."""
+        return None if prepared.signal is None else move(prepared.signal, batch.input_ids.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Where the store is and whose signal it holds."""
+        return self.store.describe()
+
+    def coverage(self, datasets: Sequence[SampleSource], window: int, *, every: bool = False) -> Coverage:
+        """All names are compared with the store's listing; some of the records found are read, spread over the data,
+        and the others only as long as none has proved usable.
+        """
+        names = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
+        listed = [(dataset, index) for dataset, index in names if self.store.has(dataset.sample_id(index))]
+        if every:
+            portions = [names]
+        else:
+            spread = set(np.linspace(0, len(listed) - 1, min(_SPREAD, len(listed))).astype(int).tolist())
+            rest = [one for place, one in enumerate(listed) if place not in spread]
+            portions = [[listed[place] for place in sorted(spread)]]
+            portions += [rest[start : start + _SPREAD] for start in range(0, len(rest), _SPREAD)]
+
+        def check(place: tuple[SampleSource, int]) -> tuple[Sample, Lookup]:
+            sample = place[0].sample(place[1])
+            return sample, self.store.check(sample, window)
+
+        statuses: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        with ThreadPoolExecutor(_READERS, "check") as threads:
+            for portion in portions:
+                if statuses["usable"]:
+                    break
+                for sample, lookup in threads.map(check, portion):
+                    statuses[lookup.status] += 1
+                    if lookup.status != "usable":
+                        examples.setdefault(
+                            lookup.status, f"sample {sample.sample_id!r} is {lookup.status}: {lookup.reason}"
+                        )
+        return Coverage(self.store.uri, len(names), len(listed), statuses.total(), dict(statuses), examples)
+
+    def close(self) -> None:
+        """Close the store and say how often its records served."""
+        for type in sorted({type for type, _ in self.counts}):
+            found = ", ".join(f"{n:,} {status}" for (of, status), n in sorted(self.counts.items()) if of == type)
+            log.info("%s: stored signal asked for: %s", type, found)
+        self.store.close()
+
+    def _count(self, batch: MicroBatch, lookups: Sequence[Lookup]) -> None:
+        for sample, lookup in zip(batch.samples, lookups, strict=True):
+            with self._lock:
+                known = {status for type, status in self.counts if type == batch.type} - {"usable"}
+                self.counts[batch.type, lookup.status] += 1
+            if lookup.status in {"usable", *known} or (self._strict and known):
+                continue
+            trouble = (
+                "KD is skipped for micro-batches with a sample that has no usable signal"
+                if self._strict
+                else f"samples with {lookup.status} signal train on cross-entropy"
+            )
+            log.warning(
+                "%s: %s; the first is sample %r: %s (%s)",
+                batch.type,
+                trouble,
+                sample.sample_id,
+                lookup.status,
+                lookup.reason,
+            )
+
+
+def open_stored(uri: str, setup: TeacherSetup) -> StoredTeacher:
+    """The maker of ``store:URI``.
+
+    Raises:
+        SignalError: the store is missing, empty or of another teacher, tokenizer or vocabulary.
+        StorageError: it cannot be read.
+    """
+    store = open_store(
+        uri,
+        teacher_id=setup.stored_id,
+        tokenizer_hash=setup.tokenizer_hash,
+        vocab_size=setup.vocab_size,
+        cache=ShardCache(setup.cache / "signal"),
+    )
+    return StoredTeacher(store, strict=setup.strict, merge_repeats=setup.deterministic)

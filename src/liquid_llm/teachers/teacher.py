@@ -1,0 +1,168 @@
+"""What a training step asks of a teacher, whatever it is: a model in memory, a store of signal, a server.
+
+    spec      how a teacher is named: ``KIND:REST``, where KIND is in ``registry.TEACHERS`` (``online:MODEL``,
+              ``store:URI``), or ``none``
+    maker     what the registry holds: ``(REST, TeacherSetup) -> Teacher``
+    prepare   what can be done ahead of need and in any thread: reading, decoding, asking a server
+    signal    one row for each labelled position of a micro-batch, formed right before its loss, on its device
+    coverage  how much of a run's data a teacher that cannot answer for any text has something for
+
+A new teacher is a file with a subclass of ``Teacher`` and a maker, and a line in the registry.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liquid_llm.data.types import MicroBatch, SampleSource
+from liquid_llm.losses.signals import Signal
+from liquid_llm.runtime import Choice, choose_attention
+from liquid_llm.teachers.assembly import nbytes, part_of, pin
+
+_MOST_PINNED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class TeacherSetup:
+    """What a run tells the maker of any of its teachers.
+
+    Attributes:
+        tokenizer, tokenizer_hash: teacher and student see the same ids; a teacher of another tokenizer is refused.
+        vocab_size: entries of that tokenizer; the padding of a teacher's embedding beyond them is cut off.
+        context: tokens of the longest row that the teacher will see.
+        device: where the student is.
+        precision: ``--teacher_precision``.
+        attention: chooses a model's attention for a device and the name of a dtype.
+        token: of Hugging Face.
+        stored_id: the teacher whose signal a store must hold; None takes any.
+        strict: ``--hybrid_strict``.
+        deterministic: the same bits every time on a GPU too.
+        cache: folder for what is fetched.
+    """
+
+    tokenizer: Any
+    tokenizer_hash: str
+    vocab_size: int
+    context: int
+    device: torch.device
+    cache: Path
+    precision: str = "auto"
+    attention: Callable[[torch.device, str], Choice] = lambda device, dtype: choose_attention(device, dtype=dtype)
+    token: str | None = field(default=None, repr=False)
+    stored_id: str | None = None
+    strict: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``prepare`` made of a micro-batch: its signal on the CPU, or None where ``signal`` is to compute it."""
+
+    signal: Signal | None = None
+
+    def pinned(self, device: torch.device) -> Prepared:
+        """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
+        if self.signal is None or device.type == "cpu" or nbytes(self.signal) > _MOST_PINNED_BYTES:
+            return self  # of whole logits several micro-batches, locked, could be all the host has
+        return replace(self, signal=pin(self.signal))
+
+    def part(self, positions: slice) -> Prepared:
+        """What was prepared for some of the micro-batch's labelled positions."""
+        return self if self.signal is None else replace(self, signal=part_of(self.signal, positions))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a teacher has for the samples of one type of a run's data.
+
+    Attributes:
+        where: the records, for messages.
+        samples: in the data.
+        listed: of which the teacher has a record of that name.
+        checked: records that were looked at.
+        statuses: how many of those checked are usable, missing, stale or corrupt.
+        examples: status -> the first sample that is not usable, and why.
+    """
+
+    where: str
+    samples: int
+    listed: int
+    checked: int
+    statuses: Mapping[str, int]
+    examples: Mapping[str, str]
+
+    @property
+    def usable(self) -> int:
+        """Of those checked."""
+        return self.statuses.get("usable", 0)
+
+    @property
+    def problem(self) -> str:
+        """What was wrong with the first one that was not usable, or ""."""
+        return "none has a record" if not self.listed else next(iter(self.examples.values()), "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for provenance."""
+        names = ("samples", "listed", "checked", "usable", "problem")
+        return {name: getattr(self, name) for name in names}
+
+
+class Teacher(ABC):
+    """Answers for the micro-batches of one or several types. What is not abstract has an answer that suits most.
+
+    Attributes:
+        temperature_range: lowest and highest temperature it can be asked at.
+        model: what it holds on the device, or None.
+        num_slots: most ids a position that its signal has; 0 for whole logits, None for hidden states and a head.
+        choices: what was chosen for it, each with its reason.
+    """
+
+    temperature_range: tuple[float, float] = (0.0, math.inf)
+    model: nn.Module | None = None
+    num_slots: int | None = None
+    choices: Mapping[str, Choice] = {}
+
+    @abstractmethod
+    def prepare(self, batch: MicroBatch, temperature: float) -> Prepared | None:
+        """What ``signal`` needs for ``batch``; None where the teacher says nothing about it.
+
+        Raises:
+            SignalError: it cannot answer at this temperature or for such a batch.
+            StorageError: what it reads cannot be read.
+        """
+
+    @abstractmethod
+    def signal(self, batch: MicroBatch, prepared: Prepared) -> Signal | None:
+        """One row for each labelled position of ``batch``, row-major, on the batch's device.
+
+        Args:
+            batch: the one that was prepared, or some rows of it with their part of ``prepared``.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the teacher is, as plain values for provenance."""
+
+    def own_loss(self, batch: MicroBatch, signal: Signal) -> float | None:
+        """The teacher's own summed cross-entropy on ``batch``, nats; None where its signal does not tell."""
+        return None
+
+    def coverage(self, datasets: Sequence[SampleSource], window: int, *, every: bool = False) -> Coverage | None:
+        """What the teacher has for the samples of one type; None where it answers for any text.
+
+        Args:
+            window: tokens of the longest window.
+            every: look at each sample, however long that takes.
+        """
+        return None
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Give back what it holds; it is not asked again."""
