@@ -104,3 +104,14 @@ class Interrupted(LiquidError):
     """Stopped by a signal after the state was saved; running again goes on."""
 
     exit_code = 75
+
+
+def first_line(value: object, limit: int = 200) -> str:
+    """The first line of a text or of an exception's message, without its full stop, cut to ``limit`` characters.
+
+    An exception without a message gives its class.
+    """
+    line = str(value).strip().partition("\n")[0].rstrip(". ") or (
+        type(value).__name__ if isinstance(value, BaseException) else ""
+    )
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -7,7 +7,6 @@ run goes on with PyTorch's own attention and says why. The choice and its reason
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import logging
@@ -112,12 +111,12 @@ def provide(
     reason = obstacle(wheel, machine or this_machine())
     if reason is not None or installed():
         return reason
-    local = work_dir / wheel
-    storage.download(uri, local)
-    got = hashlib.sha256(local.read_bytes()).hexdigest()
+    local = storage.fetch_once(uri, work_dir)
+    got = storage.sha256(local)
     if sha256 is not None and got != sha256.lower():
-        local.unlink()
         raise UsageError("the wheel's hash is not the expected one", where=uri, got=got, expected=sha256)
+    if sha256 is None:
+        log.warning("%s is installed unchecked: give --fa_wheel_sha256=%s to have it checked", uri, got)
     (install or _pip_install)(local)
     importlib.invalidate_caches()
     log.info("installed %s", wheel)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from liquid_llm.storage.local import published, translated
+from liquid_llm.storage import publish, translate_errors
 from liquid_llm.trackers import Tracker
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
         self._path = Path(run_dir) / FILE_NAME
-        with translated(self._path, writing=True):
+        with translate_errors(self._path, writing=True):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _rewrite(self._path, -1 if resume_step is None else resume_step)
             self._file = self._path.open("ab", buffering=0)
@@ -151,7 +151,7 @@ class MetricsWriter:
         if not_finite:
             row["not_finite"] = not_finite
         line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        with translated(self._path, writing=True):
+        with translate_errors(self._path, writing=True):
             _write_all(self._file.fileno(), line.encode())
         for tracker in self._trackers:
             tracker.log(row)
@@ -159,12 +159,12 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Force what was written to the disk; called before a checkpoint, so that none outlives its rows."""
-        with translated(self._path, writing=True):
+        with translate_errors(self._path, writing=True):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let go of the file and of the trackers."""
-        with translated(self._path, writing=True):
+        with translate_errors(self._path, writing=True):
             self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -182,7 +182,7 @@ def _rewrite(path: Path, last_step: int) -> None:
     """Keep, byte for byte, the whole rows up to ``last_step``."""
     if not path.exists():
         return
-    with published(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
+    with publish(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
         for line in old:
             row = _parse(line)
             if row is not None and row["step"] <= last_step:

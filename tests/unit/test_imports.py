@@ -68,9 +68,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
 }
 
 # Imports that break the rule and are to go: (importer, imported).
-DEBTS: set[tuple[str, str]] = {
-    ("liquid_llm.preparation.toolkit", "liquid_llm.checkpoint.archive"),
-}
+DEBTS: set[tuple[str, str]] = set()
 
 
 def component(module: str) -> str:

@@ -18,10 +18,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from liquid_llm.checkpoint.files import file_sha256, read_archive
+from liquid_llm import storage
+from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage.local import translated
+from liquid_llm.storage import translate_errors
 
 DATA_SUFFIX = ".pt"
 SIDECAR_SUFFIX = ".meta.json"
@@ -116,7 +117,7 @@ def sidecar_text(metadata: CheckpointMetadata) -> bytes:
 def read_sidecar(folder: Path, name: str) -> CheckpointMetadata:
     """Raises CheckpointError, or StorageError where it cannot be read."""
     path = sidecar_path(folder, name)
-    with translated(path):
+    with translate_errors(path):
         text = path.read_bytes()
     return parse_sidecar(text, path)
 
@@ -140,11 +141,11 @@ def latest_checkpoint(folder: Path, log: Log = _log.warning) -> CheckpointInfo |
     checked: dict[tuple[int, int], str] = {}  # several names may be links to one file: it is read once
     for name in newest_first(found):
         path = data_path(folder, name)
-        with translated(path):
+        with translate_errors(path):
             status = path.stat()
         inode = (status.st_dev, status.st_ino)
         if inode not in checked:
-            checked[inode] = file_sha256(path)
+            checked[inode] = storage.sha256(path)
         if checked[inode] == found[name].sha256:
             return CheckpointInfo(path, found[name])
         log(f"skipped a checkpoint: {path} does not have the sha256 its sidecar says; an older one is tried")
@@ -187,7 +188,7 @@ def verified_sidecar(path: Path, where: object = None) -> CheckpointMetadata | N
     if not sidecar_path(path.parent, name).is_file():
         return None
     metadata = read_sidecar(path.parent, name)
-    got = file_sha256(path)
+    got = storage.sha256(path)
     if got != metadata.sha256:
         raise _disagreement(where or path, f"sha256 {got[:12]}…", f"{str(metadata.sha256)[:12]}…")
     return metadata

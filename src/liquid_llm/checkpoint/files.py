@@ -17,9 +17,7 @@ from typing import Any
 import torch
 
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage.local import translated
-
-_HASH_BLOCK_BYTES = 4 * 2**20
+from liquid_llm.storage import translate_errors
 
 
 class HashingWriter:
@@ -108,7 +106,7 @@ def read_archive(path: Path, where: object = None) -> Any:
         StorageError: the file is missing or cannot be read.
     """
     where = where or path
-    with translated(where), path.open("rb"):
+    with translate_errors(where), path.open("rb"):
         pass
     try:
         with warnings.catch_warnings():
@@ -130,12 +128,3 @@ def read_archive(path: Path, where: object = None) -> Any:
             got=f"{path.stat().st_size} bytes",
             remedy="copy it again, or choose another checkpoint",
         ) from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file. Raises StorageError where it cannot be read."""
-    digest = hashlib.sha256()
-    with translated(path), path.open("rb", buffering=0) as stream:
-        while block := stream.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

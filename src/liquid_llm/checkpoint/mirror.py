@@ -22,10 +22,9 @@ from liquid_llm.checkpoint.discovery import (
     sidecar_text,
     sidecars,
 )
-from liquid_llm.checkpoint.files import file_sha256
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage.local import translated
+from liquid_llm.storage import translate_errors
 
 _SMALL_BYTES = 32 * 2**20
 
@@ -58,7 +57,7 @@ class Mirror:
         return {
             name: metadata
             for name, metadata in sidecars(self._dir).items()
-            if not self._has(name, metadata) and file_sha256(data_path(self._dir, name)) == metadata.sha256
+            if not self._has(name, metadata) and storage.sha256(data_path(self._dir, name)) == metadata.sha256
         }
 
     def send_checkpoint(self, name: str, data: Path, metadata: CheckpointMetadata) -> None:
@@ -111,7 +110,7 @@ class Mirror:
     def send_file(self, name: str) -> None:
         """Send a file as it is now; one that grows meanwhile is sent up to where it was."""
         path = self._dir / name
-        with translated(path):
+        with translate_errors(path):
             status = path.stat()
             small = path.read_bytes() if status.st_size <= _SMALL_BYTES else None
         target = storage.join(self.uri, name)

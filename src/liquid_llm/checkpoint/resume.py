@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.archive import unpack_zip
 from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX, is_checkpoint, take_apart, verified_sidecar
 from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError, StorageError
-from liquid_llm.storage import FileInfo
-from liquid_llm.storage.local import translated
+from liquid_llm.storage import FileInfo, translate_errors
 
 _WRAPPERS = ("model", "state_dict", "student", "model_state_dict", "module", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -104,28 +102,14 @@ def _fetch_file(uri: str, found: FileInfo, work_dir: Path) -> Path:
     if not storage.is_remote(uri):
         return storage.local_path(uri)
     folder = _work_folder(uri, work_dir)
-    path = _fetch(found, folder / found.name)
+    path = storage.fetch_once(uri, folder, found)
     if found.name.endswith(DATA_SUFFIX):
         sidecar = storage.stat(uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
         local = folder / (found.name.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
         if sidecar is not None:
-            _fetch(sidecar, local)
+            storage.fetch_once(sidecar.uri, folder, sidecar)
         else:
             storage.remove(str(local))
-    return path
-
-
-def _fetch(found: FileInfo, path: Path) -> Path:
-    """Download unless the same size and version were downloaded here before (a note beside the file says which)."""
-    note = path.with_name(path.name + ".origin")
-    origin = json.dumps([found.uri, found.size, found.version]).encode()
-    with translated(path):
-        known = note.is_file() and note.read_bytes() == origin
-        if known and path.is_file() and path.stat().st_size == found.size:
-            return path
-    storage.remove(str(note))
-    storage.download(found.uri, path)
-    storage.write_bytes(str(note), origin)
     return path
 
 
@@ -138,7 +122,7 @@ def _fetch_folder(uri: str, work_dir: Path) -> Path:
         raise _not_a_model_folder(uri, [one.name for one in files])
     for one in files:
         if one.name.endswith(_FOLDER_SUFFIXES) and one.name not in _NOT_WEIGHTS:
-            _fetch(one, folder / one.name)
+            storage.fetch_once(one.uri, folder, one)
     return folder
 
 
@@ -147,7 +131,7 @@ def _is_folder_archive(path: Path, uri: str) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     try:
-        with translated(path), zipfile.ZipFile(path) as archive:
+        with translate_errors(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise CheckpointError("this zip is damaged", where=uri, got=str(error), remedy="copy it again") from error
@@ -156,9 +140,9 @@ def _is_folder_archive(path: Path, uri: str) -> bool:
 
 def _unpacked(path: Path, found: FileInfo, work_dir: Path) -> Path:
     """The model folder of an archive, unpacked once for each version of it."""
-    folder = _work_folder(f"{found.uri} {found.size} {found.version}", work_dir)
+    folder = work_dir / found.key[:16]
     if not folder.is_dir():
-        unpack_zip(path, folder)
+        storage.unpack_zip(path, folder)
     configs = sorted(folder.rglob("config.json"), key=lambda one: (len(one.parts), one))
     if not configs:
         raise _not_a_model_folder(str(path), sorted(one.name for one in folder.iterdir()))
@@ -215,7 +199,7 @@ def _read_folder(folder: Path, uri: str) -> ResumeSource:
     if "config.json" not in names:
         raise _not_a_model_folder(uri, names)
     try:
-        with translated(folder):
+        with translate_errors(folder):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         config = None
@@ -238,7 +222,7 @@ def _weight_files(folder: Path, names: list[str], uri: str) -> list[str]:
         index = f"{whole}.index.json"
         if index in names:
             try:
-                with translated(folder):
+                with translate_errors(folder):
                     shards = sorted(
                         set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
                     )
@@ -261,7 +245,7 @@ def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        with translated(path):
+        with translate_errors(path):
             weights: dict[str, torch.Tensor] = load_file(path)
             return _without_prefixes(weights)
     except SafetensorError as error:

@@ -13,11 +13,11 @@ checkpoint of the last acknowledged step or later remains:
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,10 +48,10 @@ from liquid_llm.checkpoint.discovery import (
     step_name,
     time_name,
 )
-from liquid_llm.checkpoint.files import file_sha256, read_archive, write_archive
+from liquid_llm.checkpoint.files import read_archive, write_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError, StorageError
-from liquid_llm.storage.local import TEMPORARY_SUFFIX, sync, translated
+from liquid_llm.storage import TEMPORARY_SUFFIX, sync, translate_errors
 
 __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 
@@ -75,9 +75,10 @@ class CheckpointStore:
         self.run_dir = run_dir
         self._keep_last = keep_last
         self._say = log
-        with translated(run_dir, writing=True):
+        with translate_errors(run_dir, writing=True):
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(run_dir)
+            self._lock = ExitStack()
+            self._lock.enter_context(storage.locked(run_dir / ".lock", on_wait=self._refuse))
             self._tidy()
 
     def __enter__(self) -> CheckpointStore:
@@ -90,9 +91,7 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Let another process have the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def save(
         self,
@@ -121,7 +120,7 @@ class CheckpointStore:
         inside = CheckpointMetadata.from_dict(metadata.to_dict() | {"sha256": None}, "metadata to be saved")
         temporary = self.run_dir / f".{name}{TEMPORARY_SUFFIX}"
         target = data_path(self.run_dir, name)
-        with translated(target, writing=True):
+        with translate_errors(target, writing=True):
             try:
                 temporary.unlink(missing_ok=True)
                 digest = write_archive(temporary, {**state, METADATA_KEY: inside.to_dict()})
@@ -143,7 +142,7 @@ class CheckpointStore:
             if name not in MOVING_NAMES:
                 raise ValueError(f"{name!r} is not one of {MOVING_NAMES}")
             temporary = self.run_dir / f".{name}{TEMPORARY_SUFFIX}"
-            with translated(data_path(self.run_dir, name), writing=True):
+            with translate_errors(data_path(self.run_dir, name), writing=True):
                 try:
                     _link_or_copy(info.path, temporary)
                     sidecar_path(self.run_dir, name).unlink(missing_ok=True)
@@ -168,7 +167,7 @@ class CheckpointStore:
         if not found:
             return None
         folder = self.run_dir / datetime.now(timezone.utc).strftime("before-restart-%Y%m%dT%H%M%S%fZ")
-        with translated(folder, writing=True):
+        with translate_errors(folder, writing=True):
             folder.mkdir()
             for sidecar in found:
                 data = data_path(self.run_dir, sidecar.name.removesuffix(SIDECAR_SUFFIX))
@@ -178,6 +177,13 @@ class CheckpointStore:
         return folder
 
     # ---------------------------------------------------------------------------------------------------------- pieces
+
+    def _refuse(self, holder: str) -> None:
+        raise StorageError(
+            f"another run, process {holder}, is using this run directory",
+            where=self.run_dir,
+            remedy="wait for it to end, stop it, or give another output",
+        )
 
     def _publish(self, temporary: Path, name: str, metadata: CheckpointMetadata) -> None:
         os.replace(temporary, data_path(self.run_dir, name))
@@ -205,7 +211,7 @@ class CheckpointStore:
             for name, metadata in sidecars(self.run_dir, self._say).items()
             if is_snapshot(name) and metadata.step <= newest.step and name != newest.name
         }
-        with translated(self.run_dir, writing=True):
+        with translate_errors(self.run_dir, writing=True):
             for name in newest_first(found)[self._keep_last - 1 :]:
                 self._forget(name)
 
@@ -234,7 +240,7 @@ class CheckpointStore:
 
     def _is_complete(self, name: str) -> bool:
         metadata = sidecars(self.run_dir, self._say).get(name)
-        return metadata is not None and file_sha256(data_path(self.run_dir, name)) == metadata.sha256
+        return metadata is not None and storage.sha256(data_path(self.run_dir, name)) == metadata.sha256
 
 
 def _is_ours(path: Path) -> bool:
@@ -254,29 +260,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
             raise
         shutil.copyfile(source, target)
         sync(target)
-
-
-def _locked(run_dir: Path) -> int | None:
-    """A descriptor that holds the run directory's lock until it is closed or the process ends, however it ends."""
-    path = run_dir / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise StorageError(
-            f"another run, process {holder}, is using this run directory",
-            where=run_dir,
-            remedy="wait for it to end, stop it, or give another output",
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        _log.warning("%s: this file system has no locks (%s): do not start two runs here", run_dir, error)
-        return None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
 
 
 def fetch_latest(
@@ -312,14 +295,14 @@ def fetch_latest(
     fetched = run_dir / f".fetched{TEMPORARY_SUFFIX}"
     for name in newest_first(found):
         storage.download(storage.join(remote_uri, name + DATA_SUFFIX), fetched)
-        if file_sha256(fetched) != found[name].sha256:
+        if storage.sha256(fetched) != found[name].sha256:
             fetched.unlink()
             log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX} does not have the sha256 its sidecar says")
             continue
         if METRICS_FILE in present:
             storage.download(storage.join(remote_uri, METRICS_FILE), run_dir / METRICS_FILE)
         target = data_path(run_dir, name)
-        with translated(target, writing=True):
+        with translate_errors(target, writing=True):
             sidecar_path(run_dir, name).unlink(missing_ok=True)
             os.replace(fetched, target)
         storage.write_bytes(str(sidecar_path(run_dir, name)), sidecar_text(found[name]))

@@ -21,8 +21,8 @@ from typing import Any
 
 from liquid_llm.data.tokens import BatchTokenizer, Progress, TokenDataset, split, tokenize
 from liquid_llm.data.types import Record
-from liquid_llm.errors import DataError, UsageError
-from liquid_llm.storage.local import translated
+from liquid_llm.errors import DataError, UsageError, first_line
+from liquid_llm.storage import translate_errors
 
 _log = logging.getLogger(__name__)
 _ALIASES = {
@@ -193,23 +193,23 @@ def _load(name: str, config: str | None, token: str | None) -> Any:
     folder = Path(name)
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
     path, _, revision = name.partition("@") if not folder.exists() else (name, "", "")
-    with _quiet(datasets), translated(name):
+    with _quiet(datasets), translate_errors(name):
         try:
             if saved:
                 return datasets.load_from_disk(name)
             return datasets.load_dataset(path, config, revision=revision or None, token=token)
         except ConnectionError as error:
             raise DataError(
-                f"the dataset is not in the local cache, and the hub cannot be reached ({_first_line(error)})",
+                f"the dataset is not in the local cache, and the hub cannot be reached ({first_line(error)})",
                 where=name,
                 remedy="load it once with a network, or copy the cache of a machine that has it and set HF_HOME, "
                 "or give a local folder of data files",
             ) from error
         except FileNotFoundError as error:
             remedy = "check the spelling and, if it is private or gated, sign in"
-            raise DataError(f"no such dataset ({_first_line(error)})", where=name, remedy=remedy) from error
+            raise DataError(f"no such dataset ({first_line(error)})", where=name, remedy=remedy) from error
         except datasets.exceptions.DatasetsError as error:
-            raise DataError(f"the dataset cannot be read ({_first_line(error)})", where=name) from error
+            raise DataError(f"the dataset cannot be read ({first_line(error)})", where=name) from error
         except ValueError as error:  # its own messages list the configurations there are
             got = f"configuration {config}" if config else "no configuration"
             raise DataError(f"the dataset cannot be loaded ({_one_line(error)})", where=name, got=got) from error
@@ -257,10 +257,6 @@ def _text_column(features: Any, wanted: str | None, label: str) -> str:
         where=label,
         got=", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items()),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _one_line(error: BaseException) -> str:

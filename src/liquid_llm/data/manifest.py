@@ -77,14 +77,7 @@ def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
         raise DataError("unknown type", where=where, got=_shown(type_), expected=f"one of {', '.join(TYPES)}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
         raise DataError("weight is not a positive number", where=where, got=_shown(weight))
-    return ManifestEntry(_absolute(path.strip(), manifest_uri), type_, float(weight), where)
-
-
-def _absolute(path: str, manifest_uri: str) -> str:
-    if storage.is_remote(path) or path.startswith(("/", "file:")):
-        return path
-    folder = posixpath.dirname(manifest_uri)
-    return storage.join(folder, path) if folder else path
+    return ManifestEntry(storage.resolve(path.strip(), posixpath.dirname(manifest_uri)), type_, float(weight), where)
 
 
 def _shown(value: Any) -> str:

@@ -7,21 +7,20 @@ else in it is ignored; place: ``shard:line`` or ``shard:row``, from 1, for messa
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.data.types import Record
-from liquid_llm.errors import DataError, UsageError
+from liquid_llm.errors import DataError, first_line
+from liquid_llm.storage.streams import DamageError, lines, unpack
 
-_CHUNK_BYTES = 1 << 18  # unpacked it may be ten times as large
 _PARQUET_ROWS = 1024
 _PARQUET_BUFFER_BYTES = 2**18
 _FORMATS = ".jsonl, .json, .jsonl.gz, .json.gz, .jsonl.zst, .json.zst or .parquet"
+_PACKINGS = {"": None, ".gz": "gz", ".zst": "zst"}
 _COLUMNS = ("text", "type", "sample_id")
 
 
@@ -71,22 +70,20 @@ class Shard:
         name = self.uri.lower()
         if name.endswith(".parquet"):
             return self._parquet_rows()
-        for ending, decompressed in _DECOMPRESSORS.items():
+        for ending, packing in _PACKINGS.items():
             if name.endswith((f".jsonl{ending}", f".json{ending}")):
-                return self._json_lines(decompressed)
+                return self._json_lines(packing)
         raise DataError("unknown kind of shard", where=self.uri, expected=f"a name ending in {_FORMATS}")
 
-    def _json_lines(self, decompressed: Any) -> Iterator[tuple[int, Any]]:
+    def _json_lines(self, packing: str | None) -> Iterator[tuple[int, Any]]:
         with storage.open_read(self.uri) as stream:
             try:
-                for number, line in enumerate(_lines(decompressed(stream)), start=1):
-                    if line.strip():
+                for number, line in enumerate(lines(unpack(stream, packing)), start=1):
+                    if line is not None and line.strip():
                         self.bytes_read = stream.tell()
                         yield number, self._parsed(line, number)
-            except damage_errors() as error:
-                raise DataError(
-                    f"the file is truncated or damaged ({error})", where=self.uri, remedy="write or copy it again"
-                ) from error
+            except DamageError as error:
+                raise DataError(f"the file is {error}", where=self.uri, remedy="write or copy it again") from error
 
     def _parsed(self, line: bytes, number: int) -> Any:
         try:
@@ -117,30 +114,28 @@ class Shard:
                         self.bytes_read = size.size * number // table.metadata.num_rows
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(
-                    f"not a readable parquet file ({_first_line(error)})",
+                    f"not a readable parquet file ({first_line(error)})",
                     where=self.uri,
                     remedy="write or copy it again",
                 ) from error
 
     def _record(self, value: Any, number: int) -> Record:
         if not isinstance(value, dict):
-            raise DataError("not a JSON object", where=self.place(number), got=_first_line(value))
+            raise DataError("not a JSON object", where=self.place(number), got=first_line(value))
         text, type_, name = (value.get(key) for key in _COLUMNS)
         if not isinstance(text, str) or not text:
-            got = "none" if text is None else "an empty string" if text == "" else _first_line(repr(text))
+            got = "none" if text is None else "an empty string" if text == "" else first_line(repr(text))
             raise DataError("text is not a non-empty string", where=self.place(number), got=got)
         if type_ is not None and type_ != self.type:
             raise DataError(
                 "the record's type contradicts the manifest",
                 where=self.place(number),
-                got=_first_line(repr(type_)),
+                got=first_line(repr(type_)),
                 expected=repr(self.type),
                 remedy="list this file under its own type, or correct the record",
             )
         if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int)) or name == ""):
-            raise DataError(
-                "sample_id is not a non-empty string", where=self.place(number), got=_first_line(repr(name))
-            )
+            raise DataError("sample_id is not a non-empty string", where=self.place(number), got=first_line(repr(name)))
         try:
             text.encode()
             sample_id = stable_sample_id(self.type, text) if name is None else str(name)
@@ -152,71 +147,3 @@ class Shard:
                 got=ascii(error.object[error.start]),
             ) from error
         return Record(text, self.type, sample_id)
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines cut at newlines alone (JSON strings may hold the other line separators of Unicode)."""
-    begun: list[bytes] = []
-    for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        begun.append(first)
-        if rest:
-            yield b"".join(begun)
-            yield from rest[:-1]
-            begun = [rest[-1]]
-    yield b"".join(begun)
-
-
-def _plain(stream: BinaryIO) -> Iterator[bytes]:
-    while chunk := stream.read(_CHUNK_BYTES):
-        yield chunk
-
-
-def _gzipped(stream: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=stream) as unpacked:
-        while chunk := unpacked.read(_CHUNK_BYTES):
-            yield chunk
-
-
-def _zstandard(stream: BinaryIO) -> Iterator[bytes]:
-    """Frames one after another. The library's own stream reader takes a cut-off file for a complete one.
-
-    Raises:
-        UsageError: the library is not installed.
-    """
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UsageError(
-            "a .zst file needs the package zstandard, which is not installed",
-            where=getattr(stream, "name", None),
-            remedy="install it with pip install zstandard, or unpack the file",
-        ) from error
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    for chunk in _plain(stream):
-        while chunk:
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("compressed file ended before the end of its last frame")
-
-
-_DECOMPRESSORS = {"": _plain, ".gz": _gzipped, ".zst": _zstandard}
-
-
-def damage_errors() -> tuple[type[Exception], ...]:
-    """What the decompressors raise for a truncated or damaged file."""
-    common = (EOFError, gzip.BadGzipFile, zlib.error)
-    try:
-        import zstandard
-    except ImportError:  # then no .zst file was opened
-        return common
-    return *common, zstandard.ZstdError
-
-
-def _first_line(value: object) -> str:
-    line = str(value).partition("\n")[0]
-    return line if len(line) <= 120 else line[:117] + "..."

@@ -9,12 +9,9 @@ token, so that a student learns to stop; ``lm`` documents are stored without it 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +24,7 @@ from liquid_llm.data.records import Shard
 from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, TokenWriter, fate, read_meta
 from liquid_llm.data.types import Record, Sample
 from liquid_llm.errors import DataError
-from liquid_llm.storage.local import sync, translated
+from liquid_llm.storage import translate_errors
 from liquid_llm.versions import FRAMING
 
 _log = logging.getLogger(__name__)
@@ -219,9 +216,10 @@ def tokenize(
     directory = Path(cache_dir) / name
     if (meta := read_meta(directory, framing)) is not None:
         return TokenDataset(directory, meta)
-    with translated(cache_dir, writing=True):
+    with translate_errors(cache_dir, writing=True):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        with _locked(directory.parent / f".{name}.lock"):
+        waiting = "waiting for process %s, which tokenises the same files"
+        with storage.locked(directory.parent / f".{name}.lock", on_wait=lambda holder: _log.info(waiting, holder)):
             if (meta := read_meta(directory, framing)) is None:
                 meta = _publish(directory, source, tokenizer, eos_id, progress, framing)
     return TokenDataset(directory, meta)
@@ -235,10 +233,7 @@ def _publish(
     progress: Progress | None,
     framing: int,
 ) -> DatasetMeta:
-    temporary = directory.parent / f".{directory.name}.tmp"  # one writer at a time: what lies there was left by a crash
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with storage.publish_folder(directory, alone=True) as temporary:
         token_dtype = "<u2" if max(eos_id, *tokenizer.get_vocab().values()) < 2**16 else "<u4"
         with TokenWriter(temporary, source.type, token_dtype, source.place, framing) as writer:
             for records in _chunks(source):
@@ -249,13 +244,6 @@ def _publish(
                 if progress is not None:
                     progress(source.fraction_read, writer.num_tokens)
             meta = writer.finish()
-        for file in temporary.iterdir():
-            sync(file)
-        shutil.rmtree(directory, ignore_errors=True)  # damaged, or of another format
-        temporary.rename(directory)
-        sync(directory.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     if meta.num_short or meta.num_repeated:
         message = "%s: left out %d records under two tokens and %d that repeat another"
         _log.info(message, source.type, meta.num_short, meta.num_repeated)
@@ -281,15 +269,3 @@ def _token_ids(tokenizer: BatchTokenizer, texts: list[str]) -> list[list[int]]:
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     token_ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
     return token_ids
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``; it goes with the process, however that ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that tokenises the same files")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -11,7 +11,6 @@ its raw inputs.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -301,8 +300,7 @@ def _alone(datasets: Sequence[Dataset]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for shards in sorted(dataset.shards for dataset in datasets):  # one order for all: nobody waits in a circle
-            file = stack.enter_context((folder / hashlib.sha256(shards.encode()).hexdigest()[:16]).open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(storage.locked(folder / hashlib.sha256(shards.encode()).hexdigest()[:16]))
         yield
 
 

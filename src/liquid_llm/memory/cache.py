@@ -10,12 +10,12 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from liquid_llm import storage
+from liquid_llm.errors import StorageError
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.runtime import has_amx
 
@@ -59,8 +59,8 @@ def remember_config(folder: Path | None, revision: str, read: Callable[[], Mappi
     config = read()
     if path is not None:
         try:
-            _write(path, json.dumps(config))
-        except (OSError, TypeError) as error:
+            storage.write_bytes(str(path), json.dumps(config).encode())
+        except (StorageError, TypeError) as error:
             log.debug("%s is not kept: %s", path, error)
     return config
 
@@ -79,8 +79,8 @@ def _on_disk(path: Path, answer: Callable[[], MemoryPrediction]) -> MemoryPredic
         log.debug("%s is made again: %s", path, error)
     found = answer()
     try:
-        _write(path, json.dumps(found.as_dict()))
-    except OSError as error:
+        storage.write_bytes(str(path), json.dumps(found.as_dict()).encode())
+    except StorageError as error:
         log.debug("%s is not kept: %s", path, error)
     return found
 
@@ -107,15 +107,3 @@ def _sources_digest() -> str:
         for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

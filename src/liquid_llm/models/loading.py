@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from liquid_llm import storage
 from liquid_llm.errors import LiquidError, ModelError
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.models.export import write_folder
 from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
 from liquid_llm.models.heads import check_output_head
 from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve, write_origin
@@ -140,13 +140,11 @@ def unpack(model_id: str, folder: str | Path, dtype: torch.dtype, *, token: str 
     tokenizer = _open_tokenizer(source, model_id, token)
     model = open_weights(source, model_id, dtype=dtype, device="cpu", attention="sdpa", token=token)
 
-    def write(place: Path) -> None:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        write_origin(place, source, name)
-
-    with quiet_transformers():
-        return write_folder(folder, write)
+    with quiet_transformers(), storage.publish_folder(folder) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        write_origin(fresh, source, name)
+    return folder
 
 
 def open_weights(

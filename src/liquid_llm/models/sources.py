@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liquid_llm.errors import ModelError
+from liquid_llm.errors import ModelError, first_line
 
 PACKAGE_PREFIX = "package:"
 ORIGIN_FILE = "liquid_origin.json"
@@ -224,9 +224,5 @@ def _hub_error(name: str, error: Exception, *, offline: bool) -> ModelError:
         )
     if isinstance(error, errors.EntryNotFoundError):
         return ModelError("the repository is no transformers model", where=name, got="no config.json")
-    return ModelError("the model cannot be fetched", where=name, got=_first_line(error), remedy=f"try '{fetch}'")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"[:300]
+    got = f"{type(error).__name__}: {first_line(error)}"
+    return ModelError("the model cannot be fetched", where=name, got=got, remedy=f"try '{fetch}'")

@@ -198,11 +198,7 @@ def _dataset(name: str, entry: Any, folder: str, where: str) -> Dataset:
 
 
 def _below(folder: str, path: str) -> str:
-    path = path.strip()
-    if storage.is_remote(path) or path.startswith(("/", "file:")):
-        return absolute(path)
-    joined = storage.join(folder, path)
-    return joined if storage.is_remote(joined) else os.path.normpath(joined)
+    return absolute(storage.resolve(path.strip(), folder))
 
 
 def _place(name: str, out: str, where: str) -> tuple[str, str, str]:

@@ -22,8 +22,8 @@ from liquid_llm.errors import DataError
 from liquid_llm.preparation import streams
 from liquid_llm.preparation.layouts import FORMATS, Layout, UnusableError, field_layout, find_layout
 from liquid_llm.preparation.mediawiki import plain_text
-from liquid_llm.preparation.streams import DamageError
 from liquid_llm.preparation.texts import looks_like_wikitext, text_documents, wikitext_articles
+from liquid_llm.storage.streams import CHUNK_BYTES, DamageError, lines, unpack
 
 EXCERPT_CHARACTERS = 200
 
@@ -104,7 +104,7 @@ class _Input:
         return self._unpacked_findings(stream, packing)
 
     def _unpacked_findings(self, stream: Any, packing: str | None) -> Iterator[Finding]:
-        head, chunks = streams.with_head(streams.unpacked(stream, packing))
+        head, chunks = streams.with_head(unpack(stream, packing))
         kind = self._kind(head)
         self._require(kind)
         if kind == "mediawiki":
@@ -113,7 +113,9 @@ class _Input:
             is_wikitext = self.reading.format == "wikitext" or (
                 self.reading.format is None and looks_like_wikitext(head)
             )
-            for number, text in (wikitext_articles if is_wikitext else text_documents)(streams.lines(chunks)):
+            for number, text in (wikitext_articles if is_wikitext else text_documents)(
+                lines(chunks, streams.MAX_PIECE_BYTES)
+            ):
                 yield self._document(number, text)
         else:
             yield from self._from_objects(self._objects(kind, chunks))
@@ -174,7 +176,7 @@ class _Input:
                 yield f"{self.where}:{fields.get('@ID', number)}", fields
 
     def _line_objects(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any] | Reject]:
-        for number, line in enumerate(streams.lines(chunks), start=1):
+        for number, line in enumerate(lines(chunks, streams.MAX_PIECE_BYTES), start=1):
             place = f"{self.where}:{number}"
             if line is None:
                 yield Reject(place, "the line is far too long", "")
@@ -271,7 +273,7 @@ class _Input:
         self._require("parquet")
         try:
             # by default it reads every row group ahead: the whole file would come to lie in memory
-            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=streams.CHUNK_BYTES)
+            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK_BYTES)
             names = table.schema_arrow.names
             layout = self._stated_layout() or self._layout_of(names)
             if layout is None or not set(layout.keys) <= set(names):

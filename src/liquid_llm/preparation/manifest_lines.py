@@ -7,9 +7,7 @@ dataset never gets a second line.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import posixpath
 import time
 from collections.abc import Iterator
@@ -54,12 +52,8 @@ def _alone(manifest: str) -> Iterator[None]:
         return
     folder = storage.local_path(manifest).parent
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with storage.locked(folder):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _with_line(content: bytes, dataset: Dataset) -> bytes:
@@ -86,9 +80,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _absolute(path: str, dataset: Dataset) -> str:
-    if storage.is_remote(path) or path.startswith(("/", "file:")):
-        return absolute(path)
-    return absolute(storage.join(posixpath.dirname(dataset.manifest or ""), path))
+    return absolute(storage.resolve(path, posixpath.dirname(dataset.manifest or "")))
 
 
 def _shown(dataset: Dataset) -> str:

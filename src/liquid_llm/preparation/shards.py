@@ -18,7 +18,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.preparation.catalog import Dataset
-from liquid_llm.storage.local import translated
+from liquid_llm.storage import translate_errors
 
 _CACHE_KIBIBYTES = 16 * 1024
 
@@ -100,7 +100,7 @@ class ShardWriter:
     def write(self, text: str, sample_id: str) -> None:
         record = {"text": text, "type": self._dataset.type, "sample_id": sample_id}
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        with translated(self._path, writing=True):
+        with translate_errors(self._path, writing=True):
             if self._stream is None:
                 self._stream = self._open()
             self._stream.write(line)
@@ -125,7 +125,7 @@ class ShardWriter:
 
     def _publish(self) -> None:
         name = self._dataset.shard_name(self._input_number, len(self.published))
-        with translated(self._path, writing=True):
+        with translate_errors(self._path, writing=True):
             self._files.close()
             size = self._path.stat().st_size
         storage.upload(self._path, storage.join(self._dataset.out, name))

@@ -5,9 +5,7 @@ chunk: bytes as they come; what is cut out of chunks never depends on where one 
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import io
 import json
 import re
@@ -16,19 +14,14 @@ from itertools import chain
 from typing import Any, BinaryIO
 from xml.parsers import expat
 
-from liquid_llm.data import records
+from liquid_llm.storage.streams import DamageError
 
-CHUNK_BYTES = 1 << 18
 MAX_PIECE_BYTES = 64 * 2**20  # a longer line, item or element is not kept in memory
 HEAD_BYTES = 1 << 16
 
 _BUFFER_BYTES = 1 << 20
 _OPEN_NUMBER = re.compile(r"[0-9.eE+\-]*\Z")  # what may still be a number when more comes
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
-
-
-class DamageError(ValueError):
-    """The bytes are not what their format asks for, and nothing after this place can be read."""
 
 
 class CountedStream(io.RawIOBase):
@@ -68,29 +61,6 @@ def magic(stream: Any) -> str | None:
     return next((name for mark, name in _MAGIC.items() if head.startswith(mark)), None)
 
 
-def unpacked(stream: BinaryIO, packing: str | None) -> Iterator[bytes]:
-    """The chunks of a stream packed as ``gz``, ``bz2`` or ``zst``, or not packed.
-
-    Raises:
-        DamageError: while iterating: truncated or damaged.
-    """
-    try:
-        if packing == "zst":
-            yield from records._zstandard(stream)
-            return
-        source: Any = stream
-        if packing is not None:
-            source = gzip.GzipFile(fileobj=stream) if packing == "gz" else bz2.BZ2File(stream)
-        while chunk := source.read(CHUNK_BYTES):
-            yield chunk
-    except records.damage_errors() as error:
-        raise DamageError(f"truncated or damaged ({error})") from error
-    except OSError as error:
-        if packing != "bz2" or error.errno is not None:  # bz2 has no error class of its own
-            raise
-        raise DamageError(f"truncated or damaged ({error})") from error
-
-
 def with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     """The first ``HEAD_BYTES`` or a few more, and all chunks again."""
     taken: list[bytes] = []
@@ -100,21 +70,6 @@ def with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
             break
         taken.append(chunk)
     return b"".join(taken), chain(taken, chunks)
-
-
-def lines(chunks: Iterable[bytes], limit: int = MAX_PIECE_BYTES) -> Iterator[bytes | None]:
-    """Lines without their newline, None for one over ``limit`` bytes; text may hold Unicode's other separators."""
-    begun: list[bytes] = []
-    size = 0
-    for chunk in chunks:
-        *ended, rest = chunk.split(b"\n")
-        for piece in ended:
-            yield b"".join([*begun, piece]) if size + len(piece) <= limit else None
-            begun, size = [], 0
-        size += len(rest)
-        begun = [*begun, rest] if size <= limit else []
-    if size:
-        yield b"".join(begun) if size <= limit else None
 
 
 def array_items(chunks: Iterable[bytes], limit: int = MAX_PIECE_BYTES) -> Iterator[Any]:

@@ -16,7 +16,6 @@ left out of its environment, and so are the ones that say where credentials lie;
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -37,7 +36,6 @@ from typing import IO
 import yaml
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.archive import unpack_zip
 from liquid_llm.errors import DataError, Interrupted, StorageError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.masking import Masker, looks_secret, secret_values
@@ -100,11 +98,7 @@ def fetched(options: ToolkitOptions) -> Iterator[tuple[Path, str]]:
     with tempfile.TemporaryDirectory(prefix="liquid-toolkit-") as folder:
         archive = Path(folder, "toolkit.zip")
         storage.download(options.uri, archive)
-        digest = hashlib.sha256()
-        with archive.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-        got = digest.hexdigest()
+        got = storage.sha256(archive)
         if options.sha256 is not None and got != options.sha256.lower():
             raise UsageError(
                 "the toolkit's hash is not the expected one",
@@ -133,7 +127,7 @@ def converted(
     unpacked = options.folder / f"toolkit-{sha256[:16]}-{uuid.uuid4().hex[:8]}"  # what is run is what was checked
     try:
         _require_modest(archive, options.uri)
-        unpack_zip(archive, unpacked)
+        storage.unpack_zip(archive, unpacked)
         entry = next((unpacked / name for name in ENTRY_POINTS if (unpacked / name).is_file()), None)
         if entry is None:
             raise DataError(

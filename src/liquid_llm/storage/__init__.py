@@ -2,19 +2,21 @@
 
     URI      a local path, ``file://…``, or any fsspec URL (``gs://bucket/key``, ``s3://…``, ``https://…``, ``memory://…``)
     remote   a URI that is not on this machine's file system
-    publish  make a file appear under its name complete, or not at all
+    publish  make a file or folder appear under its name complete, or not at all
 
 Local files never go through fsspec: they are written to a temporary name beside the target, flushed, fsynced and
 renamed. A failure of any backend becomes a StorageError with the URI, the cause in plain words and what to do. Passing
 failures (429, 5xx, cut connections, timeouts) are retried with growing, jittered pauses before that.
 
-All functions may be called from any thread and after a fork. Nothing else in the project imports fsspec
-(``storage_backends`` does); ``storage_local`` and ``storage_failures`` are the other two parts of the seam.
+All functions may be called from any thread and after a fork. Other modules import this one alone, and
+``storage.streams`` for what is in a file; of them all only ``storage.backends`` imports fsspec.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
 import shutil
 import tempfile
@@ -24,29 +26,49 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from liquid_llm.errors import StorageError
+from liquid_llm.storage.archive import unpack_zip
 from liquid_llm.storage.backends import SCHEME, RemoteReader, scheme_of, with_backend
 from liquid_llm.storage.failures import RetryPolicy, describe, failure_types, set_retry_policy
-from liquid_llm.storage.local import borrowed_folder, files_below, matching_files, published, sync, translated
+from liquid_llm.storage.local import (
+    TEMPORARY_SUFFIX,
+    borrowed_folder,
+    files_below,
+    locked,
+    matching_files,
+    publish,
+    publish_folder,
+    sha256,
+    sync,
+    translate_errors,
+)
 
 __all__ = [
+    "TEMPORARY_SUFFIX",
     "FileInfo",
     "RetryPolicy",
     "check_writable",
     "copy",
     "download",
     "exists",
+    "fetch_once",
     "glob",
     "is_remote",
     "join",
     "list_files",
     "local_path",
+    "locked",
     "open_read",
-    "published",
+    "publish",
+    "publish_folder",
     "read_bytes",
     "remove",
+    "resolve",
     "set_retry_policy",
+    "sha256",
     "stat",
     "sync",
+    "translate_errors",
+    "unpack_zip",
     "upload",
     "write_bytes",
 ]
@@ -72,6 +94,11 @@ class FileInfo:
     size: int
     version: str
 
+    @property
+    def key(self) -> str:
+        """32 hex digits that are others for any other file or content."""
+        return hashlib.blake2b(f"{self.uri}\n{self.size}\n{self.version}".encode(), digest_size=16).hexdigest()
+
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
@@ -90,6 +117,13 @@ def join(base: str, *parts: str) -> str:
         elif part:
             joined = (joined if joined.endswith("://") else joined.rstrip("/") + "/") + part.lstrip("/")
     return joined
+
+
+def resolve(path: str, folder: str) -> str:
+    """``path`` itself where it names a place from anywhere, else what it names in ``folder``."""
+    if is_remote(path) or path.startswith(("/", "file:")) or not folder:
+        return path
+    return join(folder, path)
 
 
 def local_path(uri: str) -> Path:
@@ -112,7 +146,7 @@ def stat(uri: str) -> FileInfo | None:
     """The file's name, size and version; None where nothing is. A folder has size 0 and an empty version."""
     name = uri.rstrip("/").rsplit("/", 1)[-1]
     if not is_remote(uri):
-        with translated(uri):
+        with translate_errors(uri):
             try:
                 status = local_path(uri).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -164,7 +198,7 @@ def glob(uri: str) -> list[str]:
 def list_files(uri_dir: str) -> list[FileInfo]:
     """Every file below a folder, recursively, sorted by name; [] where the folder is absent."""
     if not is_remote(uri_dir):
-        with translated(uri_dir):
+        with translate_errors(uri_dir):
             found = [
                 FileInfo(join(uri_dir, name), name, status.st_size, str(status.st_mtime_ns))
                 for name, status in files_below(local_path(uri_dir))
@@ -208,7 +242,7 @@ def _version(details: dict[str, Any]) -> str:
 def open_read(uri: str) -> BinaryIO:
     """A buffered binary stream for ``with``, read block by block so that memory stays flat; usually seekable."""
     if not is_remote(uri):
-        with translated(uri):
+        with translate_errors(uri):
             return local_path(uri).open("rb", buffering=_BUFFER_BYTES)
 
     def begin(fs: Any, path: str) -> Any:
@@ -222,7 +256,7 @@ def open_read(uri: str) -> BinaryIO:
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """The whole file, or its bytes ``[start, end)`` with one ranged request; what lies past the end is left out."""
     if not is_remote(uri):
-        with translated(uri), local_path(uri).open("rb") as stream:
+        with translate_errors(uri), local_path(uri).open("rb") as stream:
             stream.seek(start or 0)
             return stream.read(-1 if end is None else max(0, end - (start or 0)))
     if end is not None and end <= (start or 0):
@@ -250,7 +284,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_remote(uri):
         with_backend(uri, lambda fs, path: fs.pipe_file(path, data), writing=True)
         return
-    with published(local_path(uri), uri) as temporary, temporary.open("xb") as stream:
+    with publish(local_path(uri), uri) as temporary, temporary.open("xb") as stream:
         stream.write(data)
 
 
@@ -260,12 +294,12 @@ def upload(local: str | Path, uri: str) -> None:
 
 
 def _publish_copy(local: Path, source: object, uri: str) -> None:
-    with translated(source), local.open("rb"):
+    with translate_errors(source), local.open("rb"):
         pass  # a missing or unreadable source is told from a missing target here
     if is_remote(uri):
         with_backend(uri, lambda fs, path: fs.put_file(str(local), path), writing=True)
         return
-    with published(local_path(uri), uri) as temporary:
+    with publish(local_path(uri), uri) as temporary:
         shutil.copyfile(local, temporary)
 
 
@@ -274,8 +308,34 @@ def download(uri: str, local: str | Path) -> None:
     if not is_remote(uri):
         _publish_copy(local_path(uri), uri, str(local))
         return
-    with published(Path(local), local) as temporary:
+    with publish(Path(local), local) as temporary:
         with_backend(uri, lambda fs, path: fs.get_file(path, str(temporary)), where=f"{uri} -> {local}")
+
+
+def fetch_once(uri: str, folder: Path, found: FileInfo | None = None) -> Path:
+    """A local file with the content of ``uri``: itself where it is local, else a copy below its name in ``folder``.
+
+    The copy is made once, and again when the size or version changes (a note beside it says which it has).
+
+    Args:
+        found: what ``stat`` or a listing says of it, where that is known.
+    """
+    if not is_remote(uri):
+        return local_path(uri)
+    found = found or stat(uri)
+    if found is None:
+        raise StorageError("not found", where=uri, remedy="check the spelling of the path")
+    path = folder / found.name
+    note = path.with_name(path.name + ".origin")
+    origin = json.dumps([uri, found.size, found.version]).encode()
+    with translate_errors(path):
+        known = note.is_file() and note.read_bytes() == origin
+        if known and path.is_file() and path.stat().st_size == found.size:
+            return path
+    remove(str(note))
+    download(uri, path)
+    write_bytes(str(note), origin)
+    return path
 
 
 def copy(source: str, target: str) -> None:
@@ -297,7 +357,7 @@ def copy(source: str, target: str) -> None:
 def remove(uri: str, missing_ok: bool = True) -> None:
     """Remove one file. Raises StorageError where it cannot be removed or, with ``missing_ok=False``, is not there."""
     if not is_remote(uri):
-        with translated(uri):
+        with translate_errors(uri):
             local_path(uri).unlink(missing_ok=missing_ok)
         return
 

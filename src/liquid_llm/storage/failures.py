@@ -57,6 +57,7 @@ _BY_ERRNO = {
     errno.ENOSPC: Cause("no space", "no space left on the disk", _SPACE),
     errno.EDQUOT: Cause("no space", "the disk quota is used up", _SPACE),
     errno.EFBIG: Cause("no space", "the file would be larger than this system allows", _SPACE),
+    errno.EEXIST: Cause("not a folder", "a part of the path is a file, not a folder", _SPELLING),
     errno.ENOTDIR: Cause("not a folder", "a part of the path is a file, not a folder", _SPELLING),
     errno.EISDIR: Cause("a folder", "this is a folder, not a file", "name a file in it"),
     errno.ENAMETOOLONG: Cause("name", "the name is too long", "choose a shorter one"),

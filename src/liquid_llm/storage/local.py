@@ -1,4 +1,4 @@
-"""The local half of the storage seam: plain files, published by rename.
+"""The local half of the storage seam: files and folders published by rename, locks, digests.
 
 Paths here are local; ``uri`` is what the user wrote and what messages name.
 """
@@ -6,19 +6,25 @@ Paths here are local; ``uri`` is what the user wrote and what messages name.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob as patterns
+import hashlib
+import logging
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from liquid_llm.storage.failures import describe
 
 TEMPORARY_SUFFIX = ".tmp"
+_HASH_BLOCK_BYTES = 4 * 2**20
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def translated(uri: object, *, writing: bool = False) -> Iterator[None]:
+def translate_errors(uri: object, *, writing: bool = False) -> Iterator[None]:
     """Turn this machine's own file errors into a StorageError."""
     try:
         yield
@@ -27,7 +33,7 @@ def translated(uri: object, *, writing: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def published(target: Path, uri: object = None) -> Iterator[Path]:
+def publish(target: Path, uri: object = None) -> Iterator[Path]:
     """Yield a temporary name beside ``target``; on success its data is forced to disk and it takes the name.
 
     A crash leaves the old file or the new one, and at most a stray ``.*.tmp``. Raises StorageError for a full disk, a
@@ -35,7 +41,7 @@ def published(target: Path, uri: object = None) -> Iterator[Path]:
     """
     # the name does not contain the target's: that may already be as long as a name can be
     temporary = target.parent / f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
-    with translated(uri or target, writing=True):
+    with translate_errors(uri or target, writing=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -44,6 +50,101 @@ def published(target: Path, uri: object = None) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
         sync(target.parent)
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path, *, replace: bool = True, alone: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``; on success its files are forced to disk and it takes the name.
+
+    A crash leaves the old folder or the new one, whole. Files become as readable as the folder is: some libraries write
+    theirs for the owner alone.
+
+    Args:
+        folder: made with the folders above it.
+        replace: put it in the place of an earlier one; otherwise one that is there by then, because another process was
+            faster, stays.
+        alone: the caller holds a lock on the name, so that what a killed process left of it can be removed.
+
+    Raises:
+        StorageError: a full disk, a missing permission and the like; nothing half-written stays behind.
+    """
+    stem = f".{folder.name[:50]}."  # the whole name may already be as long as a name can be
+    fresh = folder.with_name(f"{stem}{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    former = fresh.with_suffix(".old")
+    with translate_errors(folder, writing=True):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f"{patterns.escape(stem)}*tmp") if alone else ():
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            fresh.mkdir()
+            yield fresh
+            _sync_files(fresh)
+            _take_name(fresh, folder, former if replace else None)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(former, ignore_errors=True)
+
+
+def _sync_files(folder: Path) -> None:
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+            sync(path)
+
+
+def _take_name(fresh: Path, folder: Path, former: Path | None) -> None:
+    if former is not None and folder.exists():
+        # two renames: there is no portable way to swap two folders; a crash between them leaves both whole
+        folder.rename(former)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if former is None and folder.is_dir():
+            return
+        if former is not None and former.exists():
+            former.rename(folder)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock ``path`` while entered, waiting for whoever holds it; it goes with the process, however that ends.
+
+    A file system without locks is said in a warning, and nothing is held.
+
+    Args:
+        path: an existing folder, or a file, which is made where it is missing and names the process that holds it.
+        on_wait: told which process holds the lock before it is waited for; what it raises is raised here.
+    """
+    is_folder = path.is_dir()
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is not None:
+                on_wait("" if is_folder else os.read(descriptor, 32).decode(errors="replace").strip() or "unknown")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning("%s: this file system has no locks (%s): do not start two runs here", path, error)
+        if not is_folder:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file. Raises StorageError where it cannot be read."""
+    digest = hashlib.sha256()
+    with translate_errors(path), path.open("rb", buffering=0) as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

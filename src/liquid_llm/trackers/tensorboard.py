@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from liquid_llm.storage.local import translated
+from liquid_llm.storage import translate_errors
 from liquid_llm.trackers import numbers
 
 FOLDER = "tb"
@@ -29,7 +29,7 @@ class TensorBoardTracker:
 
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         self._folder = run_dir / FOLDER
-        with translated(self._folder, writing=True):
+        with translate_errors(self._folder, writing=True):
             if resume_step is None:
                 shutil.rmtree(self._folder, ignore_errors=True)
             else:
@@ -39,13 +39,13 @@ class TensorBoardTracker:
             self._events: Any = SummaryWriter(str(self._folder), purge_step=first_step)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        with translated(self._folder, writing=True):
+        with translate_errors(self._folder, writing=True):
             for tag, value in numbers(row):
                 self._events.add_scalar(tag, value, row["step"])
             self._events.flush()
 
     def close(self) -> None:
-        with translated(self._folder, writing=True):
+        with translate_errors(self._folder, writing=True):
             self._events.close()
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from tests.support.checkpoints import trained_model
 
-from liquid_llm.checkpoint.files import HashingWriter, file_sha256, read_archive, write_archive
+from liquid_llm import storage
+from liquid_llm.checkpoint.files import HashingWriter, read_archive, write_archive
 from liquid_llm.errors import CheckpointError, StorageError
 
 DTYPES = [
@@ -84,7 +85,7 @@ def test_model_and_optimizer_continue_bit_for_bit(tmp_path: Path, dtype: torch.d
 
 def test_hash_is_that_of_the_file(tmp_path: Path) -> None:
     digest = write_archive(tmp_path / "a.pt", {"t": torch.randn(700, 701)})
-    assert digest == file_sha256(tmp_path / "a.pt")
+    assert digest == storage.sha256(tmp_path / "a.pt")
 
 
 def test_hashing_writer_survives_short_writes() -> None:

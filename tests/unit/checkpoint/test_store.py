@@ -17,8 +17,8 @@ from tests.support import crashing_saves
 from tests.support.checkpoints import metadata_of, state_of, trained_model
 from tests.support.limits import largest_file
 
+from liquid_llm import storage
 from liquid_llm.checkpoint import discovery
-from liquid_llm.checkpoint.files import file_sha256
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
 from liquid_llm.errors import CheckpointError, StorageError
 
@@ -42,7 +42,7 @@ def complete_in(folder: Path) -> list[str]:
     """Names whose sidecar and data agree."""
     found = discovery.sidecars(folder)
     return [
-        name for name, metadata in found.items() if file_sha256(discovery.data_path(folder, name)) == metadata.sha256
+        name for name, metadata in found.items() if storage.sha256(discovery.data_path(folder, name)) == metadata.sha256
     ]
 
 
@@ -62,7 +62,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(store: CheckpointStore) -> None:
     assert info == saved
     read, metadata = store.load(info)
     assert metadata.to_dict() == written.to_dict()
-    assert info.metadata == replace(metadata, sha256=file_sha256(info.path))
+    assert info.metadata == replace(metadata, sha256=storage.sha256(info.path))
     assert torch.equal(read["random"], state["random"])
     torch.testing.assert_close(read["student"], dict(state["student"]), rtol=0, atol=0)
     assert read["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
@@ -73,7 +73,7 @@ def test_in_file_metadata_equals_the_sidecar_apart_from_the_hash(store: Checkpoi
     inside = torch.load(info.path, weights_only=True)["metadata"]
     for name in info.names:
         sidecar = json.loads((store.run_dir / f"{name}.meta.json").read_text())
-        assert sidecar.pop("sha256") == file_sha256(store.run_dir / f"{name}.pt")
+        assert sidecar.pop("sha256") == storage.sha256(store.run_dir / f"{name}.pt")
         assert inside | {"sha256": 0} == sidecar | {"sha256": 0}
     assert inside["sha256"] is None
 
@@ -235,8 +235,8 @@ def test_one_damaged_file_under_many_names_is_read_once(
     info = save(store, 2, "last", "best")
     with info.path.open("r+b") as stream:
         stream.write(b"damaged")
-    read = []
-    monkeypatch.setattr(discovery, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    read, sha256 = [], storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda path: read.append(path) or sha256(path))
     latest = store.latest()
     assert latest is not None
     assert latest.step == 1
@@ -318,7 +318,7 @@ def check_after_crash(folder: Path, least: int) -> int:
     assert found is not None, names_in(folder)
     assert found.step >= least
     for name, metadata in discovery.sidecars(folder).items():  # a sidecar never stands beside other data
-        assert file_sha256(discovery.data_path(folder, name)) == metadata.sha256, (name, names_in(folder))
+        assert storage.sha256(discovery.data_path(folder, name)) == metadata.sha256, (name, names_in(folder))
     with CheckpointStore(folder, keep_last=2, log=lambda _: None) as store:
         tidied = store.latest()
         assert tidied is not None

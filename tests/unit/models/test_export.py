@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import subprocess
@@ -9,8 +8,7 @@ import torch
 from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liquid_llm.errors import StorageError
-from liquid_llm.models.export import save_student, write_folder
+from liquid_llm.models.export import save_student
 from liquid_llm.models.student import build_student
 
 FRESH_PROCESS = """
@@ -68,63 +66,3 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
     student = build_student("gpt2-test", vocab_size=512, bos_id=0, eos_id=0, block_size=8, seed=1)
     folder = save_student(student, tiny_tokenizer(), tmp_path / "student")
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
-
-
-@pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
-        (OSError(errno.EIO, "I/O"), "cannot be saved"),
-    ],
-)
-def test_a_failure_half_way_leaves_the_former_state(tmp_path, existing, error, message):
-    folder = tmp_path / "student"
-    if existing:
-        folder.mkdir()
-        (folder / "config.json").write_text("former")
-
-    def half(place):
-        (place / "config.json").write_text("new")
-        raise error
-
-    with pytest.raises(StorageError, match=message) as caught:
-        write_folder(folder, half)
-    assert str(folder) in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == (["student"] if existing else [])
-    if existing:
-        assert (folder / "config.json").read_text() == "former"
-
-
-def test_any_other_error_passes_and_cleans_up(tmp_path):
-    def broken(place):
-        (place / "x").write_text("x")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "student", broken)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_below_a_file_is_a_storage_error(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="cannot be saved"):
-        write_folder(tmp_path / "file" / "student", lambda place: None)
-
-
-def test_a_rename_that_fails_gives_the_former_folder_back(tmp_path, monkeypatch):
-    folder = tmp_path / "student"
-    folder.mkdir()
-    (folder / "config.json").write_text("former")
-    rename = type(folder).rename
-
-    def failing(self, target):
-        if self.suffix == ".tmp":
-            raise OSError(errno.EACCES, "denied")
-        return rename(self, target)
-
-    monkeypatch.setattr(type(folder), "rename", failing)
-    with pytest.raises(StorageError, match="denied"):
-        write_folder(folder, lambda place: (place / "config.json").write_text("new"))
-    assert (folder / "config.json").read_text() == "former"
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]

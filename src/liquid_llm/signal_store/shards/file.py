@@ -42,6 +42,7 @@ from liquid_llm.signal_store.records import (
     SignalIdentity,
     compact,
 )
+from liquid_llm.signal_store.varints import decode_varint, encode_varint
 
 SHARD_VERSION = 1
 RECORD_VERSION = 2  # what ``RecordHeader.format_version`` says of records in shards of this version
@@ -152,7 +153,7 @@ def pack_record(record: Record, names: Names) -> Packed:
     body = b"".join(
         [
             header.token_hashes[:WHOLE_BYTES],
-            *map(_varint, numbers),
+            *map(encode_varint, numbers),
             header.token_hashes[WHOLE_BYTES:],
             *tensors,
         ]
@@ -209,25 +210,11 @@ def _tensors(data: bytes, at: int, form: Form, lengths: Sequence[int]) -> tuple[
     return payload, at
 
 
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the highest bit says that more follow."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 def _varints(data: bytes, at: int, count: int) -> tuple[list[int], int]:
     found = []
     for _ in range(count):
-        value = shift = 0
-        while data[at] > 0x7F:
-            value |= (data[at] & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-        found.append(value | data[at] << shift)
-        at += 1
+        value, at = decode_varint(data, at)
+        found.append(value)
     return found, at
 
 

@@ -11,7 +11,6 @@ Bought shards lie in a local folder of bounded size; the ones not used for longe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import mmap
 import os
@@ -26,8 +25,7 @@ from typing import Protocol
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
-from liquid_llm.storage import FileInfo
-from liquid_llm.storage.local import translated
+from liquid_llm.storage import FileInfo, translate_errors
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ class MappedFile:
     """A local file in a memory map. Raises StorageError where it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
-        with translated(path), path.open("rb") as stream:
+        with translate_errors(path), path.open("rb") as stream:
             empty = os.fstat(stream.fileno()).st_size == 0
             self._map = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -131,8 +129,7 @@ class ShardCache:
             held -= size
 
     def _path(self, folder: Path, info: FileInfo) -> Path:
-        name = hashlib.blake2b(f"{info.uri}\n{info.size}\n{info.version}".encode(), digest_size=16).hexdigest()
-        return folder / f"{name}.shard"
+        return folder / f"{info.key}.shard"
 
 
 class RemoteShard:

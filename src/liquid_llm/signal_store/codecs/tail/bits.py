@@ -17,6 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from liquid_llm.signal_store.varints import decode_varint, encode_varint
+
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
@@ -35,14 +37,8 @@ class BitWriter:
         self._parts: list[bytes] = []
 
     def number(self, value: int) -> None:
-        """One non-negative integer of any size, seven bits a byte (LEB128)."""
-        out = bytearray()
-        while True:
-            value, low = value >> 7, value & 0x7F
-            out.append(low | (0x80 if value else 0))
-            if not value:
-                break
-        self._parts.append(bytes(out))
+        """One non-negative integer of any size."""
+        self._parts.append(encode_varint(value))
 
     def fixed(self, values: Ints, widths: Ints | int) -> None:
         """``values[i]`` in ``widths[i]`` bits, lowest first."""
@@ -136,16 +132,11 @@ class BitReader:
         return self._size - self._at
 
     def number(self) -> int:
-        value, shift = 0, 0
-        while True:
-            if self._at >= self._size or shift > 63:
-                raise BitsError("a number has no end")
-            byte = int(self._data[self._at])
-            self._at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
+        try:
+            value, self._at = decode_varint(self._data, self._at)
+        except (IndexError, ValueError) as error:
+            raise BitsError("a number has no end") from error
+        return value
 
     def count(self, per_byte: int) -> int:
         """A number of things of which the rest of the data holds at most ``per_byte`` a byte."""
