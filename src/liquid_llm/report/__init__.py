@@ -1,8 +1,8 @@
 """The report of a run: one self-contained page drawn from the run directory's files alone.
 
-    data     reads the files            series   thins, smooths, scales
-    charts   chooses the plots          svg      draws one
-    tables   plain values as HTML       page     puts all together
+    data     reads the files            plot     draws one plot
+    charts   chooses the plots          tables   plain values as HTML
+    page     puts all together
 
 The same files give the same bytes: nothing of the moment or the machine of making gets into the page.
 """

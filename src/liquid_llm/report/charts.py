@@ -1,240 +1,120 @@
-"""Which plots a run gets, out of the columns it wrote. A plot without a single value is left out."""
+"""Which plots a run gets, out of the columns it wrote; one with nothing but zeros is left out."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from liquid_llm.report.data import Columns, RunData, Series
-from liquid_llm.report.svg import Figure, Line
+from liquid_llm.report.data import RunData, Series
+from liquid_llm.report.plot import Figure, Line
 
 INK, GREY = 0, 7
-WHOLE = 4  # what is validated over all types; 1 to 3 belong to the types
-_TYPE_COLOURS = {"lm": 1, "math_tool": 2, "code": 3}
 _NUM_COLOURS = 6
-_AT_LENGTH = re.compile(r"^val_loss_(student|teacher)@(\d+)$")
+_AT_LENGTH = re.compile(r"val_loss_(student|teacher)@(\d+)")
+_GIB = 2.0**-30
+_FACTORS = {
+    **dict.fromkeys(("kd_coverage", "padding_share", "waited_share"), 100.0),
+    **dict.fromkeys(("device_peak_memory_bytes", "peak_memory_bytes", "rss_bytes"), _GIB),
+}
+
+_Wanted = str | list[tuple[str, str, int]]  # a column of each type, or of each length; or label, column, colour
+
+# fmt: off
+_PLOTS: dict[str, list[tuple[Figure, _Wanted]]] = {
+    "Losses": [
+        (Figure("loss", "Loss", "nats a token", "Means over labelled positions.", noisy=True),
+         [("training objective", "train.loss", GREY), ("training cross-entropy", "train.ce", INK),
+          ("validation", "eval.val_loss_student", 4), ("teacher, validation", "eval.val_loss_teacher", 5)]),
+        (Figure("loss-by-length", "Validation loss by context length", "nats a token", "All see the same text."),
+         "eval.@"),
+        (Figure("ce-by-type", "Training cross-entropy by type", "nats a token", noisy=True), "train.*/ce"),
+        (Figure("val-by-type", "Validation loss by type", "nats a token"), "eval.*/val_loss"),
+    ],
+    "Distillation": [
+        (Figure("kd", "Divergence from the teacher", "nats a position",
+                "Training at the scheduled temperature, validation at 1.", noisy=True),
+         [("training", "train.kd", INK), ("validation", "eval.val_kd", 4)]),
+        (Figure("kd-by-type", "Training divergence by type", "nats a position", "Over positions with a signal.",
+                noisy=True), "train.*/kd"),
+        (Figure("val-kd-by-type", "Validation divergence by type", "nats a position", "At temperature 1."),
+         "eval.*/val_kd"),
+        (Figure("coverage", "Positions with a teacher signal", "% of labelled", from_zero=True, noisy=True),
+         "train.*/kd_coverage"),
+        (Figure("l2", "Distance to the old logits", "mean squared", "Before its weight.", from_zero=True),
+         [("training", "train.l2", 4)]),
+    ],
+    "Schedules": [
+        (Figure("alpha", "KD weight α", "share", from_zero=True, small=True), [("α", "train.kd_alpha", 1)]),
+        (Figure("temperature", "KD temperature", "T", from_zero=True, small=True), [("T", "train.kd_temperature", 2)]),
+        (Figure("lr", "Learning rate", "", from_zero=True, small=True), [("learning rate", "train.lr", 3)]),
+        (Figure("gamma", "Old-logits weight γ", "per position", from_zero=True, small=True),
+         [("γ", "train.l2_gamma", 4)]),
+    ],
+    "Machine": [
+        (Figure("throughput", "Throughput", "real tokens a second", from_zero=True, noisy=True, small=True),
+         [("throughput", "train.tokens_per_second", 1)]),
+        (Figure("memory", "Memory", "GiB", from_zero=True, small=True),
+         [("device peak", "train.device_peak_memory_bytes", 1), ("host peak", "train.peak_memory_bytes", 2),
+          ("resident", "train.rss_bytes", 3)]),
+        (Figure("grad-norm", "Gradient norm", "before clipping", noisy=True, small=True),
+         [("gradient norm", "train.grad_norm", INK)]),
+        (Figure("waiting", "Waiting for data and signal", "% of the time", from_zero=True, noisy=True, small=True),
+         [("waiting", "train.waited_share", 4)]),
+        (Figure("padding", "Padding", "% of tokens", from_zero=True, noisy=True, small=True),
+         [("padding", "train.padding_share", 5)]),
+    ],
+}
+# fmt: on
 
 
-@dataclass(frozen=True)
-class Group:
-    """Plots that belong together under one heading."""
-
-    title: str
-    figures: list[Figure]
-
-
-def choose_figures(run: RunData) -> list[Group]:
-    """All plots the run's rows can fill, in reading order."""
-    train, evaluation = run.train, run.evaluation
-    present = [*train.types, *evaluation.types]
-    types = list(dict.fromkeys([*(kind for kind in _TYPE_COLOURS if kind in present), *present]))
-    groups = [
-        Group("Losses", _losses(train, evaluation, types)),
-        Group("Distillation", _distillation(train, evaluation, types)),
-        Group("Schedules", _schedules(train)),
-        Group("Machine", _machine(train)),
-    ]
-    return [Group(one.title, one.figures) for one in groups if one.figures]
+def choose_figures(run: RunData) -> dict[str, list[Figure]]:
+    """All plots the run's rows can fill, by heading and in reading order."""
+    chosen = {}
+    for heading, plots in _PLOTS.items():
+        figures = [replace(figure, lines=list(_lines(run, wanted))) for figure, wanted in plots]
+        chosen[heading] = [one for one in figures if any(line.series.finite.values.any() for line in one.lines)]
+    return {heading: figures for heading, figures in chosen.items() if figures}
 
 
-def _losses(train: Columns, evaluation: Columns, types: list[str]) -> list[Figure]:
-    figures = [
-        _figure(
-            Figure("loss", "Loss", "nats a token", [], "Mean over labelled positions; evaluation is token-weighted."),
-            may_be_log=True,
-            lines=[
-                _line("training objective", train.get("loss"), GREY, 2, noisy=True),
-                _line("training cross-entropy", train.get("ce"), INK, 0, noisy=True),
-                _line("validation", evaluation.get("val_loss_student"), WHOLE, 0),
-                _line("teacher, validation", evaluation.get("val_loss_teacher"), GREY, 1),
-            ],
-        ),
-        _figure(
-            Figure(
-                "loss-by-length",
-                "Validation loss by context length",
-                "nats a token",
-                [],
-                "Every length sees the same text.",
-            ),
-            lines=_lines_by_length(evaluation),
-        ),
-        _figure(
-            Figure("ce-by-type", "Training cross-entropy by type", "nats a token", []),
-            may_be_log=True,
-            lines=_lines_by_type(train, types, "ce", noisy=True),
-        ),
-        _figure(
-            Figure("val-by-type", "Validation loss by type", "nats a token", []),
-            may_be_log=True,
-            lines=_lines_by_type(evaluation, types, "val_loss"),
-        ),
-    ]
-    return [one for one in figures if one is not None]
-
-
-def _distillation(train: Columns, evaluation: Columns, types: list[str]) -> list[Figure]:
-    figures = [
-        _figure(
-            Figure(
-                "kd",
-                "KL divergence from the teacher",
-                "nats a position",
-                [],
-                "Training at the scheduled temperature, validation at 1.",
-            ),
-            may_be_log=True,
-            lines=[
-                _line("training", train.get("kd"), INK, 0, noisy=True),
-                _line("validation", evaluation.get("val_kd"), WHOLE, 0),
-            ],
-        ),
-        _figure(
-            Figure("kd-by-type", "Training KL by type", "nats a position", [], "Over positions with a teacher signal."),
-            may_be_log=True,
-            lines=_lines_by_type(train, types, "kd", noisy=True),
-        ),
-        _figure(
-            Figure("val-kd-by-type", "Validation KL by type", "nats a position", [], "At temperature 1."),
-            may_be_log=True,
-            lines=_lines_by_type(evaluation, types, "val_kd"),
-        ),
-        _figure(
-            Figure(
-                "coverage",
-                "Positions with a teacher signal",
-                "%",
-                [],
-                "Share of labelled positions.",
-                from_zero=True,
-                top=100.0,
-            ),
-            lines=[
-                _line("all", _scaled(train.get("kd_coverage"), 100), INK, 0, noisy=True),
-                *_lines_by_type(train, types, "kd_coverage", noisy=True, scale=100.0),
-            ],
-        ),
-        _figure(
-            Figure(
-                "l2",
-                "Distance to the old logits",
-                "mean squared",
-                [],
-                "The keep-old-logits term before its weight.",
-                from_zero=True,
-            ),
-            lines=[_line("training", _unless_zero(train.get("l2")), 4, 0, noisy=True)],
-        ),
-    ]
-    return [one for one in figures if one is not None]
-
-
-def _schedules(train: Columns) -> list[Figure]:
-    wanted = [
-        ("alpha", "KD weight α", "share", "kd_alpha", 1),
-        ("temperature", "KD temperature", "T", "kd_temperature", 2),
-        ("lr", "Learning rate", "", "lr", 3),
-    ]
-    figures = [
-        _figure(
-            Figure(key, title, unit, [], from_zero=True, small=True),
-            lines=[_line(title, train.get(column), colour, 0, stepped=column != "lr")],
-        )
-        for key, title, unit, column, colour in wanted
-    ]
-    gamma = _line("γ", _unless_zero(train.get("l2_gamma")), 4, 0)
-    figures.append(
-        _figure(Figure("gamma", "Old-logits weight γ", "per position", [], from_zero=True, small=True), lines=[gamma])
-    )
-    return [one for one in figures if one is not None]
-
-
-def _machine(train: Columns) -> list[Figure]:
-    def one(key: str, title: str, unit: str, series: Series | None, colour: int) -> Figure | None:
-        line = _line(title, series, colour, 0, noisy=True)
-        return _figure(Figure(key, title, unit, [], from_zero=True, small=True), lines=[line])
-
-    peak, resident = train.get("peak_memory_bytes"), train.get("rss_bytes")
-    figures = [
-        one("throughput", "Throughput", "real tokens a second", train.get("tokens_per_second"), 1),
-        _figure(
-            Figure("memory", "Memory", "GiB", [], from_zero=True, small=True),
-            lines=[
-                _line("device peak", _scaled(train.get("device_peak_memory_bytes"), 2.0**-30), 1, 0),
-                _line("host peak", _scaled(peak, 2.0**-30), 2, 0),
-                _line("resident", _scaled(resident, 2.0**-30), 1, 1, noisy=True),
-            ],
-        ),
-        _figure(
-            Figure("grad-norm", "Gradient norm", "before clipping", [], small=True),
-            may_be_log=True,
-            lines=[_line("gradient norm", train.get("grad_norm"), INK, 0, noisy=True)],
-        ),
-        one("waiting", "Waiting for data and signal", "% of the time", _share_waited(train), 4),
-        one("padding", "Padding", "% of tokens", _scaled(train.get("padding_share"), 100.0), 5),
-    ]
-    return [figure for figure in figures if figure is not None]
-
-
-# --------------------------------------------------------------------------------------------------------------- lines
-
-
-def _line(
-    label: str, series: Series | None, colour: int, style: int, *, noisy: bool = False, stepped: bool = False
-) -> Line | None:
-    return None if series is None else Line(label, series, colour, style, noisy, stepped)
-
-
-def _figure(figure: Figure, *, lines: list[Line | None] | list[Line], may_be_log: bool = False) -> Figure | None:
-    present = [line for line in lines if line is not None]
-    return replace(figure, lines=present, may_be_log=may_be_log) if present else None
-
-
-def _lines_by_type(
-    columns: Columns, types: list[str], name: str, *, noisy: bool = False, scale: float = 1.0
-) -> list[Line]:
-    lines = []
-    for index, kind in enumerate(types):
-        series = _scaled(columns.get(f"{kind}/{name}"), scale)
+def _lines(run: RunData, wanted: _Wanted) -> Iterator[Line]:
+    if isinstance(wanted, list):
+        columns = wanted
+    elif wanted == "eval.@":
+        columns = _by_length(run)
+    else:
+        types = dict.fromkeys([*run.train.types, *run.evaluation.types])
+        columns = [(type, wanted.replace("*", type), 1 + number % _NUM_COLOURS) for number, type in enumerate(types)]
+    for label, column, colour in columns:
+        series = _series(run, column)
         if series is not None:
-            colour = _TYPE_COLOURS.get(kind, 1 + (3 + index) % _NUM_COLOURS)
-            lines.append(Line(kind, series, colour, _style_of(kind, index), noisy))
-    return lines
+            yield Line(label, series, colour)
 
 
-def _style_of(kind: str, index: int) -> int:
-    return _TYPE_COLOURS[kind] - 1 if kind in _TYPE_COLOURS else index
+def _by_length(run: RunData) -> list[tuple[str, str, int]]:
+    found = [match for match in map(_AT_LENGTH.fullmatch, run.evaluation.series) if match]
+    return [
+        (f"{match[1]}, {int(match[2]):,} tokens", f"eval.{match[0]}", 1 + number % _NUM_COLOURS)
+        for number, match in enumerate(sorted(found, key=lambda match: (match[1], int(match[2]))))
+    ]
 
 
-def _lines_by_length(evaluation: Columns) -> list[Line]:
-    found = [(int(match[2]), match[1]) for match in map(_AT_LENGTH.match, evaluation.series) if match]
-    lengths = sorted({length for length, _ in found})
-    lines = []
-    for who in ("student", "teacher"):
-        for index, length in enumerate(lengths):
-            series = evaluation.get(f"val_loss_{who}@{length}")
-            if series is not None:
-                colour = 1 + (3 + index) % _NUM_COLOURS if who == "student" else GREY
-                lines.append(Line(f"{who}, {length:,} tokens", series, colour, index))
-    return lines
-
-
-def _scaled(series: Series | None, factor: float) -> Series | None:
+def _series(run: RunData, column: str) -> Series | None:
+    rows, _, name = column.partition(".")
+    columns = run.train if rows == "train" else run.evaluation
+    series = _waited_share(run) if name == "waited_share" else columns.get(name)
+    factor = _FACTORS.get(name.rpartition("/")[2], 1.0)
     return None if series is None else Series(series.steps, series.values * factor)
 
 
-def _unless_zero(series: Series | None) -> Series | None:
-    return None if series is None or not series.finite.any() else series
-
-
-def _share_waited(train: Columns) -> Series | None:
-    waited, seconds = train.get("signal_wait_seconds"), train.get("seconds")
+def _waited_share(run: RunData) -> Series | None:
+    waited, seconds = run.train.get("signal_wait_seconds"), run.train.get("seconds")
     if waited is None or seconds is None:
         return None
     steps, here, there = np.intersect1d(waited.steps, seconds.steps, return_indices=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = 100.0 * waited.values[here] / seconds.values[there]
+        share = waited.values[here] / seconds.values[there]
     share[~np.isfinite(share)] = np.nan
-    return Series(steps, share) if np.isfinite(share).any() else None
+    return Series(steps, share) if len(Series(steps, share).finite) else None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,7 @@ from liquid_llm.metrics import FILE_NAME, iter_metrics
 
 Floats = NDArray[np.float64]
 
-_CHUNK_ROWS = 512
 _PROVENANCE = "provenance"
-_NOT_PLOTTED = frozenset({"kind", "step", "not_finite", "by_type"})
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Series:
         return len(self.steps)
 
     @property
-    def finite(self) -> Floats:
-        """The values that are numbers."""
-        return self.values[np.isfinite(self.values)]
+    def finite(self) -> Series:
+        """The points whose values are numbers."""
+        kept = np.isfinite(self.values)
+        return Series(self.steps[kept], self.values[kept])
 
 
 @dataclass
@@ -59,7 +60,12 @@ class Columns:
     def get(self, name: str) -> Series | None:
         """The series, or None where it is absent or has no finite value."""
         one = self.series.get(name)
-        return one if one is not None and one.finite.size else None
+        return one if one is not None and len(one.finite) else None
+
+    def total(self, name: str) -> float:
+        """The sum of a column's values, 0 where it is absent."""
+        one = self.get(name)
+        return 0.0 if one is None else float(one.finite.values.sum())
 
 
 @dataclass
@@ -106,80 +112,73 @@ def read_run(run_dir: str | Path) -> RunData:
         evaluation=evaluation,
         num_rows=num_rows,
         notices=notices,
-        config=_read_json(provenance / "config.json", notices),
-        manifest=_read_json_lines(provenance / "manifest_snapshot.jsonl", notices),
-        readiness=_read_json(provenance / "data_readiness.json", notices),
-        datasets=_read_yaml(provenance / "datasets_snapshot.yaml", notices),
-        environment=_read_json(provenance / "environment.json", notices),
+        config=_read(provenance / "config.json", notices),
+        manifest=_read(
+            provenance / "manifest_snapshot.jsonl", notices, lambda lines: list(map(json.loads, lines.splitlines()))
+        )
+        or [],
+        readiness=_read(provenance / "data_readiness.json", notices),
+        datasets=_read(provenance / "datasets_snapshot.yaml", notices, yaml.safe_load),
+        environment=_read(provenance / "environment.json", notices),
         checkpoints=_read_checkpoints(sidecars, notices),
-        summary=_read_json(folder / "summary.json", notices),
+        summary=_read(folder / "summary.json", notices),
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-class _ColumnBuilder:
-    """Gathers rows of one kind into arrays, a chunk at a time, so that a long run needs little memory.
-
-    Rows with the same keys are kept as tuples and turned round at once: several times faster than value by value.
-    """
+class _Gatherer:
+    """Gathers rows of one kind into columns of eight bytes a value."""
 
     def __init__(self) -> None:
-        self._shapes: dict[tuple[str, tuple[str, ...]], list[tuple[Any, ...]]] = {}
-        self._parts: dict[str, list[tuple[Floats, Floats]]] = {}
+        self._columns: dict[str, dict[str, tuple[array[float], array[float]]]] = {}  # by prefix, then name
         self._types: dict[str, None] = {}
-        self._num_rows = 0
 
     def add(self, row: dict[str, Any]) -> None:
         step = row["step"]
-        self._put("", step, row)
-        by_type = row.get("by_type")
-        if isinstance(by_type, dict):
-            for kind, values in by_type.items():
-                if isinstance(values, dict):
-                    self._types[kind] = None
-                    self._put(f"{kind}/", step, values)
-        if isinstance(row.get("not_finite"), dict):
-            for path in row["not_finite"]:
-                self._append(_column_of(path), np.array([float(step)]), np.array([math.nan]))
-        self._num_rows += 1
-        if self._num_rows % _CHUNK_ROWS == 0:
-            self._flush()
+        self._take("", step, row)
+        for type, values in _mapping(row.get("by_type")).items():
+            if isinstance(values, dict):
+                self._types[type] = None
+                self._take(f"{type}/", step, values)
+        for path in _mapping(row.get("not_finite")):
+            of_type = re.fullmatch(
+                r"by_type\.(.*)\.(.*)", path, re.DOTALL
+            )  # a type may hold dots, a metric's name none
+            self._take(f"{of_type[1]}/" if of_type else "", step, {of_type[2] if of_type else path: math.nan})
+
+    def _take(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
+        """Take the numbers among values. A null does not exist (no signal in that row) and is passed over; one that
+        stands for nan or infinity is a gap, which the row's ``not_finite`` brings in."""
+        columns = self._columns.setdefault(prefix, {})
+        for name, value in values.items():
+            if type(value) is float or type(value) is int:  # and no bool
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = array("d"), array("d")
+                column[0].append(step)
+                column[1].append(value if abs(value) < 1e300 else math.nan)
 
     def build(self) -> Columns:
-        self._flush()
-        return Columns({name: _joined(parts) for name, parts in self._parts.items()}, list(self._types))
-
-    def _put(self, prefix: str, step: int, values: dict[str, Any]) -> None:
-        self._shapes.setdefault((prefix, tuple(values)), []).append((step, *values.values()))
-
-    def _flush(self) -> None:
-        shapes, self._shapes = self._shapes, {}
-        for (prefix, names), rows in shapes.items():
-            all_steps, *columns = zip(*rows, strict=True)
-            steps = np.array(all_steps, dtype=np.float64)
-            for name, column in zip(names, columns, strict=True):
-                if not prefix and name in _NOT_PLOTTED:
-                    continue
-                kept, numbers = _numbers(column)
-                if len(numbers):
-                    self._append(prefix + name, steps if kept is None else steps[kept], numbers)
-
-    def _append(self, column: str, steps: Floats, numbers: Floats) -> None:
-        self._parts.setdefault(column, []).append((steps, numbers))
+        every = {prefix + name: one for prefix, those in self._columns.items() for name, one in those.items()}
+        return Columns({name: _series(*one) for name, one in every.items()}, list(self._types))
 
 
-def _column_of(path: str) -> str:
-    """``by_type.lm.kd`` -> ``lm/kd``; a type's name may hold dots, a metric's does not."""
-    if not path.startswith("by_type."):
-        return path
-    kind, _, name = path.removeprefix("by_type.").rpartition(".")
-    return f"{kind}/{name}"
+def _series(all_steps: array[float], all_values: array[float]) -> Series:
+    steps, values = np.frombuffer(all_steps), np.frombuffer(all_values)
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last_of_step = np.append(steps[1:] != steps[:-1], True)  # rows written twice for a step: the later one counts
+    return Series(steps[last_of_step], values[last_of_step])
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _read_rows(folder: Path, notices: list[str]) -> tuple[Columns, Columns, int]:
-    builders = {"train": _ColumnBuilder(), "eval": _ColumnBuilder()}
+    gatherers = {"train": _Gatherer(), "eval": _Gatherer()}
     bad: list[int] = []
     strange: list[tuple[int, str]] = []
     num_rows = last_line = 0
@@ -188,12 +187,10 @@ def _read_rows(folder: Path, notices: list[str]) -> tuple[Columns, Columns, int]
             bad.append(last_line)
             continue
         num_rows += 1
-        kind = row.get("kind")
-        builder = builders.get(kind) if isinstance(kind, str) else None
-        if builder is not None:
-            builder.add(row)
-        if isinstance(row.get("not_finite"), dict) and row["not_finite"]:
-            strange.append((row["step"], ", ".join(f"{key} = {value}" for key, value in row["not_finite"].items())))
+        if row.get("kind") in ("train", "eval"):
+            gatherers[row["kind"]].add(row)
+        if not_finite := _mapping(row.get("not_finite")):
+            strange.append((row["step"], ", ".join(f"{key} = {value}" for key, value in not_finite.items())))
     if bad and bad != [last_line]:
         notices.append(f"{len(bad)} unreadable line(s) of {FILE_NAME} are left out, the first is line {bad[0]}.")
     elif bad:
@@ -204,83 +201,30 @@ def _read_rows(folder: Path, notices: list[str]) -> tuple[Columns, Columns, int]
         )
     if not num_rows:
         notices.append(f"There are no metrics yet: {FILE_NAME} is absent or empty.")
-    return builders["train"].build(), builders["eval"].build(), num_rows
-
-
-def _numbers(column: tuple[Any, ...]) -> tuple[NDArray[np.bool_] | None, Floats]:
-    """Which values are numbers (None: all of them), and these as floats; infinities become nan, a gap.
-
-    A null is a value that does not exist (no signal in that row) and is passed over. A null that stands for nan or
-    infinity is a gap, which the row's ``not_finite`` brings in.
-    """
-    kept = None
-    if not set(map(type, column)) <= {float, int}:
-        kept = np.array([isinstance(value, int | float) and not isinstance(value, bool) for value in column])
-        column = tuple(value for value, keep in zip(column, kept.tolist(), strict=True) if keep)
-    try:
-        numbers = np.array(column, dtype=np.float64)
-    except OverflowError:  # an integer beyond the range of floats
-        numbers = np.array([math.nan if abs(value) > 1e300 else value for value in column], dtype=np.float64)
-    numbers[np.isinf(numbers)] = np.nan
-    return kept, numbers
-
-
-def _joined(parts: Iterable[tuple[Floats, Floats]]) -> Series:
-    steps, values = (np.concatenate(one) for one in zip(*parts, strict=True))
-    order = np.argsort(steps, kind="stable")
-    steps, values = steps[order], values[order]
-    last_of_step = np.append(steps[1:] != steps[:-1], True)  # rows written twice for a step: the later one counts
-    return Series(steps[last_of_step], values[last_of_step])
+    return gatherers["train"].build(), gatherers["eval"].build(), num_rows
 
 
 # --------------------------------------------------------------------------------------------------------- other files
 
 
-def _read_json(path: Path, notices: list[str]) -> Any:
-    text = _read_text(path, notices)
-    if text is None:
-        return None
+def _read(path: Path, notices: list[str], parse: Callable[[str], Any] = json.loads) -> Any:
+    """A file's contents, or None with a notice where it cannot be read; None alone where there is no such file."""
     try:
-        return json.loads(text)
-    except ValueError:
-        notices.append(f"{path.name} is not valid JSON and is left out.")
-        return None
-
-
-def _read_json_lines(path: Path, notices: list[str]) -> list[Any]:
-    lines = []
-    for number, line in enumerate((_read_text(path, notices) or "").splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            notices.append(f"{path.name}, line {number} is not valid JSON and is left out.")
-    return lines
-
-
-def _read_yaml(path: Path, notices: list[str]) -> Any:
-    text = _read_text(path, notices)
-    try:
-        return None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError:
-        notices.append(f"{path.name} is not valid YAML and is left out.")
-        return None
-
-
-def _read_text(path: Path, notices: list[str]) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return parse(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return None
     except OSError as error:
         notices.append(f"{path.name} cannot be read ({error.strerror}) and is left out.")
-        return None
+    except (ValueError, yaml.YAMLError):
+        notices.append(f"{path.name} is not valid {'YAML' if parse is yaml.safe_load else 'JSON'} and is left out.")
+    return None
 
 
 def _read_checkpoints(sidecars: list[Path], notices: list[str]) -> list[dict[str, Any]]:
     """The sidecars' contents with ``name`` and, where the data file is there, ``size_bytes``; by step, then name."""
     found = []
     for path in sidecars:
-        metadata = _read_json(path, notices)
+        metadata = _read(path, notices)
         if not isinstance(metadata, Mapping):
             continue
         name = path.name.removesuffix(".meta.json")

@@ -36,10 +36,7 @@
       tip.setAttribute("role", "status");
     };
     const across = (step) => (step - data.x[0]) / (data.x[1] - data.x[0]);
-    const down = (value) => {
-      const [low, high] = data.log ? data.y.map(Math.log) : data.y;
-      return 1 - ((data.log ? Math.log(value) : value) - low) / (high - low);
-    };
+    const down = (value) => 1 - (value - data.y[0]) / (data.y[1] - data.y[0]);
     const show = (step) => {
       if (!data) prepare();
       const reach = (data.x[1] - data.x[0]) * 0.04;

@@ -11,10 +11,10 @@ from liquid_llm.formatting import format_count
 MAX_ROWS = 400
 _MAX_TEXT = 2000
 
-Cell = str | tuple[str, str]  # ready HTML, or HTML and a class of its table cell
+Html = str
 
 
-def text(value: Any) -> str:
+def text(value: Any) -> Html:
     """A value as escaped text: a dash for nothing, yes or no, long numbers with commas, long texts cut."""
     if value is None or value == "":
         return '<span class="none">–</span>'
@@ -30,36 +30,33 @@ def text(value: Any) -> str:
     return escape(words.replace("\0", "\ufffd"))
 
 
-def table(head: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> str:
-    """A table that scrolls sideways where it is wider than the page; the first cell of a row is its header."""
-    body: list[str] = []
-    left_out = 0
-    for row in rows:
-        if len(body) >= MAX_ROWS:
-            left_out += 1
-            continue
-        first, *others = row
-        cells = [_cell("th", first, "row"), *(_cell("td", one) for one in others)]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    if left_out:
-        body.append(f'<tr><td colspan="{len(head)}" class="none">and {left_out:,} more</td></tr>')
-    columns = "".join(_cell("th", one, "col") for one in head)
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
+    """A table of plain values that scrolls sideways where it is wider than the page; numbers stand to the right."""
+    rows = list(rows)
+    body = []
+    for first, *others in rows[:MAX_ROWS]:
+        cells = "".join(f"<td{_to_the_right(one)}>{_number(one)}</td>" for one in others)
+        body.append(f'<tr><th scope="row">{text(first)}</th>{cells}</tr>')
+    if len(rows) > MAX_ROWS:
+        body.append(f'<tr><td colspan="{len(head)}" class="none">and {len(rows) - MAX_ROWS:,} more</td></tr>')
+    sample = rows[0] if rows else head
+    columns = "".join(
+        f'<th scope="col"{_to_the_right(one)}>{text(name) if name else ""}</th>'
+        for name, one in zip(head, sample, strict=True)
+    )
     return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _cell(tag: str, cell: Cell, scope: str = "") -> str:
-    html, kind = cell if isinstance(cell, tuple) else (cell, "")
-    attributes = "".join(f' {name}="{value}"' for name, value in (("scope", scope), ("class", kind)) if value)
-    return f"<{tag}{attributes}>{html}</{tag}>"
+def _to_the_right(value: Any) -> str:
+    return ' class="n"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
-def number(value: Any) -> Cell:
-    """A right-aligned cell; here whole numbers always have commas, so that a column reads evenly."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18
-    return (f"{value:,}" if is_count else text(value), "n")
+def _number(value: Any) -> Html:
+    """Here whole numbers always have commas, so that a column reads evenly."""
+    return f"{value:,}" if _to_the_right(value) and isinstance(value, int) and abs(value) < 10**18 else text(value)
 
 
-def pairs(values: Mapping[str, Any]) -> str:
+def pairs(values: Mapping[str, Any]) -> Html:
     """Names and values, nested names joined by dots."""
     flat = list(flatten(values))
     rows = [f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>' for name, value in flat[:MAX_ROWS]]
@@ -75,34 +72,39 @@ def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
         if not value and prefix:
             yield prefix, None
-    elif isinstance(value, list):
-        if any(isinstance(item, list | Mapping) for item in value):
-            for index, item in enumerate(value):
-                yield from flatten(item, f"{prefix}[{index}]")
-        else:
-            yield prefix, ", ".join(str(item) for item in value)
+    elif isinstance(value, list) and any(isinstance(item, list | Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{prefix}[{index}]")
     else:
-        yield prefix, value
+        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def matrix(values: Any) -> str | None:
+def matrix(values: Any) -> Html | None:
     """A mapping of mappings of plain values as one table, a row for each; None for any other shape."""
-    if not isinstance(values, Mapping) or not values or not all(_is_flat(row) for row in values.values()):
+    if not isinstance(values, Mapping) or not all(isinstance(row, Mapping) for row in values.values()):
         return None
-    names = list(dict.fromkeys(str(key) for row in values.values() for key in row))
-    if not names or len(names) > 10:
+    names = list(dict.fromkeys(key for row in values.values() for key in row))
+    if not 1 <= len(names) <= 10 or any(
+        isinstance(one, list | Mapping) for row in values.values() for one in row.values()
+    ):
         return None
-    rows = []
-    for key, row in values.items():
-        by_name = {str(name): item for name, item in row.items()}
-        rows.append([text(key), *(number(by_name.get(name)) for name in names)])
-    return table(["", *((text(name.replace("_", " ")), "n") for name in names)], rows)
+    head = ["", *(str(name).replace("_", " ") for name in names)]
+    return table(head, [[key, *map(row.get, names)] for key, row in values.items()])
 
 
-def _is_flat(row: Any) -> bool:
-    return isinstance(row, Mapping) and not any(isinstance(item, list | Mapping) for item in row.values())
-
-
-def card(title: str, body: str, kind: str = "card") -> str:
+def card(title: object, body: Html, style: str = "") -> Html:
     """A titled box. ``title`` is plain text, ``body`` ready HTML."""
-    return f'<section class="{kind}"><h3>{text(title)}</h3>{body}</section>'
+    return f'<section class="card {style}"><h3>{text(title)}</h3>{body}</section>'
+
+
+def cards(values: Mapping[Any, Any], general: str) -> Html:
+    """A box for each mapping among the values, and one named ``general`` before them for the rest."""
+    plain = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
+    nested = {_title(name): value for name, value in values.items() if isinstance(value, Mapping) and value}
+    boxes = {**({general: plain} if plain else {}), **nested}
+    return f'<div class="tables">{"".join(card(name, pairs(one)) for name, one in boxes.items())}</div>'
+
+
+def _title(name: object) -> str:
+    words = str(name).replace("_", " ")
+    return words[:1].upper() + words[1:]
