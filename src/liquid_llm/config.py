@@ -7,19 +7,17 @@ together and which combinations cannot work. Precedence: command line, configura
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from liquid_llm.config_checks import capture_problems, parsed, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, PREPARE, TRAIN, options_of
+from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, OPTIONS, PREPARE, TRAIN
 from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule
 from liquid_llm.sources import SPELLINGS, SourceConfig, default_layout, read_given, spellings
 
-DEFAULT_BLOCK_SIZE = {ANNEAL: 512, TRAIN: 1024, CAPTURE: 1024}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,15 @@ class TeacherConfig:
     token_file: str | None
     token_uri: str | None
     token_secret: str | None
-    online_id: str | None = None
-    stored_id: str | None = None
-    hybrid: bool = False
-    hybrid_strict: bool = False
-    mode: str = "online"
-    math_dir: str | None = None
-    code_dir: str | None = None
-    fa_wheel_uri: str | None = None
-    fa_wheel_sha256: str | None = None
+    online_id: str | None
+    stored_id: str | None
+    hybrid: bool
+    hybrid_strict: bool
+    mode: str
+    math_dir: str | None
+    code_dir: str | None
+    fa_wheel_uri: str | None
+    fa_wheel_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -57,32 +55,32 @@ class DataConfig:
     batch_size: int
     num_workers: int
     cache_dir: str | None
-    block_size: int = 0
-    seq_len: int = 0
-    val_fraction: float = 0.0
-    manifest: str | None = None
-    dataset_name: str | None = None
-    dataset_config: str | None = None
-    prepare: str = "skip"
-    datasets_yaml: str | None = None
-    toolkit_uri: str | None = None
-    toolkit_sha256: str | None = None
-    toolkit_dir: str | None = None
-    toolkit_timeout_seconds: int = 3600
+    block_size: int
+    seq_len: int
+    val_fraction: float
+    manifest: str | None
+    dataset_name: str | None
+    dataset_config: str | None
+    prepare: str
+    datasets_yaml: str | None
+    toolkit_uri: str | None
+    toolkit_sha256: str | None
+    toolkit_dir: str | None
+    toolkit_timeout_seconds: int
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     temperature: float
-    alpha: float = 0.5
-    alpha_schedule: str | None = None
-    temp_schedule: str | None = None
-    alpha_start: float = 0.0
-    alpha_end: float = 0.0
-    anneal_share: float = 0.0
-    l2: float = 0.0
-    l2_fade_step: int = 1
-    divergence: str = "forward_kl"
+    alpha: float
+    alpha_schedule: str | None
+    temp_schedule: str | None
+    alpha_start: float
+    alpha_end: float
+    anneal_share: float
+    gamma: float
+    gamma_fade_step: int
+    divergence: str
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,9 @@ class OptimizerConfig:
     weight_decay: float
     betas: tuple[float, ...]
     grad_clip: float
-    reset: bool = False
-    reset_on_context_change: bool = False
-    tokens_per_step: int | None = None
+    reset: bool
+    reset_on_context_change: bool
+    tokens_per_step: int | None
 
     @property
     def peak(self) -> float:
@@ -125,7 +123,7 @@ class OutputConfig:
     tensorboard_uri: str | None
     model_uri: str | None
     trackers: tuple[str, ...]
-    run_id: str | None = None
+    run_id: str | None
 
 
 @dataclass(frozen=True)
@@ -146,9 +144,19 @@ class Sources:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training job. ``given`` names the options a person set, which win over checkpoint metadata."""
+    """One training job.
+
+    Attributes:
+        face: the command it was asked for with, for messages and checkpoints; what differs between the two is below.
+        continues_resumed: what is resumed goes on: optimizer, schedules and step, and its options rank before defaults.
+        below_output: the run has a folder of its own, by its name, in the output.
+        source: how each type of text is taught.
+        given: option name -> value, as a person set them.
+    """
 
     face: str
+    continues_resumed: bool
+    below_output: bool
     seed: int
     device: str
     deterministic: bool
@@ -162,7 +170,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     output: OutputConfig
     source: Sources
-    given: frozenset[str]
+    given: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -199,39 +207,49 @@ class PrepareConfig:
     toolkit_timeout_seconds: int
 
 
-def build_run_config(face: str, given: Mapping[str, object], metadata: Mapping[str, object] | None = None) -> RunConfig:
+def build_run_config(
+    face: str, given: Mapping[str, object], inherited: Mapping[str, object] | None = None
+) -> RunConfig:
     """The configuration of a training face.
 
     Args:
         face: ``anneal`` or ``train``.
         given: option name -> value, as a person set them.
-        metadata: option name -> value, as checkpoint metadata has them; behind ``given``, before the defaults.
+        inherited: the same, as a checkpoint stands for them; behind ``given``, before the defaults. None while it is
+            not known whether there is a checkpoint: what it may yet say is not compared with what is given.
 
     Raises:
         UsageError: every problem found, one a line.
     """
-    values = _by_group(face, {**(metadata or {}), **given})
-    if values["data"]["batch_size"] == AUTO:
-        values["data"]["batch_size"] = AUTO_BATCH
-    block_size = values["data"].pop("block_size") or DEFAULT_BLOCK_SIZE[face]
-    seq_len = values["data"].pop("seq_len", None) or block_size
-    teacher = TeacherConfig(**values["teacher"])
+    values = _by_group(face, {**(inherited or {}), **given})
+    data = values["data"]
+    if data["batch_size"] == AUTO:
+        data["batch_size"] = AUTO_BATCH
+    data["seq_len"] = data["seq_len"] or data["block_size"]
+    teacher = _make(TeacherConfig, values["teacher"])
     source = _build_sources(given, teacher)
     config = RunConfig(
         face=face,
-        given=frozenset(given),
-        student=StudentConfig(**values["student"]),
+        continues_resumed=face == ANNEAL,
+        below_output=face == TRAIN,
+        student=_make(StudentConfig, values["student"]),
         teacher=_with_stores(teacher, source),
-        data=DataConfig(block_size=block_size, seq_len=seq_len, **values["data"]),
-        objective=ObjectiveConfig(**values["objective"]),
-        optimizer=OptimizerConfig(**values["optimizer"]),
-        evaluation=EvaluationConfig(**values["evaluation"]),
-        output=OutputConfig(**values["output"]),
+        data=_make(DataConfig, data),
+        objective=_make(ObjectiveConfig, values["objective"]),
+        optimizer=_make(OptimizerConfig, values["optimizer"]),
+        evaluation=_make(EvaluationConfig, values["evaluation"]),
+        output=_make(OutputConfig, values["output"]),
         source=source,
+        given=dict(given),
         **values["run"],
     )
-    _raise_all(run_problems(config))
+    _raise_all(run_problems(config, block_size_known="block_size" in given or inherited is not None))
     return config
+
+
+def inherit(config: RunConfig, options: Mapping[str, object]) -> RunConfig:
+    """The configuration with a checkpoint's options, name -> value, where a person gave none."""
+    return build_run_config(config.face, config.given, options)
 
 
 def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
@@ -242,16 +260,15 @@ def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
     """
     values = _by_group(CAPTURE, given)
     data = values["data"]
-    block_size = data.pop("block_size", None)
-    seq_len = data.pop("seq_len") or block_size or DEFAULT_BLOCK_SIZE[CAPTURE]
-    teacher = TeacherConfig(**values["teacher"])
-    source = _build_sources(given, replace(teacher, hybrid=True))
+    teacher = _make(TeacherConfig, values["teacher"])
+    source = _build_sources(given, teacher)
     config = CaptureConfig(
+        seed=values["run"]["seed"],
+        device=values["run"]["device"],
         teacher=_with_stores(teacher, source),
-        data=DataConfig(block_size=seq_len, seq_len=seq_len, **data),
-        store=StoreConfig(**values["store"]),
+        data=_make(DataConfig, {**data, "block_size": data["seq_len"]}),
+        store=_make(StoreConfig, values["store"]),
         source=source,
-        **values["run"],
     )
     _raise_all(capture_problems(config))
     return config
@@ -263,7 +280,7 @@ def build_prepare_config(given: Mapping[str, object]) -> PrepareConfig:
     Raises:
         UsageError: every problem found, one a line.
     """
-    config = PrepareConfig(**_by_group(PREPARE, given)["data"])
+    config = _make(PrepareConfig, _by_group(PREPARE, given)["data"])
     missing = [] if config.datasets_yaml else ["--datasets_yaml is missing: name the file that lists the datasets"]
     _raise_all(missing + toolkit_problems(config))
     return config
@@ -309,12 +326,16 @@ def _with_stores(teacher: TeacherConfig, source: Sources) -> TeacherConfig:
 
 
 def _by_group(face: str, given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+    """group -> field -> value, of every option there is: one that the command does not take has its default."""
     values: dict[str, dict[str, Any]] = {}
-    for option in options_of(face):
-        if option.kind == "sources":
-            continue
-        values.setdefault(option.group, {})[option.field] = given.get(option.name, option.default_for(face))
+    for option in sorted(OPTIONS, key=lambda one: face in one.faces):  # of two that set one field, the command's own
+        if option.kind != "sources":
+            values.setdefault(option.group, {})[option.field] = given.get(option.name, option.default_for(face))
     return values
+
+
+def _make(cls: type[T], values: Mapping[str, Any]) -> T:
+    return cls(**{one.name: values[one.name] for one in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 def _raise_all(problems: list[str]) -> None:
@@ -345,7 +366,7 @@ def build_schedules(config: RunConfig) -> Schedules:
     return Schedules(
         Ramp(objective.alpha_start, objective.alpha_end, over_steps),
         Constant(objective.temperature),
-        Ramp(objective.l2, 0.0, objective.l2_fade_step),
+        Ramp(objective.gamma, 0.0, objective.gamma_fade_step),
     )
 
 
@@ -373,22 +394,3 @@ def as_plain(config: RunConfig | CaptureConfig) -> dict[str, Any]:
     if "given" in plain:
         plain["given"] = sorted(plain["given"])
     return plain
-
-
-def run_name(config: RunConfig) -> str:
-    """A run directory's name that the same command always gets, so that running it again continues the run."""
-    plain = as_plain(config)
-    for volatile in ("output", "given", "dry_run", "device", "price_per_hour"):
-        plain.pop(volatile)
-    plain.pop("source")
-    plain["objective"].pop("divergence")
-    # What follows is hashed as it was before there were such options.
-    if plain["student"]["grad_checkpoint"] == AUTO:
-        plain["student"]["grad_checkpoint"] = False
-    if plain["optimizer"]["tokens_per_step"] is None:
-        plain["optimizer"].pop("tokens_per_step")
-    if not plain["deterministic"]:
-        plain.pop("deterministic")
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
-    student = config.student.spec.rstrip("/").rsplit("/", 1)[-1]
-    return f"{student}-{digest}"

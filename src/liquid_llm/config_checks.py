@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from liquid_llm.config import CaptureConfig, DataConfig, PrepareConfig, RunConfig, TeacherConfig
 
 
-def run_problems(config: RunConfig) -> list[str]:
-    """Every combination of values that cannot work, in words."""
+def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
+    """Every combination of values that cannot work, in words.
+
+    ``block_size_known``: a checkpoint cannot change it any more.
+    """
     problems: list[str] = []
     data, teacher, objective, optimizer = config.data, config.teacher, config.objective, config.optimizer
     if config.face == ANNEAL and not data.dataset_name:
@@ -23,11 +26,11 @@ def run_problems(config: RunConfig) -> list[str]:
         if not data.manifest:
             problems.append("--dataset_manifest is missing: name a JSONL manifest")
         problems += _teacher_problems(config)
-        if data.seq_len > data.block_size:
+        if block_size_known and data.seq_len > data.block_size:
             problems.append(
                 f"--seq_len={data.seq_len} is longer than --block_size={data.block_size}: raise --block_size"
             )
-        if objective.l2 > 0 and config.student.resume_uri is None:
+        if objective.gamma > 0 and config.student.resume_uri is None:
             problems.append(
                 "--keep_old_logit_l2 needs --resume_gcs_uri: without it there are no old logits to stay near"
             )
@@ -50,10 +53,10 @@ def run_problems(config: RunConfig) -> list[str]:
         )
     problems += _collect(lambda: parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: parsed(objective.temp_schedule, "--temp_schedule", None))
-    return problems + _batch_problems(config) + _token_problems(teacher) + toolkit_problems(data)
+    return problems + _batch_problems(config, block_size_known) + _token_problems(teacher) + toolkit_problems(data)
 
 
-def _batch_problems(config: RunConfig) -> list[str]:
+def _batch_problems(config: RunConfig, block_size_known: bool) -> list[str]:
     automatic, tokens = config.data.batch_size == AUTO_BATCH, config.optimizer.tokens_per_step
     problems = []
     if automatic and tokens is None:
@@ -62,6 +65,11 @@ def _batch_problems(config: RunConfig) -> list[str]:
         problems.append("--grad_accum follows from --batch_size=auto and --tokens_per_step: leave it out")
     if tokens is not None and not automatic:
         problems.append("--tokens_per_step goes with --batch_size=auto: leave it out, or let the batch be chosen")
+    block = config.data.block_size
+    if automatic and tokens is not None and block_size_known and tokens % block:
+        near = max(1, round(tokens / block)) * block
+        advice = f"give a multiple of --block_size={block}, such as {near}"
+        problems.append(f"--tokens_per_step={tokens} is no whole number of blocks: {advice}")
     if config.price_per_hour is not None and not config.dry_run:
         problems.append("--price_per_hour goes with --dry_run, which says what a run costs before it begins")
     return problems

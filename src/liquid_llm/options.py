@@ -3,7 +3,8 @@
 A *face* is a command that takes options: ``anneal`` (``python -m trainer.entrypoint``), ``train``
 (``python -m stage1_hybrid.cli``), ``capture`` (``python -m stage1_hybrid.precompute_hybrid_logits``) and ``prepare`` (no
 module, no reference). An option's ``field`` says which value of the configuration it sets; two options of different faces
-may set the same field. Defaults live here and nowhere else. A default of ``None`` means "decided by what the run finds" and the help text says how.
+may set the same field. Defaults live here and nowhere else: a value that a command has no option for has its default too.
+``None`` means "decided by what the run finds" and the help text says how.
 
 Only light imports: ``--help`` must answer at once.
 """
@@ -49,7 +50,7 @@ class Option:
         group, field: the configuration value it sets.
         default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
         faces: the commands that take it.
-        face_defaults: defaults that differ by command.
+        face_defaults: defaults that differ by command; also of one that does not take it, where that matters.
         choices: accepted words.
         minimum, above: smallest accepted number, or a number it must exceed.
     """
@@ -99,11 +100,11 @@ OPTIONS = (
     Option("dataset_name", "str", DATA, "dataset_name", None, "text dataset: Hugging Face name or local folder", faces=(ANNEAL,)),
     Option("dataset_config", "str", DATA, "dataset_config", None, "configuration of that dataset", faces=(ANNEAL,)),
     Option("dataset_manifest", "str", DATA, "manifest", None, "JSONL manifest: path, type and weight a line", faces=(TRAIN, CAPTURE)),
-    Option("block_size", "int", DATA, "block_size", None, "context length in tokens (default: the checkpoint's, else 512 annealing, 1024 hybrid)", minimum=2),
-    Option("seq_len", "int", DATA, "seq_len", None, "longest maths or code window, tokens (default: block_size; capture: 1024)", faces=(TRAIN, CAPTURE), minimum=2),
+    Option("block_size", "int", DATA, "block_size", 512, "context length in tokens; a checkpoint's own comes before this default", face_defaults={TRAIN: 1024}, minimum=2),
+    Option("seq_len", "int", DATA, "seq_len", None, "longest window of a sample, in tokens (default: block_size; capture: 1024)", faces=(TRAIN, CAPTURE), face_defaults={CAPTURE: 1024}, minimum=2),
     Option("batch_size", "auto int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens; auto: the most that fits, with --tokens_per_step", minimum=1),
     Option("batch_size", "int", DATA, "batch_size", 4, "samples scored at once: batch_size x seq_len tokens", faces=(CAPTURE,), minimum=1),
-    Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), minimum=0),
+    Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), face_defaults={CAPTURE: 0.0}, minimum=0),
     Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
     Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
     Option("prepare_data", "str", DATA, "prepare", "auto", "auto prepares datasets that lack complete shards, force all, skip none", faces=PREPARING, choices=("auto", "force", "skip")),
@@ -123,8 +124,8 @@ OPTIONS = (
     Option("kd_alpha_start", "float", OBJECTIVE, "alpha_start", 0.7, "KD weight at step 0", faces=(TRAIN,), minimum=0),
     Option("kd_alpha_end", "float", OBJECTIVE, "alpha_end", 0.4, "KD weight after the anneal", faces=(TRAIN,), minimum=0),
     Option("kd_anneal_pct", "float", OBJECTIVE, "anneal_share", 0.3, "share of max_steps over which it changes", faces=(TRAIN,), minimum=0),
-    Option("keep_old_logit_l2", "float", OBJECTIVE, "l2", 0.0, "weight of staying near the student's old logits", faces=(TRAIN,), minimum=0),
-    Option("keep_old_logit_l2_fade_step", "int", OBJECTIVE, "l2_fade_step", 30000, "step at which that weight reaches 0", faces=(TRAIN,), minimum=1),
+    Option("keep_old_logit_l2", "float", OBJECTIVE, "gamma", 0.0, "weight of staying near the student's old logits", faces=(TRAIN,), minimum=0),
+    Option("keep_old_logit_l2_fade_step", "int", OBJECTIVE, "gamma_fade_step", 30000, "step at which that weight reaches 0", faces=(TRAIN,), minimum=1),
     # optimizer
     Option("train_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(ANNEAL,), minimum=0),
     Option("max_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(TRAIN,), minimum=0),

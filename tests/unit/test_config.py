@@ -2,7 +2,8 @@
 
 import pytest
 
-from liquid_llm.config import build_capture_config, build_run_config, build_schedules, run_name, schedule_remarks
+from liquid_llm.config import build_capture_config, build_run_config, build_schedules, inherit, schedule_remarks
+from liquid_llm.config_names import old_run_name, run_name
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
 
@@ -140,11 +141,48 @@ def test_a_problem_ends_in_one_full_stop():
     assert str(caught.value).endswith("such as 400:0.5.")
 
 
-def test_the_same_command_gets_the_same_run_name_and_another_seed_another():
+def test_a_run_is_named_after_what_changes_its_numbers():
     assert run_name(hybrid()) == run_name(hybrid())
-    assert run_name(hybrid(seed=1)) != run_name(hybrid(seed=2))
-    assert run_name(hybrid(save_every=1)) == run_name(hybrid(save_every=2))
-    assert run_name(hybrid(device="cpu")) == run_name(hybrid()), "the same run on another device"
+    assert run_name(hybrid(seed=1234, max_steps=1000)) == run_name(hybrid()), "defaults that are spelled out"
+    for option, value in NO_NUMBERS.items():
+        assert run_name(hybrid(**{option: value})) == run_name(hybrid()), option
+    assert run_name(inherit(anneal(), {"lr": 1.0})) == run_name(anneal()), "whatever checkpoint it goes on from"
+    named = [run_name(hybrid(**given)) for given in ({}, *NUMBERS)]
+    assert len(set(named)) == len(named)
+    by_signal = hybrid(sources={"code": {"teacher": "store:u"}})
+    assert run_name(by_signal) == run_name(hybrid(code_logits_dir="u"))
+
+
+NO_NUMBERS = {
+    "num_workers": 7,
+    "data_cache": "elsewhere",
+    "hf_token_file": "token",
+    "device": "cpu",
+    "output_gcs_uri": "elsewhere",
+    "save_every": 1,
+    "metrics_interval": 1,
+    "eval_every": 1,
+    "restart": True,
+    "dry_run": True,
+    "grad_checkpoint": True,
+    "prepare_data": "force",
+    "trackers": (),
+    "math_logits_dir": None,
+}
+NUMBERS = (
+    {"seed": 1},
+    {"lr": 1e-3},
+    {"max_steps": 7},
+    {"dataset_manifest": "other.jsonl"},
+    {"lm_teacher_id": "m"},
+    {"code_logits_dir": "u"},
+    {"math_logits_dir": "u"},
+    {"sources": {"code": {"alpha": 0.5}}},
+    {"sources": {"lm": {"layout": "samples"}}},
+    {"block_size": 64, "seq_len": 64},
+    {"batch_size": "auto", "tokens_per_step": 8192},
+    {"batch_size": "auto", "tokens_per_step": 4096},
+)
 
 
 def test_what_is_decided_by_memory_is_open_until_then():
@@ -155,15 +193,22 @@ def test_what_is_decided_by_memory_is_open_until_then():
     assert anneal(dry_run=True, price_per_hour=0.7).price_per_hour == 0.7
 
 
-def test_new_options_leave_the_names_of_runs_as_they_were():
-    # As release 0.1.0 called them.
-    assert run_name(hybrid()) == "liquid-16m-e36f2b8d8b"
-    assert run_name(anneal(seed=7)) == "liquid-16m-33b2ad9e4b"
-    assert run_name(hybrid(grad_checkpoint=False)) == run_name(hybrid(grad_checkpoint="auto")) == run_name(hybrid())
-    assert run_name(hybrid(grad_checkpoint=True)) != run_name(hybrid())
-    assert run_name(hybrid(dry_run=True, price_per_hour=0.7)) == run_name(hybrid())
-    automatic = {"batch_size": "auto", "tokens_per_step": 8192}
-    assert run_name(hybrid(**automatic)) != run_name(hybrid(**{**automatic, "tokens_per_step": 4096}))
+def test_the_names_of_release_0_1_0_are_still_known():
+    assert old_run_name(hybrid()) == "liquid-16m-e36f2b8d8b"
+    assert old_run_name(anneal(seed=7)) == "liquid-16m-33b2ad9e4b"
+    for checkpointing in (False, "auto"):
+        assert old_run_name(hybrid(grad_checkpoint=checkpointing)) == "liquid-16m-e36f2b8d8b"
+    given = {
+        "batch_size": 3, "deterministic": True, "num_workers": 5, "hf_token_file": "t", "alpha_schedule": "0:0.7",
+        "betas": (0.8, 0.9), "eval_ctx_lens": (32,), "grad_checkpoint": True, "reset_optim": True,
+    }  # fmt: skip
+    assert old_run_name(anneal(**given)) == "liquid-16m-76fc6949ad"
+    given = {
+        "batch_size": "auto", "tokens_per_step": 8192, "hybrid": False, "lm_teacher_id": "m", "seq_len": 512,
+        "math_logits_dir": "u", "keep_old_logit_l2": 0.1, "resume_gcs_uri": "x", "prepare_data": "skip",
+        "price_per_hour": 1, "dry_run": True,
+    }  # fmt: skip
+    assert old_run_name(hybrid(**given)) == "liquid-16m-39f67836ac"
 
 
 def test_each_type_is_taught_by_what_names_it():

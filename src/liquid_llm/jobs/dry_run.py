@@ -73,7 +73,7 @@ def estimate(config: RunConfig, student: nn.Module, teachers: Sequence[nn.Module
     """Bytes a run takes: memory of weights, gradients and moments; a checkpoint; all snapshots kept; all uploads."""
     parameters = sum(one.numel() for one in student.parameters())
     training = parameters * (2 * _PARAMETER_BYTES + _ADAM_BYTES)
-    reference = parameters * _PARAMETER_BYTES if config.objective.l2 > 0 else 0
+    reference = parameters * _PARAMETER_BYTES if config.objective.gamma > 0 else 0
     held = sum(one.numel() * one.element_size() for teacher in teachers for one in teacher.parameters())
     checkpoint = parameters * (_PARAMETER_BYTES + _ADAM_BYTES)
     every, steps = config.output.save_every_steps, config.optimizer.steps

@@ -12,7 +12,7 @@ from typing import Any
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
-from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules
+from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, estimate, measured, print_findings, schedule_values
@@ -67,12 +67,12 @@ def _run(face: str, given: Mapping[str, object], config: RunConfig) -> int:
 
 def _merge(face: str, given: Mapping[str, object], config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
     """The configuration with the checkpoint's metadata behind what was given, and what goes on at that block size."""
-    config = build_run_config(face, given, start.options(face, given))
+    config = inherit(config, start.options(face, given))
     settled = settle_context(start, config)
     if start.metadata is not None:
         log.info("checkpoint metadata: %s", shown_metadata(start.metadata))
     log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.source)
-    return build_run_config(face, given, settled.options(face, given)), settled
+    return inherit(config, settled.options(face, given)), settled
 
 
 def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> bool:

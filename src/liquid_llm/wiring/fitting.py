@@ -241,12 +241,6 @@ def _choose_batch(
 ) -> tuple[RunConfig, dict[str, Choice]]:
     tokens, block = config.optimizer.tokens_per_step, config.data.block_size
     assert tokens is not None
-    if tokens % block:
-        raise UsageError(
-            "a step of so many tokens is no whole number of blocks",
-            where=f"--tokens_per_step={tokens}",
-            expected=f"a multiple of --block_size={block}, such as {max(1, round(tokens / block)) * block}",
-        )
     if available is None:
         raise UsageError(
             "what is free is not known, so no batch can be chosen", where="--batch_size=auto", remedy="give a number"

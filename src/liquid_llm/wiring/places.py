@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liquid_llm import storage
-from liquid_llm.config import OutputConfig, RunConfig, run_name
-from liquid_llm.options import TRAIN
+from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX
+from liquid_llm.config import OutputConfig, RunConfig
+from liquid_llm.config_names import old_run_name, run_name
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ def resolve_place(config: RunConfig) -> Place:
     kept in a folder of its own below ``--local_workdir`` (or the user's cache), so that two outputs never share one.
     """
     output = config.output
-    name = output.run_id or os.environ.get("CLOUD_ML_JOB_ID") or run_name(config)
-    run_dir, remote = _folders(output, name, config.face == TRAIN)
+    named = output.run_id or os.environ.get("CLOUD_ML_JOB_ID")
+    names = [named] if named else [run_name(config), old_run_name(config)]
+    folders = [_folders(output, name, config.below_output) for name in names]
+    if len(set(folders)) > 1 and not _is_begun(*folders[0]) and _is_begun(*folders[1]):
+        folders.reverse()  # this very command was begun by an earlier release
+    run_dir, remote = folders[0]
     return Place(
         run_dir,
         remote,
@@ -68,6 +73,14 @@ def _folders(output: OutputConfig, name: str, below: bool) -> tuple[Path, str | 
     base = Path(output.workdir) if output.workdir else cache_dir() / "runs"
     digest = hashlib.sha256(uri.encode()).hexdigest()[:8]
     return base / f"{uri.rstrip('/').rsplit('/', 1)[-1]}-{digest}", uri
+
+
+def _is_begun(run_dir: Path, remote: str | None) -> bool:
+    """Whether a run has left a checkpoint here."""
+    there = [storage.list_files(str(run_dir))] if run_dir.is_dir() else []
+    if remote is not None:
+        there.append(storage.list_files(remote))
+    return any(info.name.endswith(SIDECAR_SUFFIX) for files in there for info in files)
 
 
 def cache_dir() -> Path:

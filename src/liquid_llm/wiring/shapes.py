@@ -154,7 +154,7 @@ def shape_of(
         evaluations=evaluations,
         teacher=models.teacher,
         teacher_pass_tokens=None if device == "cpu" else PASS_TOKENS,
-        reference=config.objective.l2 > 0,
+        reference=config.objective.gamma > 0,
         grad_checkpoint=config.student.grad_checkpoint is True,
         accumulates=config.optimizer.grad_accum > 1,
         # One that is scheduled is not 1 all the time.

@@ -1,0 +1,107 @@
+"""The name of a run whose command gives none: the student's, and a digest of what changes the run's numbers.
+
+The same command always gets the same name, so that running it again continues the run; so does one that differs only in
+where it runs and writes, or in how often it saves and logs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from liquid_llm.options import AUTO, AUTO_BATCH, OPTIONS, OUTPUT, options_of
+
+if TYPE_CHECKING:
+    from liquid_llm.config import RunConfig
+
+# Those that name teachers are counted as what they come to, in ``config.source``.
+_UNCOUNTED = """
+    num_workers data_cache prepare_data datasets_yaml prep_toolkit_zip_uri prep_toolkit_sha256 prep_extract_dir
+    prep_timeout_s hf_token_file hf_token_uri hf_token_secret fa_wheel_gcs fa_wheel_sha256 device dry_run price_per_hour
+    grad_checkpoint eval_every teacher_name lm_teacher_id hybrid teacher_mode math_logits_dir code_logits_dir
+"""
+
+
+def run_name(config: RunConfig) -> str:
+    """This release's name: of what differs from the defaults, so that a new option leaves all names as they are."""
+    uncounted = _UNCOUNTED.split()
+    options = {option.name: option for option in options_of(config.face) if option.group != OUTPUT}
+    counted = {
+        name: value
+        for name, value in config.given.items()
+        if name in options and name not in uncounted and value != options[name].default_for(config.face)
+    }
+    return _name(config, {"face": config.face, "options": counted, "source": dataclasses.asdict(config.source)})
+
+
+_OLD_FIELDS = {
+    "student": "spec resume_uri rope_scale grad_checkpoint precision",
+    "teacher": (
+        "precision token_file token_uri token_secret online_id stored_id hybrid hybrid_strict mode math_dir code_dir "
+        "fa_wheel_uri fa_wheel_sha256"
+    ),
+    "data": (
+        "batch_size num_workers cache_dir block_size seq_len val_fraction manifest dataset_name dataset_config prepare "
+        "datasets_yaml toolkit_uri toolkit_sha256 toolkit_dir toolkit_timeout_seconds"
+    ),
+    "objective": ("temperature alpha alpha_schedule temp_schedule alpha_start alpha_end anneal_share l2 l2_fade_step"),
+    "optimizer": (
+        "steps grad_accum lr lr_peak warmup_steps weight_decay betas grad_clip reset reset_on_context_change "
+        "tokens_per_step"
+    ),
+    "evaluation": "every_steps context_lengths max_tokens",
+}
+_OLD_NAMES = {("objective", "l2"): "gamma", ("objective", "l2_fade_step"): "gamma_fade_step"}
+# What stood for an option that the command does not have, where that is not None.
+_OLD_ABSENT: Mapping[tuple[str, str], object] = {
+    ("teacher", "hybrid"): False,
+    ("teacher", "hybrid_strict"): False,
+    ("teacher", "mode"): "online",
+    ("data", "val_fraction"): 0.0,
+    ("data", "prepare"): "skip",
+    ("data", "toolkit_timeout_seconds"): 3600,
+    ("objective", "alpha"): 0.5,
+    ("objective", "alpha_start"): 0.0,
+    ("objective", "alpha_end"): 0.0,
+    ("objective", "anneal_share"): 0.0,
+    ("objective", "l2"): 0.0,
+    ("objective", "l2_fade_step"): 1,
+    ("optimizer", "reset"): False,
+    ("optimizer", "reset_on_context_change"): False,
+}
+
+
+def old_run_name(config: RunConfig) -> str:
+    """The name that release 0.1.0 gave, by which a run that was begun then is found; it counted nearly every option."""
+    there = {(option.group, option.field): option for option in OPTIONS if config.face in option.faces}
+    plain: dict[str, Any] = {"face": config.face}
+    for group, fields in _OLD_FIELDS.items():
+        plain[group] = {}
+        for field in fields.split():
+            option = there.get((group, _OLD_NAMES.get((group, field), field)))
+            plain[group][field] = (
+                _OLD_ABSENT.get((group, field))
+                if option is None
+                else config.given.get(option.name, option.default_for(config.face))
+            )
+    student, data, optimizer = plain["student"], plain["data"], plain["optimizer"]
+    data["seq_len"] = data["seq_len"] or data["block_size"]
+    if data["batch_size"] == AUTO:
+        data["batch_size"] = AUTO_BATCH
+    if student["grad_checkpoint"] == AUTO:
+        student["grad_checkpoint"] = False
+    if optimizer["tokens_per_step"] is None:
+        optimizer.pop("tokens_per_step")
+    plain["seed"] = config.seed
+    if config.deterministic:
+        plain["deterministic"] = True
+    return _name(config, plain)
+
+
+def _name(config: RunConfig, counted: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
+    student = config.student.spec.rstrip("/").rsplit("/", 1)[-1]
+    return f"{student}-{digest}"
