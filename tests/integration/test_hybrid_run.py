@@ -193,14 +193,14 @@ def test_the_reference_student_is_freed_when_its_weight_has_faded(captured, fini
     assert alive == {1: True, 2: True, 3: True, 4: False, 5: False}
 
 
-def test_a_dry_run_looks_at_everything_and_leaves_no_trace(captured, tmp_path, capsys):
+def test_a_dry_run_looks_at_everything_and_keeps_the_cache_of_tokens_alone(captured, tmp_path, capsys):
     before = sorted(path for path in captured.root.rglob("*"))
-    output = tmp_path / "not-there-yet"
-    words = captured.train_words(output, data_cache=tmp_path / "tokens")  # the cache of tokens is kept, and is no trace
+    words = captured.train_words(tmp_path / "not-there-yet", data_cache=tmp_path / "tokens")
     assert main(["train", *words, "--dry_run"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert not output.exists()
     assert sorted(path for path in captured.root.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+    assert {path.name.split("-")[0] for path in (tmp_path / "tokens").iterdir()} >= {"lm", "math_tool", "code"}
     assert {kind: row["coverage"] for kind, row in found["signal"].items()} == {"math_tool": 1.0, "code": 1.0}
     assert found["data"]["lm"]["train_tokens"] > 1000
     assert found["one_step"]["loss"] > 0

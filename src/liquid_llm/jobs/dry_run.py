@@ -1,4 +1,6 @@
-"""``--dry_run``: everything a run needs is looked at, two steps are taken on real data, and nothing is kept.
+"""``--dry_run``: everything a run needs is looked at and two steps are taken on real data.
+
+Nothing is kept but the cache of tokenised data, which the run then need not make again.
 
 What was found is printed twice: as a table for people on standard error, as one JSON object for programs on standard
 output.
@@ -125,7 +127,7 @@ def measured(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any
 
 def print_findings(findings: Mapping[str, Any], fit: Fit) -> None:
     """The dry run's findings: a table on standard error, one JSON object on standard output."""
-    print_facts("dry run: nothing was kept", _lines(findings, fit))
+    print_facts("dry run: nothing was kept but tokenised data", _lines(findings, fit))
     print(json.dumps(findings, indent=2, default=str))
 
 
