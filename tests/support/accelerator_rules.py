@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from tests.support.products import MIXED, mixed_product
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -50,19 +51,6 @@ def wait_of(name: str, args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _product_in(result_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A product of 16-bit operands whose sums are handed out as they were formed, in float32."""
-
-    def compute(*args: Any, **kwargs: Any) -> Tensor:
-        *tensors, out_dtype = args
-        widths = {tensor.dtype for tensor in tensors}
-        if out_dtype != torch.float32 or not widths <= {torch.bfloat16, torch.float16, torch.float32}:
-            raise RuntimeError(f"out_dtype must be float32 for 16-bit inputs, got {out_dtype} for {widths}")
-        return result_of(*(tensor.float() for tensor in tensors), **kwargs)
-
-    return compute
-
-
 def _convolution_backward(
     grad: Tensor, source: Tensor, weight: Tensor, *shape: Any, output_mask: Any = None
 ) -> tuple[Tensor | None, ...]:
@@ -74,10 +62,7 @@ def _convolution_backward(
 # Operations that the device has as CUDA has them, and what computes them on the CPU; None: the CPU's operation of the
 # same name, which torch would otherwise compose of smaller ones.
 SUBSTITUTES: dict[str, Callable[..., Any] | None] = {
-    "mm.dtype": _product_in(torch.mm),
-    "mm.dtype_out": _product_in(torch.mm),
-    "bmm.dtype": _product_in(torch.bmm),
-    "bmm.dtype_out": _product_in(torch.bmm),
+    **{name: functools.partial(mixed_product, multiply) for name, multiply in MIXED.items()},
     "native_layer_norm": None,
     "native_layer_norm_backward": None,
     "convolution_overrideable": torch.ops.aten.convolution.default,

@@ -1,4 +1,4 @@
-"""Products of bfloat16 operands with a float32 result, which torch has on accelerators alone, on the CPU."""
+"""Products of 16-bit operands with a float32 result, which torch has on accelerators alone, on the CPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,35 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
+
+def mixed_product(multiply: Callable[..., Tensor], *args: Any, out: Tensor | None = None) -> Tensor:
+    """``multiply`` with its operands widened: products of two 16-bit numbers are exact in float32, and sums float32.
+
+    Args:
+        args: what is added (addmm alone, in the result's dtype), the two operands, the dtype of the result.
+        out: where the result goes, of its shape and dtype.
+
+    Raises:
+        RuntimeError: an accelerator would not take these dtypes together.
+    """
+    *added, left, right, out_dtype = args
+    if left.dtype != right.dtype or out_dtype not in (torch.float32, left.dtype):
+        raise RuntimeError(f"no product of {left.dtype} and {right.dtype} comes out as {out_dtype}")
+    if any(one.dtype != out_dtype for one in (*added, *([] if out is None else [out]))):
+        raise RuntimeError(f"what is added and written must be {out_dtype}, as the result is")
+    return multiply(*added, left.to(out_dtype), right.to(out_dtype), out=out)
+
+
+# The operations with ``out_dtype`` -> what computes each.
+MIXED = {
+    f"{multiply.__name__}.{overload}": multiply
+    for multiply in (torch.mm, torch.bmm, torch.addmm)
+    for overload in ("dtype", "dtype_out")
+}
 
 
 class MixedProducts(TorchDispatchMode):
-    """While entered, ``torch.mm`` and ``torch.addmm`` with ``out_dtype`` work on the CPU.
-
-    The operands are widened and multiplied in ``out_dtype``: products of two bfloat16 numbers are exact in float32, and
-    sums are float32, as on an accelerator.
+    """While entered, ``torch.mm``, ``torch.bmm`` and ``torch.addmm`` with ``out_dtype`` work on the CPU.
 
     Attributes:
         calls: how often each was asked for, by name.
@@ -30,20 +51,8 @@ class MixedProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in (aten.mm.dtype, aten.mm.dtype_out, aten.addmm.dtype, aten.addmm.dtype_out):
-            return func(*args, **kwargs)
+        multiply = MIXED.get(str(func).removeprefix("aten."))
+        if multiply is None:
+            return func(*args, **(kwargs or {}))
         self.calls[str(func)] += 1
-        *added, left, right, out_dtype = args
-        assert left.dtype == right.dtype, f"operands of {left.dtype} and {right.dtype}"
-        assert all(one.dtype == out_dtype for one in added), "what is added must be in the dtype of the result"
-        result: Tensor = torch.mm(left.to(out_dtype), right.to(out_dtype))
-        if added:
-            result = added[0] + result
-        out = kwargs.get("out")
-        return result if out is None else _fill(out, result)
-
-
-def _fill(out: Tensor, result: Tensor) -> Tensor:
-    assert (out.shape, out.dtype) == (result.shape, result.dtype)
-    return out.copy_(result)
+        return mixed_product(multiply, *args, **(kwargs or {}))
