@@ -43,7 +43,6 @@ from liquid_llm.models.student import build_student
 from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.schedules import WarmupCosine
 from liquid_llm.signal_store.codecs import Codec, StoredSignal, TailCodec, get_codec
-from liquid_llm.teachers.assembly import assemble
 
 TOP = 64
 
@@ -148,7 +147,11 @@ def dense(head: OutputHead) -> Callable[[Sequence[Text]], DenseSignal]:
 
 
 def kept(name: str) -> Arm:
-    return lambda batch: assemble([text.stored[name] for text in batch], [text.ids.numel() - 1 for text in batch])
+    def joined(batch: Sequence[Text]) -> Signal:
+        signals = [text.stored[name] for text in batch]
+        return type(signals[0]).join(signals, [text.ids.numel() - 1 for text in batch])
+
+    return joined
 
 
 def train(

@@ -17,7 +17,6 @@ from liquid_llm.data.types import MicroBatch
 from liquid_llm.device import is_out_of_memory, release_memory
 from liquid_llm.losses.signals import Signal
 from liquid_llm.passes import PassLimit
-from liquid_llm.teachers.assembly import move, nbytes
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.teacher import Prepared
 from liquid_llm.training import StepValues, Student
@@ -147,7 +146,7 @@ class Evaluator:
             else:
                 return total
             for key in [one for one in self._kept if one[0] == id(batch)]:  # of passes that will not come again
-                self._cached_bytes -= nbytes(self._kept.pop(key))
+                self._cached_bytes -= self._kept.pop(key).nbytes
             release_memory(student.device)
             self.passes.cut(part, where="evaluation", consumers=self.consumers())
 
@@ -173,13 +172,12 @@ class Evaluator:
         if self.router is None or prepared is None:
             return None
         if key in self._kept:
-            return move(self._kept[key], part.input_ids.device)
+            return self._kept[key].to(part.input_ids.device)
         signal = self.router.signal(part, prepared)
         if signal is not None and prepared.signal is None:  # computed just now: dear, and the same the next time
-            size = nbytes(signal)
-            if self._cached_bytes + size <= CACHE_BYTES:
-                self._kept[key] = move(signal, torch.device("cpu"))
-                self._cached_bytes += size
+            if self._cached_bytes + signal.nbytes <= CACHE_BYTES:
+                self._kept[key] = signal.to(torch.device("cpu"))
+                self._cached_bytes += signal.nbytes
         return signal
 
     def _teacher_loss(self, key: tuple[int, int, int], part: MicroBatch, signal: Signal) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,7 +116,8 @@ def _trainer(
     batch = _batch(shape.batches[0]).to(device)
 
     def signal_of(part: MicroBatch, _: slice) -> Signal | None:
-        return _moved(_signal(shape, shape.batches[0], part, teacher, shape.temperature), device)
+        signal = _signal(shape, shape.batches[0], part, teacher, shape.temperature)
+        return None if signal is None else signal.to(device)
 
     trainer = Trainer(
         student,
@@ -147,13 +148,6 @@ def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
     with counter, torch.no_grad():
         student.loss(batch, _signal(shape, long, batch, teacher, 1.0), PLAIN)
     return sum(counter.peak.values())
-
-
-def _moved(signal: Signal | None, device: torch.device) -> Signal | None:
-    if not isinstance(signal, (SparseSignal, LogitsSignal)):
-        return signal
-    tensors = {name: value.to(device) for name, value in vars(signal).items() if isinstance(value, torch.Tensor)}
-    return replace(signal, **tensors)
 
 
 def _parts(shape: TrainingShape, device: torch.device = CPU) -> tuple[Student, OnlineTeacher | None]:

@@ -15,11 +15,9 @@ from tests.support.teachers import VOCAB, batch_of, make_samples, random_logits,
 
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.errors import DeviceError
-from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import Constant
 from liquid_llm.signal_store.codecs import FullCodec, TopKCodec
-from liquid_llm.teachers.assembly import part_of
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.teacher import Prepared
 from liquid_llm.training import Progress, StepSchedules, StepValues, Student, Trainer, build_optimizer
@@ -93,16 +91,6 @@ def test_parts_hold_every_row_and_position_once_and_no_more_than_is_allowed(
         assert torch.equal(part.labels.reshape(-1)[part.positions], part.targets)
         assert part.num_positions == int((part.labels != IGNORE_INDEX).sum())
         assert max_tokens is None or part.padded_tokens <= max(max_tokens, time)
-
-
-def test_a_stored_signals_part_counts_its_own_rows() -> None:
-    codec = TopKCodec(4)
-    logits = random_logits(6, 50)
-    signal = codec.decode(codec.pack(codec.encode(logits, 1, 0)), 0, 6, 2.0, 50)
-    assert isinstance(signal, SparseSignal)
-    part = part_of(signal, slice(2, 5))
-    assert (part.num_positions, part.num_signal) == (3, 3)
-    assert torch.equal(part.ids, signal.ids[2:5])
 
 
 # ------------------------------------------------------------------------------------------------------- out of memory

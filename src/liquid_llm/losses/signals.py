@@ -7,18 +7,28 @@ student's hidden states. The loss never asks where a signal came from.
     LogitsSignal  the whole distribution as stored 16-bit logits
     SparseSignal  a few ids per position, already at one temperature, from a signal store
 
-What the host must know of a signal (how many rows have a record, whether any has a tail) is counted while its tensors
-are on the CPU and goes along when they move (``dataclasses.replace``), so that nobody waits for a device to learn it.
+Each of them says ``num_positions``, which rows it answers for (``mask``: None where all) and how many (``num_signal``),
+moves (``to``, ``pinned``) and gives the signal of some of its rows (``part``); those that are stored are joined from
+the signals of single samples (``join``). What the host must know of a signal (how many rows have a record, whether any
+has a tail) is counted while its tensors are on the CPU and goes along when they move, so that nobody waits for a device
+to learn it.
 
 The types live beside the loss, their only consumer, because imports go one way (see docs/decisions).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from liquid_llm.data.types import to_device
+
+_MOST_PINNED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,23 @@ class OutputHead:
         bias: [vocab] or None.
         scale: factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         soft_cap: Gemma 2's ``final_logit_softcapping``, or None.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a soft-cap that is not positive.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"head.weight must be [vocab, hidden], got {list(self.weight.shape)}")
+        if self.bias is not None and self.bias.shape != (self.vocab_size,):
+            raise ValueError(f"head.bias must be [{self.vocab_size}], got {list(self.bias.shape)}")
+        if self.soft_cap is not None and not self.soft_cap > 0.0:
+            raise ValueError(f"head.soft_cap must be positive, got {self.soft_cap}")
 
     @property
     def vocab_size(self) -> int:
@@ -49,7 +70,7 @@ class OutputHead:
         if vocab_size >= self.vocab_size:
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]
-        return OutputHead(self.weight[:vocab_size], bias, self.scale, self.soft_cap)
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Plain logits [positions, vocab] of ``hidden`` [positions, hidden], in the dtype of the product.
@@ -57,56 +78,186 @@ class OutputHead:
         Those of 16-bit numbers are rounded to 16 bits, as the model itself does it; what compares distributions takes
         them from ``products.HeadProducts`` instead.
         """
-        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return self.finish(F.linear(hidden, self.weight, self.bias))
+
+    def finish(self, raw: Tensor, *, in_place: bool = False) -> Tensor:
+        """Logits of raw ones, which are a product with the weight, plus the bias: the scale and the soft-cap."""
+        out = raw if in_place else None
         if self.scale != 1.0:
-            raw = raw * self.scale
+            raw = torch.mul(raw, self.scale, out=out)
         if self.soft_cap is not None:
-            raw = torch.tanh(raw / self.soft_cap) * self.soft_cap
+            raw = torch.mul(torch.tanh(torch.div(raw, self.soft_cap, out=out), out=out), self.soft_cap, out=out)
         return raw
 
 
+_Rows = TypeVar("_Rows", bound="_SignalRows")
+_Stored = TypeVar("_Stored", bound="_StoredRows")
+
+
+class _SignalRows:
+    """What all signals do alike with their tensors, whose first dimension is the position."""
+
+    _TENSORS: ClassVar[tuple[str, ...]]
+    _COUNTS: ClassVar[tuple[str, ...]] = ()  # what was counted of all rows
+
+    @property
+    def num_positions(self) -> int:
+        """Rows: one for each labelled position."""
+        size: int = getattr(self, self._TENSORS[0]).shape[0]
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return sum(getattr(self, name).nbytes for name in self._TENSORS)
+
+    def to(self: _Rows, device: torch.device) -> _Rows:
+        """The same with its rows on ``device``; a head stays where it is."""
+        if getattr(self, self._TENSORS[0]).device == device:
+            return self
+        return self._changed({name: to_device(getattr(self, name), device) for name in self._TENSORS})
+
+    def part(self: _Rows, positions: slice) -> _Rows:
+        """The rows ``positions``, of which what the host must know is counted anew: to be cut on the CPU."""
+        if positions == slice(0, self.num_positions):
+            return self
+        rows: dict[str, Any] = {name: getattr(self, name)[positions] for name in self._TENSORS}
+        return self._changed(rows | dict.fromkeys(self._COUNTS))
+
+    def pinned(self: _Rows) -> _Rows:
+        """The same in memory from which a copy to a device runs beside the computation; to be done ahead of need.
+
+        More than 64 MiB (whole logits) stay as they are: several micro-batches of them, locked, could be all the host
+        has. So does what is on a device already.
+        """
+        if self.nbytes > _MOST_PINNED_BYTES or getattr(self, self._TENSORS[0]).device.type != "cpu":
+            return self
+        return self._changed({name: getattr(self, name).pin_memory() for name in self._TENSORS})
+
+    def _changed(self: _Rows, fields: dict[str, Any]) -> _Rows:
+        return replace(self, **fields)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class DenseSignal:
+class DenseSignal(_SignalRows):
     """A model's own hidden states and head; logits are formed chunk by chunk inside the loss.
 
     Attributes:
         hidden: [positions, teacher_hidden], no gradient.
         head: the teacher's output head; its vocabulary may differ from the student's by padding only.
+
+    Raises:
+        ValueError: hidden states that the head does not take.
     """
 
     hidden: Tensor
     head: OutputHead
 
+    _TENSORS = ("hidden",)
+
+    def __post_init__(self) -> None:
+        if self.hidden.ndim != 2 or self.hidden.shape[1] != self.head.weight.shape[1]:
+            got = f"{list(self.hidden.shape)} and {list(self.head.weight.shape)}"
+            raise ValueError(f"hidden [positions, hidden] and head.weight [vocab, hidden] do not fit: {got}")
+
     @property
-    def num_positions(self) -> int:
-        return self.hidden.shape[0]
+    def mask(self) -> None:
+        """Every row has a signal."""
+        return None
+
+    @property
+    def num_signal(self) -> int:
+        return self.num_positions
+
+
+class _StoredRows(_SignalRows):
+    """What signals from a store do alike: some rows may lack a record, and those of samples are joined."""
+
+    _COUNTS: ClassVar[tuple[str, ...]] = ("num_signal",)
+    _ALIKE: ClassVar[str]  # what parts must have in common
+
+    mask: Tensor
+    num_signal: int | None
+
+    @classmethod
+    def join(cls: type[_Stored], parts: Sequence[_StoredRows | None], num_rows: Sequence[int]) -> _Stored:
+        """One signal for samples in order; where some have fewer ids a position, unused slots are added.
+
+        Args:
+            parts: the signal of each sample, at least one; None where it has no usable record.
+            num_rows: labelled positions of each sample; those of a sample without signal are masked.
+
+        Raises:
+            ValueError: parts that do not fit together or have other lengths, or none.
+        """
+        present = [part for part in parts if isinstance(part, cls)]
+        if not present or len(present) < len(parts) - sum(part is None for part in parts):
+            raise ValueError(f"{len(present)} signals to join: need some, all of one class")
+        if len({getattr(part, cls._ALIKE) for part in present}) > 1:
+            raise ValueError(f"signals to join differ in {cls._ALIKE}")
+        for part, rows in zip(parts, num_rows, strict=True):
+            if part is not None and part.num_positions != rows:
+                raise ValueError(f"a signal of {part.num_positions} rows for {rows} positions")
+        widest = max(present, key=lambda part: int(getattr(part, cls._TENSORS[0]).shape[1]))
+        columns: dict[str, Any] = {}
+        for name in cls._TENSORS:
+            like: Tensor = getattr(widest, name)
+            tensors = [
+                like.new_zeros(rows, *like.shape[1:]) if part is None else _widen(getattr(part, name), like)
+                for part, rows in zip(parts, num_rows, strict=True)
+            ]
+            columns[name] = torch.cat(tensors)
+        return widest._changed(columns | dict.fromkeys(cls._COUNTS))
+
+    def _check_mask(self) -> None:
+        """Check the mask, and count it or compare the count that was given, where that costs nothing."""
+        mask, rows = self.mask, self.num_positions
+        if mask.shape != (rows,) or mask.dtype != torch.bool:
+            raise ValueError(f"signal.mask must be bool [{rows}], got {mask.dtype} {list(mask.shape)}")
+        if not _is_readable(mask):
+            return
+        num_signal = int(mask.sum())
+        if self.num_signal not in (None, num_signal):
+            raise ValueError(f"signal.num_signal is {self.num_signal}, but {num_signal} rows of its mask are True")
+        object.__setattr__(self, "num_signal", num_signal)
 
 
 @dataclass(frozen=True)
-class LogitsSignal:
+class LogitsSignal(_StoredRows):
     """Stored full logits (codec ``full``).
 
     Attributes:
         rows: [positions, vocab] in 16 bits, a teacher's logits up to a constant per position.
         mask: [positions] bool, False where no usable record exists.
         num_signal: how many rows of ``mask`` are True; None where that was never counted on the CPU.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a count that is not the mask's.
     """
 
     rows: Tensor
     mask: Tensor
     num_signal: int | None = None
 
+    _TENSORS = ("rows", "mask")
+    _ALIKE = "vocab_size"
+
     def __post_init__(self) -> None:
-        if self.num_signal is None and _is_readable(self.mask):
-            object.__setattr__(self, "num_signal", int(self.mask.sum()))
+        if self.rows.ndim != 2:
+            raise ValueError(f"signal.rows must be [positions, vocab], got {list(self.rows.shape)}")
+        self._check_mask()
 
     @property
-    def num_positions(self) -> int:
-        return self.rows.shape[0]
+    def vocab_size(self) -> int:
+        return self.rows.shape[1]
+
+    def merge_repeats(self) -> LogitsSignal:
+        """The same: no id occurs twice."""
+        return self
 
 
 @dataclass(frozen=True)
-class SparseSignal:
+class SparseSignal(_StoredRows):
     """A teacher distribution at one temperature, held by K ids a position.
 
     The loss estimates ``KL(q || p)`` by
@@ -125,6 +276,9 @@ class SparseSignal:
         temperature: the temperature all of the above hold at; the loss refuses any other.
         num_signal: how many rows of ``mask`` are True; None where that was never counted on the CPU.
         any_tail: False only if no row has a tail; None where that was never looked at on the CPU.
+
+    Raises:
+        ValueError: shapes that do not fit together, or counts that are not the tensors'.
     """
 
     ids: Tensor
@@ -136,15 +290,49 @@ class SparseSignal:
     num_signal: int | None = None
     any_tail: bool | None = None
 
-    def __post_init__(self) -> None:
-        if self.num_signal is None and _is_readable(self.mask):
-            object.__setattr__(self, "num_signal", int(self.mask.sum()))
-        if self.any_tail is None and _is_readable(self.tail_mass):
-            object.__setattr__(self, "any_tail", bool((self.tail_mass > 0).any()))
+    _TENSORS = ("ids", "weights", "log_probs", "tail_mass", "mask")
+    _COUNTS = ("num_signal", "any_tail")
+    _ALIKE = "temperature"
 
-    @property
-    def num_positions(self) -> int:
-        return self.ids.shape[0]
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.dtype != torch.int64:
+            raise ValueError(f"signal.ids must be int64 [positions, K], got {self.ids.dtype} {list(self.ids.shape)}")
+        for name, tensor, shape in (
+            ("weights", self.weights, self.ids.shape),
+            ("log_probs", self.log_probs, self.ids.shape),
+            ("tail_mass", self.tail_mass, self.ids.shape[:1]),
+        ):
+            if tensor.shape != shape:
+                raise ValueError(f"signal.{name} must be {list(shape)}, got {list(tensor.shape)}")
+        self._check_mask()
+        if not _is_readable(self.tail_mass):
+            return
+        if self.any_tail is None:
+            object.__setattr__(self, "any_tail", bool((self.tail_mass > 0).any()))
+        elif not self.any_tail and bool((self.mask & (self.tail_mass > 0)).any()):
+            raise ValueError("signal.any_tail is False, but a row has a tail")
+
+    def merge_repeats(self) -> SparseSignal:
+        """The same estimate with each id of a row in one slot.
+
+        A codec that draws gives an id that was drawn twice two slots; the loss adds them up, and on a GPU in an order
+        that is not always the same. Weights are summed, and log-probabilities weighted, so that
+        ``sum(weights * log_probs)`` of an id is what it was. Slots that become free are unused ones.
+        """
+        ids, order = self.ids.sort(dim=1, stable=True)
+        weights, log_probs = self.weights.gather(1, order), self.log_probs.gather(1, order)
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        slot = new.cumsum(dim=1) - 1
+        summed = torch.zeros_like(weights).scatter_add_(1, slot, weights)
+        crossed = torch.zeros_like(weights).scatter_add_(1, slot, weights * log_probs)
+        used = summed > 0
+        return replace(
+            self,
+            ids=torch.where(used, torch.zeros_like(ids).scatter_(1, slot, ids), 0),
+            weights=summed,
+            log_probs=torch.where(used, crossed / summed.clamp_min(torch.finfo(summed.dtype).tiny), 0.0),
+        )
 
 
 Signal = DenseSignal | LogitsSignal | SparseSignal
@@ -156,6 +344,11 @@ def _is_readable(tensor: Tensor) -> bool:
     Subclasses stand for tensors of another kind: without values, or on another device.
     """
     return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def _widen(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` with zeros after its columns, up to as many as ``like`` has."""
+    return F.pad(tensor, (0, like.shape[1] - tensor.shape[1])) if like.ndim == 2 else tensor
 
 
 @dataclass(frozen=True)

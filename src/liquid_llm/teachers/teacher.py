@@ -25,9 +25,6 @@ from torch import nn
 from liquid_llm.data.types import MicroBatch, SampleSource
 from liquid_llm.losses.signals import Signal
 from liquid_llm.runtime import Choice, choose_attention
-from liquid_llm.teachers.assembly import nbytes, part_of, pin
-
-_MOST_PINNED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,11 @@ class Prepared:
 
     def pinned(self, device: torch.device) -> Prepared:
         """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
-        if self.signal is None or device.type == "cpu" or nbytes(self.signal) > _MOST_PINNED_BYTES:
-            return self  # of whole logits several micro-batches, locked, could be all the host has
-        return replace(self, signal=pin(self.signal))
+        return self if self.signal is None or device.type == "cpu" else replace(self, signal=self.signal.pinned())
 
     def part(self, positions: slice) -> Prepared:
         """What was prepared for some of the micro-batch's labelled positions."""
-        return self if self.signal is None else replace(self, signal=part_of(self.signal, positions))
+        return self if self.signal is None else replace(self, signal=self.signal.part(positions))
 
 
 @dataclass(frozen=True)

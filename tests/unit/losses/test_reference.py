@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -191,37 +192,48 @@ def test_a_sparse_signal_at_another_temperature_is_refused() -> None:
         answer(reference_loss, problem, signal=make_signal("sparse", 13, 29, 2.0), kd_alpha=0.5)
 
 
-def bad_arguments() -> dict[str, dict[str, Any]]:
-    mask = torch.ones(13, dtype=torch.bool)
+def sparse_of(**changed: Any) -> SparseSignal:
     weights = torch.full((13, 2), 0.5)
-    sparse = SparseSignal(torch.zeros(13, 2, dtype=torch.int64), weights, weights.log(), torch.zeros(13), mask, 1.0)
-    return {
-        "kd_alpha": {"kd_alpha": 1.5},
-        "kd_temperature": {"kd_temperature": 0.0},
-        "l2_gamma": {"l2_gamma": -0.1},
-        "signal has 12 rows": {"signal": make_dense(12, 29)},
-        "reference has 12 rows": {"reference": make_dense(12, 29)},
-        "the reference student has 30 logits": {"reference": make_dense(13, 30)},
-        "signal.head.weight": {"signal": DenseSignal(torch.zeros(13, 4), OutputHead(torch.zeros(29, 5)))},
-        "signal.rows": {"signal": LogitsSignal(torch.zeros(13), mask)},
-        "signal.mask": {"signal": LogitsSignal(torch.zeros(13, 29), mask.float())},
-        "signal.ids must be int64": {
-            "signal": SparseSignal(sparse.ids.int(), weights, weights, torch.zeros(13), mask, 1.0)
-        },
-        "signal.ids must lie": {"signal": SparseSignal(sparse.ids + 29, weights, weights, torch.zeros(13), mask, 1.0)},
-        "signal.tail_mass": {"signal": SparseSignal(sparse.ids, weights, weights, torch.zeros(1), mask, 1.0)},
-        "labels must lie": {"labels": torch.full((13,), 29)},
-        "labels must be int64": {"labels": torch.zeros(13)},
-        "hidden must be": {"hidden": torch.zeros(13, 7, dtype=torch.int64)},
-        "head.weight": {"head": OutputHead(torch.zeros(29, 8))},
-        "head.bias": {"head": OutputHead(torch.zeros(29, 7), torch.zeros(28))},
-        "head.soft_cap": {"head": OutputHead(torch.zeros(29, 7), soft_cap=0.0)},
+    fields = {
+        "ids": torch.zeros(13, 2, dtype=torch.int64),
+        "weights": weights,
+        "log_probs": weights.log(),
+        "tail_mass": torch.zeros(13),
+        "mask": torch.ones(13, dtype=torch.bool),
     }
+    return SparseSignal(**(fields | changed), temperature=1.0)
 
 
-@pytest.mark.parametrize("message", bad_arguments())
+MASK = torch.ones(13, dtype=torch.bool)
+BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "alpha must": lambda: {"kd_alpha": 1.5},
+    "temperature must": lambda: {"kd_temperature": 0.0},
+    "gamma must": lambda: {"l2_gamma": -0.1},
+    "signal has 12 rows": lambda: {"signal": make_dense(12, 29)},
+    "reference has 12 rows": lambda: {"reference": make_dense(12, 29)},
+    "the reference student has 30 logits": lambda: {"reference": make_dense(13, 30)},
+    "do not fit": lambda: {"signal": DenseSignal(torch.zeros(13, 4), OutputHead(torch.zeros(29, 5)))},
+    "signal.rows": lambda: {"signal": LogitsSignal(torch.zeros(13), MASK)},
+    "signal.mask": lambda: {"signal": LogitsSignal(torch.zeros(13, 29), MASK.float())},
+    "signal.ids must be int64": lambda: {"signal": sparse_of(ids=torch.zeros(13, 2, dtype=torch.int32))},
+    "signal.ids must lie": lambda: {"signal": sparse_of(ids=torch.full((13, 2), 29))},
+    "signal.log_probs": lambda: {"signal": sparse_of(log_probs=torch.zeros(13, 3))},
+    "signal.tail_mass": lambda: {"signal": sparse_of(tail_mass=torch.zeros(1))},
+    "signal.num_signal is 3": lambda: {"signal": sparse_of(num_signal=3)},
+    "signal.any_tail is False": lambda: {"signal": sparse_of(tail_mass=torch.ones(13), any_tail=False)},
+    "labels must lie": lambda: {"labels": torch.full((13,), 29)},
+    "labels must be int64": lambda: {"labels": torch.zeros(13)},
+    "hidden must be": lambda: {"hidden": torch.zeros(13, 7, dtype=torch.int64)},
+    "head.weight": lambda: {"head": OutputHead(torch.zeros(29, 8))},
+    "head.bias": lambda: {"head": OutputHead(torch.zeros(29, 7), torch.zeros(28))},
+    "head.soft_cap": lambda: {"head": OutputHead(torch.zeros(29, 7), soft_cap=0.0)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
 def test_arguments_that_do_not_fit_are_refused(message: str) -> None:
+    """Some when they are made, the others when the loss is asked for."""
     problem = make_problem()
-    arguments = {"hidden": problem.hidden, "head": problem.head, "labels": problem.labels, **bad_arguments()[message]}
+    arguments = {"hidden": problem.hidden, "head": problem.head, "labels": problem.labels}
     with pytest.raises(ValueError, match=message):
-        reference_loss(arguments.pop("hidden"), arguments.pop("head"), arguments.pop("labels"), **arguments)
+        reference_loss(**(arguments | BAD_ARGUMENTS[message]()))
