@@ -174,10 +174,12 @@ class Evaluator:
         if key in self._kept:
             return self._kept[key].to(part.input_ids.device)
         signal = self.router.signal(part, prepared)
-        if signal is not None and prepared.signal is None:  # computed just now: dear, and the same the next time
-            if self._cached_bytes + signal.nbytes <= CACHE_BYTES:
-                self._kept[key] = signal.to(torch.device("cpu"))
-                self._cached_bytes += signal.nbytes
+        if signal is None or prepared.signal is not None:
+            return signal
+        # It was computed just now, which is dear, and will be the same the next time.
+        if self._cached_bytes + signal.nbytes <= CACHE_BYTES:
+            self._kept[key] = signal.to(torch.device("cpu"))
+            self._cached_bytes += signal.nbytes
         return signal
 
     def _teacher_loss(self, key: tuple[int, int, int], part: MicroBatch, signal: Signal) -> float | None:
