@@ -11,6 +11,7 @@ from tests.support.tiny import Tiny, build, run, start
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
+from liquid_llm.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 CAPTURE = "stage1_hybrid.precompute_hybrid_logits"
@@ -55,6 +56,14 @@ def test_options_win_over_what_vertex_says(captured: Tiny, vertex: str, tmp_path
     assert "config.json" in names(f"{vertex}/elsewhere")
     assert not names(f"{vertex}/checkpoints")
     assert not names(f"{vertex}/model")
+
+
+def test_without_trackers_metrics_go_nowhere_else(captured: Tiny, tmp_path: Path) -> None:
+    words = captured.train_words(tmp_path / "out", run_id="mine", tensorboard_uri=tmp_path / "tb", **SHORT)
+    assert main(["train", *words, "--trackers=none"]) == 0
+    assert read_metrics(tmp_path / "out" / "mine")
+    assert not (tmp_path / "out" / "mine" / "tb").exists()
+    assert not list(tmp_path.glob("tb/*"))
 
 
 def test_a_finished_run_started_again_sends_what_a_mirror_lacks(captured: Tiny, vertex: str) -> None:

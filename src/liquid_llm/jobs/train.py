@@ -103,13 +103,8 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         stop = stack.enter_context(StopSignal())
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
         resume_step = parts.progress.step if start.kind == "continue" else None
-        metrics = stack.enter_context(
-            MetricsWriter(
-                place.run_dir,
-                resume_step=resume_step,
-                trackers=open_trackers(["tensorboard"], place.run_dir, resume_step),
-            )
-        )
+        trackers = open_trackers(config.output.trackers, place.run_dir, resume_step)
+        metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step, trackers=trackers))
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
         trainer = _trainer(config, parts, feed, lambda: stop.requested)
         trainer.consumers = parts.evaluator.consumers = fit.largest
