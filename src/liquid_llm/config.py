@@ -137,6 +137,12 @@ class Sources:
         return self.named.get(type) or SourceConfig(self.other_teacher, default_layout(type))
 
     @property
+    def online(self) -> list[str]:
+        """The models that are asked while training."""
+        every = [*self.named.values(), SourceConfig(self.other_teacher)]
+        return list(dict.fromkeys(one.online for one in every if one.online is not None))
+
+    @property
     def has_store(self) -> bool:
         """Whether a type's signal is read from a store, or captured into it."""
         return any(one.store is not None for one in self.named.values())

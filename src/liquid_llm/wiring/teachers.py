@@ -19,7 +19,6 @@ from liquid_llm.models.loading import LoadedModel, load_tokenizer
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
 from liquid_llm.models.student import PRESETS
 from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
-from liquid_llm.options import ANNEAL
 from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention
 from liquid_llm.sources import NONE, SPELLINGS
@@ -74,19 +73,18 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
     sources: list[tuple[str, str]] = []
     if start.tokenizer_folder is not None:
         sources.append((start.source, start.tokenizer_folder))
-    if config.teacher.online_id is not None:
-        sources.append((f"online teacher {config.teacher.online_id}", config.teacher.online_id))
+    named = [] if config.teacher.online_id is None else [config.teacher.online_id]
+    sources += [(f"online teacher {model_id}", model_id) for model_id in dict.fromkeys([*named, *config.source.online])]
     if not sources and config.teacher.stored_id is not None:
         # Otherwise it is not needed here: the store itself says which tokenizer its signal is of.
         sources.append((f"stored teacher {config.teacher.stored_id}", config.teacher.stored_id))
     if not sources:
         if config.student.spec in PRESETS or config.student.spec.endswith(".json"):
-            option = "--teacher_name" if config.face == ANNEAL else "--lm_teacher_id"
             raise UsageError(
                 "nothing says which tokenizer to use",
                 where=f"--student={config.student.spec}",
                 got="a shape without a tokenizer, and no teacher",
-                remedy=f"give {option}, or a Hugging Face model or folder as --student",
+                remedy="name an online teacher, or give a Hugging Face model or folder as --student",
             )
         sources.append((f"--student={config.student.spec}", config.student.spec))
     first_name, first_id = sources[0]
