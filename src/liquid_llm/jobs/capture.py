@@ -23,8 +23,9 @@ from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.fitting import check_capture_fit, say_fit
-from liquid_llm.wiring.inputs import TextTools, read_manifest_inputs
-from liquid_llm.wiring.teachers import STORE_OPTIONS, load_online, text_tools
+from liquid_llm.wiring.inputs import read_manifest_inputs
+from liquid_llm.wiring.teachers import STORE_OPTIONS, load_online
+from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     assert teacher_id is not None
     codec = codec_of(config.store)
     token = read_token(config.teacher)
-    text = text_tools(load_tokenizer(teacher_id, token=token))
+    text = TextTools.of(load_tokenizer(teacher_id, token=token))
     if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.k, expected=expected)

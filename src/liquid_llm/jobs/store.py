@@ -36,7 +36,8 @@ from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.inputs import read_manifest_inputs
 from liquid_llm.wiring.places import cache_dir
-from liquid_llm.wiring.teachers import load_online, stored_name, text_tools
+from liquid_llm.wiring.teachers import load_online, stored_name
+from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def _verify(
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
     token = read_token(config.teacher)
-    text = text_tools(load_tokenizer(teacher_id, token=token))
+    text = TextTools.of(load_tokenizer(teacher_id, token=token))
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
     entries = find_run_data(config.data, STORED_TYPES).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:

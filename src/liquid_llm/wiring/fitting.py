@@ -36,10 +36,10 @@ from liquid_llm.memory import (
 from liquid_llm.options import AUTO, AUTO_BATCH
 from liquid_llm.runtime import Choice
 from liquid_llm.signal_store.codecs import Codec
-from liquid_llm.wiring.inputs import TextTools
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.shapes import Models, known_models, nominal_shape, real_batches, real_evaluations, shape_of
 from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.tokenizers import TextTools
 
 if TYPE_CHECKING:
     from liquid_llm.wiring.parts import Parts

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from liquid_llm.config import DataConfig
 from liquid_llm.data.hub import load_hub_dataset
@@ -16,18 +15,9 @@ from liquid_llm.data.tokens import Progress, TokenDataset, build_token_dataset, 
 from liquid_llm.data.types import STORED_TYPES, TYPES, ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
 from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextTools:
-    """The tokenizer and what belongs to it."""
-
-    tokenizer: Any
-    hash: str
-    eos_id: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from liquid_llm.schedules import WarmupCosine
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, StepSchedules, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
-from liquid_llm.wiring.inputs import Inputs, TextTools, read_dataset_inputs, read_manifest_inputs, validation_sets
+from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student
-from liquid_llm.wiring.teachers import RunTeachers, choose_tokenizer, make_teachers
+from liquid_llm.wiring.teachers import RunTeachers, make_teachers
+from liquid_llm.wiring.tokenizers import TextTools, choose_tokenizer
 from liquid_llm.wiring.tokens import read_token
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from liquid_llm.signal_store.codecs import Codec, TailCodec, get_codec
 from liquid_llm.signal_store.description import read_store_file
 from liquid_llm.teachers.online import PASS_TOKENS
 from liquid_llm.teachers.stored import StoredTeacher
-from liquid_llm.wiring.inputs import TextTools
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.teachers import STORE_OPTIONS
+from liquid_llm.wiring.tokenizers import TextTools
 
 if TYPE_CHECKING:
     from liquid_llm.wiring.parts import Parts

@@ -24,8 +24,8 @@ from liquid_llm.models.positions import (
     positional_embedding,
 )
 from liquid_llm.models.student import build_student, enable_gradient_checkpointing
-from liquid_llm.wiring.inputs import TextTools
 from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 

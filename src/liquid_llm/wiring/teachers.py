@@ -1,4 +1,4 @@
-"""The teachers of a run: which are built, which signal is read from a store, and that all share one tokenizer."""
+"""The teachers of a run: what each type's source names, built once and looked at before the first step."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ import torch
 from torch import nn
 
 from liquid_llm.config import RunConfig, TeacherConfig
-from liquid_llm.errors import ModelError, UsageError
+from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
-from liquid_llm.models.loading import LoadedModel, load_tokenizer
+from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
-from liquid_llm.models.student import PRESETS
-from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
 from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention
 from liquid_llm.sources import NONE, SPELLINGS
 from liquid_llm.teachers import online
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.teacher import Coverage, Teacher, TeacherSetup
-from liquid_llm.wiring.inputs import Inputs, TextTools
+from liquid_llm.wiring.inputs import Inputs
 from liquid_llm.wiring.places import cache_dir
-from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
@@ -57,51 +55,6 @@ class RunTeachers:
     def choices(self) -> dict[str, Choice]:
         """Arithmetic and attention of the online teacher, each with its reason."""
         return {name: choice for teacher in self.router.values() for name, choice in teacher.choices.items()}
-
-
-def text_tools(tokenizer: Any) -> TextTools:
-    """What a run needs of a tokenizer."""
-    return TextTools(tokenizer, tokenizer_hash(tokenizer), end_of_text_id(tokenizer), len(tokenizer))
-
-
-def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> TextTools:
-    """The one tokenizer of a run: the student's own if it came with one, else the online teacher's or the stored one's.
-
-    Raises:
-        ModelError: two of them differ (naming both), or none can be found.
-    """
-    sources: list[tuple[str, str]] = []
-    if start.tokenizer_folder is not None:
-        sources.append((start.source, start.tokenizer_folder))
-    named = [] if config.teacher.online_id is None else [config.teacher.online_id]
-    sources += [(f"online teacher {model_id}", model_id) for model_id in dict.fromkeys([*named, *config.source.online])]
-    if not sources and config.teacher.stored_id is not None:
-        # Otherwise it is not needed here: the store itself says which tokenizer its signal is of.
-        sources.append((f"stored teacher {config.teacher.stored_id}", config.teacher.stored_id))
-    if not sources:
-        if config.student.spec in PRESETS or config.student.spec.endswith(".json"):
-            raise UsageError(
-                "nothing says which tokenizer to use",
-                where=f"--student={config.student.spec}",
-                got="a shape without a tokenizer, and no teacher",
-                remedy="name an online teacher, or give a Hugging Face model or folder as --student",
-            )
-        sources.append((f"--student={config.student.spec}", config.student.spec))
-    first_name, first_id = sources[0]
-    tokenizer = load_tokenizer(first_id, token=token)
-    for name, other in sources[1:]:
-        require_same_tokenizer(tokenizer, first_name, load_tokenizer(other, token=token), name)
-    text = text_tools(tokenizer)
-    known = start.metadata.tokenizer_hash if start.metadata is not None else None
-    if known is not None and known != text.hash:
-        raise ModelError(
-            "the checkpoint was trained with another tokenizer",
-            where=start.source,
-            got=known[:16],
-            expected=f"{text.hash[:16]} of {first_name}",
-            remedy="use a teacher with the student's tokenizer",
-        )
-    return text
 
 
 def load_online(

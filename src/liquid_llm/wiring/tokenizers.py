@@ -1,0 +1,68 @@
+"""The one tokenizer of a run, and that all its models share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from liquid_llm.config import RunConfig
+from liquid_llm.errors import ModelError, UsageError
+from liquid_llm.models.loading import load_tokenizer
+from liquid_llm.models.student import PRESETS
+from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
+from liquid_llm.wiring.start import Start
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """The tokenizer and what belongs to it."""
+
+    tokenizer: Any
+    hash: str
+    eos_id: int
+    vocab_size: int
+
+    @staticmethod
+    def of(tokenizer: Any) -> TextTools:
+        """What a run needs of a tokenizer."""
+        return TextTools(tokenizer, tokenizer_hash(tokenizer), end_of_text_id(tokenizer), len(tokenizer))
+
+
+def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> TextTools:
+    """The one tokenizer of a run: the student's own if it came with one, else the online teacher's or the stored one's.
+
+    Raises:
+        ModelError: two of them differ (naming both), or none can be found.
+    """
+    sources: list[tuple[str, str]] = []
+    if start.tokenizer_folder is not None:
+        sources.append((start.source, start.tokenizer_folder))
+    named = [] if config.teacher.online_id is None else [config.teacher.online_id]
+    sources += [(f"online teacher {model_id}", model_id) for model_id in dict.fromkeys([*named, *config.source.online])]
+    if not sources and config.teacher.stored_id is not None:
+        # Otherwise it is not needed here: the store itself says which tokenizer its signal is of.
+        sources.append((f"stored teacher {config.teacher.stored_id}", config.teacher.stored_id))
+    if not sources:
+        if config.student.spec in PRESETS or config.student.spec.endswith(".json"):
+            raise UsageError(
+                "nothing says which tokenizer to use",
+                where=f"--student={config.student.spec}",
+                got="a shape without a tokenizer, and no teacher",
+                remedy="name an online teacher, or give a Hugging Face model or folder as --student",
+            )
+        sources.append((f"--student={config.student.spec}", config.student.spec))
+    first_name, first_id = sources[0]
+    tokenizer = load_tokenizer(first_id, token=token)
+    for name, other in sources[1:]:
+        require_same_tokenizer(tokenizer, first_name, load_tokenizer(other, token=token), name)
+    text = TextTools.of(tokenizer)
+    known = start.metadata.tokenizer_hash if start.metadata is not None else None
+    if known is not None and known != text.hash:
+        raise ModelError(
+            "the checkpoint was trained with another tokenizer",
+            where=start.source,
+            got=known[:16],
+            expected=f"{text.hash[:16]} of {first_name}",
+            remedy="use a teacher with the student's tokenizer",
+        )
+    return text
