@@ -42,7 +42,8 @@ from liquid_llm.models.loading import load_teacher
 from liquid_llm.models.student import build_student
 from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.schedules import WarmupCosine
-from liquid_llm.signal_store.codecs import Codec, StoredSignal, TailCodec, get_codec
+from liquid_llm.signal_store.codecs import Codec, StoredSignal, get_codec
+from liquid_llm.signal_store.codecs.tail import TailCodec
 
 TOP = 64
 

@@ -42,9 +42,9 @@ from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.signal_store.codecs import Codec, Payload, get_codec
 from liquid_llm.signal_store.description import write_store_file
 from liquid_llm.signal_store.records import SignalIdentity
-from liquid_llm.signal_store.shards.file import PREFIX, SUFFIX, Names, Packed, build_shard
-from liquid_llm.signal_store.shards.index import INDEX_FILE
-from liquid_llm.signal_store.shards.writer import SHARD_BYTES, write_index
+from liquid_llm.signal_store.shards.file import PREFIX, SUFFIX, PackedRecord, Tables, build_shard
+from liquid_llm.signal_store.shards.folder import INDEX_FILE, write_index
+from liquid_llm.signal_store.shards.writer import SHARD_BYTES
 from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 
@@ -71,7 +71,7 @@ def make_big_store(folder: Path, samples: int) -> None:
     per_shard = SHARD_BYTES // RECORD_BYTES
     for number, first in enumerate(range(0, samples, per_shard)):
         ids = [f"gsm8k/train/{n:08d}" for n in range(first, min(first + per_shard, samples))]
-        front = build_shard([Packed(name, "code", 300, Hole(), 6970) for name in ids], Names(["code"]), identity)
+        front = build_shard([PackedRecord(name, "code", 300, Hole(), 6970) for name in ids], Tables(["code"]), identity)
         path = folder / f"{PREFIX}000001-{number:06d}-0123abcd{SUFFIX}"
         front = with_hole(front, len(ids) * RECORD_BYTES)
         path.write_bytes(front)

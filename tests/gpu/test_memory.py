@@ -20,7 +20,7 @@ from liquid_llm.cli.main import main
 from liquid_llm.device import release_memory
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.loading import LoadedModel
-from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter, open_store
 
 # On a GPU large enough that what its allocator keeps beside tensors does not matter.

@@ -16,7 +16,7 @@ import time
 from tests.support.teachers import IDENTITY, VOCAB, ListSource, make_samples, tiny_teacher
 
 from liquid_llm.capture.job import capture
-from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter
 
 

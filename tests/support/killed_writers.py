@@ -22,7 +22,7 @@ import torch
 
 from liquid_llm.data.types import Sample
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.signal_store.codecs import FullCodec
+from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.records import Record
 from liquid_llm.signal_store.store import StoreWriter, open_store
 
@@ -77,8 +77,8 @@ def records_there(folder: Path) -> int:
         if name in seen or not torch.equal(found.payload["logits"], payload(known[name])["logits"]):
             raise SystemExit(f"{name} is there twice or wrong")
         seen.add(name)
-    if store.layout.condition.problems():  # type: ignore[attr-defined]
-        raise SystemExit(str(store.layout.condition.problems()))  # type: ignore[attr-defined]
+    if store.layout.listing.problems():  # type: ignore[attr-defined]
+        raise SystemExit(str(store.layout.listing.problems()))  # type: ignore[attr-defined]
     return len(seen)
 
 

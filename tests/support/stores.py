@@ -9,7 +9,7 @@ from typing import Any
 from tests.support.teachers import IDENTITY, make_samples, random_logits
 
 from liquid_llm.data.types import Sample
-from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.shards.folder import ShardsLayout
 from liquid_llm.signal_store.store import StoreReader, StoreWriter, open_store
 
@@ -52,4 +52,4 @@ def shard_files(folder: Path) -> list[Path]:
 
 def condition(store: StoreReader) -> Any:
     assert isinstance(store.layout, ShardsLayout)
-    return store.layout.condition
+    return store.layout.listing

@@ -18,7 +18,8 @@ from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.errors import DeviceError
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import Constant
-from liquid_llm.signal_store.codecs import FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.teacher import Prepared
 from liquid_llm.training import Progress, StepSchedules, StepValues, Student, Trainer, build_optimizer

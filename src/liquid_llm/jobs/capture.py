@@ -17,7 +17,7 @@ from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, 
 from liquid_llm.jobs.prepare import prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory, launched_as
-from liquid_llm.signal_store.codecs import Codec, TopKCodec, get_codec
+from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import present_layout, require_own
 from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.signal_store.store import StoreWriter
@@ -77,9 +77,9 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     codec = codec_of(config.store)
     token = read_token(config.teacher)
     text = TextTools.of(load_tokenizer(teacher_id, token=token))
-    if isinstance(codec, TopKCodec) and codec.k > text.vocab_size:
+    if int(codec.options.get("k", 0)) > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
-        raise UsageError("more ids than there are", where="--topk", got=codec.k, expected=expected)
+        raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)
     datasets = _datasets(config, text)
     teacher = identify(teacher_id, text.hash, token=token)
     layouts = _layouts(config, datasets, SignalIdentity.of(codec, teacher, text.vocab_size), new_layout)
@@ -126,7 +126,7 @@ def codec_of(store: StoreConfig) -> Codec:
     """
     values = _settings(store.codec_options or "")
     if store.topk is not None:
-        if store.codec != TopKCodec.name or "k" in values:
+        if store.codec != "topk" or "k" in values:
             raise UsageError(
                 "a setting of codec 'topk' only, to be given once",
                 where="--topk",

@@ -10,13 +10,14 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 
-from liquid_llm.capture.verify import Difference, Verifier, compare
+from liquid_llm.capture.verify import Verifier
 from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import STORED_TYPES
@@ -26,6 +27,7 @@ from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
 from liquid_llm.signal_store.codecs import PayloadError
+from liquid_llm.signal_store.compare import Difference, compare
 from liquid_llm.signal_store.description import present_layout
 from liquid_llm.signal_store.records import Record, RecordError
 from liquid_llm.signal_store.shards.pack import pack
@@ -61,7 +63,7 @@ def run_pack(source: str, target: str, *, as_json: bool) -> int:
         summary = pack(store, target, progress=stage.advance)
     store.close()
     _show(
-        summary.as_dict(),
+        asdict(summary),
         as_json,
         [
             ("records packed", f"{summary.packed:,}"),
@@ -82,7 +84,7 @@ def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperatur
     at, moved = _temperature([store], temperature, "--temperature")
     assert at is not None  # one store has a range
     seed = int(str(given.get("seed", 1234)))
-    found = survey(store, samples=samples, temperature=at, seed=seed).as_dict()
+    found = survey(store, samples=samples, temperature=at, seed=seed)
     report = {**store.describe(), "temperature": at, **found}
     lines = [*_stats_lines(report), *moved]
     code = 0
@@ -304,9 +306,7 @@ def _stats_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("unreadable", f"{report['unreadable']:,} of these records, {size}"))
     if report["superseded"]:
         room = f"liquid store pack {report['uri']} {report['uri']} gives the room back"
-        lines.append(
-            ("superseded", f"{report['superseded']:,} more, {format_bytes(report['superseded_bytes'])}; {room}")
-        )
+        lines.append(("superseded", f"{report['superseded']:,} more, counted below; {room}"))
     lines += [
         ("size", format_bytes(report["bytes"])),
         ("bytes a token", _or_dash(report["bytes_per_token"])),
@@ -331,10 +331,7 @@ def _diff_lines(found: Difference, first: str, second: str) -> list[tuple[str, s
     words = {
         "equal": "equal",
         "payload": "same tokens, other signal",
-        "longer_first": f"longer window in {first}",
-        "longer_second": f"longer window in {second}",
-        "length": "other window, too short to tell whether the tokens agree",
-        "tokens": "made from other tokens (stale in one of them)",
+        "tokens": "of another text or length (stale in one of them)",
         "only_first": f"only in {first}",
         "only_second": f"only in {second}",
         "unreadable": "unreadable",
@@ -343,12 +340,11 @@ def _diff_lines(found: Difference, first: str, second: str) -> list[tuple[str, s
     if found.identity is not None:
         name, mine, theirs = found.identity
         lines.append((f"the {name} differs", f"{mine} and {theirs}"))
-    for name, values in (("decoded difference", found.decoded), ("difference in common", found.common)):
-        if values:
-            what = "relative Euclidean distance of a record's distributions"
-            if values is found.common:
-                what += f", at {found.common_positions:,} positions common to both windows"
-            lines.append((name, f"mean {fmean(values):.3g}, largest {max(values):.3g} ({what})"))
+    if found.decoded:
+        what = "relative Euclidean distance of a record's distributions"
+        lines.append(
+            ("decoded difference", f"mean {fmean(found.decoded):.3g}, largest {max(found.decoded):.3g} ({what})")
+        )
     return lines + [(words[kind], name) for kind, names in found.examples.items() for name in names]
 
 

@@ -19,7 +19,7 @@ from liquid_llm.memory.cache import remember
 from liquid_llm.memory.capture import work_out_capture
 from liquid_llm.memory.free import available_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
-from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape, most_slots
+from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape
 from liquid_llm.memory.training import work_out_training
 from liquid_llm.memory.verdict import (
     BatchChoice,
@@ -48,7 +48,6 @@ __all__ = [
     "capture_options",
     "fits",
     "largest_batch",
-    "most_slots",
     "predict_capture",
     "predict_training",
     "training_options",

@@ -13,9 +13,6 @@ from typing import Any, Literal
 import torch
 
 from liquid_llm.runtime import torch_dtype
-from liquid_llm.signal_store.codecs import Codec, SampledCodec, TailCodec, TopKCodec
-from liquid_llm.signal_store.codecs.tail.intensity import Draws
-from liquid_llm.signal_store.codecs.tail.rows import MOST_EXACT, most_draws
 
 SignalKind = Literal["none", "dense", "sparse", "logits"]
 
@@ -137,15 +134,3 @@ class CaptureShape:
     def as_plain(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
-
-
-def most_slots(codec: Codec) -> int:
-    """The most ids a position of a stored signal can have; 0 for a codec that keeps whole logits."""
-    if isinstance(codec, TopKCodec):
-        return codec.k
-    if isinstance(codec, SampledCodec):
-        return codec.draws
-    if isinstance(codec, TailCodec):
-        draws = [float(codec.options[name]) for name in ("draws_t1", "draws_t2", "draws_t4")]
-        return MOST_EXACT + most_draws(Draws(*draws))
-    return 0

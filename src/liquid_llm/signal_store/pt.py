@@ -1,52 +1,128 @@
 """Layout ``pt``: one small ``.pt`` file a sample, named after its id.
 
-The folder is listed once by whoever opens it. A file appears complete or not at all (``storage.write_bytes``), so
-processes that capture the same sample at the same time only replace each other's equal records.
+A file holds header and payload as one dictionary of plain values and tensors, with a crc32 over both, and loads with
+``weights_only=True``. The folder is listed once by whoever opens it. A file appears complete or not at all
+(``storage.write_bytes``), so processes that capture the same sample at the same time only replace each other's equal
+records.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+import hashlib
+import io
+import json
+import pickle
+import random
+import re
+import struct
+import zipfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
 
 from liquid_llm import storage
-from liquid_llm.signal_store.records import SUFFIX, Record, RecordError, file_name, from_bytes, to_bytes
+from liquid_llm.signal_store.codecs import Payload
+from liquid_llm.signal_store.layout import Contents, Found
+from liquid_llm.signal_store.records import (
+    MARK_BYTES,
+    PREFIX_TOKENS,
+    Record,
+    RecordError,
+    RecordHeader,
+    SignalIdentity,
+    compact,
+)
+from liquid_llm.storage import FileInfo
+
+SUFFIX = ".pt"
 
 _READERS = 8
 _READ_AHEAD = 64
 
+# What torch.load is known to raise on damaged bytes (found by fuzzing, see the tests).
+_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    OSError,
+    OverflowError,
+    MemoryError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+_END_OF_ZIP = b"PK\x05\x06"
+_DISPENSABLE = (".format_version", ".storage_alignment", ".data/serialization_id")  # of what torch.save writes
+
 
 class PtLayout:
-    """Records of one folder.
-
-    Attributes:
-        name: of the layout.
+    """Records of one folder; see ``layout.Layout``.
 
     Args:
         uri: the folder.
-        names: of the files in it.
+        infos: of the files in it.
     """
 
     name = "pt"
+    superseded = 0
 
-    def __init__(self, uri: str, names: Iterable[str]) -> None:
+    def __init__(self, uri: str, infos: Iterable[FileInfo]) -> None:
         self._uri = uri
-        self._names = {name for name in names if name.endswith(SUFFIX) and "/" not in name}
+        self._sizes = {info.name: info.size for info in infos if is_record_file(info.name)}
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._sizes)
 
     def has(self, sample_id: str) -> bool:
-        """Whether the listing had a file for the sample."""
-        return file_name(sample_id) in self._names
+        return file_name(sample_id) in self._sizes
+
+    def problems(self) -> list[str]:
+        return []
 
     def read(self, sample_id: str) -> Record:
-        """The sample's record. Raises RecordError where the file is damaged, StorageError where it cannot be read."""
         return from_bytes(storage.read_bytes(storage.join(self._uri, file_name(sample_id))))
 
+    def records(self) -> Iterator[Found]:
+        """See ``Layout``; read ahead by threads."""
+        return self._read_files(sorted(self._sizes))
+
+    def draw(self, count: int, seed: int) -> Iterator[Found]:
+        names = sorted(self._sizes)
+        return self._read_files(random.Random(seed).sample(names, min(count, len(names))))
+
+    def contents(self) -> Contents:
+        """See ``Layout``. All records are read: only inside them is said how many tokens they have."""
+        found = Contents(len(self))
+        for name, record in self.records():
+            if isinstance(record, RecordError):
+                found.unreadable += 1
+                found.unreadable_bytes += self._sizes[name]
+                continue
+            payload_bytes = sum(tensor.nbytes for tensor in record.payload.values())
+            found.types.setdefault(record.header.type, Counter()).update(
+                records=1, tokens=record.header.num_tokens, payload_bytes=payload_bytes
+            )
+            found.parts["payload"] += payload_bytes
+        found.parts["files and headers"] = sum(self._sizes.values()) - found.parts["payload"] - found.unreadable_bytes
+        return found
+
+    def replaceable(self, left_out: set[str]) -> list[FileInfo]:
+        return []
+
+    def writer(self, identity: SignalIdentity, *, shard_bytes: int, part_seconds: float) -> PtLayout:
+        return self
+
     def write(self, record: Record) -> int:
-        """Publish a record; returns the bytes it takes."""
+        """Publish a record; returns the bytes it takes. Raises StorageError."""
         data = to_bytes(record)
         storage.write_bytes(storage.join(self._uri, file_name(record.header.sample_id)), data)
         return len(data)
@@ -55,27 +131,104 @@ class PtLayout:
         """Nothing is held back."""
         return 0
 
-    def records(self) -> Iterator[tuple[str, Record | RecordError]]:
-        """Every record under its sample's id, or what is wrong with a file under its name; read ahead by threads."""
-        waiting: deque[tuple[str, Future[Record | RecordError]]] = deque()
-        with ThreadPoolExecutor(_READERS, "records") as threads:
-            for name in sorted(self._names):
-                waiting.append((name, threads.submit(self._read_file, name)))
-                if len(waiting) > _READ_AHEAD:
-                    yield _named(*waiting.popleft())
-            while waiting:
-                yield _named(*waiting.popleft())
-
     def close(self) -> None:
         """Nothing is open."""
 
-    def _read_file(self, name: str) -> Record | RecordError:
+    def _read_files(self, names: Iterable[str]) -> Iterator[Found]:
+        waiting: deque[Future[Found]] = deque()
+        with ThreadPoolExecutor(_READERS, "records") as threads:
+            for name in names:
+                waiting.append(threads.submit(self._read_file, name))
+                if len(waiting) > _READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _read_file(self, name: str) -> Found:
         try:
-            return from_bytes(storage.read_bytes(storage.join(self._uri, name)))
+            record = from_bytes(storage.read_bytes(storage.join(self._uri, name)))
         except RecordError as error:
-            return error
+            return name, error
+        return record.header.sample_id, record
 
 
-def _named(name: str, future: Future[Record | RecordError]) -> tuple[str, Record | RecordError]:
-    found = future.result()
-    return (found.header.sample_id if isinstance(found, Record) else name), found
+def is_record_file(name: str) -> bool:
+    """Whether a file of a folder is one of its records."""
+    return name.endswith(SUFFIX) and "/" not in name
+
+
+def file_name(sample_id: str) -> str:
+    """A name that is safe on any file system or object store and differs for any two ids, even by case only."""
+    slug = re.sub(r"[^A-Za-z0-9_-]", "_", sample_id)[:48]
+    digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{slug}-{digest}{SUFFIX}"
+
+
+def to_bytes(record: Record) -> bytes:
+    """The record as a ``.pt`` file's bytes."""
+    header = _header_values(record.header)
+    # torch.save writes all of the storage behind a view, and a single row may keep odd strides: a copy has neither
+    payload = {name: compact(tensor) for name, tensor in record.payload.items()}
+    header["checksum"] = _checksum(header, payload)
+    buffer = io.BytesIO()
+    torch.save({"header": header, "payload": payload}, buffer)
+    return _without_slack(buffer)
+
+
+def _without_slack(saved: io.BytesIO) -> bytes:
+    """The same archive without alignment and what ``torch.load`` does not need: a kilobyte less a record."""
+    small = io.BytesIO()
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(small, "w") as target:
+        for entry in source.infolist():
+            name = entry.filename.partition("/")[2]
+            if name not in _DISPENSABLE:
+                method = zipfile.ZIP_DEFLATED if name == "data.pkl" else zipfile.ZIP_STORED
+                target.writestr(zipfile.ZipInfo(f"r/{name}"), source.read(entry), method)
+    return small.getvalue()
+
+
+def from_bytes(data: bytes) -> Record:
+    """Inverse of ``to_bytes``.
+
+    Raises:
+        RecordError: the bytes are truncated, damaged or no record, with the reason.
+    """
+    if data[-22:-18] != _END_OF_ZIP:  # a cut file has lost its end; torch would try other formats on it
+        raise RecordError(f"truncated or not a record ({len(data)} bytes)")
+    try:
+        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        values, payload = dict(content["header"]), dict(content["payload"])
+        expected = values.pop("checksum")
+        actual = _checksum(values, payload)
+        header = _read_header(values)
+    except _DAMAGE as error:
+        raise RecordError(f"unreadable: {type(error).__name__}") from error
+    if actual != expected:
+        raise RecordError("the checksum does not match")
+    return Record(header, payload)
+
+
+def _header_values(header: RecordHeader) -> dict[str, Any]:
+    """Plain values, flat."""
+    values = asdict(header)
+    return {**values.pop("identity"), **values, "token_hashes": header.token_hashes.hex()}
+
+
+def _read_header(values: Mapping[str, Any]) -> RecordHeader:
+    """Inverse of ``_header_values``. Format 1 had a whole hash for every 64 tokens."""
+    identity = SignalIdentity(**{field.name: values[field.name] for field in fields(SignalIdentity)})
+    version, num_tokens, hashes = int(values["format_version"]), int(values["num_tokens"]), values["token_hashes"]
+    if version > 1:
+        hashes = bytes.fromhex(hashes)
+    else:
+        whole = [bytes.fromhex(one) for one in hashes]
+        hashes = whole[-1] + b"".join(one[:MARK_BYTES] for one in whole[: num_tokens // PREFIX_TOKENS])
+    return RecordHeader(version, str(values["sample_id"]), str(values["type"]), identity, num_tokens, hashes)
+
+
+def _checksum(header: Mapping[str, Any], payload: Payload) -> int:
+    shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in payload.items()}
+    running = zlib.crc32(json.dumps([header, shapes], sort_keys=True).encode())
+    for name in sorted(payload):
+        running = zlib.crc32(payload[name].contiguous().view(torch.uint8).numpy().data, running)
+    return running

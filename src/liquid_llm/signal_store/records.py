@@ -1,28 +1,17 @@
-"""A record: the stored teacher signal of one sample, as bytes and back.
+"""A record: the stored teacher signal of one sample.
 
     header         plain values: whose signal it is, of which tokens, in which codec
     payload        the codec's tensors
     token hashes   of all captured tokens, and short ones of the first 64, 128, ...: a record is used only for the very
                    tokens it was made from, and where a text has changed behind a window, for that window still
-    checksum       crc32 over header and payload; a damaged record is told from a foreign one
 
-``.pt`` bytes hold both as one dictionary of tensors and plain values and load with ``weights_only=True``. Shards hold
-the same in fewer bytes (``shards.py``).
+How it becomes bytes is a matter of the layout: ``pt.py``, ``shards/file.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import pickle
-import re
-import struct
-import zipfile
-import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -34,26 +23,6 @@ from liquid_llm.signal_store.codecs import Codec, Payload
 FORMAT_VERSION = 2  # 1 had a whole hash for every 64 tokens; both are read
 PREFIX_TOKENS = 64
 WHOLE_BYTES, MARK_BYTES = 8, 4
-SUFFIX = ".pt"
-
-# What torch.load is known to raise on damaged bytes (found by fuzzing, see the tests).
-_DAMAGE = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    OSError,
-    OverflowError,
-    MemoryError,
-    AssertionError,
-    struct.error,
-    pickle.UnpicklingError,
-)
-_END_OF_ZIP = b"PK\x05\x06"
-_DISPENSABLE = (".format_version", ".storage_alignment", ".data/serialization_id")  # of what torch.save writes
 
 
 class RecordError(Exception):
@@ -122,24 +91,6 @@ class RecordHeader:
     num_tokens: int
     token_hashes: bytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, flat."""
-        values = asdict(self)
-        return {**values.pop("identity"), **values, "token_hashes": self.token_hashes.hex()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RecordHeader:
-        """Inverse of ``to_dict``. Raises KeyError or TypeError for what it cannot have written."""
-        identity = SignalIdentity(**{field.name: values[field.name] for field in fields(SignalIdentity)})
-        return cls(
-            int(values["format_version"]),
-            str(values["sample_id"]),
-            str(values["type"]),
-            identity,
-            int(values["num_tokens"]),
-            _hashes_of(values),
-        )
-
 
 @dataclass(frozen=True)
 class Record:
@@ -190,75 +141,8 @@ def first_difference(header: RecordHeader, input_ids: np.ndarray, window: int) -
     return f"the text differs from the captured one after token {agreeing}"
 
 
-def _hashes_of(values: Mapping[str, Any]) -> bytes:
-    hashes = values["token_hashes"]
-    if int(values["format_version"]) > 1:
-        return bytes.fromhex(hashes)
-    whole = [bytes.fromhex(one) for one in hashes]
-    return whole[-1] + b"".join(one[:MARK_BYTES] for one in whole[: int(values["num_tokens"]) // PREFIX_TOKENS])
-
-
-def file_name(sample_id: str) -> str:
-    """A name that is safe on any file system or object store and differs for any two ids, even by case only."""
-    slug = re.sub(r"[^A-Za-z0-9_-]", "_", sample_id)[:48]
-    digest = hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-    return f"{slug}-{digest}{SUFFIX}"
-
-
-def to_bytes(record: Record) -> bytes:
-    """The record as a ``.pt`` file's bytes."""
-    header = record.header.to_dict()
-    # torch.save writes all of the storage behind a view, and a single row may keep odd strides: a copy has neither
-    payload = {name: compact(tensor) for name, tensor in record.payload.items()}
-    header["checksum"] = _checksum(header, payload)
-    buffer = io.BytesIO()
-    torch.save({"header": header, "payload": payload}, buffer)
-    return _without_slack(buffer)
-
-
-def _without_slack(saved: io.BytesIO) -> bytes:
-    """The same archive without alignment and what ``torch.load`` does not need: a kilobyte less a record."""
-    small = io.BytesIO()
-    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(small, "w") as target:
-        for entry in source.infolist():
-            name = entry.filename.partition("/")[2]
-            if name not in _DISPENSABLE:
-                method = zipfile.ZIP_DEFLATED if name == "data.pkl" else zipfile.ZIP_STORED
-                target.writestr(zipfile.ZipInfo(f"r/{name}"), source.read(entry), method)
-    return small.getvalue()
-
-
-def from_bytes(data: bytes) -> Record:
-    """Inverse of ``to_bytes``.
-
-    Raises:
-        RecordError: the bytes are truncated, damaged or no record, with the reason.
-    """
-    if data[-22:-18] != _END_OF_ZIP:  # a cut file has lost its end; torch would try other formats on it
-        raise RecordError(f"truncated or not a record ({len(data)} bytes)")
-    try:
-        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        values, payload = dict(content["header"]), dict(content["payload"])
-        expected = values.pop("checksum")
-        actual = _checksum(values, payload)
-        header = RecordHeader.from_dict(values)
-    except _DAMAGE as error:
-        raise RecordError(f"unreadable: {type(error).__name__}") from error
-    if actual != expected:
-        raise RecordError("the checksum does not match")
-    return Record(header, payload)
-
-
 def compact(tensor: Tensor) -> Tensor:
     """The same values with memory of its own in the usual order, also where a single entry hides odd strides."""
     if tensor.dim() and tensor.stride(-1) == 1 and tensor.nbytes == tensor.untyped_storage().nbytes():
         return tensor.contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _checksum(header: Mapping[str, Any], payload: Payload) -> int:
-    shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in payload.items()}
-    running = zlib.crc32(json.dumps([header, shapes], sort_keys=True).encode())
-    for name in sorted(payload):
-        running = zlib.crc32(payload[name].contiguous().view(torch.uint8).numpy().data, running)
-    return running

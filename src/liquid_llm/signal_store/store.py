@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from liquid_llm import storage
 from liquid_llm.data.types import Sample
@@ -24,27 +24,30 @@ from liquid_llm.errors import SignalError
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, Payload, PayloadError, StoredSignal, get_codec
 from liquid_llm.signal_store.description import STORE_FILE, read_store_file, require_own, write_store_file
-from liquid_llm.signal_store.pt import PtLayout
+from liquid_llm.signal_store.layout import Layout
+from liquid_llm.signal_store.pt import PtLayout, from_bytes, is_record_file
 from liquid_llm.signal_store.records import (
     FORMAT_VERSION,
-    SUFFIX,
     Record,
     RecordError,
     RecordHeader,
     RecordMissingError,
     SignalIdentity,
     first_difference,
-    from_bytes,
     token_hashes,
 )
+from liquid_llm.signal_store.shards.file import is_shard
 from liquid_llm.signal_store.shards.folder import ShardsLayout
-from liquid_llm.signal_store.shards.listing import is_shard
 from liquid_llm.signal_store.shards.remote import ShardCache
-from liquid_llm.signal_store.shards.writer import PART_SECONDS, SHARD_BYTES, ShardsWriter
+from liquid_llm.signal_store.shards.writer import PART_SECONDS, SHARD_BYTES
+from liquid_llm.storage import FileInfo
 
 log = logging.getLogger(__name__)
 
-LAYOUTS = ("pt", "shards")
+LAYOUTS: dict[str, Callable[[str, Iterable[FileInfo], ShardCache | None], Layout]] = {
+    "pt": lambda uri, infos, cache: PtLayout(uri, infos),
+    "shards": ShardsLayout,
+}
 _CAPTURE = (
     "liquid capture --mc-teacher-id=TEACHER --dataset-manifest=MANIFEST --math-logits-dir=DIR --code-logits-dir=DIR"
 )
@@ -66,33 +69,6 @@ class Lookup:
     status: Status
     reason: str = ""
     signal: StoredSignal | None = None
-
-
-class Layout(Protocol):
-    """How the records of a store lie in its folder."""
-
-    @property
-    def name(self) -> str: ...
-
-    def __len__(self) -> int:
-        """Number of records, complete or not."""
-        ...
-
-    def has(self, sample_id: str) -> bool:
-        """Whether there is something for the sample, without asking storage."""
-        ...
-
-    def read(self, sample_id: str) -> Record:
-        """The sample's record. Raises RecordError or StorageError."""
-        ...
-
-    def records(self) -> Iterator[tuple[str, Record | RecordError]]:
-        """Every sample's id and record; what cannot be read under the name of its file."""
-        ...
-
-    def close(self) -> None:
-        """Close what is open."""
-        ...
 
 
 class StoreReader:
@@ -215,15 +191,8 @@ class StoreWriter:
         else:
             self._refuse_foreign_files(names)
             write_store_file(uri, self.identity, layout, versions)
-        self._layout: PtLayout | ShardsLayout
-        self._sink: PtLayout | ShardsWriter
-        if layout == "pt":
-            self._layout = self._sink = PtLayout(uri, names)
-        else:
-            self._layout = there = ShardsLayout(uri, infos)
-            self._sink = ShardsWriter(
-                uri, self.identity, names, shard_bytes=shard_bytes, part_seconds=part_seconds, index_due=there.index_due
-            )
+        self._layout = LAYOUTS[layout](uri, infos, None)
+        self._writer = self._layout.writer(self.identity, shard_bytes=shard_bytes, part_seconds=part_seconds)
 
     def has(self, sample_id: str) -> bool:
         """Whether a record of that name was there when the writer was made."""
@@ -231,43 +200,30 @@ class StoreWriter:
 
     def complete(self, sample: Sample, window: int) -> bool:
         """Whether a whole record is there that serves the first ``window`` tokens of ``sample``. Reads it."""
-        if not self.has(sample.sample_id):
-            return False
-        try:
-            header = self._layout.read(sample.sample_id).header
-        except RecordError:
-            return False
-        return stale_reason(header, self.identity, sample, window) is None
+        header = self._read_header(sample.sample_id)
+        return header is not None and stale_reason(header, self.identity, sample, window) is None
+
+    def holds(self, record: Record) -> bool:
+        """Whether a whole record of the same tokens was there when the writer was made. Reads it."""
+        mine, there = record.header, self._read_header(record.header.sample_id)
+        return there is not None and (there.type, there.num_tokens, there.token_hashes) == (
+            mine.type,
+            mine.num_tokens,
+            mine.token_hashes,
+        )
 
     def write(self, sample: Sample, num_tokens: int, payload: Payload) -> int:
         """Store the first ``num_tokens`` tokens of ``sample``, replacing any record; returns its bytes.
 
         Layout ``pt`` publishes it at once, ``shards`` with others, all of them by :meth:`finish`.
         """
-        header = RecordHeader(
-            FORMAT_VERSION,
-            sample.sample_id,
-            sample.type,
-            self.identity,
-            num_tokens,
-            token_hashes(sample.input_ids[:num_tokens]),
-        )
+        hashes = token_hashes(sample.input_ids[:num_tokens])
+        header = RecordHeader(FORMAT_VERSION, sample.sample_id, sample.type, self.identity, num_tokens, hashes)
         return self.put(Record(header, payload))
 
     def put(self, record: Record) -> int:
         """Store a record that is made already, of this store's identity; otherwise as :meth:`write`."""
-        return self._sink.write(record)
-
-    def holds(self, record: Record) -> bool:
-        """Whether a whole record of the same tokens was there when the writer was made. Reads it."""
-        if not self.has(record.header.sample_id):
-            return False
-        try:
-            there = self._layout.read(record.header.sample_id).header
-        except RecordError:
-            return False
-        mine = record.header
-        return (there.type, there.num_tokens, there.token_hashes) == (mine.type, mine.num_tokens, mine.token_hashes)
+        return self._writer.write(record)
 
     def finish(self) -> int:
         """Publish what is held back; returns the bytes of files beyond those told by ``write``. More may be written.
@@ -275,10 +231,16 @@ class StoreWriter:
         Raises:
             StorageError: something could not be published.
         """
-        return self._sink.finish()
+        return self._writer.finish()
+
+    def _read_header(self, sample_id: str) -> RecordHeader | None:
+        try:
+            return self._layout.read(sample_id).header if self.has(sample_id) else None
+        except RecordError:
+            return None
 
     def _refuse_foreign_files(self, names: set[str]) -> None:
-        foreign = sorted(name for name in names if name.endswith(SUFFIX) or is_shard(name))
+        foreign = sorted(name for name in names if is_record_file(name) or is_shard(name))
         if foreign:
             kind = "shards" if is_shard(foreign[0]) else ".pt files"
             raise SignalError(
@@ -317,10 +279,20 @@ def open_store(
         kind = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
         raise SignalError(kind, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
     identity, layout_name, versions = read_store_file(uri)
-    _require(uri, identity, "teacher", identity.teacher_id, teacher_id)
-    _require(uri, identity, "revision of the teacher", identity.teacher_revision, teacher_revision)
-    _require(uri, identity, "tokenizer", identity.tokenizer_hash, tokenizer_hash)
-    _require(uri, identity, "vocabulary size", identity.vocab_size, vocab_size)
+    for what, stored, expected in (
+        ("teacher", identity.teacher_id, teacher_id),
+        ("revision of the teacher", identity.teacher_revision, teacher_revision),
+        ("tokenizer", identity.tokenizer_hash, tokenizer_hash),
+        ("vocabulary size", identity.vocab_size, vocab_size),
+    ):
+        if expected is not None and stored != expected:
+            raise SignalError(
+                f"the store is of another {what}",
+                where=uri,
+                got=stored if what == "teacher" else f"{stored} (of {identity.teacher})",
+                expected=expected,
+                remedy="name the folder captured with the expected one, or capture again into another folder",
+            )
     if layout_name not in LAYOUTS:
         raise SignalError(
             "a store in a layout that this program does not know",
@@ -329,8 +301,8 @@ def open_store(
             expected=" or ".join(map(repr, LAYOUTS)),
             remedy="install a newer liquid-llm",
         )
-    layout = PtLayout(uri, names) if layout_name == "pt" else ShardsLayout(uri, infos, cache)
-    problems = [] if isinstance(layout, PtLayout) else layout.condition.problems()
+    layout = LAYOUTS[layout_name](uri, infos, cache)
+    problems = layout.problems()
     if not len(layout):
         got = "; ".join(problems) or None
         raise SignalError("the signal store has no record", where=uri, got=got, remedy=f"capture first: {_CAPTURE}")
@@ -364,14 +336,3 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
     if header.num_tokens < needed:
         return f"captured at {header.num_tokens} tokens, {needed} wanted"
     return None
-
-
-def _require(uri: str, identity: SignalIdentity, what: str, stored: object, expected: object) -> None:
-    if expected is not None and stored != expected:
-        raise SignalError(
-            f"the store is of another {what}",
-            where=uri,
-            got=stored if what == "teacher" else f"{stored} (of {identity.teacher})",
-            expected=expected,
-            remedy="name the folder captured with the expected one, or capture again into another folder",
-        )

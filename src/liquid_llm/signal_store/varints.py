@@ -19,7 +19,7 @@ def encode_varint(value: int) -> bytes:
     return bytes(out)
 
 
-def decode_varint(data: bytes | NDArray[np.uint8], at: int) -> tuple[int, int]:
+def decode_varint(data: bytes | memoryview | NDArray[np.uint8], at: int) -> tuple[int, int]:
     """The number that begins at ``data[at]``, and where the next byte after it lies.
 
     Raises:

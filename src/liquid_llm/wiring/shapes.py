@@ -17,13 +17,13 @@ import torch
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import LiquidError
-from liquid_llm.memory import BatchShape, ModelShape, TrainingShape, most_slots
+from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
 from liquid_llm.memory.cache import remember_config
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import student_config
 from liquid_llm.runtime import choose_dtype
-from liquid_llm.signal_store.codecs import Codec, TailCodec, get_codec
+from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import read_store_file
 from liquid_llm.teachers.online import PASS_TOKENS
 from liquid_llm.teachers.stored import StoredTeacher
@@ -51,7 +51,7 @@ class Models:
     teacher: ModelShape | None
     compute_dtype: str
     vocab_size: int
-    codec: Codec = field(default_factory=TailCodec)
+    codec: Codec = field(default_factory=lambda: get_codec("tail"))
 
 
 def known_models(
@@ -115,7 +115,7 @@ def stored_codec(config: RunConfig) -> Codec:
         with contextlib.suppress(LiquidError):  # said in words where the store is opened
             identity = read_store_file(folder).identity
             found.append(get_codec(identity.codec, options=identity.codec_options))
-    return max(found, key=lambda one: most_slots(one) or math.inf, default=TailCodec())
+    return max(found, key=lambda one: one.most_ids or math.inf, default=get_codec("tail"))
 
 
 def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingShape:
@@ -134,7 +134,7 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
 
 def stored_batch(rows: int, time: int, codec: Codec) -> BatchShape:
     """A micro-batch with signal from a store of ``codec``."""
-    slots = most_slots(codec)
+    slots = codec.most_ids
     return BatchShape(rows, time, "sparse", slots) if slots else BatchShape(rows, time, "logits")
 
 

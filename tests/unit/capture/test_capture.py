@@ -29,8 +29,12 @@ from liquid_llm.errors import StorageError, UsageError
 from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
-from liquid_llm.signal_store.codecs import Codec, FullCodec, Rows, SampledCodec, TailCodec, TopKCodec
-from liquid_llm.signal_store.records import file_name
+from liquid_llm.signal_store.codecs import Codec, Rows
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.sampled import SampledCodec
+from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
+from liquid_llm.signal_store.pt import file_name
 from liquid_llm.signal_store.store import StoreWriter, open_store, read_header
 from liquid_llm.teachers.online import OnlineTeacher
 

@@ -18,7 +18,8 @@ from liquid_llm.capture import scoring
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.data.types import Sample
 from liquid_llm.models.loading import LoadedModel
-from liquid_llm.signal_store.codecs import TailCodec, TopKCodec
+from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter
 
 

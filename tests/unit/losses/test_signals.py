@@ -13,7 +13,10 @@ from tests.support.teachers import random_logits
 
 from liquid_llm.losses import signals
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, OutputHead, Signal, SparseSignal
-from liquid_llm.signal_store.codecs import FullCodec, StoredSignal, TailCodec, TopKCodec
+from liquid_llm.signal_store.codecs import StoredSignal
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 
 KINDS = SIGNALS[1:]
 

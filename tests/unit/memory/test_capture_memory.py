@@ -11,14 +11,15 @@ from tests.support.memory import preset, real_model
 from tests.support.models import tiny_config
 from transformers import LlamaConfig
 
+from liquid_llm import registry
 from liquid_llm.capture.scoring import Scratch
 from liquid_llm.errors import ModelError, SignalError
-from liquid_llm.memory import CaptureShape, ModelShape, most_slots, predict_capture
+from liquid_llm.memory import CaptureShape, ModelShape, predict_capture
 from liquid_llm.memory.capture import encoder_cost
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.prediction import CODEC, LOSS, TEACHER, TEACHER_WORK
 from liquid_llm.memory.training import online_teacher
-from liquid_llm.signal_store.codecs import CODECS, get_codec
+from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.codecs.base import encode_as_on
 
 GIB = 2**30
@@ -30,7 +31,7 @@ def shape(codec: str, **changes: Any) -> CaptureShape:
     return CaptureShape(codec=codec, **{"device": "cpu", **values})
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", registry.CODECS)
 def test_the_prediction_is_what_is_counted_when_a_batch_is_scored(codec: str) -> None:
     asked = shape(codec)
     teacher = online_teacher(real_model(asked.teacher), VOCAB_SIZE)
@@ -49,7 +50,7 @@ def test_the_prediction_is_what_is_counted_when_a_batch_is_scored(codec: str) ->
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", registry.CODECS)
 def test_what_an_encoder_takes_for_many_rows_follows_from_few(codec: str, device: str) -> None:
     vocab_size, rows = 100_000, 400
     encoder = get_codec(codec)
@@ -108,9 +109,9 @@ def test_no_record_has_more_ids_than_are_said(tmp_path: Path) -> None:
         wide = torch.zeros(40, 5000)  # as flat as can be: every codec keeps as many as it may
         temperature = codec.temperature_range[0] if name == "sampled" else 1.0
         signal = codec.decode(codec.pack(codec.encode(wide, 1, 0)), 0, 40, temperature, 5000)
-        assert 0 < signal.ids.shape[1] <= most_slots(codec)  # type: ignore[union-attr]
-    assert most_slots(get_codec("topk", options={"k": 7})) == 7
-    assert most_slots(get_codec("full")) == 0
+        assert 0 < signal.ids.shape[1] <= codec.most_ids  # type: ignore[union-attr]
+    assert get_codec("topk", options={"k": 7}).most_ids == 7
+    assert get_codec("full").most_ids == 0
 
 
 def test_shapes_of_other_architectures() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.signal_store.codecs.tail.candidates import NUM_STREAMS, candidates, uniforms, window_starts
+from liquid_llm.signal_store.codecs.tail.draws import NUM_STREAMS, candidates, uniforms, window_starts
 
 VOCABULARIES = [1, 2, 3, 63, 300, 4097, 49_152]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.support.teachers import random_logits
 
 from liquid_llm.errors import SignalError
-from liquid_llm.signal_store.codecs import Payload, SampledCodec
+from liquid_llm.signal_store.codecs import Payload
+from liquid_llm.signal_store.codecs.sampled import SampledCodec
 
 
 def stored(codec: SampledCodec, logits: torch.Tensor, seed: int = 1) -> Payload:

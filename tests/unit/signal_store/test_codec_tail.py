@@ -19,9 +19,19 @@ from tests.support.teachers import random_logits
 
 from liquid_llm.losses.reference import reference_loss
 from liquid_llm.losses.signals import LogitsSignal, OutputHead, SparseSignal
-from liquid_llm.signal_store.codecs import Payload, PayloadError, TailCodec
-from liquid_llm.signal_store.codecs.tail.candidates import candidates, uniforms, window_starts
-from liquid_llm.signal_store.codecs.tail.intensity import DRAW_STEP, DRAW_TURN, NODES, Draws, dither_gain, dither_shift
+from liquid_llm.signal_store.codecs import Payload, PayloadError
+from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.tail.draws import (
+    DRAW_STEP,
+    DRAW_TURN,
+    NODES,
+    Draws,
+    candidates,
+    dither_gain,
+    dither_shift,
+    uniforms,
+    window_starts,
+)
 from liquid_llm.signal_store.codecs.tail.payload import read_levels, write_levels
 from liquid_llm.signal_store.codecs.tail.rows import EXACT_PRICE, MOST_EXACT, encode_rows, most_draws
 

@@ -10,19 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.teachers import random_logits
 
+from liquid_llm import registry
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
-from liquid_llm.signal_store.codecs import (
-    CODECS,
-    Codec,
-    FullCodec,
-    PayloadError,
-    SampledCodec,
-    TailCodec,
-    TopKCodec,
-    get_codec,
-)
-from liquid_llm.signal_store.codecs.topk import largest
+from liquid_llm.signal_store.codecs import Codec, PayloadError, get_codec
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.sampled import SampledCodec
+from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec, largest
 
 TEMPERATURES = st.floats(0.67, 4.0)
 
@@ -235,7 +230,7 @@ def test_a_vocabulary_no_larger_than_k_has_no_tail() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "options", "message"),
     [
-        ("zip", None, None, r"unknown codec; got 'zip'; expected one of full, tail, topk, sampled"),
+        ("zip", None, None, r"unknown codec; got 'zip'; expected one of tail, full, topk, sampled"),
         ("topk", 99, None, r"version 99; expected version 1\. Install the newer"),
         ("topk", 0, None, r"version 0; expected version 1\. Capture the signal again"),
         ("topk", None, {"q": 3}, r"options that codec 'topk' does not have"),
@@ -257,4 +252,4 @@ def test_codecs_that_do_not_exist(name: str, version: int | None, options: dict[
 
 
 def test_registry_names_are_the_codecs_own() -> None:
-    assert all(get_codec(name).name == name for name in CODECS)
+    assert all(get_codec(name).name == name for name in registry.CODECS)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.teachers import random_logits
 
-from liquid_llm.signal_store.codecs import partition
+from liquid_llm.signal_store.codecs import topk as partition
 
 
 def exact(logits: torch.Tensor, ids: torch.Tensor, edge: torch.Tensor, u: float) -> torch.Tensor:

@@ -14,18 +14,16 @@ from hypothesis import strategies as st
 from tests.support.teachers import HARD_IDS, make_samples, random_logits
 
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.signal_store.codecs import FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
+from liquid_llm.signal_store.pt import _checksum, _header_values, file_name, from_bytes, to_bytes
 from liquid_llm.signal_store.records import (
     FORMAT_VERSION,
     Record,
     RecordError,
     RecordHeader,
     SignalIdentity,
-    _checksum,
-    file_name,
     first_difference,
-    from_bytes,
-    to_bytes,
     token_hashes,
     tokens_agreeing,
 )
@@ -198,7 +196,7 @@ def test_records_of_the_first_format_are_read() -> None:
     record = make_record(150)
     tokens = make_samples(1, low=150, high=150)[0].input_ids
     whole = [token_hashes(tokens[:end])[:8].hex() for end in (64, 128, 150)]
-    header = {**record.header.to_dict(), "format_version": 1, "token_hashes": whole}
+    header = {**_header_values(record.header), "format_version": 1, "token_hashes": whole}
     payload = {name: tensor.clone() for name, tensor in record.payload.items()}
     header["checksum"] = _checksum(header, payload)
     again = from_bytes(saved({"header": header, "payload": payload}))

@@ -20,14 +20,14 @@ from liquid_llm.signal_store.codecs import Payload
 from liquid_llm.signal_store.records import Record, RecordError, RecordHeader, SignalIdentity, token_hashes
 from liquid_llm.signal_store.shards.file import (
     RECORD_VERSION,
-    Names,
     NewerShardError,
-    Packed,
-    ShardHead,
+    PackedRecord,
+    ShardHeader,
+    Tables,
     build_shard,
     pack_record,
-    read_head,
     read_ids,
+    read_shard_header,
     sample_key,
     unpack_record,
 )
@@ -43,15 +43,15 @@ def record(sample_id: str = "s", payload: Payload | None = None, num_tokens: int
 
 
 def shard_of(*records: Record) -> bytes:
-    names = Names()
+    names = Tables()
     return build_shard([pack_record(one, names) for one in records], names, IDENTITY)
 
 
-def opened(data: bytes) -> tuple[ShardHead, Callable[[int, int], bytes]]:
+def opened(data: bytes) -> tuple[ShardHeader, Callable[[int, int], bytes]]:
     def read(begin: int, end: int) -> bytes:
         return data[begin:end]
 
-    return read_head(read, len(data)), read
+    return read_shard_header(read, len(data)), read
 
 
 def records_of(data: bytes) -> dict[str, Record]:
@@ -128,7 +128,7 @@ def test_what_a_record_costs() -> None:
     records = [record(f"gsm8k/train/{n:06d}", num_tokens=200) for n in range(1000)]
     overhead = (len(shard_of(*records)) - 1000 * 40) / 1000
     assert overhead < 45
-    names = Names()
+    names = Tables()
     assert len(pack_record(records[0], names).data) - 40 <= 4 + 8 + 4 + 1 + 12
 
 
@@ -201,16 +201,16 @@ def test_more_than_four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
         def __len__(self) -> int:
             return 3 * 2**30
 
-    names = Names()
+    names = Tables()
     real = pack_record(record(), names)
-    records = [Packed(f"s{n}", "code", 150, Long(real.data), 40) for n in range(2)]
+    records = [PackedRecord(f"s{n}", "code", 150, Long(real.data), 40) for n in range(2)]
     monkeypatch.setattr("safetensors.numpy.save", lambda tensors, metadata: tensors["ends"].dtype.str.encode())
     assert build_shard(records, names, IDENTITY) == b"<u8"
 
 
 def test_records_do_not_share_memory_with_the_file() -> None:
     data = bytearray(shard_of(record()))
-    head = read_head(lambda begin, end: bytes(data[begin:end]), len(data))
+    head = read_shard_header(lambda begin, end: bytes(data[begin:end]), len(data))
     found = unpack_record(head, "s", bytes(data[slice(*head.span(0))]))
     found.payload["bytes"].zero_()
     assert_same(unpack_record(head, "s", bytes(data[slice(*head.span(0))])), record())

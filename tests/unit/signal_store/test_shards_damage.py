@@ -12,12 +12,11 @@ from tests.support.stores import SAMPLES, assert_usable, condition, put, shard_f
 from tests.support.teachers import IDENTITY
 
 from liquid_llm.errors import SignalError
-from liquid_llm.signal_store.codecs import TopKCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.records import RecordError
-from liquid_llm.signal_store.shards.file import read_head
-from liquid_llm.signal_store.shards.index import INDEX_FILE
-from liquid_llm.signal_store.shards.listing import Condition
+from liquid_llm.signal_store.shards.file import read_shard_header
+from liquid_llm.signal_store.shards.folder import INDEX_FILE, Listing
 from liquid_llm.signal_store.store import open_store
 
 
@@ -104,7 +103,7 @@ def test_a_shard_whose_front_is_damaged(folder: Path, indexed: bool, caplog: pyt
     found = statuses(open_store(str(folder)))
     assert found == (["corrupt"] * 4 + ["usable"] * 8 if indexed else ["usable"] * 8 + ["missing"] * 4)
     if not indexed:
-        assert f"1 shard cannot be read, the first {shard.name} (its front is damaged, " in warned(folder, caplog)
+        assert f"1 shard cannot be read, the first {shard.name} (its header is damaged, " in warned(folder, caplog)
 
 
 def test_a_wrong_checksum_hits_one_record(folder: Path) -> None:
@@ -168,11 +167,11 @@ def test_more_shards_than_may_be_open(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_problems_are_counted_in_plain_words() -> None:
     """One or several; an empty file is called empty, whatever Python made of it."""
     with pytest.raises(RecordError, match=r"^it is empty$"):
-        read_head(lambda begin, end: b"", 0)
-    with pytest.raises(RecordError, match=r"^its front is damaged, 1,000 bytes$"):
-        read_head(lambda begin, end: bytes(1000)[begin:end], 1000)
-    one = Condition(damaged={"a": "it is empty"}, truncated=["a"], gone=["a"], lost=1).problems()
-    two = Condition(damaged={"a": "it is empty", "b": ""}, truncated=["a", "b"], gone=["a", "b"], lost=2).problems()
+        read_shard_header(lambda begin, end: b"", 0)
+    with pytest.raises(RecordError, match=r"^its header is damaged, 1,000 bytes$"):
+        read_shard_header(lambda begin, end: bytes(1000)[begin:end], 1000)
+    one = Listing(damaged={"a": "it is empty"}, truncated=["a"], gone=["a"], lost=1).problems()
+    two = Listing(damaged={"a": "it is empty", "b": ""}, truncated=["a", "b"], gone=["a", "b"], lost=2).problems()
     assert [text.partition(",")[0] for text in one] == [
         "1 shard cannot be read",
         "1 shard is truncated",

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 from liquid_llm.signal_store.records import RecordError
 from liquid_llm.signal_store.shards.file import sample_key
-from liquid_llm.signal_store.shards.index import (
+from liquid_llm.signal_store.shards.folder import (
     ShardEntry,
     ShardIndex,
     build_index,
     index_bytes,
     keys_of,
-    lost_keys,
     read_index,
 )
 
@@ -78,9 +77,9 @@ def test_keys_that_agree_in_their_first_half() -> None:
 def test_samples_lost_with_a_shard() -> None:
     known = build_index([table(0, ["a", "b", "c"]), table(1, ["c", "d"])])
     now = build_index([table(0, ["a", "b", "c"])])
-    assert lost_keys(known, ["shard-001"], now) == 1
-    assert lost_keys(known, ["shard-000", "shard-001"], build_index([])) == 4
-    assert lost_keys(known, [], now) == 0
+    assert known.lost(["shard-001"], now) == 1
+    assert known.lost(["shard-000", "shard-001"], build_index([])) == 4
+    assert known.lost([], now) == 0
 
 
 INDEX = index_bytes(build_index([table(0, ["a", "b"]), table(1, ["b", "c", "d"])]))
@@ -104,7 +103,7 @@ def test_damaged_files(data: bytes) -> None:
 
 
 def test_a_newer_index_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liquid_llm.signal_store.shards.index.INDEX_VERSION", 2)
+    monkeypatch.setattr("liquid_llm.signal_store.shards.folder.INDEX_VERSION", 2)
     data = index_bytes(build_index([table(0, ["a"])]))
     monkeypatch.undo()
     with pytest.raises(RecordError, match="index format 2, this program reads 1"):

@@ -10,7 +10,7 @@ import pytest
 from tests.support.stores import SAMPLES, assert_usable, condition, shard_files, statuses, write, writer
 
 from liquid_llm.signal_store.shards import pack as shards_pack
-from liquid_llm.signal_store.shards.index import INDEX_FILE
+from liquid_llm.signal_store.shards.folder import INDEX_FILE
 from liquid_llm.signal_store.shards.pack import PackSummary, pack
 from liquid_llm.signal_store.store import open_store
 

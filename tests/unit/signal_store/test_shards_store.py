@@ -18,8 +18,7 @@ from liquid_llm import storage
 from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.shards import writer as shards_writer
-from liquid_llm.signal_store.shards.folder import ShardsLayout
-from liquid_llm.signal_store.shards.index import INDEX_FILE
+from liquid_llm.signal_store.shards.folder import INDEX_FILE, ShardsLayout
 from liquid_llm.signal_store.shards.remote import ShardCache, cost_seconds
 from liquid_llm.signal_store.store import open_store
 
@@ -158,7 +157,7 @@ def test_a_slow_teacher_hears_of_what_the_timer_met(tmp_path: Path, monkeypatch:
         put(store, SAMPLES[number : number + 1])
         assert calls.acquire(timeout=30)
         for _ in range(500):
-            if store._sink._failures > number:  # type: ignore[union-attr]
+            if store._writer._failures > number:  # type: ignore[union-attr]
                 break
             threading.Event().wait(0.01)
     with pytest.raises(StorageError, match="disk is full"):
@@ -245,7 +244,7 @@ def test_a_look_up_that_another_thread_overtakes(tmp_path: Path, monkeypatch: py
     write(tmp_path, SAMPLES, shard_bytes=2000)
     store = open_store(str(tmp_path))
     pack_in_place(str(tmp_path))
-    real, overtaken = ShardsLayout._place, []
+    real, overtaken = ShardsLayout._locate, []
 
     def place_then_wait(layout: ShardsLayout, index: Any, sample_id: str) -> Any:
         place = real(layout, index, sample_id)
@@ -256,7 +255,7 @@ def test_a_look_up_that_another_thread_overtakes(tmp_path: Path, monkeypatch: py
             thread.join()
         return place
 
-    monkeypatch.setattr(ShardsLayout, "_place", place_then_wait)
+    monkeypatch.setattr(ShardsLayout, "_locate", place_then_wait)
     assert store.get(SAMPLES[0], 1024, 2.0).status == "usable"
     assert overtaken == [True, "usable"]
 

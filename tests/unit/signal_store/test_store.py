@@ -21,9 +21,10 @@ from tests.support.teachers import HARD_IDS, IDENTITY, make_samples, random_logi
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import SparseSignal
-from liquid_llm.signal_store.codecs import FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.description import STORE_FILE
-from liquid_llm.signal_store.records import file_name, from_bytes, to_bytes
+from liquid_llm.signal_store.pt import file_name, from_bytes, to_bytes
 from liquid_llm.signal_store.store import StoreWriter, open_store, read_header
 
 VOCAB = 300

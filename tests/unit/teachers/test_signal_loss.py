@@ -13,7 +13,9 @@ from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.reference import reference_loss
 from liquid_llm.losses.signals import OutputHead, Signal
-from liquid_llm.signal_store.codecs import Codec, FullCodec, TopKCodec
+from liquid_llm.signal_store.codecs import Codec
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.stored import StoredTeacher

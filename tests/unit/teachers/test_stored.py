@@ -18,8 +18,10 @@ from liquid_llm.data.types import MicroBatch, Sample
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
-from liquid_llm.signal_store.codecs import Codec, FullCodec, TopKCodec
-from liquid_llm.signal_store.records import file_name
+from liquid_llm.signal_store.codecs import Codec
+from liquid_llm.signal_store.codecs.full import FullCodec
+from liquid_llm.signal_store.codecs.topk import TopKCodec
+from liquid_llm.signal_store.pt import file_name
 from liquid_llm.signal_store.store import StoreReader, StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.stored import StoredTeacher, open_stored

@@ -10,9 +10,11 @@ A codec is a value: its name, version and options are stored with each record an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Protocol, TypeAlias
 
 import torch
@@ -32,24 +34,19 @@ class PayloadError(ValueError):
 
 
 class Codec(Protocol):
-    """A pure pair of encoder and decoder.
+    """A pure pair of encoder and decoder. One that inherits from this has the methods given here.
 
     Attributes:
         name, version, options: identity; plain values that go into the record and into ``store.json``.
         temperature_range: lowest and highest temperature ``decode`` answers for.
+        most_ids: the most ids a position of a decoded signal has; 0 for a codec that keeps whole logits.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def options(self) -> Options: ...
-
-    @property
-    def temperature_range(self) -> tuple[float, float]: ...
+    name: str
+    version: int
+    options: Options
+    temperature_range: tuple[float, float]
+    most_ids: int
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         """Encode a chunk.
@@ -67,7 +64,7 @@ class Codec(Protocol):
 
     def pack(self, rows: Rows) -> Payload:
         """The stored form of all rows of one sample, contiguous CPU tensors."""
-        ...
+        return {name: tensor.contiguous() for name, tensor in rows.items()}
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> StoredSignal:
         """Positions ``[start, stop)`` at ``temperature``; every row's mask is True.
@@ -77,6 +74,10 @@ class Codec(Protocol):
             PayloadError: the payload does not have the form ``pack`` gives it.
         """
         ...
+
+    def parts(self, payload: Payload, vocab_size: int) -> dict[str, int]:
+        """Bytes of ``payload`` by what they say: they add up to all of it. Raises PayloadError."""
+        return {name: tensor.nbytes for name, tensor in payload.items()}
 
 
 _CUT_FOR: ContextVar[str | None] = ContextVar("_CUT_FOR", default=None)
@@ -95,6 +96,12 @@ def encode_as_on(device: str) -> Iterator[None]:
 def cuts_for_cache(device: torch.device) -> bool:
     """Whether work on ``device`` is cut into blocks that a processor's cache holds: on a CPU."""
     return (_CUT_FOR.get() or device.type) == "cpu"
+
+
+@lru_cache(maxsize=64)
+def lagrange_weights(points: tuple[float, ...], at: float) -> tuple[float, ...]:
+    """Weights of the values at ``points`` in the value at ``at`` of the polynomial through them."""
+    return tuple(math.prod((at - other) / (point - other) for other in points if other != point) for point in points)
 
 
 def row_maximum(logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from liquid_llm.losses.signals import LogitsSignal
 from liquid_llm.signal_store.codecs.base import (
+    Codec,
     Options,
     Payload,
     PayloadError,
@@ -26,12 +27,13 @@ from liquid_llm.signal_store.codecs.base import (
 _LOWEST = -65504.0  # the most negative float16: a masked token's probability is 0 without an infinity in the loss
 
 
-class FullCodec:
+class FullCodec(Codec):
     """2 * vocab bytes a position; the yardstick for every other codec."""
 
     name = "full"
     version = 1
     temperature_range = (math.ulp(0.0), math.inf)
+    most_ids = 0
 
     def __init__(self) -> None:
         self.options: Options = {}
@@ -39,9 +41,6 @@ class FullCodec:
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         shifted = logits.sub_(row_maximum(logits)).clamp_(min=_LOWEST)
         return {"logits": shifted.to(torch.float16)}
-
-    def pack(self, rows: Rows) -> Payload:
-        return {"logits": rows["logits"].contiguous()}
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> LogitsSignal:
         check_temperature(self, temperature)

@@ -15,6 +15,7 @@ from torch import Tensor
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import SparseSignal
 from liquid_llm.signal_store.codecs.base import (
+    Codec,
     Options,
     Payload,
     PayloadError,
@@ -23,12 +24,12 @@ from liquid_llm.signal_store.codecs.base import (
     require,
     row_maximum,
 )
-from liquid_llm.signal_store.codecs.tail.candidates import uniforms
+from liquid_llm.signal_store.codecs.tail.draws import uniforms
 
 _BLOCK_BYTES = 2**25
 
 
-class SampledCodec:
+class SampledCodec(Codec):
     """Distinct drawn ids with their counts: three bytes each where an id and a count fit, four otherwise.
 
     Args:
@@ -44,7 +45,7 @@ class SampledCodec:
             raise SignalError("codec 'sampled' needs a number of draws", got=draws, expected="1 to 255")
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
             raise SignalError("codec 'sampled' needs a temperature", got=temperature, expected="a positive number")
-        self.draws = draws
+        self.draws = self.most_ids = draws
         self.temperature = float(temperature)
         self.options: Options = {"draws": draws, "temperature": self.temperature}
         self.temperature_range = (self.temperature, self.temperature)

@@ -1,10 +1,10 @@
 """Layout ``shards``, one file: thousands of records in one safetensors file that needs no other.
 
-    front      the file's beginning: safetensors header, ends, ids; enough to find any record
+    header     the file's beginning: safetensors' own header, ends, ids; enough to find any record
     ends       where each record ends in ``records``, u32 or u64
     ids        the sample ids as compressed JSON, in the order of the records
     records    the records back to back
-    form       names, types and trailing shapes of a payload's tensors; a file lists its few forms once
+    form       names, dtypes and trailing shapes of a payload's tensors; a file lists its few forms once
 
 What all records share (teacher, tokenizer, codec) is said once, in the file's metadata. A record is
 
@@ -22,9 +22,9 @@ import math
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -62,14 +62,18 @@ _DTYPES = {
     )
 }
 
-Form: TypeAlias = tuple[
-    tuple[str, str, tuple[int, ...] | None], ...
-]  # (name, dtype, trailing shape; None: no dimension)
+T = TypeVar("T")
+Form: TypeAlias = tuple[tuple[str, str, tuple[int, ...] | None], ...]  # (name, dtype, trailing shape; None: 0-dim)
 Reader: TypeAlias = Callable[[int, int], bytes]
 
 
 class NewerShardError(RecordError):
     """A shard of a format that this program does not know."""
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of a folder is one of its shards."""
+    return name.startswith(PREFIX) and name.endswith(SUFFIX) and "/" not in name
 
 
 def sample_key(sample_id: str) -> bytes:
@@ -79,32 +83,28 @@ def sample_key(sample_id: str) -> bytes:
 
 
 @dataclass
-class Names:
+class Tables:
     """The types and forms that records refer to by number; they only grow."""
 
     types: list[str] = field(default_factory=list)
     forms: list[Form] = field(default_factory=list)
 
-    def number_of(self, names: list[Any], name: object) -> int:
-        if name not in names:
-            names.append(name)
-        return names.index(name)
+    def copy(self) -> Tables:
+        return Tables(self.types[:], self.forms[:])
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A record as bytes, and what the file's front says about it. ``num_payload`` bytes are the codec's."""
+class PackedRecord(NamedTuple):
+    """A record as bytes, and what the file's header counts of it. ``payload_bytes`` of ``data`` are the codec's."""
 
     sample_id: str
     type: str
     num_tokens: int
     data: bytes
-    num_payload: int
+    payload_bytes: int
 
 
-@dataclass(frozen=True)
-class ShardHead:
-    """The front of a shard.
+class ShardHeader(NamedTuple):
+    """The header of a shard.
 
     Attributes:
         identity: of all its records.
@@ -112,22 +112,21 @@ class ShardHead:
         by_type: type -> {"records", "tokens", "payload_bytes"}.
         ends: [records], where each ends.
         begin: where ``records`` begins in the file.
-        front_bytes: bytes of header, ends and ids.
         ids: begin and end of the ids in the file, and their checksum.
         size: of the whole file.
     """
 
     identity: SignalIdentity
-    types: tuple[str, ...]
-    forms: tuple[Form, ...]
+    types: list[str]
+    forms: list[Form]
     by_type: dict[str, dict[str, int]]
     ends: NDArray[Any]
     begin: int
-    front_bytes: dict[str, int]
     ids: tuple[int, int, int]
     size: int
 
-    def __len__(self) -> int:
+    @property
+    def num_records(self) -> int:
         return int(self.ends.size)
 
     def span(self, row: int) -> tuple[int, int]:
@@ -139,31 +138,25 @@ class ShardHead:
 # -------------------------------------------------------------------------------------------------------------- records
 
 
-def pack_record(record: Record, names: Names) -> Packed:
-    """A record as the bytes that lie in a shard whose types and forms are ``names``."""
-    header, payload = record.header, record.payload
-    shapes = {name: tuple(tensor.shape) for name, tensor in payload.items()}
+def pack_record(record: Record, tables: Tables) -> PackedRecord:
+    """A record as the bytes that lie in a shard whose types and forms are ``tables``."""
+    header = record.header
+    tensors = sorted(record.payload.items())
     form: Form = tuple(
-        (name, str(payload[name].dtype).removeprefix("torch."), shapes[name][1:] if shapes[name] else None)
-        for name in sorted(payload)
+        (name, str(one.dtype).removeprefix("torch."), tuple(one.shape[1:]) if one.dim() else None)
+        for name, one in tensors
     )
-    tensors = [_raw(payload[name]) for name in sorted(payload)]
-    numbers = [names.number_of(names.types, header.type), names.number_of(names.forms, form), header.num_tokens]
-    numbers += [shapes[name][0] for name in sorted(payload) if shapes[name]]
-    body = b"".join(
-        [
-            header.token_hashes[:WHOLE_BYTES],
-            *map(encode_varint, numbers),
-            header.token_hashes[WHOLE_BYTES:],
-            *tensors,
-        ]
-    )
+    numbers = [_number_of(tables.types, header.type), _number_of(tables.forms, form), header.num_tokens]
+    numbers += [one.shape[0] for _, one in tensors if one.dim()]
+    data = [_raw(one) for _, one in tensors]
+    whole, marks = header.token_hashes[:WHOLE_BYTES], header.token_hashes[WHOLE_BYTES:]
+    body = b"".join([whole, *map(encode_varint, numbers), marks, *data])
     checksum = zlib.crc32(body, zlib.crc32(sample_key(header.sample_id)))
-    data = _CHECKSUM.pack(checksum) + body
-    return Packed(header.sample_id, header.type, header.num_tokens, data, sum(map(len, tensors)))
+    packed = _CHECKSUM.pack(checksum) + body
+    return PackedRecord(header.sample_id, header.type, header.num_tokens, packed, sum(map(len, data)))
 
 
-def unpack_record(head: ShardHead, sample_id: str, data: bytes) -> Record:
+def unpack_record(header: ShardHeader, sample_id: str, data: bytes) -> Record:
     """Inverse of ``pack_record``.
 
     Raises:
@@ -171,30 +164,35 @@ def unpack_record(head: ShardHead, sample_id: str, data: bytes) -> Record:
     """
     if len(data) < _CHECKSUM.size + WHOLE_BYTES:
         raise RecordError(f"cut to {len(data)} bytes")
-    view = memoryview(data)
-    if zlib.crc32(view[_CHECKSUM.size :], zlib.crc32(sample_key(sample_id))) != _CHECKSUM.unpack_from(data)[0]:
+    body = memoryview(data)[_CHECKSUM.size :]
+    if zlib.crc32(body, zlib.crc32(sample_key(sample_id))) != _CHECKSUM.unpack_from(data)[0]:
         raise RecordError("the checksum does not match")
     try:
-        at = _CHECKSUM.size + WHOLE_BYTES
-        (type_number, form_number, num_tokens), at = _varints(data, at, 3)
-        form = head.forms[form_number]
-        lengths, at = _varints(data, at, sum(trailing is not None for _, _, trailing in form))
-        marks = num_tokens // PREFIX_TOKENS * MARK_BYTES
-        hashes = data[_CHECKSUM.size : _CHECKSUM.size + WHOLE_BYTES] + data[at : at + marks]
-        payload, at = _tensors(data, at + marks, form, lengths)
-        kind = head.types[type_number]
+        (type_number, form_number, num_tokens), at = _read_varints(body, WHOLE_BYTES, 3)
+        form = header.forms[form_number]
+        lengths, at = _read_varints(body, at, sum(trailing is not None for _, _, trailing in form))
+        payload_at = at + num_tokens // PREFIX_TOKENS * MARK_BYTES
+        hashes = bytes(body[:WHOLE_BYTES]) + bytes(body[at:payload_at])
+        payload, end = _read_tensors(body, payload_at, form, lengths)
+        type = header.types[type_number]
     except (IndexError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise RecordError("its fields do not fit together") from error
-    if at != len(data):
-        raise RecordError(f"{len(data)} bytes, {at} expected")
-    return Record(RecordHeader(RECORD_VERSION, sample_id, kind, head.identity, num_tokens, hashes), payload)
+    if end != len(body):
+        raise RecordError(f"{len(body)} bytes, {end} expected")
+    return Record(RecordHeader(RECORD_VERSION, sample_id, type, header.identity, num_tokens, hashes), payload)
+
+
+def _number_of(table: list[T], entry: T) -> int:
+    if entry not in table:
+        table.append(entry)
+    return table.index(entry)
 
 
 def _raw(tensor: Tensor) -> bytes:
     return compact(tensor).reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def _tensors(data: bytes, at: int, form: Form, lengths: Sequence[int]) -> tuple[Payload, int]:
+def _read_tensors(data: memoryview, at: int, form: Form, lengths: Sequence[int]) -> tuple[Payload, int]:
     payload: Payload = {}
     left = iter(lengths)
     for name, dtype_name, trailing in form:
@@ -210,7 +208,7 @@ def _tensors(data: bytes, at: int, form: Form, lengths: Sequence[int]) -> tuple[
     return payload, at
 
 
-def _varints(data: bytes, at: int, count: int) -> tuple[list[int], int]:
+def _read_varints(data: memoryview, at: int, count: int) -> tuple[list[int], int]:
     found = []
     for _ in range(count):
         value, at = decode_varint(data, at)
@@ -221,10 +219,8 @@ def _varints(data: bytes, at: int, count: int) -> tuple[list[int], int]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def build_shard(records: Iterable[Packed], names: Names, identity: SignalIdentity) -> bytes:
+def build_shard(records: Iterable[PackedRecord], tables: Tables, identity: SignalIdentity) -> bytes:
     """The bytes of a shard of these records, ordered by key so that the same records give the same file."""
-    from safetensors.numpy import save
-
     ordered = sorted(records, key=lambda record: sample_key(record.sample_id))
     ends = np.cumsum([len(record.data) for record in ordered], dtype=np.uint64)
     if not ends.size or int(ends[-1]) < 2**32:
@@ -232,112 +228,102 @@ def build_shard(records: Iterable[Packed], names: Names, identity: SignalIdentit
     ids = zlib.compress(json.dumps([record.sample_id for record in ordered]).encode(), 9)
     by_type: dict[str, Counter[str]] = {}
     for record in ordered:
-        by_type.setdefault(record.type, Counter()).update(
-            records=1, tokens=record.num_tokens, payload_bytes=record.num_payload
-        )
-    text = json.dumps(
-        {
-            "format_version": SHARD_VERSION,
-            "identity": asdict(identity),
-            "types": names.types,
-            "forms": names.forms,
-            "records": len(ordered),
-            "by_type": by_type,
-            "ids_crc": zlib.crc32(ids),
-        },
-        sort_keys=True,
-    )
-    tensors = {
+        counts = by_type.setdefault(record.type, Counter())
+        counts.update(records=1, tokens=record.num_tokens, payload_bytes=record.payload_bytes)
+    values = {
+        "format_version": SHARD_VERSION,
+        "identity": asdict(identity),
+        "types": tables.types,
+        "forms": tables.forms,
+        "records": len(ordered),
+        "by_type": by_type,
+        "ids_crc": zlib.crc32(ids),
+    }
+    tensors: dict[str, NDArray[Any]] = {
         "ends": ends,
         "ids": np.frombuffer(ids, np.uint8),
         "records": np.frombuffer(b"".join(record.data for record in ordered), np.uint8),
     }
-    # One key only: safetensors writes several in no particular order.
-    return bytes(save(tensors, {_METADATA: f"{zlib.crc32(text.encode()):08x} {text}"}))
+    return save_safetensors(tensors, values)
 
 
-def read_head(read: Reader, size: int) -> ShardHead:
-    """The front of a shard file of ``size`` bytes, given a way to read its bytes ``[begin, end)``.
+def read_shard_header(read: Reader, size: int) -> ShardHeader:
+    """The header of a shard file of ``size`` bytes, given a way to read its bytes ``[begin, end)``.
 
     Raises:
         RecordError: it is cut, damaged or no shard.
         NewerShardError: a newer program wrote it.
     """
     try:
-        metadata, places = read_safetensors_head(read)
-        text = checked_text(metadata[_METADATA])
-        values = json.loads(text)
+        values, spans = read_safetensors_header(read)
         if int(values["format_version"]) > SHARD_VERSION:
             raise NewerShardError(f"shard format {values['format_version']}, this program reads {SHARD_VERSION}")
-        ends_at, ids_at, records_at = places["ends"], places["ids"], places["records"]
-        ends = read_array(read, ends_at)
-        num_bytes = int(ends[-1]) if ends.size else 0
+        (_, ids_begin, ids_end), (_, begin, end) = spans["ids"], spans["records"]
+        ends = read_array(read, spans["ends"])
         # A damaged end in between hits two records: their checksums do not match.
-        if ends.size != values["records"] or records_at[2] - records_at[1] != num_bytes:
+        if ends.size != values["records"] or end - begin != (int(ends[-1]) if ends.size else 0):
             raise RecordError("the table of records is damaged")
-        forms = tuple(
+        forms = [
             tuple((name, dtype, None if trailing is None else tuple(trailing)) for name, dtype, trailing in form)
             for form in values["forms"]
-        )
-        return ShardHead(
-            SignalIdentity(**values["identity"]),
-            tuple(values["types"]),
-            forms,
-            values["by_type"],
-            ends,
-            records_at[1],
-            {"header": ends_at[1], "ends": ends_at[2] - ends_at[1], "ids": ids_at[2] - ids_at[1]},
-            (ids_at[1], ids_at[2], int(values["ids_crc"])),
-            records_at[2],
-        )
+        ]
+        identity = SignalIdentity(**values["identity"])
+        ids = (ids_begin, ids_end, int(values["ids_crc"]))
+        return ShardHeader(identity, list(values["types"]), forms, values["by_type"], ends, begin, ids, end)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        what = f"its front is damaged, {size:,} bytes" if size else "it is empty"
-        raise RecordError(what) from error
+        raise RecordError(f"its header is damaged, {size:,} bytes" if size else "it is empty") from error
 
 
-def read_ids(head: ShardHead, read: Reader) -> list[str]:
+def read_ids(header: ShardHeader, read: Reader) -> list[str]:
     """The sample ids of a shard, in the order of its records. Raises RecordError where they are damaged."""
-    begin, end, checksum = head.ids
+    begin, end, checksum = header.ids
     data = read(begin, end)
     if zlib.crc32(data) != checksum:
         raise RecordError("the list of sample ids is damaged")
     ids: list[str] = json.loads(zlib.decompress(data))
-    if len(ids) != len(head):
-        raise RecordError(f"{len(ids)} sample ids for {len(head)} records")
+    if len(ids) != header.num_records:
+        raise RecordError(f"{len(ids)} sample ids for {header.num_records} records")
     return ids
 
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
 
 
-def checked_text(text: str) -> str:
-    """What follows a checksum and a space. Raises ValueError where the two do not belong together."""
-    checksum, _, rest = text.partition(" ")
-    if int(checksum, 16) != zlib.crc32(rest.encode()):
-        raise ValueError("a checksum that does not match")
-    return rest
+def save_safetensors(arrays: dict[str, NDArray[Any]], values: Mapping[str, Any]) -> bytes:
+    """A safetensors file of ``arrays`` whose metadata holds plain ``values`` behind their checksum."""
+    from safetensors.numpy import save
+
+    text = json.dumps(values, sort_keys=True)
+    # One key only: safetensors writes several in no particular order.
+    return bytes(save(arrays, {_METADATA: f"{zlib.crc32(text.encode()):08x} {text}"}))
 
 
-def read_safetensors_head(read: Reader) -> tuple[dict[str, str], dict[str, tuple[str, int, int]]]:
-    """Metadata, and (dtype, begin, end in the file) of each tensor. The library itself reads whole files only."""
+def read_safetensors_header(read: Reader) -> tuple[dict[str, Any], dict[str, tuple[str, int, int]]]:
+    """The values, and (dtype, begin, end in the file) of each array. The library itself reads whole files only.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is damaged, or not one of ``save_safetensors``.
+    """
     length = int.from_bytes(read(0, _LENGTH_BYTES), "little")
     if length > _MAX_HEADER_BYTES:
         raise ValueError("a header of impossible length")
-    values = json.loads(bytes(read(_LENGTH_BYTES, _LENGTH_BYTES + length)))
-    metadata = values.pop("__metadata__")
     begin = _LENGTH_BYTES + length
-    places = {}
-    for name, tensor in values.items():
+    tensors = json.loads(bytes(read(_LENGTH_BYTES, begin)))
+    checksum, _, text = tensors.pop("__metadata__")[_METADATA].partition(" ")
+    if int(checksum, 16) != zlib.crc32(text.encode()):
+        raise ValueError("a checksum that does not match")
+    spans = {}
+    for name, tensor in tensors.items():
         first, last = tensor["data_offsets"]
         if not 0 <= first <= last:
-            raise ValueError("a tensor of negative size")
-        places[name] = (str(tensor["dtype"]), begin + first, begin + last)
-    return metadata, places
+            raise ValueError("an array of negative size")
+        spans[name] = (str(tensor["dtype"]), begin + first, begin + last)
+    return json.loads(text), spans
 
 
-def read_array(read: Reader, place: tuple[str, int, int]) -> NDArray[Any]:
-    """A one-dimensional tensor of unsigned integers."""
-    dtype, begin, end = place
+def read_array(read: Reader, span: tuple[str, int, int]) -> NDArray[Any]:
+    """A one-dimensional array of unsigned integers."""
+    dtype, begin, end = span
     data = read(begin, end)
     if len(data) != end - begin:
         raise ValueError("cut")

@@ -1,11 +1,11 @@
 """Layout ``shards``, bytes of one shard: from this machine's memory map, or from a bucket by ranges or as a whole.
 
 A range costs one request's wait and its own bytes; the whole shard costs one wait and all its bytes, once. Nobody knows
-how many records of it will be wanted. So ranges are rented until what they cost has reached the price of the whole,
-which is then bought: never more than twice the cheaper of the two, whatever comes (the ski rental problem). At 43 ms
-a request and 205 MB/s a shard of 64 MB is fetched after about eight of its records.
+how many records of it will be wanted. So ranges are asked for until they have cost what the whole costs, which is then
+fetched: never more than twice the cheaper of the two, whatever comes (the ski rental problem). At 43 ms a request and
+205 MB/s a shard of 64 MB is fetched after about eight of its records.
 
-Bought shards lie in a local folder of bounded size; the ones not used for longest make room.
+Whole shards lie in a local folder of bounded size; the ones not used for longest make room.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import os
 import shutil
 import tempfile
 import threading
-import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
@@ -33,13 +31,7 @@ REQUEST_SECONDS = 0.043
 BYTES_PER_SECOND = 205e6
 DEFAULT_CACHE_BYTES = 16 * 2**30
 
-_FRONT_BYTES = 2**17  # of a remote shard: header and table of most shards in one request
-
-
-class ShardBytes(Protocol):
-    """Reads bytes ``[begin, end)`` of one shard file; fewer where it ends before."""
-
-    def __call__(self, begin: int, end: int) -> bytes: ...
+_HEADER_BYTES = 2**17  # of a remote shard: header and table of most shards in one request
 
 
 def cost_seconds(num_bytes: int) -> float:
@@ -58,7 +50,7 @@ class MappedFile:
     def __call__(self, begin: int, end: int) -> bytes:
         return self._map[begin:end]
 
-    front = __call__
+    header = __call__
 
     def view(self, begin: int, end: int) -> memoryview:
         """The bytes without a copy."""
@@ -145,26 +137,26 @@ class RemoteShard:
         self._cache = cache
         self._lock = threading.Lock()
         self._local = cache.find(info)
-        self._front = b""
+        self._header = b""
         self._spent_seconds = 0.0
-        self._buying = False
+        self._fetching = False
 
     def __call__(self, begin: int, end: int) -> bytes:
-        local = self._local or self._buy(begin, end)
+        local = self._local or self._fetch(begin, end)
         return local(begin, end) if local is not None else storage.read_bytes(self.info.uri, begin, end)
 
-    def front(self, begin: int, end: int) -> bytes:
-        """As a call, for the bytes at the beginning, which are asked for in several small pieces."""
+    def header(self, begin: int, end: int) -> bytes:
+        """As a call, for the header, which is asked for in several small pieces."""
         if self._local is not None:
             return self._local(begin, end)
-        if end > len(self._front):
+        if end > len(self._header):
             # The ids follow; they are wanted whenever a table is read without an index.
-            self._front = storage.read_bytes(self.info.uri, 0, max(end, min(self.info.size, _FRONT_BYTES)))
-        return self._front[begin:end]
+            self._header = storage.read_bytes(self.info.uri, 0, max(end, min(self.info.size, _HEADER_BYTES)))
+        return self._header[begin:end]
 
-    def drop_front(self) -> None:
-        """The front has been read."""
-        self._front = b""
+    def drop_header(self) -> None:
+        """The header has been read."""
+        self._header = b""
 
     def drop_copy(self) -> bool:
         """Do without the local copy, which is damaged; whether there was one."""
@@ -174,15 +166,15 @@ class RemoteShard:
             self._cache.forget(self.info)
         return had
 
-    def _buy(self, begin: int, end: int) -> MappedFile | None:
+    def _fetch(self, begin: int, end: int) -> MappedFile | None:
         """The whole shard if its price has been spent on ranges by now, this one included."""
         size = self.info.size
         with self._lock:
             self._spent_seconds += cost_seconds(end - begin)
             dear = self._spent_seconds < cost_seconds(size) or size > self._cache.max_bytes
-            if dear or self._buying:  # while one thread fetches it the others go on with ranges
+            if dear or self._fetching:  # while one thread fetches it the others go on with ranges
                 return self._local
-            self._buying = True
+            self._fetching = True
         try:
             found = self._cache.find(self.info) or self._cache.fetch(self.info)
         except StorageError as error:
@@ -193,7 +185,7 @@ class RemoteShard:
                 self._spent_seconds = -float("inf")
             return None
         finally:
-            self._buying = False
+            self._fetching = False
         self._local = found
         return found
 
@@ -201,8 +193,3 @@ class RemoteShard:
 def open_shard(info: FileInfo, cache: ShardCache) -> MappedFile | RemoteShard:
     """The bytes of a shard, wherever it is. Raises StorageError where a local one cannot be opened."""
     return RemoteShard(info, cache) if storage.is_remote(info.uri) else MappedFile(storage.local_path(info.uri))
-
-
-def new_token() -> str:
-    """Eight hexadecimal digits that tell a writer's files from any other's."""
-    return uuid.uuid4().hex[:8]

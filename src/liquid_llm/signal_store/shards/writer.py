@@ -13,15 +13,13 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
 from liquid_llm.signal_store.records import Record, SignalIdentity
-from liquid_llm.signal_store.shards.file import PREFIX, SUFFIX, Names, Packed, build_shard, pack_record
-from liquid_llm.signal_store.shards.folder import ShardsLayout
-from liquid_llm.signal_store.shards.index import INDEX_FILE, index_bytes
-from liquid_llm.signal_store.shards.remote import ShardCache, new_token
+from liquid_llm.signal_store.shards.file import PREFIX, SUFFIX, PackedRecord, Tables, build_shard, pack_record
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +37,11 @@ class ShardsWriter:
     Args:
         uri: the folder.
         identity: of all records.
-        names: of the files in it.
+        names: of the shards in it.
+        publish_index: publishes the index of what is in the folder, given its name.
+        index_due: the index file is missing or out of date, so that :meth:`finish` publishes it in any case.
         shard_bytes: of records in a full shard; a longer record has one of its own.
         part_seconds: the longest that records are held back.
-        index_due: the index file is missing or out of date, so that :meth:`finish` writes it in any case.
     """
 
     def __init__(
@@ -51,27 +50,28 @@ class ShardsWriter:
         identity: SignalIdentity,
         names: Iterable[str],
         *,
-        shard_bytes: int = SHARD_BYTES,
-        part_seconds: float = PART_SECONDS,
-        index_due: bool = False,
+        publish_index: Callable[[str], None],
+        index_due: bool,
+        shard_bytes: int,
+        part_seconds: float,
     ) -> None:
         self._uri = uri
         self._identity = identity
+        self._publish_index, self._index_due = publish_index, index_due
         self._shard_bytes = shard_bytes
         self._part_seconds = part_seconds
         found = (_GENERATION.match(name) for name in names)
         self._generation = 1 + max((int(match[1]) for match in found if match), default=0)
-        self._token = new_token()
+        self._token = uuid.uuid4().hex[:8]  # tells this writer's files from any other's
         self._number = 0
-        self._names = Names()
+        self._tables = Tables()
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
-        self._records: list[Packed] = []  # since the last full shard
+        self._records: list[PackedRecord] = []  # since the last full shard
         self._bytes = 0
         self._in_parts = 0  # how many of them, from the first, are in parts
         self._parts: list[str] = []
         self._timer: threading.Timer | None = None
-        self._index_due = index_due
         self._failures = 0
         self._error: StorageError | None = None  # of the last of several failures; None once something is published
         self._overhead = 0
@@ -84,7 +84,7 @@ class ShardsWriter:
                 tried again all the same.
         """
         with self._lock:
-            packed = pack_record(record, self._names)
+            packed = pack_record(record, self._tables)
             self._records.append(packed)
             self._bytes += len(packed.data)
             full = self._bytes >= self._shard_bytes
@@ -121,7 +121,7 @@ class ShardsWriter:
         if not self._number and not self._index_due:
             return
         try:
-            write_index(self._uri)
+            self._publish_index(self._uri)
         except StorageError as error:
             if self._number:
                 raise
@@ -148,7 +148,7 @@ class ShardsWriter:
         with self._lock:
             count = len(self._records)
             records = self._records[:] if full else self._records[self._in_parts :]
-            names = Names(self._names.types[:], self._names.forms[:])
+            tables = self._tables.copy()
             if self._timer is not None and (full or not records):
                 self._timer.cancel()
             self._timer = None
@@ -156,7 +156,7 @@ class ShardsWriter:
             return
         name = f"{PREFIX}{self._generation:06d}-{self._number:06d}-{self._token}{SUFFIX}"
         latest = {record.sample_id: record for record in records}
-        data = build_shard(latest.values(), names, self._identity)
+        data = build_shard(latest.values(), tables, self._identity)
         storage.write_bytes(storage.join(self._uri, name), data)
         self._failures, self._error = 0, None
         self._number += 1
@@ -172,11 +172,3 @@ class ShardsWriter:
         parts, self._parts = self._parts, []
         for part in parts:
             storage.remove(storage.join(self._uri, part))
-
-
-def write_index(uri: str, cache: ShardCache | None = None) -> None:
-    """Publish the index of what is in the folder now, where it is not there already."""
-    layout = ShardsLayout(uri, storage.list_files(uri), cache)
-    if layout.index_due:
-        storage.write_bytes(storage.join(uri, INDEX_FILE), index_bytes(layout.index))
-    layout.close()

@@ -8,11 +8,12 @@ distribution, at every temperature:
     biases a student for good (Anshumann et al. 2025, arXiv 2503.16870): at T = 2 three quarters of a small teacher's
     mass lie outside its 12 likeliest tokens.
 3.  A drawn id would take 12 bits or more if it were written down. But it does not matter which of many equally good ids
-    stand for a tail. So they come from a list that the reader makes again by itself (``candidates``): ids in
-    proportion to how common they are, shuffled. The writer walks along the position's window of the list and takes an
-    id when its wanted number over its prior exceeds its place in the window, which happens the wanted number of times
-    on average. Only the places of the taken ids are stored: 5 bits each, what a tail says beyond the prior. This is
-    relative entropy coding (Harsha et al. 2010; Theis and Yosri 2022, arXiv 2110.12805) by thinning a Poisson process.
+    stand for a tail. So they come from a list that the reader makes again by itself (``draws``): ids in
+    proportion to how common they are, shuffled. The writer walks along the position's window of the list and accepts
+    an id when its intensity (how often it is wanted) over its prior exceeds its arrival time (its slot in the window),
+    which happens the wanted number of times on average. Only the slots of the accepted ids are stored: 5 bits each,
+    what a tail says beyond the prior. This is relative entropy coding (Harsha et al. 2010; Theis and Yosri 2022, arXiv
+    2110.12805) by thinning a Poisson process.
 4.  Log-partitions at T = 4, 1 and 2/3, and log-probabilities of drawn ids to a nat, give the weights at any other
     temperature. Roundings are dithered, so that they do not bias a weight.
 
@@ -27,35 +28,41 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import SparseSignal
-from liquid_llm.signal_store.codecs.base import Options, Payload, PayloadError, Rows, check_temperature, require
+from liquid_llm.signal_store.codecs.base import (
+    Codec,
+    Options,
+    Payload,
+    PayloadError,
+    Rows,
+    check_temperature,
+    lagrange_weights,
+    require,
+)
 from liquid_llm.signal_store.codecs.tail.bits import BitsError
-from liquid_llm.signal_store.codecs.tail.candidates import candidates
-from liquid_llm.signal_store.codecs.tail.intensity import (
+from liquid_llm.signal_store.codecs.tail.draws import (
     BASE_TEMPERATURE,
     DRAW_STEP,
     NODES,
     PARTITION_STEP,
     TEMPERATURE_RANGE,
     Draws,
+    Floats,
+    candidates,
     dither_gain,
     dither_shift,
 )
 from liquid_llm.signal_store.codecs.tail.payload import Levels, Values, read_levels, write_levels
-from liquid_llm.signal_store.codecs.tail.rows import encode_rows
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from liquid_llm.signal_store.codecs.tail.rows import MOST_EXACT, encode_rows, most_draws
 
 _MOST_DRAWS = 1024
 _LEAST_TAIL = 0.01  # of the exact ids' sum: less than rounding hides
 
 
-class TailCodec:
+class TailCodec(Codec):
     """Exact head and unbiased tail.
 
     Args:
@@ -76,6 +83,7 @@ class TailCodec:
                 raise SignalError(f"codec 'tail' needs a number of draws as {name}", got=value, expected=expected)
         self.options: Options = dict(values)
         self._draws = Draws(draws_t1, draws_t2, draws_t4)
+        self.most_ids = MOST_EXACT + most_draws(self._draws)
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         return encode_rows(logits, seed, start, self._draws)
@@ -97,23 +105,16 @@ class TailCodec:
             draw_levels=columns["draw_levels"][draw].astype(np.int64),
         )
         data = write_levels(levels, self._draws) if n else b""
-        return {
-            "bytes": torch.frombuffer(bytearray(data), dtype=torch.uint8) if n else torch.zeros(0, dtype=torch.uint8)
-        }
+        return {"bytes": torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))}
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> SparseSignal:
         check_temperature(self, temperature)
-        data = require(payload, "bytes", torch.uint8, (None,)).numpy()
-        if not data.size:
-            if stop > 0:
-                raise PayloadError(f"0 positions, {stop} wanted")
+        stored = self._read(payload, vocab_size)
+        if stop > (stored[0].num_positions if stored else 0):
+            raise PayloadError(f"{stored[0].num_positions if stored else 0} positions, {stop} wanted")
+        if stored is None:
             return _empty(temperature)
-        try:
-            levels, values = read_levels(data, self._draws, vocab_size)
-        except BitsError as error:
-            raise PayloadError(str(error)) from error
-        if levels.num_positions < stop:
-            raise PayloadError(f"{levels.num_positions} positions, {stop} wanted")
+        levels, values = stored
         exponent = BASE_TEMPERATURE / temperature
         partition = _partition(levels, values, exponent)
         head_log = exponent * values.head_base - partition[values.head_rows]
@@ -121,56 +122,47 @@ class TailCodec:
         base = values.draw_base(levels.draw_levels)
         draw_log = exponent * base - partition[values.draw_rows]
         wanted = np.exp(self._draws.log_intensity(base, values.partition[values.draw_rows]))
-        met = np.minimum(wanted, values.draw_share * candidates(vocab_size).window)
-        draw_weight = np.exp(draw_log) / (met * dither_gain(exponent, DRAW_STEP))
+        accepted = np.minimum(wanted, values.draw_share * candidates(vocab_size).window)  # times on average
+        draw_weight = np.exp(draw_log) / (accepted * dither_gain(exponent, DRAW_STEP))
         # The divergence is weights times log-probabilities: a rounding that raises the one raises the other.
         head_log -= values.of_head(dither_shift, exponent)
         draw_log -= dither_shift(exponent, DRAW_STEP)
         return _padded(levels, values, (head_weight, head_log), (draw_weight, draw_log), start, stop, temperature)
 
     def parts(self, payload: Payload, vocab_size: int) -> dict[str, int]:
-        """Bytes of ``payload`` by what they say: they add up to all of it.
-
-        Raises:
-            PayloadError: the payload does not have the form ``pack`` gives it.
-        """
-        data = require(payload, "bytes", torch.uint8, (None,)).numpy()
         sizes: dict[str, int] = {}
-        if data.size:
-            try:
-                levels, _ = read_levels(data, self._draws, vocab_size)
-            except BitsError as error:
-                raise PayloadError(str(error)) from error
-            write_levels(levels, self._draws, sizes)
+        if (stored := self._read(payload, vocab_size)) is not None:
+            write_levels(stored[0], self._draws, sizes)
         return sizes
+
+    def _read(self, payload: Payload, vocab_size: int) -> tuple[Levels, Values] | None:
+        """What is stored; None for a payload without positions. Raises PayloadError."""
+        data = require(payload, "bytes", torch.uint8, (None,)).numpy()
+        try:
+            return read_levels(data, self._draws, vocab_size) if data.size else None
+        except BitsError as error:
+            raise PayloadError(str(error)) from error
 
 
 def _partition(levels: Levels, values: Values, exponent: float) -> Floats:
-    """F(exponent) of every position [n]."""
+    """F(exponent) of every position [n].
+
+    Between the nodes exact ids are summed as they are. What is interpolated is the log-partition of all others, smooth
+    and convex in the exponent, by a polynomial through 0 (where it is the log of their number), the nodes, and 1 (where
+    F is 0).
+    """
     if exponent == 1.0:
         return np.zeros(levels.num_positions)
     if exponent in NODES:
         return values.partition[:, NODES.index(exponent)] + math.log(dither_gain(1.0, PARTITION_STEP))
-    return _interpolated(levels, values, exponent)
-
-
-def _interpolated(levels: Levels, values: Values, exponent: float) -> Floats:
-    """F between the nodes.
-
-    Exact ids are summed as they are. What is interpolated is the log-partition of all others, smooth and convex in the
-    exponent, by a polynomial through 0 (where it is the log of their number), the nodes, and 1 (where F is 0).
-    """
     points = (0.0, 1.0, *NODES)
     tails = [np.log(np.maximum(levels.vocab_size - levels.head_counts, 0.5))]
     for point in points[1:]:
         head = values.head_sum(point)
         whole = 0.0 if point == 1.0 else values.partition[:, NODES.index(point)]
         tails.append(head + np.log(np.maximum(np.expm1(whole - head), _LEAST_TAIL)))
-    weights = [
-        math.prod((exponent - other) / (point - other) for other in points if other != point) for point in points
-    ]
-    partition: Floats = np.logaddexp(values.head_sum(exponent), np.array(weights) @ np.stack(tails))
-    return partition
+    weights = np.array(lagrange_weights(points, exponent))
+    return np.asarray(np.logaddexp(values.head_sum(exponent), weights @ np.stack(tails)))
 
 
 def _padded(
@@ -188,14 +180,14 @@ def _padded(
     weights = np.zeros((stop - start, width), np.float32)
     log_probs = np.zeros((stop - start, width), np.float32)
     before = np.cumsum(levels.draw_counts) - levels.draw_counts
-    head_place = np.arange(values.head_rows.size) - values.head_starts[values.head_rows]
-    draw_place = np.arange(values.draw_rows.size) + (levels.head_counts - before)[values.draw_rows]
-    for rows, place, which, (weight, log_prob) in (
-        (values.head_rows, head_place, levels.head_ids, head),
-        (values.draw_rows, draw_place, values.draw_ids, draw),
+    head_slot = np.arange(values.head_rows.size) - values.head_starts[values.head_rows]
+    draw_slot = np.arange(values.draw_rows.size) + (levels.head_counts - before)[values.draw_rows]
+    for rows, slot, which, (weight, log_prob) in (
+        (values.head_rows, head_slot, levels.head_ids, head),
+        (values.draw_rows, draw_slot, values.draw_ids, draw),
     ):
         begin, end = np.searchsorted(rows, (start, stop))
-        at = (rows[begin:end] - start, place[begin:end])
+        at = (rows[begin:end] - start, slot[begin:end])
         ids[at], weights[at], log_probs[at] = which[begin:end], weight[begin:end], log_prob[begin:end]
     return SparseSignal(
         torch.from_numpy(ids),

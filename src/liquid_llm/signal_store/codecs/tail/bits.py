@@ -37,7 +37,7 @@ class BitWriter:
         self._parts: list[bytes] = []
 
     def number(self, value: int) -> None:
-        """One non-negative integer of any size."""
+        """One non-negative integer."""
         self._parts.append(encode_varint(value))
 
     def fixed(self, values: Ints, widths: Ints | int) -> None:

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.signal_store.codecs.tail.bits import BitReader, BitsError, BitWriter
-from liquid_llm.signal_store.codecs.tail.candidates import Candidates, candidates, uniforms, window_starts
-from liquid_llm.signal_store.codecs.tail.intensity import (
+from liquid_llm.signal_store.codecs.tail.draws import (
     DRAW_STEP,
     DRAW_TURN,
     FINER,
@@ -30,13 +29,16 @@ from liquid_llm.signal_store.codecs.tail.intensity import (
     NODES,
     PARTITION_STEP,
     TOP_STEP,
+    Candidates,
     Draws,
+    Floats,
+    Ints,
+    candidates,
     dither_gain,
-    undithered,
+    undither,
+    uniforms,
+    window_starts,
 )
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _CLASS_BITS = 4
 _FIRST_CLASS_BITS = 5
@@ -90,8 +92,8 @@ class Values:
         self.head_starts = np.cumsum(levels.head_counts) - levels.head_counts
         steps = np.full(self.head_rows.size, HEAD_STEP)
         steps[self.head_starts] = TOP_STEP
-        self.head_base = undithered(levels.head_levels, self._numbers[self.head_rows, 1], steps)
-        self.partition = undithered(levels.partition, self._numbers[:, 2:5], PARTITION_STEP)
+        self.head_base = undither(levels.head_levels, self._numbers[self.head_rows, 1], steps)
+        self.partition = undither(levels.partition, self._numbers[:, 2:5], PARTITION_STEP)
         for column, exponent in enumerate(NODES):
             self.partition[:, column] += self.head_sum(exponent)
         self.draw_rows = np.repeat(every, levels.draw_counts)
@@ -114,7 +116,7 @@ class Values:
 
     def draw_base(self, levels: Ints) -> Floats:
         """l of every draw."""
-        return undithered(levels, self._draw_dither, DRAW_STEP)
+        return undither(levels, self._draw_dither, DRAW_STEP)
 
     def least_levels(self, draws: Draws) -> Ints:
         """The least level with which an id is drawn from its slot, for every draw."""

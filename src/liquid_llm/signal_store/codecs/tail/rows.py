@@ -1,6 +1,6 @@
 """The writer's half of codec ``tail``: logits -> which ids are kept, as integers, on the teacher's device.
 
-Words are those of ``intensity`` and ``candidates``. Real numbers are float32 where they are as many as logits and
+Words are those of ``draws``. Real numbers are float32 where they are as many as logits and
 float64 where they are few.
 """
 
@@ -13,22 +13,20 @@ import torch
 from torch import Tensor
 
 from liquid_llm.signal_store.codecs.base import Rows, cuts_for_cache, row_maximum
-from liquid_llm.signal_store.codecs.tail.candidates import (
-    Candidates,
-    candidates,
-    device_tables,
-    uniforms,
-    window_starts,
-)
-from liquid_llm.signal_store.codecs.tail.intensity import (
+from liquid_llm.signal_store.codecs.tail.draws import (
     DRAW_STEP,
     DRAW_TURN,
     HEAD_STEP,
     NODES,
     PARTITION_STEP,
     TOP_STEP,
+    Candidates,
     Draws,
+    candidates,
+    device_tables,
     dither_gain,
+    uniforms,
+    window_starts,
 )
 
 MOST_EXACT = 64  # ids that a position may store exactly
@@ -61,7 +59,7 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
     known = candidates(vocab_size)
     numbers = torch.from_numpy(uniforms(seed, start, n)).to(logits.device)
     offsets = torch.from_numpy(window_starts(seed, start, n, known)).to(logits.device)
-    peaks, whole, log_sum, met = _scan(logits, offsets, known)
+    peaks, whole, log_sum, proposed = _scan(logits, offsets, known)
     top = row_maximum(peaks)
     shift = top / 2 + log_sum  # l = z / 2 - shift
 
@@ -84,14 +82,14 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
 
     exact = ids.masked_fill(~keep, -1)
     lines = _lines(torch.stack(partition, dim=1), draws)
-    row, slots, levels = _accepted(met, shift, lines, numbers, offsets, exact, known)
-    counts, (slots, levels) = _padded(n, most_draws(draws), row, (slots.to(torch.int16), levels.to(torch.int8)))
+    row, slots, levels = _accepted(proposed, shift, lines, numbers, offsets, exact, known)
+    counts, (slots, levels) = _pad(n, most_draws(draws), row, (slots.to(torch.int16), levels.to(torch.int8)))
     return {
         "seed": torch.full((n,), seed, dtype=torch.int64),
         "vocab_size": torch.full((n,), vocab_size, dtype=torch.int32),
         "head_counts": keep.sum(dim=1).to(torch.uint8),
-        "head_ids": _widened(ids.to(torch.int32)),
-        "head_levels": _widened(head_levels.masked_fill_(~keep, 0).to(torch.int16)),
+        "head_ids": _widen(ids.to(torch.int32)),
+        "head_levels": _widen(head_levels.masked_fill_(~keep, 0).to(torch.int16)),
         "partition": torch.stack(partition_levels, dim=1).to(torch.int16),
         "draw_counts": counts.to(torch.int16),
         "draw_slots": slots,
@@ -110,7 +108,7 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
     sequence = device_tables(vocab_size, logits.device)[0].unfold(0, known.window, 1)
     even = vocab_size // _RUN * _RUN
     peaks = logits.new_empty(n, -(-vocab_size // _RUN))
-    met = logits.new_empty(n, known.window)
+    proposed = logits.new_empty(n, known.window)
     sums = logits.new_empty(n, 4)
     blocks = _blocks(n, logits.device, 4 * vocab_size)
     powers = logits.new_empty(2, blocks[0].stop - blocks[0].start, vocab_size)
@@ -120,7 +118,7 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
         torch.amax(runs, dim=2, out=peaks[rows, : even // _RUN])
         if even < vocab_size:
             torch.amax(block[:, even:], dim=1, out=peaks[rows, -1])
-        torch.gather(block, 1, sequence[offsets[rows]], out=met[rows])
+        torch.gather(block, 1, sequence[offsets[rows]], out=proposed[rows])
         one, two = powers[:, : block.shape[0]]  # exp(z / 4) and its powers
         torch.add(peaks[rows].amax(dim=1, keepdim=True) * -0.25, block, alpha=0.25, out=one).exp_()
         torch.sum(one, dim=1, out=total[:, 0])
@@ -130,7 +128,7 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
         torch.linalg.vector_norm(two.mul_(one), dim=1, out=total[:, 3])
     logs = sums.log_() * sums.new_tensor([1.0, 2.0, 2.0, 2.0])
     log_sum = logs[:, 1:2]
-    return peaks, logs[:, [0, 2, 3]] - log_sum * logs.new_tensor(NODES), log_sum, met
+    return peaks, logs[:, [0, 2, 3]] - log_sum * logs.new_tensor(NODES), log_sum, proposed
 
 
 def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,9 +146,9 @@ def _exact(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [n, k] and ids of what is stored exactly, likeliest first, and which of the k columns a row uses.
 
-    An id of intensity i, met in a window i' = min(i, share * window) times on average, adds i^2 / i' to the variance
-    (in units of 1 / draws^2) and costs i' draws, each of which would lower the variance by 1 elsewhere. It is stored
-    exactly where that exceeds the price; a position that has no such id stores its likeliest.
+    An id of intensity i, accepted i' = min(i, share * window) times on average, adds i^2 / i' to the variance (in units
+    of 1 / draws^2) and costs i' draws, each of which would lower the variance by 1 elsewhere. It is stored exactly
+    where that exceeds the price; a position that has no such id stores its likeliest.
     """
     n, device = logits.shape[0], logits.device
     least = min(known.least_share * known.window, EXACT_PRICE / 2)
@@ -162,12 +160,12 @@ def _exact(
     lines = [slope * base + constant[row, 0] for slope, constant in _lines(whole, draws)]
     intensity = torch.stack(lines).amax(dim=0).exp()
     log_share = device_tables(known.num_cells.size, device)[2]
-    met = torch.minimum(intensity, log_share[column].exp() * known.window)
-    worth = intensity * intensity / met + met > EXACT_PRICE
-    row, column, value = row[worth], column[worth], value[worth]
+    accepted = torch.minimum(intensity, log_share[column].exp() * known.window)
+    exact = intensity * intensity / accepted + accepted > EXACT_PRICE
+    row, column, value = row[exact], column[exact], value[exact]
     counts = torch.bincount(row, minlength=n)
     width = max(1, int(counts.max())) if n else 1
-    _, (values, ids) = _padded(n, width, row, (value, column), (-math.inf, 0))
+    _, (values, ids) = _pad(n, width, row, (value, column), (-math.inf, 0))
     none = (counts == 0).nonzero().squeeze(1)
     if none.numel():
         values[none, 0], ids[none, 0] = logits[none].max(dim=1)
@@ -176,7 +174,7 @@ def _exact(
 
 
 def _accepted(
-    met: Tensor,
+    proposed: Tensor,
     shift: Tensor,
     lines: list[tuple[float, Tensor]],
     numbers: Tensor,
@@ -186,33 +184,35 @@ def _accepted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row, slot and level of every draw, by row and slot.
 
-    An entry of a window is taken when its intensity over its share exceeds its slot plus the position's lateness: for
-    a random window and lateness that happens ``intensity`` times on average. Ids that are stored exactly are not drawn.
+    An entry of a window is accepted when its intensity over its share exceeds its arrival time, its slot plus the
+    position's shift: for a random window and shift that happens ``intensity`` times on average. Ids that are stored
+    exactly are not drawn.
     """
-    sequence, log_share, _ = device_tables(known.num_cells.size, met.device)
-    row, slot = _possible(met, shift, lines, offsets, known)
+    sequence, log_share, _ = device_tables(known.num_cells.size, proposed.device)
+    row, slot = _possible(proposed, shift, lines, offsets, known)
     dither = (numbers[:, 5][row] + slot * DRAW_TURN).remainder_(1.0)
-    base = (met[row, slot] / 2 - shift[row, 0]).double().clamp_(min=_LEAST_BASE)
+    base = (proposed[row, slot] / 2 - shift[row, 0]).double().clamp_(min=_LEAST_BASE)
     level = torch.floor(base / DRAW_STEP + dither)
     rounded = (level + 0.5 - dither) * DRAW_STEP
     intensity = torch.stack([slope * rounded + constant[row, 0] for slope, constant in lines]).amax(dim=0)
-    taken = intensity - log_share[offsets[row] + slot] > torch.log(slot + 1.0 - numbers[:, 0][row])
+    arrival_time = slot + 1.0 - numbers[:, 0][row]
+    taken = intensity - log_share[offsets[row] + slot] > torch.log(arrival_time)
     row, slot, level = row[taken], slot[taken], level[taken]
     drawn = (exact[row] != sequence[offsets[row] + slot, None]).all(dim=1)
     return row[drawn], slot[drawn], level[drawn]
 
 
 def _possible(
-    met: Tensor, shift: Tensor, lines: list[tuple[float, Tensor]], offsets: Tensor, known: Candidates
+    proposed: Tensor, shift: Tensor, lines: list[tuple[float, Tensor]], offsets: Tensor, known: Candidates
 ) -> tuple[Tensor, Tensor]:
     """Row and slot of the few entries of all windows that may be drawn, by a bound that takes few operations."""
-    shares = device_tables(known.num_cells.size, met.device)[1].unfold(0, known.window, 1)
-    log_steps = torch.log(torch.arange(known.window, device=met.device))
+    shares = device_tables(known.num_cells.size, proposed.device)[1].unfold(0, known.window, 1)
+    log_steps = torch.log(torch.arange(known.window, device=proposed.device))
     # Rounding adds at most half a step, float32 far less than the hundredth more.
     most = [(slope, (constant + slope * (DRAW_STEP / 2 + 0.01)).float()) for slope, constant in lines]
     found = []
-    for rows in _blocks(met.shape[0], met.device, 16 * known.window):
-        base = torch.sub(met[rows], 2 * shift[rows]).mul_(0.5)
+    for rows in _blocks(proposed.shape[0], proposed.device, 16 * known.window):
+        base = torch.sub(proposed[rows], 2 * shift[rows]).mul_(0.5)
         needed = shares[offsets[rows]].add_(log_steps)
         short, other = torch.empty_like(base).fill_(math.inf), torch.empty_like(base)
         for slope, constant in most:
@@ -239,7 +239,7 @@ def _lines(partition: Tensor, draws: Draws) -> list[tuple[float, Tensor]]:
     ]
 
 
-def _padded(
+def _pad(
     n: int, width: int, row: Tensor, columns: tuple[Tensor, Tensor], fill: tuple[float, float] = (0, 0)
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Values ordered by ``row`` as rows [n, width] of equal length, and their counts; what does not fit is left out."""
@@ -253,7 +253,7 @@ def _padded(
     return counts.clamp(max=width), (first, second)
 
 
-def _widened(columns: Tensor) -> Tensor:
+def _widen(columns: Tensor) -> Tensor:
     """Columns up to ``MOST_EXACT``, so that chunks of a record can be joined."""
     return torch.nn.functional.pad(columns, (0, MOST_EXACT - columns.shape[1]))
 
