@@ -1,4 +1,4 @@
-"""What a person sees while a command works: progress, log lines, and the table at the end.
+"""What a person sees while a command works: progress, log lines, and facts.
 
     stage   a stretch of work with a name, a unit and, if known, a total: shown with rate, time left and elapsed time
     result  what a command was asked for; only results go to standard output, everything else to standard error
@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -176,9 +175,7 @@ class Stage:
         """The state in one line: done, share, rate, time left, elapsed, note."""
         return ", ".join([f"{self.name}: {self._counted()}", *self._pace(), *([self._note] if self._note else [])])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._progress is not None:
             self._progress.stop()
         seconds = self._clock() - self._began
