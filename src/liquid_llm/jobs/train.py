@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
     _write_provenance(config, place, start, parts, data, fit)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        stack.enter_context(closing(parts.teachers.router))
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
         resume_step = parts.progress.step if start.kind == "continue" else None
         trackers = open_trackers(config.output.trackers, place.run_dir, resume_step)
@@ -203,7 +204,8 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
             "schedules": schedule_values(parts.schedules, start.step),
         }
         two_more = replace(config.optimizer, steps=parts.progress.step + 2)
-        with BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers) as feed:
+        feed = BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers)
+        with closing(parts.teachers.router), feed:
             trainer = _trainer(replace(config, optimizer=two_more), parts, feed, lambda: False)
             trainer.consumers = parts.evaluator.consumers = fit.largest
             found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])

@@ -17,7 +17,6 @@ import numpy as np
 
 from liquid_llm.data.types import MicroBatch, Sample, SampleSource
 from liquid_llm.errors import SignalError
-from liquid_llm.losses.signals import Signal
 from liquid_llm.signal_store.shards.remote import ShardCache
 from liquid_llm.signal_store.store import Lookup, StoreReader, open_store
 from liquid_llm.teachers.teacher import Coverage, Prepared, Teacher, TeacherSetup
@@ -66,10 +65,6 @@ class StoredTeacher(Teacher):
         like = next(signal for signal in signals if signal is not None)
         joined = type(like).join(signals, batch.row_positions.tolist())
         return Prepared(joined.merge_repeats() if self._merge_repeats else joined)
-
-    def signal(self, batch: MicroBatch, prepared: Prepared) -> Signal | None:
-        """The prepared signal, moved to the device of ``batch``."""
-        return None if prepared.signal is None else prepared.signal.to(batch.input_ids.device)
 
     def describe(self) -> dict[str, Any]:
         """Where the store is and whose signal it holds."""

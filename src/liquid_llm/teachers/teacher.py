@@ -116,13 +116,13 @@ class Teacher(ABC):
     Attributes:
         temperature_range: lowest and highest temperature it can be asked at.
         model: what it holds on the device, or None.
-        num_slots: most ids a position that its signal has; 0 for whole logits, None for hidden states and a head.
+        most_ids: the most ids a position of its signal has; 0 for whole logits, None for hidden states and a head.
         choices: what was chosen for it, each with its reason.
     """
 
     temperature_range: tuple[float, float] = (0.0, math.inf)
     model: nn.Module | None = None
-    num_slots: int | None = None
+    most_ids: int | None = None
     choices: Mapping[str, Choice] = {}
 
     @abstractmethod
@@ -135,16 +135,16 @@ class Teacher(ABC):
         """
 
     @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the teacher is, as plain values for provenance."""
+
     def signal(self, batch: MicroBatch, prepared: Prepared) -> Signal | None:
         """One row for each labelled position of ``batch``, row-major, on the batch's device.
 
         Args:
             batch: the one that was prepared, or some rows of it with their part of ``prepared``.
         """
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What the teacher is, as plain values for provenance."""
+        return None if prepared.signal is None else prepared.signal.to(batch.input_ids.device)
 
     def own_loss(self, batch: MicroBatch, signal: Signal) -> float | None:
         """The teacher's own summed cross-entropy on ``batch``, nats; None where its signal does not tell."""
