@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -98,3 +99,10 @@ def fresh_world(built_world: Path, tmp_path: Path) -> Iterator[World]:
 def accelerator() -> Accelerator:
     """The pretend device ``pretend:0``; it cannot be taken out of the process again, and disturbs nothing there."""
     return install()
+
+
+@pytest.fixture(scope="module")
+def few_to_collect() -> None:
+    """What is alive when the module begins is left out of its garbage collections, which then cost a hundredth."""
+    gc.collect()
+    gc.freeze()

@@ -17,7 +17,7 @@ from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics, without_timings
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("accelerator")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("accelerator", "few_to_collect")]
 
 GIVEN: dict[str, object] = {
     "precision": "float32",

@@ -30,7 +30,7 @@ def rows_of(out: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-def test_every_part_is_walked_on_the_pretend_device(tmp_path: Path) -> None:
+def test_every_part_is_walked_on_the_pretend_device_and_memory_is_what_was_predicted(tmp_path: Path) -> None:
     done = hold(tmp_path / "out", "--select", "codec or dry_run")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = rows_of(tmp_path / "out")
@@ -46,18 +46,12 @@ def test_every_part_is_walked_on_the_pretend_device(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "table.txt").read_text()
     assert "not measured: no GPU. Left for a real card" in text
     assert "LOOK AT" not in text
+    predicted = [line for line in text.splitlines() if line.startswith("B=")]
+    assert len(predicted) == 8
+    assert all("within 5%" in line for line in predicted), "\n".join(predicted)
     said = done.stdout.splitlines()
     missing = [line for line in text.splitlines() if line not in said and not line.endswith("passed")]
     assert not missing
-
-
-@pytest.mark.slow
-def test_memory_is_within_five_percent_of_the_prediction(tmp_path: Path) -> None:
-    done = hold(tmp_path / "out", "--parts", "memory")
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in (tmp_path / "out" / "table.txt").read_text().splitlines() if line.startswith("B=")]
-    assert len(lines) == 8
-    assert all("within 5%" in line for line in lines), "\n".join(lines)
 
 
 def test_a_part_that_hangs_or_dies_takes_no_other_with_it(tmp_path: Path) -> None:

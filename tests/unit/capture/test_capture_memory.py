@@ -22,6 +22,8 @@ from liquid_llm.signal_store.codecs.tail import TailCodec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter
 
+pytestmark = pytest.mark.usefixtures("few_to_collect")
+
 
 @pytest.fixture(scope="module")
 def teacher() -> LoadedModel:
