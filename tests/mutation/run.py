@@ -29,7 +29,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -132,7 +135,7 @@ class Bench:
             finally:  # reached by an exception alone, which must not go on up into the parent's code
                 traceback.print_exc()
                 os._exit(BROKEN)
-        deadline = time.monotonic() + 60 + 10 * cpu_seconds
+        deadline = time.monotonic() + 600 + 20 * cpu_seconds  # on a busy machine, and a test may hang
         try:
             while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if time.monotonic() > deadline:
@@ -158,7 +161,7 @@ class Bench:
         sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in ours]
         for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "liquid_llm")]:
             del sys.modules[name]
-        arguments = [f"--rootdir={self.tree}", f"--basetemp={self.scratch}", "-x"]
+        arguments = [f"--rootdir={self.tree}", f"--basetemp={self.scratch}", "--timeout=0", "-x"]
         arguments += ["-p", "no:cacheprovider", "-p", "no:xdist"]
         arguments += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins came in with what is loaded already
         code = int(pytest.main([*arguments, *tests], plugins=[recorder] if recorder else None))
@@ -213,16 +216,10 @@ def choose(arguments: argparse.Namespace) -> tuple[list[Mutant], dict[str, list[
     return mutations.sample(everything, arguments.number, arguments.seed), near
 
 
-def difference(mutant: Mutant, source: str) -> str:
-    lines = difflib.unified_diff(
-        source.splitlines(),
-        mutant.apply(source).splitlines(),
-        mutant.path,
-        mutant.function or "module",
-        n=1,
-        lineterm="",
-    )
-    return "\n".join(lines)
+def difference(mutant: Mutant) -> str:
+    source = (ROOT / mutant.path).read_text(encoding="utf-8")
+    before, after = source.splitlines(), mutant.apply(source).splitlines()
+    return "\n".join(difflib.unified_diff(before, after, mutant.path, mutant.function or "module", n=1, lineterm=""))
 
 
 def main() -> int:
@@ -231,39 +228,62 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="another seed, another sample")
     parser.add_argument("--only", action="append", default=[], help="a part of a file's path, or a mutant's name")
     parser.add_argument("--least", type=float, default=0.9, help="the share to notice; fewer is exit code 1")
+    parser.add_argument("--workers", type=int, default=1, help="mutants tried at a time")
     parser.add_argument("--list", action="store_true", help="show the mutants and try none")
     arguments = parser.parse_args()
     chosen, near = choose(arguments)
     if arguments.list:
-        for mutant in sorted(chosen, key=lambda m: (m.path, m.start)):
+        for mutant in chosen:
             print(f"{mutant.name} {mutant.path}:{mutant.line} {mutant.operator}: {mutant.before} -> {mutant.after}")
         return 0
     import torch  # noqa: F401  # what each fork would load again
     import transformers  # noqa: F401
 
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        return _try_all(Bench(ROOT, Path(folder)), chosen, near, arguments.least)
-
-
-def _try_all(bench: Bench, chosen: list[Mutant], near: dict[str, list[str]], least: float) -> int:
-    paths = sorted({mutant.path for mutant in chosen})
     began = time.monotonic()
-    walks = bench.baseline(paths, list(dict.fromkeys(test for path in paths for test in near[path])))
-    print(f"{len(walks)} tests pass without a mutant, after {time.monotonic() - began:.0f} s", flush=True)
-    alive = []
-    for number, mutant in enumerate(sorted(chosen, key=lambda m: (m.path, m.start)), start=1):
-        noticed = bench.try_mutant(mutant, near[mutant.path], walks)
-        if noticed is None:
-            alive.append(mutant)
-        place = f"{mutant.name} {mutant.path.removeprefix('src/')}:{mutant.line} {mutant.operator}"
-        print(f"{number:4d} {'SURVIVED' if noticed is None else 'killed'} {place}: {noticed or ''}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        alive = _try_all(Path(folder), chosen, near, arguments.workers)
     killed = len(chosen) - len(alive)
     print(f"\n{killed} of {len(chosen)} noticed ({killed / len(chosen):.1%}), {time.monotonic() - began:.0f} s")
     for mutant in alive:
-        reach = "" if any(walk.reaches(mutant) for walk in walks.values()) else "  (no test reaches it)"
-        print(f"\n{mutant.name} survived: {mutant.operator}{reach}")
-        print(difference(mutant, (bench.tree / mutant.path).read_text(encoding="utf-8")))
-    return 0 if killed >= least * len(chosen) else 1
+        print(f"\n{mutant.name} survived: {mutant.operator}\n{difference(mutant)}")
+    return 0 if killed >= arguments.least * len(chosen) else 1
+
+
+def _try_all(folder: Path, chosen: list[Mutant], near: dict[str, list[str]], workers: int) -> list[Mutant]:
+    """Those that no test notices."""
+    sources = sorted({mutant.path for mutant in chosen})
+    tests = list(dict.fromkeys(test for source in sources for test in near[source]))
+    with ProcessPoolExecutor(workers, get_context("fork"), _set_up, (folder,)) as pool:
+        walks: dict[str, Walk] = {}
+        for part in pool.map(_baseline, repeat(sources), [tests[n::workers] for n in range(workers)]):
+            walks |= part
+        print(f"{len(walks)} tests pass without a mutant", flush=True)
+        alive = []
+        tried = pool.map(_try, chosen, [near[mutant.path] for mutant in chosen], repeat(walks))
+        for number, (mutant, noticed) in enumerate(zip(chosen, tried, strict=True), start=1):
+            if noticed is None:
+                reached = any(walk.reaches(mutant) for walk in walks.values())
+                noticed = "SURVIVED" if reached else "SURVIVED, no test reaches it"
+                alive.append(mutant)
+            place = f"{mutant.path.removeprefix('src/')}:{mutant.line}"
+            print(f"{number:4d} {mutant.name} {place} {mutant.operator}: {noticed}", flush=True)
+    return alive
+
+
+_bench: Bench  # each worker's own
+
+
+def _set_up(folder: Path) -> None:
+    global _bench
+    _bench = Bench(ROOT, folder / str(os.getpid()))
+
+
+def _baseline(sources: list[str], tests: list[str]) -> dict[str, Walk]:
+    return _bench.baseline(sources, tests)
+
+
+def _try(mutant: Mutant, near: list[str], walks: dict[str, Walk]) -> str | None:
+    return _bench.try_mutant(mutant, near, walks)
 
 
 if __name__ == "__main__":
