@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from liquid_llm.data.buckets import plan_buckets
 from liquid_llm.data.hub import load_hub_dataset
-from liquid_llm.data.loader import Source, TrainingStream
+from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.token_writer import read_meta
 from liquid_llm.data.tokens import TokenDataset, build_token_dataset
 from liquid_llm.demo.word_problems import word_problems
@@ -65,7 +65,7 @@ def tokenise_child(tokenizer_id: str, place: str, cache: str) -> None:
         import datasets  # noqa: F401  # measured is what is held while tokenising, not the library
     before, began = resident_bytes(), time.perf_counter()
     if Path(place).is_dir():
-        dataset = load_hub_dataset(place, None, tokenizer, "bench", cache, eos_id=0, splits=("train",))["train"]
+        dataset = load_hub_dataset(place, None, tokenizer, "bench", cache, eos_id=0)[0]
     else:
         dataset = build_token_dataset([place], "lm", tokenizer, "bench", cache, eos_id=0)
     seconds = time.perf_counter() - began
@@ -105,9 +105,9 @@ def micro_batch_table(lm: TokenDataset, problems: TokenDataset, block_size: int,
     print(f"\nblock_size {block_size}, batch_size {batch_size}")
     print(f"{'stream':>22} {'micro-batch':>12} {'tokens/s':>12} {'first':>10} {'jump to 1e6':>12}")
     streams = {
-        "lm": [Source(lm, 1.0)],
-        "maths": [Source(problems, 1.0)],
-        "both, 3:1": [Source(lm, 3.0), Source(problems, 1.0)],
+        "lm": [WeightedDataset(lm, 1.0)],
+        "maths": [WeightedDataset(problems, 1.0)],
+        "both, 3:1": [WeightedDataset(lm, 3.0), WeightedDataset(problems, 1.0)],
     }
     for name, sources in streams.items():
         began = time.perf_counter()

@@ -14,7 +14,7 @@ objective; the reference options are spellings of the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ LAYOUTS = ("blocks", "samples")
 NONE = "none"
 SPELLINGS = {"math_logits_dir": "math_tool", "code_logits_dir": "code"}
 """The reference options that name a type's store, and that type."""
+
+FIRST_TYPES = ("lm", "math_tool", "code")
+"""The types that come before others in metrics and provenance."""
 
 _TYPE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -57,6 +60,17 @@ class SourceConfig:
     def _after(self, kind: str) -> str | None:
         found, _, rest = (self.teacher or "").partition(":")
         return rest if found == kind else None
+
+
+def is_type(name: object) -> bool:
+    """Whether a manifest may give a type this name."""
+    return isinstance(name, str) and _TYPE.fullmatch(name) is not None
+
+
+def order_types(types: Iterable[str]) -> list[str]:
+    """Each type once: ``FIRST_TYPES``, then the others as they first come."""
+    found = dict.fromkeys(types)
+    return [type for type in FIRST_TYPES if type in found] + [type for type in found if type not in FIRST_TYPES]
 
 
 def default_layout(type: str) -> str:

@@ -43,7 +43,7 @@ def fails(capsys, code, *parts, words):
     [
         ("{not json", ["manifest.jsonl:2"]),
         ('{"type": "lm"}', ["manifest.jsonl:2", "path"]),
-        ('{"path": "lm.jsonl", "type": "poetry"}', ["manifest.jsonl:2", "poetry", "math_tool"]),
+        ('{"path": "lm.jsonl", "type": "po etry"}', ["manifest.jsonl:2", "po etry", "math_tool"]),
         ('{"path": "lm.jsonl", "type": "lm", "weight": 0}', ["manifest.jsonl:2", "weight"]),
         ('{"path": "nowhere-*.jsonl", "type": "lm"}', ["manifest.jsonl:2", "nowhere-"]),
     ],

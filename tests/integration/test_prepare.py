@@ -85,7 +85,7 @@ def test_every_dataset_of_a_catalog_goes_into_its_manifest(tmp_path: Path, capsy
 
 def test_inputs_and_shards_in_a_bucket(gcs: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = f"{gcs.uri}/datasets"
-    for name in ("wikitext", "fineweb-edu", "wikipedia", "codesearchnet"):
+    for name in ("wikitext", "fineweb-edu", "gsm8k", "codesearchnet"):
         storage.write_bytes(f"{base}/raw/{name}/{RAW[name].name}", RAW[name].data)
     plain = {
         "wt": {
@@ -95,13 +95,14 @@ def test_inputs_and_shards_in_a_bucket(gcs: Bucket, tmp_path: Path, capsys: pyte
             "manifest": f"{base}/m.jsonl",
         },
         "fw": {"type": "lm", "in": "raw/fineweb-edu/*", "out": "shards/fw-*.jsonl.gz", "manifest": "m.jsonl"},
-        "wp": {"type": "lm", "in": "raw/wikipedia/*.bz2", "out": str(tmp_path / "wp"), "manifest": "m.jsonl"},
+        "gs": {"type": "math_tool", "in": "raw/gsm8k/*", "out": str(tmp_path / "gs"), "manifest": "m.jsonl"},
         "cs": {"type": "code", "in": "raw/codesearchnet/*", "out": "shards/cs", "manifest": "m.jsonl"},
     }
     storage.write_bytes(f"{base}/datasets.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
     prepare(capsys, f"{base}/datasets.yaml")
     found = all_texts(f"{base}/m.jsonl")
-    assert found["lm"] == [*RAW["wikitext"].texts, *RAW["fineweb-edu"].texts, *RAW["wikipedia"].texts]
+    assert found["lm"] == [*RAW["wikitext"].texts, *RAW["fineweb-edu"].texts]
+    assert found["math_tool"] == RAW["gsm8k"].texts
     assert found["code"] == RAW["codesearchnet"].texts
     assert {one["status"] for one in prepare(capsys, f"{base}/datasets.yaml").values()} == {"complete"}
     names = {info.name for info in storage.list_files(f"{base}/shards")}

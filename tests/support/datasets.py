@@ -11,12 +11,15 @@ from liquid_llm.data.tokens import TokenDataset
 
 
 def token_dataset(
-    samples: Sequence[Sequence[int]], type: str = "lm", sample_ids: Sequence[str] | None = None
+    samples: Sequence[Sequence[int]],
+    type: str = "lm",
+    sample_ids: Sequence[str] | None = None,
+    layout: str = "",
 ) -> TokenDataset:
     """A dataset of ``samples``, each of two tokens or more, named ``s0``, ``s1``, … unless ``sample_ids`` is given."""
     names = [f"s{number}" for number in range(len(samples))] if sample_ids is None else list(sample_ids)
     with tempfile.TemporaryDirectory() as folder:  # the maps stay valid when the names are gone
-        with TokenWriter(Path(folder), type, "<u4", str) as writer:
+        with TokenWriter(Path(folder), type, "<u4", str, layout=layout) as writer:
             writer.add(names, samples, range(len(samples)))
             meta = writer.finish()
         return TokenDataset(Path(folder), meta)

@@ -20,14 +20,13 @@ from pathlib import Path
 from tests.support.dying import die_before_call
 
 from liquid_llm.preparation.catalog import Dataset, read_catalog
-from liquid_llm.preparation.dataset import fingerprints, input_files, prepare, read_complete, sources_of
+from liquid_llm.preparation.dataset import input_files, prepare, read_complete
 
 CALLS = ("replace", "unlink", "fsync", "mkdir", "rename")
 
 
 def prepare_now(dataset: Dataset) -> None:
-    sources = sources_of(input_files(dataset))
-    prepare(dataset, sources, fingerprints(dataset, sources))
+    prepare(dataset, input_files(dataset))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
@@ -13,7 +12,6 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.sax.saxutils import escape
 
 import pyarrow
 from pyarrow import parquet
@@ -51,60 +49,14 @@ WIKITEXT = (
     " \n = Lamp tower = \n \n The lamp tower is a <unk> near the harbour , built in 1 @,@ 204 days . \n \n"
     " = = History = = \n \n It burned once . \n \n = Old bridge = \n \n The bridge is old . \n"
 )
-_ARTICLES = [
+ARTICLES = [
     (
-        "= Lamp tower =\nThe lamp tower is a <unk> near the harbour , built in 1 @,@ 204 days .\n= = History = =\n"
-        "It burned once ."
+        " = Lamp tower = \n\n The lamp tower is a <unk> near the harbour , built in 1 @,@ 204 days . \n\n"
+        " = = History = = \n\n It burned once . \n\n"
     ),
-    "= Old bridge =\nThe bridge is old .",
+    " = Old bridge = \n\n The bridge is old . \n",
 ]
 
-_PAGE = """{{Infobox tower|height={{convert|12|m}}|names=[[Hill|the hill]]}}
-[[Datei:Tower.jpg|thumb|A [[lamp]] at ''night'']]
-The '''Lamp tower''' is a [[tower|tall tower]] in [[Harbour]].<ref name="a">Page {{p|3}}</ref><ref name="b" />
-It has 12&nbsp;lamps<!-- checked --> &amp; one [https://example.org/x keeper].
-
-== History ==
-{| class="wikitext"
-| 1890 || built
-|}
-* It ''burned'' once.
-[[Kategorie:Towers]]
-"""
-_PAGE_TEXT = """Lamp tower
-
-The Lamp tower is a tall tower in Harbour.
-It has 12 lamps & one keeper.
-
-History
-
-It burned once."""
-
-
-def wikipedia(pages: Sequence[tuple[str, str, str, str]]) -> bytes:
-    """A dump of (title, namespace, redirect target or "", source) pages."""
-    body = "".join(
-        f"  <page>\n    <title>{escape(title)}</title>\n    <ns>{ns}</ns>\n    <id>{number}</id>\n"
-        + (f'    <redirect title="{escape(target)}" />\n' if target else "")
-        + f"    <revision>\n      <id>{number}9</id>\n      <contributor><username>A</username></contributor>\n"
-        f'      <text bytes="{len(source)}" xml:space="preserve">{escape(source)}</text>\n    </revision>\n  </page>\n'
-        for number, (title, ns, target, source) in enumerate(pages)
-    )
-    return (
-        '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">\n  <siteinfo>\n'
-        '    <namespaces>\n      <namespace key="0" case="first-letter" />\n'
-        '      <namespace key="6" case="first-letter">Datei</namespace>\n'
-        '      <namespace key="14" case="first-letter">Kategorie</namespace>\n    </namespaces>\n  </siteinfo>\n'
-        f"{body}</mediawiki>\n"
-    ).encode()
-
-
-_PAGES = [
-    ("Lamp tower", "0", "", _PAGE),
-    ("Tower", "0", "Lamp tower", "#REDIRECT [[Lamp tower]]"),
-    ("Talk:Lamp tower", "1", "", "A talk page."),
-    ("Old & new bridge", "0", "", "A bridge < 5 m."),
-]
 _GSM8K = [
     {"question": "Ada packs 3 bags of 4 nuts.\nHow many?", "answer": "3*4=<<3*4=12>>12 nuts.\n#### 12"},
     {"question": "Boris has 9 ropes and sells 2. How many are left?", "answer": "9-2=<<9-2=7>>7\n#### 7"},
@@ -146,13 +98,7 @@ RAW = {
         "wikitext-9-raw-v1.zip",
         "lm",
         zipped({"wikitext-9-raw/wiki.train.raw": WIKITEXT.encode(), "wikitext-9-raw/": b"", "LICENSE": b"words"}),
-        _ARTICLES,
-    ),
-    "wikipedia": Raw(
-        "dewiki-latest-pages-articles.xml.bz2",
-        "lm",
-        bz2.compress(wikipedia(_PAGES[:2])[:400]) + bz2.compress(wikipedia(_PAGES)[400:]),  # dumps have many streams
-        [_PAGE_TEXT, "Old & new bridge\n\nA bridge < 5 m."],
+        ARTICLES,
     ),
     "c4": Raw(
         "c4-train.00000-of-01024.json.gz",

@@ -41,6 +41,7 @@ LAYERS = (
         "passes",
         "identity",
         "registry",
+        "sources",
         "distributed",
         "data.types",
     },

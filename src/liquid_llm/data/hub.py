@@ -4,8 +4,7 @@ row: one entry of the dataset's text column; document: what becomes one sample o
 
 A row is a document, with one exception. Line-oriented datasets (WikiText) have a row for every line of a running
 text, each still ending in its newline, and ``""`` for a blank line. Joining those by end-of-text tokens would teach
-a student that texts end after a line, so the lines are put together again, verbatim: a document begins at each
-article heading (`` = Title = ``), or after about 32,000 characters where there are none.
+a student that texts end after a line, so the lines are put together again (``texts.wikitext_articles``).
 """
 
 from __future__ import annotations
@@ -13,25 +12,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from liquid_llm.data.tokens import BatchTokenizer, Progress, TokenDataset, split, tokenize
-from liquid_llm.data.types import Record
+from liquid_llm.data.texts import wikitext_articles
+from liquid_llm.data.tokens import BatchTokenizer, TellProgress, TokenDataset, split, tokenize
+from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, UsageError, first_line
 from liquid_llm.storage import translate_errors
 
 _log = logging.getLogger(__name__)
-_ALIASES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-    "test": ("test", "testing"),
-}
-_HEADING = re.compile(r"^ ?= [^=].* = ?\n$")
-_DOCUMENT_CHARACTERS = 1 << 15
+_ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev", "eval")}
 _ROWS_PER_READ = 1000
 
 
@@ -43,45 +36,38 @@ def load_hub_dataset(
     cache_dir: str | Path,
     *,
     eos_id: int,
-    splits: Sequence[str] = ("train", "validation"),
-    text_column: str | None = None,
     validation_fraction: float = 0.05,
     token: str | None = None,
-    progress: Progress | None = None,
-) -> dict[str, TokenDataset]:
-    """The dataset's splits, tokenised as ``lm`` text and cached like any other source.
+    progress: TellProgress | None = None,
+) -> tuple[TokenDataset, TokenDataset]:
+    """The dataset's training and validation split, tokenised as ``lm`` text and cached like any other source.
 
     Args:
         name: hub id (``org/name`` or ``org/name@revision``) or a local folder, of data files or of ``save_to_disk``.
         config: configuration of the dataset, or None.
-        splits: of ``train``, ``validation``, ``test``; other usual names (``valid``, ``dev``) are found too.
-        text_column: None takes ``text``, or the only column of strings.
         validation_fraction: of the training documents, held out by hash where there is no validation split.
         token: for private and gated datasets; None uses the one a person signed in with, if any.
 
-    Returns:
-        by the names in ``splits``.
-
     Raises:
         UsageError: the library ``datasets`` is not installed.
-        DataError: no such dataset, configuration, split or column; offline and not in the cache; unreadable data.
+        DataError: no such dataset, configuration, split or column of text; offline and not in the cache; data
+            that cannot be read.
         StorageError: access refused, or the disk is full.
     """
     tables = _load(name, config, token)
     label = name if config is None else f"{name} ({config})"
-    train = _table(tables, "train", label)
-    column = _text_column(train.features, text_column, label)
-    lines = rows_are_lines(_rows(train, column))
+    table = _find_split(tables, "train", label)
+    column = _text_column(table.features, label)
+    lines = rows_are_lines(_rows(table, column))
 
-    def tokenized(table: Any, kind: str) -> TokenDataset:
-        source = HubRows(table, column, label, kind, lines)
-        return tokenize(source, tokenizer, tokenizer_hash, cache_dir, eos_id=eos_id, progress=progress)
+    def read(table: Any, split_name: str) -> TokenDataset:
+        rows = HubRows(table, column, label, split_name, lines)
+        return tokenize(rows, tokenizer, tokenizer_hash, cache_dir, eos_id=eos_id, progress=progress)
 
-    made: dict[str, TokenDataset] = {}
-    if "validation" in splits and not _split_names(tables, "validation"):
-        _log.warning("%s has no validation split: %g of its training text is held out", label, validation_fraction)
-        made["train"], made["validation"] = split(tokenized(train, "train"), validation_fraction)
-    return {kind: made[kind] if kind in made else tokenized(_table(tables, kind, label), kind) for kind in splits}
+    if any(alias in tables for alias in _ALIASES["validation"]):
+        return read(table, "train"), read(_find_split(tables, "validation", label), "validation")
+    _log.warning("%s has no validation split: %g of its training text is held out", label, validation_fraction)
+    return split(read(table, "train"), validation_fraction)
 
 
 def rows_are_lines(rows: Iterable[str]) -> bool:
@@ -90,57 +76,35 @@ def rows_are_lines(rows: Iterable[str]) -> bool:
     return bool(first) and all(row.endswith("\n") and row.count("\n") == 1 for row in first)
 
 
-def documents(rows: Iterable[str], lines: bool) -> Iterator[tuple[int, str]]:
-    """(number of its first row, text) of each document in ``rows``; ``lines`` as ``rows_are_lines`` says."""
-    begun: list[str] = []
-    start = characters = 0
-    for number, row in enumerate(rows):
-        if not lines:
-            if row.strip():
-                yield number, row
-            continue
-        if begun and (characters >= _DOCUMENT_CHARACTERS or _HEADING.match(row)):
-            yield start, "".join(begun)
-            begun, characters = [], 0
-        if not begun and not row.strip():
-            continue
-        start = start if begun else number
-        begun.append(row or "\n")
-        characters += len(row)
-    if begun:
-        yield start, "".join(begun)
-
-
 class HubRows:
-    """One split as a source of records for ``tokenize``."""
+    """One split as a ``RecordSource``. ``lines``: its rows are lines of running texts."""
 
     type = "lm"
 
-    def __init__(self, table: Any, column: str, label: str, kind: str, lines: bool) -> None:
-        self._table = table
-        self._column = column
-        self._label = label
-        self._kind = kind
-        self._lines = lines
+    def __init__(self, table: Any, column: str, label: str, split_name: str, lines: bool) -> None:
+        self._table, self._column, self._label, self._split, self._lines = table, column, label, split_name, lines
         self._row = 0
         files = [os.stat(file["filename"]) for file in table.cache_files]
         versions = [[status.st_size, status.st_mtime_ns] for status in files]
-        self.identity: object = [label, kind, column, lines, len(table), versions or table._fingerprint]
+        self.identity: object = [label, split_name, column, lines, len(table), versions or table._fingerprint]
 
     @property
     def fraction_read(self) -> float:
         return self._row / max(1, len(self._table))
 
-    def __iter__(self) -> Iterator[tuple[int, Record]]:
-        number = -1
-        for number, text in documents(_rows(self._table, self._column), self._lines):
+    def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
+        rows = _rows(self._table, self._column)
+        is_empty = True
+        for number, text in wikitext_articles(rows) if self._lines else enumerate(rows):
             self._row = number + 1
-            yield number, Record(text, self.type, f"{self._kind}-{number}")
-        if number < 0:
-            raise DataError(f"the {self._kind} split has no text", where=self._label)
+            if text is not None and text.strip():
+                is_empty = False
+                yield number, TextRecord(text, self.type, f"{self._split}-{number}")
+        if is_empty:
+            raise DataError(f"the {self._split} split has no text", where=self._label)
 
-    def place(self, number: int) -> str:
-        return f"{self._label}, {self._kind} row {number}"
+    def location(self, number: int) -> str:
+        return f"{self._label}, {self._split} row {number}"
 
 
 def _rows(table: Any, column: str) -> Iterator[str]:
@@ -196,7 +160,8 @@ def _load(name: str, config: str | None, token: str | None) -> Any:
     with _quiet(datasets), translate_errors(name):
         try:
             if saved:
-                return datasets.load_from_disk(name)
+                loaded = datasets.load_from_disk(name)
+                return loaded if hasattr(loaded, "keys") else {"train": loaded}  # a single split was saved
             return datasets.load_dataset(path, config, revision=revision or None, token=token)
         except ConnectionError as error:
             raise DataError(
@@ -230,30 +195,28 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.utils.enable_progress_bars()
 
 
-def _split_names(tables: Any, kind: str) -> list[str]:
-    return [alias for alias in _ALIASES[kind] if hasattr(tables, "keys") and alias in tables]
+def _find_split(tables: Any, name: str, label: str) -> Any:
+    for alias in _ALIASES[name]:
+        if alias in tables:
+            return tables[alias]
+    raise DataError(
+        f"the dataset has no {name} split",
+        where=label,
+        got=", ".join(tables) or "a single unnamed split",
+        expected=" or ".join(_ALIASES[name]),
+    )
 
 
-def _table(tables: Any, kind: str, label: str) -> Any:
-    names = _split_names(tables, kind)
-    if names:
-        return tables[names[0]]
-    if kind == "train" and not hasattr(tables, "keys"):  # a single split from save_to_disk
-        return tables
-    got = ", ".join(tables) if hasattr(tables, "keys") else "a single unnamed split"
-    raise DataError(f"the dataset has no {kind} split", where=label, got=got, expected=" or ".join(_ALIASES[kind]))
-
-
-def _text_column(features: Any, wanted: str | None, label: str) -> str:
+def _text_column(features: Any, label: str) -> str:
+    """``text``, or the only column of strings."""
     columns = [
         name for name, feature in features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
-    candidates = [wanted] if wanted else ["text", *(columns if len(columns) == 1 else ())]
-    for candidate in candidates:
+    for candidate in ("text", *(columns if len(columns) == 1 else ())):
         if candidate in columns:
-            return candidate
+            return str(candidate)
     raise DataError(
-        f"the dataset has no column of strings named {wanted or 'text'}",
+        "the dataset has no column of strings named text",
         where=label,
         got=", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items()),
     )

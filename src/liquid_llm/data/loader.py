@@ -1,12 +1,11 @@
 """Micro-batches: for training by position, without state; for validation as a fixed list.
 
-source: a dataset and its weight in the mixture (a manifest entry); position: the number of a micro-batch of one
-rank; global micro-batch: ``position * world_size + rank``, so that ranks share one order between them, whatever
-their number.
+position: the number of a micro-batch of one rank; global micro-batch: ``position * world_size + rank``, so that ranks
+share one order between them, whatever their number.
 
-``lm`` micro-batches hold ``batch_size`` full blocks. Maths and code micro-batches hold whole samples of near-equal
-length, at most ``batch_size * block_size`` tokens with padding (``buckets.py``). A source repeats for ever; each
-pass over it is an epoch in an order of its own.
+Micro-batches of the layout ``blocks`` hold ``batch_size`` full blocks, those of ``samples`` whole samples of near-equal
+length, at most ``batch_size * block_size`` tokens with padding (``buckets.py``). A dataset repeats for ever; each pass
+over it is an epoch in an order of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from liquid_llm.errors import DataError
 
 
 @dataclass(frozen=True)
-class Source:
-    """Samples of one type and how often a micro-batch is drawn from them, relative to the other sources."""
+class WeightedDataset:
+    """Samples of one type and how often a micro-batch is drawn from them, relative to the other datasets."""
 
     dataset: TokenDataset
     weight: float
@@ -41,25 +40,25 @@ class TrainingStream:
     ``micro_batch`` is a pure function of the position and of what is given here: resuming is going on at a position.
 
     Args:
-        sources: what is mixed, in the order of the manifest (the order is part of the seed).
+        mixture: what is drawn from, in the order of the manifest (the order is part of the seed).
         block_size: tokens of a block.
         batch_size: blocks in a micro-batch; times ``block_size`` its token budget.
         seed: of the run.
-        eos_id: the end-of-text token that joins ``lm`` documents.
-        sample_tokens: the most a model sees of a maths or code sample; a block by default, and never more.
+        eos_id: the end-of-text token that joins the documents of blocks.
+        sample_tokens: the most a model sees of a whole sample; a block by default, and never more.
         rank: this process's number among ``world_size``.
 
     Attributes:
-        orders: for each source, how its material is cut: see ``BlockOrder`` and ``SampleOrder``.
+        orders: for each dataset, how its material is cut: see ``BlockOrder`` and ``SampleOrder``.
 
     Raises:
-        DataError: no source; a source without samples, or ``lm`` text shorter than one block.
+        DataError: no dataset; one without samples, or with less text than one block.
         ValueError: a size or weight that is not positive.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        mixture: Sequence[WeightedDataset],
         *,
         block_size: int,
         batch_size: int,
@@ -71,16 +70,16 @@ class TrainingStream:
     ) -> None:
         if block_size < 2 or batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"{block_size=} below 2, {batch_size=} below 1, or {rank=} outside {world_size=}")
-        if not sources:
+        if not mixture:
             raise DataError("there is nothing to train on", remedy="add an entry to the manifest")
         self.orders: list[BlockOrder | SampleOrder] = []
-        for number, source in enumerate(sources):
+        for number, part in enumerate(mixture):
             key = (seed, number)
-            if source.dataset.type == "lm":
-                self.orders.append(BlockOrder(source.dataset, block_size, batch_size, eos_id, key))
+            if part.dataset.layout == "blocks":
+                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, eos_id, key))
             else:
-                self.orders.append(SampleOrder(source.dataset, block_size, batch_size, key, sample_tokens))
-        self._draws = WeightedDraws([source.weight for source in sources], seed)
+                self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens))
+        self._draws = WeightedDraws([part.weight for part in mixture], seed)
         self._rank = rank
         self._world_size = world_size
 
@@ -92,7 +91,7 @@ class TrainingStream:
 
 
 class BlockOrder:
-    """``lm`` text as shuffled full blocks; what is left of the text after the last full block is not used.
+    """Text as shuffled full blocks; what is left of the text after the last full block is not used.
 
     Attributes:
         num_micro_batches: in one epoch, rounded up; the last one is filled up from the next epoch.
@@ -104,13 +103,14 @@ class BlockOrder:
     def __init__(
         self, dataset: TokenDataset, block_size: int, batch_size: int, eos_id: int, key: tuple[int, ...]
     ) -> None:
+        self._type = dataset.type
         self._stream = TokenStream(dataset, eos_id)
         self._block_size = block_size
         self._batch_size = batch_size
         self._num_blocks = len(self._stream) // block_size
         if self._num_blocks == 0:
             raise DataError(
-                "the lm text is shorter than one block",
+                f"the {dataset.type} text is shorter than one block",
                 got=f"{len(self._stream)} tokens to train on",
                 expected=f"at least {block_size}",
                 remedy="use a smaller --block_size, hold out less, or add text",
@@ -125,15 +125,15 @@ class BlockOrder:
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
         rows = []
-        for place in range(index * self._batch_size, (index + 1) * self._batch_size):
-            epoch, within = divmod(place, self._num_blocks)
+        for number in range(index * self._batch_size, (index + 1) * self._batch_size):
+            epoch, within = divmod(number, self._num_blocks)
             block = int(self._permutation(epoch)[within])
             rows.append(self._stream.read(block * self._block_size, self._block_size))
-        return collate("lm", rows)
+        return collate(self._type, rows)
 
 
 class SampleOrder:
-    """Maths or code samples in length buckets, shuffled in each epoch.
+    """Whole samples in length buckets, shuffled in each epoch.
 
     Attributes:
         num_micro_batches: in one epoch.
@@ -187,8 +187,8 @@ def validation_batches(
 ) -> list[MicroBatch]:
     """A fixed list of micro-batches that covers the same text whatever the block size.
 
-    ``lm``: the first ``max_tokens`` tokens of the stream in its order, cut into blocks, the last one as short as it
-    comes. Maths and code: samples in the order of the hash of their ids (a random choice that stays) until
+    Blocks: the first ``max_tokens`` tokens of the stream in its order, the last block as short as it comes. Samples:
+    in the order of the hash of their ids (a random choice that stays) until
     ``max_tokens`` are reached, each cut to its first ``block_size`` tokens, gathered by length.
 
     Args:
@@ -198,13 +198,13 @@ def validation_batches(
     Returns:
         nothing for an empty dataset.
     """
-    if dataset.type == "lm":
+    if dataset.layout == "blocks":
         stream = TokenStream(dataset, eos_id)
         end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
         blocks = [stream.read(start, min(block_size, end - start)) for start in range(0, end, block_size)]
         blocks = [block for block in blocks if len(block) > 1]  # a single token predicts nothing
-        return [collate("lm", blocks[n : n + batch_size]) for n in range(0, len(blocks), batch_size)]
-    chosen = np.argsort(dataset.fates, kind="stable")
+        return [collate(dataset.type, blocks[n : n + batch_size]) for n in range(0, len(blocks), batch_size)]
+    chosen = np.argsort(dataset.split_hashes, kind="stable")
     if max_tokens is not None:
         chosen = chosen[: np.searchsorted(np.cumsum(dataset.lengths[chosen]), max_tokens) + 1]
     if not chosen.size:

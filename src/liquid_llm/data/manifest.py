@@ -1,7 +1,6 @@
 """The manifest: which files make up the training data, of which type, drawn how often.
 
-manifest: JSONL; each line ``{"path": glob, "type": lm | math_tool | code, "weight": number}``, blank lines allowed;
-entry: one line; shard: one file that its glob matches.
+manifest: JSONL; each line ``{"path": glob, "type": word, "weight": number}``, blank lines allowed; entry: one line.
 
 A path may be any fsspec URL. A relative one is relative to the manifest's own folder, so that a folder of data can
 be moved or uploaded as it is.
@@ -16,8 +15,9 @@ import posixpath
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.data.types import TYPES, ManifestEntry
+from liquid_llm.data.types import ManifestEntry
 from liquid_llm.errors import DataError
+from liquid_llm.sources import is_type
 
 _KEYS = ("path", "type", "weight")
 
@@ -26,8 +26,8 @@ def read_manifest(uri: str) -> list[ManifestEntry]:
     """The entries of the manifest at ``uri``, in their order there.
 
     Raises:
-        DataError: with file and line: not JSON, a key missing or misspelt, an unknown type, a weight that is not a
-            positive number; no entry at all. Whether a path matches a file is for ``entry_files`` to find out.
+        DataError: with file and line: not JSON, a key missing or misspelt, a type that is no word, a weight that is not
+            a positive number; no entry at all. Whether a path matches a file is for ``entry_files`` to find out.
         StorageError: the manifest cannot be read.
     """
     with storage.open_read(uri) as stream:
@@ -39,7 +39,7 @@ def read_manifest(uri: str) -> list[ManifestEntry]:
 
 
 def entry_files(entry: ManifestEntry) -> list[str]:
-    """The shards an entry's path matches, sorted by URI.
+    """The files an entry's path matches, sorted by URI.
 
     Raises:
         DataError: the path matches nothing.
@@ -50,7 +50,7 @@ def entry_files(entry: ManifestEntry) -> list[str]:
             "the path matches no file",
             where=entry.where,
             got=entry.path,
-            remedy="correct the path or write the shards first",
+            remedy="correct the path or write the files first",
         )
     return files
 
@@ -58,10 +58,10 @@ def entry_files(entry: ManifestEntry) -> list[str]:
 def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
     try:
         value = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not a JSON object ({error})", where=where, expected=_example()) from error
     if not isinstance(value, dict):
-        raise DataError("not a JSON object", where=where, got=_shown(value), expected=_example())
+        raise DataError("not a JSON object", where=where, got=_shorten(value), expected=_example())
     missing = [key for key in ("path", "type") if key not in value]
     if missing:
         raise DataError(f"no {' and no '.join(missing)}", where=where, expected=_example())
@@ -69,18 +69,19 @@ def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
         # other tools' extra keys are none of our business, but a misspelt weight must not become 1.0
         close = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.7) if key not in _KEYS else []
         if close:
-            raise DataError("unknown key", where=where, got=_shown(key), expected=close[0])
-    path, type_, weight = value["path"], value["type"], value.get("weight", 1.0)
+            raise DataError("unknown key", where=where, got=_shorten(key), expected=close[0])
+    path, type, weight = value["path"], value["type"], value.get("weight", 1.0)
     if not isinstance(path, str) or not path.strip():
-        raise DataError("path is not a non-empty string", where=where, got=_shown(path))
-    if type_ not in TYPES:
-        raise DataError("unknown type", where=where, got=_shown(type_), expected=f"one of {', '.join(TYPES)}")
+        raise DataError("path is not a non-empty string", where=where, got=_shorten(path))
+    if not is_type(type):
+        expected = "lm, math_tool, code or another word of letters, digits, _ and -"
+        raise DataError("not a type's name", where=where, got=_shorten(type), expected=expected)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise DataError("weight is not a positive number", where=where, got=_shown(weight))
-    return ManifestEntry(storage.resolve(path.strip(), posixpath.dirname(manifest_uri)), type_, float(weight), where)
+        raise DataError("weight is not a positive number", where=where, got=_shorten(weight))
+    return ManifestEntry(storage.resolve(path.strip(), posixpath.dirname(manifest_uri)), type, float(weight), where)
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 

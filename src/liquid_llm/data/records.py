@@ -1,27 +1,28 @@
-"""Records out of shards, streamed.
+"""Records out of files, streamed.
 
-shard: a file of records, by its name ``.jsonl`` or ``.json`` (one JSON object a line; plain, ``.gz`` or ``.zst``) or
-``.parquet`` (columns ``text``, optional ``type`` and ``sample_id``); record: ``{text, type?, sample_id?}``, anything
-else in it is ignored; place: ``shard:line`` or ``shard:row``, from 1, for messages.
+record: ``{text, type?, sample_id?}``, anything else in it is ignored; file: by its name ``.jsonl`` or ``.json`` (one
+JSON object a line; plain, ``.gz`` or ``.zst``) or ``.parquet`` (columns of those names); location: ``file:line`` or
+``file:row``, from 1, for messages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.data.types import Record
+from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, first_line
-from liquid_llm.storage.streams import DamageError, lines, unpack
+from liquid_llm.storage.streams import CHUNK_BYTES, DamageError, lines, unpack
 
-_PARQUET_ROWS = 1024
-_PARQUET_BUFFER_BYTES = 2**18
+MAX_LINE_BYTES = 256 * 2**20  # a record is one text: what is longer is no record, or a bomb
+_PARQUET_ROWS = 64  # taken out at once: rows may be whole books
 _FORMATS = ".jsonl, .json, .jsonl.gz, .json.gz, .jsonl.zst, .json.zst or .parquet"
 _PACKINGS = {"": None, ".gz": "gz", ".zst": "zst"}
 _COLUMNS = ("text", "type", "sample_id")
+_LINES_PER_FILE = 1 << 40
 
 
 def stable_sample_id(type: str, text: str) -> str:
@@ -29,13 +30,26 @@ def stable_sample_id(type: str, text: str) -> str:
     return hashlib.blake2b(f"{type}\0{text}".encode(), digest_size=16).hexdigest()
 
 
-def read_records(uri: str, type: str) -> Iterator[Record]:
-    """The records of one shard, in order; every one of ``type``. See ``Shard`` for the errors."""
-    return (record for _, record in Shard(uri, type))
+def check_name(sample_id: object) -> str | None:
+    """A record's own ``sample_id`` as a string, None where it has none.
+
+    Raises:
+        ValueError: it is not a non-empty string, or whole number.
+    """
+    if sample_id is None:
+        return None
+    if isinstance(sample_id, bool) or not isinstance(sample_id, (str, int)) or sample_id == "":
+        raise ValueError("sample_id is not a non-empty string")
+    return str(sample_id)
 
 
-class Shard:
-    """The numbered records of one shard, and how far reading has come.
+def read_records(uri: str, type: str) -> Iterator[TextRecord]:
+    """The records of one file, in order; every one of ``type``. See ``RecordFile`` for the errors."""
+    return (record for _, record in RecordFile(uri, type))
+
+
+class RecordFile:
+    """The numbered records of one file, and how far reading has come.
 
     Args:
         uri: any fsspec URL.
@@ -45,9 +59,9 @@ class Shard:
         bytes_read: bytes of the file consumed so far, for progress.
 
     Raises:
-        DataError: while iterating, with the place: a line that is no JSON object; a text that is missing, empty or
-            not a string; a type that contradicts the manifest; a truncated or unreadable file; no record at all; an
-            unknown file name ending.
+        DataError: while iterating, with the location: a line that is no JSON object or far too long; a text that is
+            missing, empty or not a string; a type that contradicts the manifest; a truncated or unreadable file; no
+            record at all; an unknown file name ending.
         StorageError: the file cannot be read.
     """
 
@@ -56,94 +70,121 @@ class Shard:
         self.type = type
         self.bytes_read = 0
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         return f"{self.uri}:{number}"
 
-    def __iter__(self) -> Iterator[tuple[int, Record]]:
+    def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
         number = 0
-        for number, value in self._values():
-            yield number, self._record(value, number)
+        try:
+            for number, value in self._values():
+                yield number, self._record(value, number)
+        except DamageError as error:
+            raise DataError(f"the file is {error}", where=self.uri, remedy="write or copy it again") from error
         if number == 0:
-            raise DataError("the shard has no record", where=self.uri, remedy="remove it or write it again")
+            raise DataError("the file has no record", where=self.uri, remedy="remove it or write it again")
 
     def _values(self) -> Iterator[tuple[int, Any]]:
         name = self.uri.lower()
-        if name.endswith(".parquet"):
-            return self._parquet_rows()
-        for ending, packing in _PACKINGS.items():
-            if name.endswith((f".jsonl{ending}", f".json{ending}")):
-                return self._json_lines(packing)
-        raise DataError("unknown kind of shard", where=self.uri, expected=f"a name ending in {_FORMATS}")
-
-    def _json_lines(self, packing: str | None) -> Iterator[tuple[int, Any]]:
         with storage.open_read(self.uri) as stream:
-            try:
-                for number, line in enumerate(lines(unpack(stream, packing)), start=1):
-                    if line is not None and line.strip():
-                        self.bytes_read = stream.tell()
-                        yield number, self._parsed(line, number)
-            except DamageError as error:
-                raise DataError(f"the file is {error}", where=self.uri, remedy="write or copy it again") from error
+            if name.endswith(".parquet"):
+                size = stream.seek(0, 2)
+                for number, (value, share) in enumerate(parquet_rows(stream, self._choose), start=1):
+                    self.bytes_read = int(size * share)
+                    yield number, value
+                return
+            for ending, packing in _PACKINGS.items():
+                if name.endswith((f".jsonl{ending}", f".json{ending}")):
+                    for number, line in enumerate(lines(unpack(stream, packing), MAX_LINE_BYTES), start=1):
+                        if line is None or line.strip():
+                            self.bytes_read = stream.tell()
+                            yield number, self._parse(line, number)
+                    return
+        raise DataError("unknown kind of file", where=self.uri, expected=f"a name ending in {_FORMATS}")
 
-    def _parsed(self, line: bytes, number: int) -> Any:
+    def _choose(self, columns: list[str]) -> list[str]:
+        if "text" not in columns:
+            raise DataError("no column named text", where=self.uri, got=f"columns {', '.join(columns)}")
+        return [name for name in columns if name in _COLUMNS]
+
+    def _parse(self, line: bytes | None, number: int) -> Any:
+        if line is None:
+            expected = f"at most {MAX_LINE_BYTES:,} bytes"
+            raise DataError("the line is far too long", where=self.location(number), expected=expected)
         try:
             return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-            raise DataError(f"not a JSON object ({error})", where=self.place(number)) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not a JSON object ({error})", where=self.location(number)) from error
 
-    def _parquet_rows(self) -> Iterator[tuple[int, Any]]:
-        import pyarrow
-        from pyarrow import parquet
-
-        size = storage.stat(self.uri)
-        number = 0
-        with storage.open_read(self.uri) as stream:
-            try:
-                # a whole row group would be read ahead, compressed, otherwise
-                table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES)
-                columns = [name for name in table.schema_arrow.names if name in _COLUMNS]
-                if "text" not in columns:
-                    raise DataError(
-                        "no column named text", where=self.uri, got=f"columns {', '.join(table.schema_arrow.names)}"
-                    )
-                for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
-                    for value in batch.to_pylist():
-                        number += 1
-                        yield number, value
-                    if size is not None:
-                        self.bytes_read = size.size * number // table.metadata.num_rows
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(
-                    f"not a readable parquet file ({first_line(error)})",
-                    where=self.uri,
-                    remedy="write or copy it again",
-                ) from error
-
-    def _record(self, value: Any, number: int) -> Record:
+    def _record(self, value: Any, number: int) -> TextRecord:
+        where = self.location(number)
         if not isinstance(value, dict):
-            raise DataError("not a JSON object", where=self.place(number), got=first_line(value))
-        text, type_, name = (value.get(key) for key in _COLUMNS)
+            raise DataError("not a JSON object", where=where, got=first_line(value))
+        text, stated, name = (value.get(key) for key in _COLUMNS)
         if not isinstance(text, str) or not text:
             got = "none" if text is None else "an empty string" if text == "" else first_line(repr(text))
-            raise DataError("text is not a non-empty string", where=self.place(number), got=got)
-        if type_ is not None and type_ != self.type:
+            raise DataError("text is not a non-empty string", where=where, got=got)
+        if stated is not None and stated != self.type:
             raise DataError(
                 "the record's type contradicts the manifest",
-                where=self.place(number),
-                got=first_line(repr(type_)),
+                where=where,
+                got=first_line(repr(stated)),
                 expected=repr(self.type),
                 remedy="list this file under its own type, or correct the record",
             )
-        if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int)) or name == ""):
-            raise DataError("sample_id is not a non-empty string", where=self.place(number), got=first_line(repr(name)))
         try:
-            text.encode()
-            sample_id = stable_sample_id(self.type, text) if name is None else str(name)
-            sample_id.encode()
+            sample_id = check_name(name) or stable_sample_id(self.type, text)
+            (text + sample_id).encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                "half of a surrogate pair, which is not text",
-                where=self.place(number),
-                got=ascii(error.object[error.start]),
-            ) from error
-        return Record(text, self.type, sample_id)
+            got = ascii(error.object[error.start])
+            raise DataError("half of a surrogate pair, which is not text", where=where, got=got) from error
+        except ValueError as error:
+            raise DataError(str(error), where=where, got=first_line(repr(name))) from error
+        return TextRecord(text, self.type, sample_id)
+
+
+def parquet_rows(stream: Any, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[dict[str, Any], float]]:
+    """The rows of a parquet file, and the share of them that came so far; ``choose`` picks from its columns.
+
+    Raises:
+        DamageError: while iterating: it is not a readable parquet file.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    count = 0
+    try:
+        # by default it reads every row group ahead: the whole file would come to lie in memory
+        table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK_BYTES)
+        for batch in table.iter_batches(_PARQUET_ROWS, columns=choose(table.schema_arrow.names)):
+            for value in batch.to_pylist():
+                count += 1
+                yield value, count / table.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DamageError(f"not a readable parquet file ({first_line(error)})") from error
+
+
+class RecordFiles:
+    """The records of several files of one type as one source, numbered on; see ``tokens.RecordSource``."""
+
+    def __init__(self, uris: Sequence[str], type: str) -> None:
+        self.type = type
+        self._files = [RecordFile(uri, type) for uri in uris]
+        infos = [storage.stat(uri) for uri in uris]
+        for uri, info in zip(uris, infos, strict=True):
+            if info is None:
+                raise DataError("no such file", where=uri)
+        self._size = sum(info.size for info in infos if info is not None)
+        self.identity: object = [[info.uri, info.size, info.version] for info in infos if info is not None]
+
+    @property
+    def fraction_read(self) -> float:
+        return sum(file.bytes_read for file in self._files) / max(1, self._size)
+
+    def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
+        for index, file in enumerate(self._files):
+            for line, record in file:
+                yield index * _LINES_PER_FILE + line, record
+
+    def location(self, number: int) -> str:
+        index, line = divmod(number, _LINES_PER_FILE)
+        return self._files[index].location(line) if line else self._files[index].uri

@@ -1,11 +1,11 @@
 """The files of a tokenised dataset, written in one pass with flat memory.
 
-column: one file with one number a sample; place number: where a record came from, kept while writing, for messages.
+column: one file with one number a sample; location number: where a record came from, kept while writing, for messages.
 
     tokens      all samples' tokens, one after another, 2 or 4 bytes each
     starts      where each sample begins in tokens          lengths     its tokens
     ids         all sample ids, UTF-8, without separators   id_starts, id_lengths  where each lies
-    fates       64-bit hash of each sample id
+    fates       64-bit hash of each sample id, by which samples are held out
     meta.json   see DatasetMeta
 """
 
@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.errors import DataError
+from liquid_llm.sources import default_layout
 from liquid_llm.versions import FRAMING
 
 FORMAT_VERSION = 1
 META = "meta.json"
 COLUMNS = {"starts": "<i8", "lengths": "<i8", "id_starts": "<i8", "id_lengths": "<i8", "fates": "<u8"}
-_PLACES = "places"
+_LOCATIONS = "locations"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,15 @@ class DatasetMeta:
 
     Attributes:
         type: of every sample.
+        layout: ``blocks`` or ``samples``, which decides how a text ends (``tokens``).
         token_dtype: ``<u2`` where every token id fits, else ``<u4``.
         num_short: records left out for having fewer than two tokens: there is nothing to predict in them.
         num_repeated: records left out for repeating another's sample id and text.
         sizes: bytes of each file; a dataset whose files differ is not used.
-        framing: version of how the texts became tokens (``liquid_llm.versions``). The first is not written down:
-            a description without it stays byte for byte what it always was.
+        framing: version of how the texts became tokens (``liquid_llm.versions``).
+
+    The first framing and the layout that a type has by itself are not written down: a description without them stays
+    byte for byte what it always was.
     """
 
     format_version: int
@@ -53,10 +57,15 @@ class DatasetMeta:
     num_repeated: int
     sizes: dict[str, int]
     framing: int = 1
+    layout: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", self.layout or default_layout(self.type))
 
     def plain(self) -> dict[str, Any]:
         """What ``meta.json`` holds."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("framing", 1)}
+        usual = (("framing", 1), ("layout", default_layout(self.type)))
+        return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 
 
 def read_meta(directory: Path, framing: int = FRAMING) -> DatasetMeta | None:
@@ -75,7 +84,7 @@ def read_meta(directory: Path, framing: int = FRAMING) -> DatasetMeta | None:
     return meta if complete and meta.framing == framing else None
 
 
-def fate(sample_id: str) -> int:
+def split_hash(sample_id: str) -> int:
     """64 bits that depend on a sample's id alone: they decide its split."""
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8, person=b"held-out").digest(), "little")
 
@@ -85,20 +94,26 @@ class TokenWriter:
 
     Args:
         directory: where the files go.
-        type: of every sample.
+        type, layout: of every sample.
         token_dtype: ``<u2`` or ``<u4``.
-        place: turns a place number into words.
+        location: turns a location number into words.
         framing: version of how the texts became tokens.
     """
 
     def __init__(
-        self, directory: Path, type: str, token_dtype: str, place: Callable[[int], str], framing: int = FRAMING
+        self,
+        directory: Path,
+        type: str,
+        token_dtype: str,
+        location: Callable[[int], str],
+        framing: int = FRAMING,
+        layout: str = "",
     ) -> None:
-        self._framing = framing
+        self._framing, self._layout = framing, layout
         self._directory = directory
         self._type = type
         self._token_dtype = token_dtype
-        self._place = place
+        self._location = location
         self._files: dict[str, BinaryIO] = {}
         self._open = ExitStack()  # closes them all, even when one cannot be flushed
         self._id_bytes = 0
@@ -106,14 +121,14 @@ class TokenWriter:
         self.num_tokens = 0
 
     def __enter__(self) -> TokenWriter:
-        for name in ("tokens", "ids", _PLACES, *COLUMNS):
+        for name in ("tokens", "ids", _LOCATIONS, *COLUMNS):
             self._files[name] = self._open.enter_context((self._directory / name).open("xb"))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def add(self, sample_ids: Sequence[str], token_ids: Sequence[Sequence[int]], places: Sequence[int]) -> None:
+    def add(self, sample_ids: Sequence[str], token_ids: Sequence[Sequence[int]], locations: Sequence[int]) -> None:
         """Append samples, leaving out those too short to learn from."""
         kept = [row for row, tokens in enumerate(token_ids) if len(tokens) >= 2]
         self._num_short += len(token_ids) - len(kept)
@@ -127,8 +142,8 @@ class TokenWriter:
         self._files["ids"].write(b"".join(ids))
         self._write("id_starts", self._id_bytes + np.cumsum(id_lengths) - id_lengths)
         self._write("id_lengths", id_lengths)
-        self._write("fates", np.array([fate(sample_ids[row]) for row in kept], dtype=np.uint64))
-        self._write(_PLACES, np.array([places[row] for row in kept], dtype=np.int64))
+        self._write("fates", np.array([split_hash(sample_ids[row]) for row in kept], dtype=np.uint64))
+        self._write(_LOCATIONS, np.array([locations[row] for row in kept], dtype=np.int64))
         self.num_tokens += int(lengths.sum())
         self._id_bytes += int(id_lengths.sum())
 
@@ -136,16 +151,18 @@ class TokenWriter:
         """Close the files, leave out repeated samples and write the description.
 
         Raises:
-            DataError: two different texts under one sample id, with both places; no sample left.
+            DataError: two different texts under one sample id, with both locations; no sample left.
         """
         self._open.close()
         if not self.num_tokens:
-            raise DataError("no record has two tokens or more", where=self._place(0), remedy="give records with text")
+            raise DataError(
+                "no record has two tokens or more", where=self._location(0), remedy="give records with text"
+            )
         repeated = self._repeated()
         if repeated.any():
             for name in COLUMNS:
                 (self._directory / name).write_bytes(self._read(name)[~repeated].tobytes())
-        (self._directory / _PLACES).unlink()
+        (self._directory / _LOCATIONS).unlink()
         names = ("tokens", "ids", *COLUMNS)
         meta = DatasetMeta(
             FORMAT_VERSION,
@@ -155,6 +172,7 @@ class TokenWriter:
             int(repeated.sum()),
             {name: (self._directory / name).stat().st_size for name in names},
             self._framing,
+            self._layout,
         )
         (self._directory / META).write_text(json.dumps(meta.plain(), indent=1))
         return meta
@@ -168,11 +186,11 @@ class TokenWriter:
 
     def _repeated(self) -> NDArray[np.bool_]:
         """[samples] whether a sample repeats an earlier one; sorting hashes spares a table of all ids in memory."""
-        fates = self._read("fates")
-        repeated = np.zeros(len(fates), dtype=bool)
-        order = np.argsort(fates, kind="stable")
-        fates = fates[order]
-        follows = np.flatnonzero(fates[1:] == fates[:-1]) + 1
+        hashes = self._read("fates")
+        repeated = np.zeros(len(hashes), dtype=bool)
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        follows = np.flatnonzero(hashes[1:] == hashes[:-1]) + 1
         if not follows.size:
             return repeated
         id_starts, id_lengths = self._read("id_starts"), self._read("id_lengths")
@@ -191,15 +209,15 @@ class TokenWriter:
         return repeated
 
     def _require_same(self, name: bytes, first: int, second: int) -> None:
-        starts, lengths, places = (
-            np.memmap(self._directory / column, "<i8", "r") for column in ("starts", "lengths", _PLACES)
+        starts, lengths, locations = (
+            np.memmap(self._directory / column, "<i8", "r") for column in ("starts", "lengths", _LOCATIONS)
         )
         tokens = np.memmap(self._directory / "tokens", self._token_dtype, "r")
         one, other = (tokens[starts[row] : starts[row] + lengths[row]] for row in (first, second))
         if not np.array_equal(one, other):
             raise DataError(
                 f"sample_id {name.decode()!r} names two different texts",
-                where=self._place(int(places[second])),
-                got=f"another text at {self._place(int(places[first]))}",
+                where=self._location(int(locations[second])),
+                got=f"another text at {self._location(int(locations[first]))}",
                 remedy="give each record its own sample_id, or none",
             )

@@ -1,10 +1,11 @@
 """Tokenised records in a memory map on disk, read without loading them.
 
-dataset: the samples of one source, in the order of their records; split: a view of some of them; fate: in which
-split a sample falls, decided by a hash of its id alone, so that neither other records nor their order matter.
+dataset: the samples of one source, in the order of their records; split: a view of some of them. In which split a
+sample falls is decided by a hash of its id alone, so that neither other records nor their order matter.
 
-Samples are stored whole; windows and blocks are cut by readers. A maths or code sample ends with the end-of-text
-token, so that a student learns to stop; ``lm`` documents are stored without it and joined by it (``blocks.py``).
+Samples are stored whole; windows and blocks are cut by readers. In the layout ``samples`` each ends with the
+end-of-text token, so that a student learns to stop; in ``blocks`` they are stored without it and joined by it
+(``blocks.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,17 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm import storage
-from liquid_llm.data.records import Shard
-from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, TokenWriter, fate, read_meta
-from liquid_llm.data.types import Record, Sample
-from liquid_llm.errors import DataError
+from liquid_llm.data.records import RecordFiles
+from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, TokenWriter, read_meta, split_hash
+from liquid_llm.data.types import Sample, TextRecord
+from liquid_llm.sources import default_layout
 from liquid_llm.storage import translate_errors
 from liquid_llm.versions import FRAMING
 
 _log = logging.getLogger(__name__)
 _CHUNK_RECORDS = 1024
 _CHUNK_CHARACTERS = 1 << 20
-_LINES_PER_SHARD = 1 << 40
+
+TellProgress = Callable[[float, int], object]
+"""Told now and then which share of a source is read, and how many tokens came since it was told last."""
 
 
 class TokenDataset:
@@ -41,7 +44,7 @@ class TokenDataset:
         tokens: [all tokens] uint16 or uint32, the memory map; samples are runs of it.
         starts: [samples] int64, where each begins in ``tokens``.
         lengths: [samples] int64, tokens of each, end-of-text included where it is stored.
-        fates: [samples] uint64, the hash that decides a sample's split.
+        split_hashes: [samples] uint64, what decides a sample's split.
     """
 
     def __init__(self, directory: Path, meta: DatasetMeta) -> None:
@@ -51,7 +54,7 @@ class TokenDataset:
 
         self.meta = meta
         self.tokens = column("tokens", meta.token_dtype)
-        self.starts, self.lengths, self._id_starts, self._id_lengths, self.fates = (
+        self.starts, self.lengths, self._id_starts, self._id_lengths, self.split_hashes = (
             column(name, dtype) for name, dtype in COLUMNS.items()
         )
         self._ids = column("ids", "u1")
@@ -59,6 +62,10 @@ class TokenDataset:
     @property
     def type(self) -> str:
         return self.meta.type
+
+    @property
+    def layout(self) -> str:
+        return self.meta.layout
 
     @property
     def num_tokens(self) -> int:
@@ -83,20 +90,20 @@ class TokenDataset:
         """The samples at ``indices``, in that order, as a dataset that shares the memory map."""
         view = object.__new__(TokenDataset)
         view.meta, view.tokens, view._ids = self.meta, self.tokens, self._ids
-        view.starts, view.lengths, view.fates = self.starts[indices], self.lengths[indices], self.fates[indices]
-        view._id_starts, view._id_lengths = self._id_starts[indices], self._id_lengths[indices]
+        for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
+            setattr(view, name, getattr(self, name)[indices])
         return view
 
 
-def held_out(sample_id: str, fraction: float) -> bool:
+def is_held_out(sample_id: str, fraction: float) -> bool:
     """Whether a sample is in the validation split of ``fraction`` of all; a larger fraction keeps it there."""
-    return fate(sample_id) < _threshold(fraction)
+    return split_hash(sample_id) < _threshold(fraction)
 
 
 def split(dataset: TokenDataset, fraction: float) -> tuple[TokenDataset, TokenDataset]:
-    """(train, validation) views, ``held_out`` for all samples at once. Either can be empty where samples are few."""
-    chosen = dataset.fates < np.uint64(_threshold(fraction))
-    return dataset.subset(np.flatnonzero(~chosen)), dataset.subset(np.flatnonzero(chosen))
+    """(train, validation) views, ``is_held_out`` for all samples at once. Either can be empty where samples are few."""
+    held_out = dataset.split_hashes < np.uint64(_threshold(fraction))
+    return dataset.subset(np.flatnonzero(~held_out)), dataset.subset(np.flatnonzero(held_out))
 
 
 def _threshold(fraction: float) -> int:
@@ -113,14 +120,8 @@ class BatchTokenizer(Protocol):
     def get_vocab(self) -> Mapping[str, int]: ...
 
 
-class Progress(Protocol):
-    """Told now and then how far tokenising has come."""
-
-    def __call__(self, fraction: float, num_tokens: int) -> None: ...
-
-
 class RecordSource(Protocol):
-    """Records of one type with numbered places, and what they are known by.
+    """Numbered records of one type, and what they are known by.
 
     Attributes:
         type: of every record.
@@ -134,40 +135,10 @@ class RecordSource(Protocol):
     @property
     def fraction_read(self) -> float: ...
 
-    def __iter__(self) -> Iterator[tuple[int, Record]]: ...
+    def __iter__(self) -> Iterator[tuple[int, TextRecord]]: ...
 
-    def place(self, number: int) -> str: ...
-
-
-class ShardFiles:
-    """The records of several shards as one source."""
-
-    def __init__(self, files: Sequence[str], type: str) -> None:
-        self.type = type
-        self._shards = [Shard(uri, type) for uri in files]
-        infos = [_existing(uri) for uri in files]
-        self._size = sum(info.size for info in infos)
-        self.identity: object = [[info.uri, info.size, info.version] for info in infos]
-
-    @property
-    def fraction_read(self) -> float:
-        return sum(shard.bytes_read for shard in self._shards) / max(1, self._size)
-
-    def __iter__(self) -> Iterator[tuple[int, Record]]:
-        for index, shard in enumerate(self._shards):
-            for line, record in shard:
-                yield index * _LINES_PER_SHARD + line, record
-
-    def place(self, number: int) -> str:
-        index, line = divmod(number, _LINES_PER_SHARD)
-        return self._shards[index].place(line) if line else self._shards[index].uri
-
-
-def _existing(uri: str) -> storage.FileInfo:
-    info = storage.stat(uri)
-    if info is None:
-        raise DataError("no such shard", where=uri)
-    return info
+    def location(self, number: int) -> str:
+        """Where a record is, in words; 0: the source as a whole."""
 
 
 def build_token_dataset(
@@ -176,12 +147,10 @@ def build_token_dataset(
     tokenizer: BatchTokenizer,
     tokenizer_hash: str,
     cache_dir: str | Path,
-    *,
-    eos_id: int,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> TokenDataset:
-    """The samples of ``files``, tokenised once and kept in ``cache_dir``; see ``tokenize`` for the errors."""
-    return tokenize(ShardFiles(files, type), tokenizer, tokenizer_hash, cache_dir, eos_id=eos_id, progress=progress)
+    """The samples of ``files``, tokenised once and kept in ``cache_dir``; see ``tokenize`` for options and errors."""
+    return tokenize(RecordFiles(files, type), tokenizer, tokenizer_hash, cache_dir, **options)
 
 
 def tokenize(
@@ -191,27 +160,31 @@ def tokenize(
     cache_dir: str | Path,
     *,
     eos_id: int,
-    progress: Progress | None = None,
+    layout: str | None = None,
+    progress: TellProgress | None = None,
     framing: int = FRAMING,
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
-    The cache is keyed by the source's identity, the tokenizer, the format and the framing. Of several processes that
-    want the same samples one does the work and the others wait. A dataset appears complete or not at all.
+    The cache is keyed by the source's identity, the tokenizer, the format, the layout and the framing. Of several
+    processes that want the same samples one does the work and the others wait. A dataset appears whole or not at all.
 
     Args:
         tokenizer_hash: names the tokenizer; equal hashes tokenise alike.
         cache_dir: a local folder.
-        eos_id: the end-of-text token, appended to maths and code samples.
+        eos_id: the end-of-text token, appended to each sample in the layout ``samples``.
+        layout: ``blocks`` or ``samples``; None: as the type has it by itself.
         progress: told after each chunk.
         framing: version of how texts become tokens (``liquid_llm.versions``).
 
     Raises:
-        DataError: a malformed record or shard; two texts under one sample id; no usable record.
-        StorageError: a shard cannot be read, or the cache cannot be written.
+        DataError: a malformed record or file; two texts under one sample id; no usable record.
+        StorageError: a file cannot be read, or the cache cannot be written.
     """
+    layout = layout or default_layout(source.type)
     key = [FORMAT_VERSION, source.identity, source.type, tokenizer_hash, eos_id]
     key += [framing] * (framing > 1)  # so that a cache of the first framing keeps its name
+    key += [layout] * (layout != default_layout(source.type))
     name = f"{source.type}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()}"
     directory = Path(cache_dir) / name
     if (meta := read_meta(directory, framing)) is not None:
@@ -221,51 +194,45 @@ def tokenize(
         waiting = "waiting for process %s, which tokenises the same files"
         with storage.locked(directory.parent / f".{name}.lock", on_wait=lambda holder: _log.info(waiting, holder)):
             if (meta := read_meta(directory, framing)) is None:
-                meta = _publish(directory, source, tokenizer, eos_id, progress, framing)
+                with storage.publish_folder(directory, alone=True) as fresh:
+                    token_dtype = "<u2" if max(eos_id, *tokenizer.get_vocab().values()) < 2**16 else "<u4"
+                    with TokenWriter(fresh, source.type, token_dtype, source.location, framing, layout) as writer:
+                        _write(writer, source, tokenizer, eos_id if layout == "samples" else None, progress)
+                        meta = writer.finish()
+                left_out = "%s: left out %d records under two tokens and %d that repeat another"
+                if meta.num_short or meta.num_repeated:
+                    _log.info(left_out, source.type, meta.num_short, meta.num_repeated)
     return TokenDataset(directory, meta)
 
 
-def _publish(
-    directory: Path,
+def _write(
+    writer: TokenWriter,
     source: RecordSource,
     tokenizer: BatchTokenizer,
-    eos_id: int,
-    progress: Progress | None,
-    framing: int,
-) -> DatasetMeta:
-    with storage.publish_folder(directory, alone=True) as temporary:
-        token_dtype = "<u2" if max(eos_id, *tokenizer.get_vocab().values()) < 2**16 else "<u4"
-        with TokenWriter(temporary, source.type, token_dtype, source.place, framing) as writer:
-            for records in _chunks(source):
-                token_ids = _token_ids(tokenizer, [record.text for _, record in records])
-                if source.type != "lm":
-                    token_ids = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in token_ids]
-                writer.add([record.sample_id for _, record in records], token_ids, [place for place, _ in records])
-                if progress is not None:
-                    progress(source.fraction_read, writer.num_tokens)
-            meta = writer.finish()
-    if meta.num_short or meta.num_repeated:
-        message = "%s: left out %d records under two tokens and %d that repeat another"
-        _log.info(message, source.type, meta.num_short, meta.num_repeated)
-    return meta
+    ending: int | None,
+    progress: TellProgress | None,
+) -> None:
+    for numbered in _chunks(source):
+        # verbose=False: a text longer than the model is no mistake here, windows are cut later
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        rows: list[list[int]] = tokenizer([record.text for _, record in numbered], **options)["input_ids"]
+        if ending is not None:
+            rows = [ids if ids[-1:] == [ending] else [*ids, ending] for ids in rows]
+        before = writer.num_tokens
+        writer.add([record.sample_id for _, record in numbered], rows, [number for number, _ in numbered])
+        if progress is not None:
+            progress(source.fraction_read, writer.num_tokens - before)
 
 
-def _chunks(records: Iterable[tuple[int, Record]]) -> Iterator[list[tuple[int, Record]]]:
+def _chunks(records: Iterable[tuple[int, TextRecord]]) -> Iterator[list[tuple[int, TextRecord]]]:
     """Runs of records, few and short enough to be held with their tokens."""
-    chunk: list[tuple[int, Record]] = []
+    chunk: list[tuple[int, TextRecord]] = []
     characters = 0
-    for place, record in records:
-        chunk.append((place, record))
+    for number, record in records:
+        chunk.append((number, record))
         characters += len(record.text)
         if len(chunk) == _CHUNK_RECORDS or characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-def _token_ids(tokenizer: BatchTokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text longer than the model is no mistake here, windows are cut later
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    token_ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
-    return token_ids

@@ -1,6 +1,7 @@
 """The words of the data side.
 
-record: one JSON object ``{text, type?, sample_id?}``; sample: its tokenised form; type: decides the route to a teacher.
+record: one JSON object ``{text, type?, sample_id?}``; sample: its tokenised form; type: the name of a kind of text, any
+that a manifest gives: it decides teacher, layout and objective.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TYPES = ("lm", "math_tool", "code")
-STORED_TYPES = ("math_tool", "code")  # scored beforehand in a hybrid run
 IGNORE_INDEX = -100
 
 _FROM_LABELS: Any = None
@@ -27,7 +26,7 @@ class ManifestEntry:
 
     Attributes:
         path: path or glob, any fsspec URL, already absolute.
-        type: one of ``TYPES``.
+        type: of its texts.
         weight: relative share of micro-batches, positive.
         where: ``file:line`` of the manifest, for messages.
     """
@@ -39,8 +38,8 @@ class ManifestEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One text with its route and name. ``sample_id`` is always set: given, or a stable hash of type and text."""
+class TextRecord:
+    """One text with its type and name. ``sample_id`` is always set: given, or a stable hash of type and text."""
 
     text: str
     type: str
@@ -65,12 +64,12 @@ class MicroBatch:
     for to learn how many positions are labelled, or where.
 
     Attributes:
-        type: one of ``TYPES``.
+        type: of its texts.
         input_ids: [batch, time] int64, padded with 0.
         labels: [batch, time] int64, **already shifted**: ``labels[b, t]`` is the token after ``input_ids[b, t]``;
             ``IGNORE_INDEX`` at each row's last real token and at padding.
         lengths: [batch] int64, real tokens in each row; always on the CPU.
-        samples: the untruncated samples behind the rows of a maths or code batch, in row order; empty for ``lm``.
+        samples: the untruncated samples behind the rows, in row order, where whole samples make them; empty for blocks.
         positions: [labelled] int64, places of the labelled positions in the flattened [batch * time] grid, row-major.
         targets: [labelled] int64, their labels.
         row_positions: [batch] int64, labelled positions of each row; always on the CPU.

@@ -21,7 +21,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from liquid_llm import storage
-from liquid_llm.data.types import Record
+from liquid_llm.data.types import TextRecord
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.errors import DataError
 
@@ -50,7 +50,7 @@ def make_demo_data(out_dir: str | Path, *, seed: int, num_lm: int, num_math: int
     problems = enumerate(word_problems(num_math, seed))
     records = {
         "lm": _lm_records(library, seed, num_lm),
-        "math_tool": [Record(text, "math_tool", f"math-{number:06d}") for number, text in problems],
+        "math_tool": [TextRecord(text, "math_tool", f"math-{number:06d}") for number, text in problems],
         "code": _code_records(library, seed, num_code),
     }
     lines = []
@@ -114,15 +114,15 @@ def _put(table: dict[str, str], name: str, text: str | None) -> None:
         table.setdefault(name, text)
 
 
-def _lm_records(library: Library, seed: int, count: int) -> list[Record]:
+def _lm_records(library: Library, seed: int, count: int) -> list[TextRecord]:
     from pydoc_data.topics import topics
 
     names = {text.strip(): name for name, text in sorted(topics.items(), reverse=True)}  # some pages go by two
     once = {name: text for text, name in names.items()}
-    pages = (Record(f"{text}\n", "lm", f"lm-topic-{name}") for name, text in _shuffled(once, f"topics {seed}"))
+    pages = (TextRecord(f"{text}\n", "lm", f"lm-topic-{name}") for name, text in _shuffled(once, f"topics {seed}"))
     long = {name: text for name, text in library.docstrings.items() if len(text) >= _LONG_DOCSTRING}
     documents = (
-        Record(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}")
+        TextRecord(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}")
         for name, text in _shuffled(long, f"docstrings {seed}")
     )
     records = list(islice(chain(pages, documents), count))
@@ -130,16 +130,16 @@ def _lm_records(library: Library, seed: int, count: int) -> list[Record]:
     return _enough(records, count, "documents")
 
 
-def _code_records(library: Library, seed: int, count: int) -> list[Record]:
+def _code_records(library: Library, seed: int, count: int) -> list[TextRecord]:
     short: dict[str, str] = {}
     for name, text in _shuffled(library.functions, f"functions {seed}"):
         if len(text) <= _CODE_CHARACTERS and text.count("\n") in _CODE_LINES:
             short.setdefault(text, name)  # some stand in several modules
-    records = [Record(text, "code", f"code-{name}") for text, name in islice(short.items(), count)]
+    records = [TextRecord(text, "code", f"code-{name}") for text, name in islice(short.items(), count)]
     return _enough(records, count, "short functions")
 
 
-def _enough(records: list[Record], count: int, what: str) -> list[Record]:
+def _enough(records: list[TextRecord], count: int, what: str) -> list[TextRecord]:
     if len(records) < count:
         raise DataError(
             f"this Python's standard library has too few {what}",
@@ -156,6 +156,6 @@ def _shuffled(table: Mapping[str, str], key: str) -> Iterator[tuple[str, str]]:
     return ((name, table[name]) for name in names)
 
 
-def _jsonl(records: Sequence[Record]) -> bytes:
+def _jsonl(records: Sequence[TextRecord]) -> bytes:
     rows = ({"text": one.text, "type": one.type, "sample_id": one.sample_id} for one in records)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -12,7 +12,6 @@ import torch
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
 from liquid_llm.jobs.prepare import prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
@@ -21,10 +20,11 @@ from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import present_layout, require_own
 from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.signal_store.store import StoreWriter
+from liquid_llm.sources import SPELLINGS
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.fitting import check_capture_fit, say_fit
 from liquid_llm.wiring.inputs import read_manifest_inputs
-from liquid_llm.wiring.teachers import STORE_OPTIONS, load_online
+from liquid_llm.wiring.teachers import load_online
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
 
@@ -161,14 +161,23 @@ def _settings(text: str) -> dict[str, int | float]:
 
 
 def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDataset]]:
-    entries = prepare_run_data(config.data, STORED_TYPES).entries
+    entries = prepare_run_data(config.data, lambda type: _is_captured(config, type)).entries
+    for entry in entries:
+        _folder(config, entry.type)
     with Stage("tokenise", unit="tokens", total=None) as stage:
-        inputs = read_manifest_inputs(config.data, text, entries, progress=lambda _, tokens: stage.advance(tokens))
+        inputs = read_manifest_inputs(
+            config.data, text, entries, lambda _: "samples", progress=lambda _, tokens: stage.advance(tokens)
+        )
     datasets: dict[str, list[TokenDataset]] = {}
     for dataset in inputs.everything:
-        _folder(config, dataset.type)
         datasets.setdefault(dataset.type, []).append(dataset)
     return datasets
+
+
+def _is_captured(config: CaptureConfig, type: str) -> bool:
+    """Whether a type's signal is stored: where a place for it is named, and by itself for every type but plain text."""
+    source = config.source(type)
+    return source.store is not None if source.teacher is not None else type != "lm"
 
 
 def _layouts(config: CaptureConfig, kinds: Iterable[str], identity: SignalIdentity, new_layout: str) -> dict[str, str]:
@@ -185,8 +194,8 @@ def _layouts(config: CaptureConfig, kinds: Iterable[str], identity: SignalIdenti
 
 
 def _folder(config: CaptureConfig, kind: str) -> str:
-    folder = getattr(config.teacher, STORE_OPTIONS[kind])
+    folder = config.source(kind).store
     if folder is None:
-        option = f"--{STORE_OPTIONS[kind].replace('_dir', '')}_logits_dir"
-        raise UsageError(f"the manifest has {kind} samples but {option} is not given", where=option)
-    return str(folder)
+        named = [f"--{option}" for option, type in SPELLINGS.items() if type == kind] + [f"--signal {kind}=URI"]
+        raise UsageError(f"the manifest has {kind} samples but {' or '.join(named)} is not given", where=named[0])
+    return folder

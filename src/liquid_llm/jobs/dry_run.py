@@ -60,7 +60,7 @@ def check_records(teachers: TeacherRouter, inputs: Inputs, window: int) -> dict[
     """
     rows: dict[str, dict[str, Any]] = {}
     for type, teacher in teachers.items():
-        datasets = [source.dataset for source in inputs.sources if source.dataset.type == type]
+        datasets = [part.dataset for part in inputs.mixture if part.dataset.type == type]
         found = teacher.coverage([*datasets, *inputs.validation.get(type, [])], window, every=True)
         if found is None:
             continue

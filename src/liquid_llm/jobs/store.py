@@ -20,7 +20,6 @@ import torch
 from liquid_llm.capture.verify import Verifier
 from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.data.types import STORED_TYPES
 from liquid_llm.errors import DataError, SignalError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.jobs.prepare import find_run_data
@@ -182,7 +181,7 @@ def _verify(
     token = read_token(config.teacher)
     text = TextTools.of(load_tokenizer(teacher_id, token=token))
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
-    entries = find_run_data(config.data, STORED_TYPES).entries
+    entries = find_run_data(config.data, lambda type: type != "lm").entries
     with Stage("tokenise", unit="tokens", total=None) as stage:
         inputs = read_manifest_inputs(config.data, text, entries, progress=lambda _, tokens: stage.advance(tokens))
     coverage = _coverage(store, inputs.everything)

@@ -1,7 +1,7 @@
 """``datasets.yaml``: what the raw inputs are and where their shards go.
 
     gsm8k:
-      type: math_tool                  # lm, math_tool or code
+      type: math_tool                  # lm, math_tool, code or any other name
       in: raw/gsm8k/*.jsonl            # a path, glob or URL, or a list of them
       out: prepared/gsm8k              # folder of the shards, or folder/name-*.jsonl (.jsonl.gz packs them)
       manifest: manifest.jsonl         # optional: gets a line for the shards
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.data.types import TYPES
 from liquid_llm.errors import UsageError
 from liquid_llm.preparation.layouts import FORMATS
+from liquid_llm.sources import is_type
 
 STATE_FOLDER = "_prepared"
 TOOLKIT = "toolkit"  # the format of inputs that an outside toolkit turns into JSONL
@@ -45,7 +45,7 @@ class Dataset:
 
     Attributes:
         name: as in the file.
-        type: one of ``TYPES``.
+        type: of its texts.
         inputs: paths or globs of the raw inputs.
         out: folder of the shards.
         prefix, suffix: of a shard's name, around its numbers.
@@ -85,12 +85,12 @@ class Dataset:
 
     def names_input(self, path: str) -> bool:
         """Whether ``path`` is one of the inputs or matches one of their globs."""
-        path = absolute(path)
+        path = to_absolute(path)
         return any(matches(path, pattern) for pattern in self.inputs)
 
     def names_shards(self, path: str) -> bool:
         """Whether ``path`` is the glob of the shards, or would match them."""
-        path = absolute(path)
+        path = to_absolute(path)
         return path == self.shards or matches(storage.join(self.out, self.shard_name(0, 0)), path)
 
 
@@ -103,8 +103,9 @@ class Catalog:
     plain: dict[str, Any]
 
 
-def absolute(uri: str) -> str:
-    """A URI that names the same place from any working folder, so that two spellings can be compared."""
+def to_absolute(path: str, folder: str = "") -> str:
+    """``path``, relative to ``folder``, as it is named from anywhere, so that two spellings can be compared."""
+    uri = storage.resolve(path.strip(), folder)
     return uri if storage.is_remote(uri) else os.path.abspath(storage.local_path(uri))
 
 
@@ -138,13 +139,13 @@ def read_catalog(uri: str) -> Catalog:
     if not isinstance(loaded, Mapping) or not loaded:
         got = "nothing" if not loaded else type(loaded).__name__
         raise UsageError("not a mapping of datasets", where=uri, got=got, expected="name: {type, in, out} entries")
-    folder = posixpath.dirname(absolute(uri))
+    folder = posixpath.dirname(to_absolute(uri))
     datasets = {str(name): _dataset(str(name), entry, folder, f"{uri}: {name}") for name, entry in loaded.items()}
     _require_apart(list(datasets.values()), uri)
     return Catalog(uri, datasets, {str(name): entry for name, entry in loaded.items()})
 
 
-def chosen(catalog: Catalog, names: Iterable[str]) -> list[Dataset]:
+def choose(catalog: Catalog, names: Iterable[str]) -> list[Dataset]:
     """The datasets of those names, in the catalog's order; all of them without names.
 
     Raises:
@@ -173,22 +174,24 @@ def _dataset(name: str, entry: Any, folder: str, where: str) -> Dataset:
     missing = [key for key in ("type", "in", "out") if not entry.get(key)]
     if missing:
         raise UsageError(f"no {' and no '.join(missing)}", where=where, expected="type, in and out")
-    if entry["type"] not in TYPES:
-        raise UsageError("unknown type", where=where, got=repr(entry["type"]), expected=f"one of {', '.join(TYPES)}")
+    if not is_type(entry["type"]):
+        raise UsageError(
+            "not a type's name", where=where, got=repr(entry["type"]), expected="lm, math_tool, code or another word"
+        )
     inputs = entry["in"] if isinstance(entry["in"], list) else [entry["in"]]
     texts = [*inputs, entry["out"], *(entry[key] for key in ("manifest", "field", "members") if entry.get(key))]
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise UsageError("not a path or name", where=where, got=repr(text)[:80])
-    out, prefix, suffix = _place(name, _below(folder, entry["out"]), where)
+    out, prefix, suffix = _split_out(name, to_absolute(entry["out"], folder), where)
     return Dataset(
         name=name,
         type=entry["type"],
-        inputs=tuple(_below(folder, one) for one in inputs),
+        inputs=tuple(to_absolute(one, folder) for one in inputs),
         out=out,
         prefix=prefix,
         suffix=suffix,
-        manifest=_below(folder, entry["manifest"]) if entry.get("manifest") else None,
+        manifest=to_absolute(entry["manifest"], folder) if entry.get("manifest") else None,
         weight=_number(entry, "weight", where),
         format=_format(entry.get("format"), where),
         field=entry.get("field"),
@@ -197,11 +200,7 @@ def _dataset(name: str, entry: Any, folder: str, where: str) -> Dataset:
     )
 
 
-def _below(folder: str, path: str) -> str:
-    return absolute(storage.resolve(path.strip(), folder))
-
-
-def _place(name: str, out: str, where: str) -> tuple[str, str, str]:
+def _split_out(name: str, out: str, where: str) -> tuple[str, str, str]:
     """(folder, prefix, suffix) of the shards: ``out`` is a folder, or a folder and one name with a ``*``."""
     folder, _, last = out.rpartition("/")
     if "*" not in last and not last.endswith(_SUFFIXES):

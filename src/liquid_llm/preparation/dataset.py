@@ -18,7 +18,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,16 @@ from liquid_llm.data.records import read_records, stable_sample_id
 from liquid_llm.errors import DataError
 from liquid_llm.masking import Masker, secret_values
 from liquid_llm.preparation.catalog import Dataset
-from liquid_llm.preparation.formats import EXCERPT_CHARACTERS, Document, Reading, Reject, documents
+from liquid_llm.preparation.formats import Document, Reading, Reject, documents, shorten
 from liquid_llm.preparation.shards import Seen, ShardInfo, ShardWriter
 from liquid_llm.storage import FileInfo
 
 FORMAT_VERSION = 1  # of the markers and of what documents look like: another one prepares anew
 MAX_REJECTS = 100
 COMPLETE = "complete.json"
-REJECTS = "rejects.jsonl"
 
 _log = logging.getLogger(__name__)
+Identity = tuple[str, int, str]  # name, size, version
 
 
 @dataclass
@@ -46,19 +46,17 @@ class Counts:
     Attributes:
         records: written; characters: their length together.
         repeated: left out because the same text was written before.
-        left_out: not meant to be read (redirects, pages of other namespaces, pages without words).
         rejected: malformed.
     """
 
     records: int = 0
     characters: int = 0
     repeated: int = 0
-    left_out: int = 0
     rejected: int = 0
 
     def add(self, other: Counts) -> None:
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass
@@ -70,31 +68,6 @@ class InputResult:
     rejects: list[dict[str, str]] = field(default_factory=list)
     shards: list[ShardInfo] = field(default_factory=list)
 
-    def plain(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.fingerprint,
-            "counts": vars(self.counts),
-            "rejects": self.rejects,
-            "shards": [shard.plain() for shard in self.shards],
-        }
-
-
-@dataclass(frozen=True)
-class Source:
-    """An input as it is read, and how the fingerprint knows it."""
-
-    uri: str
-    size: int
-    identity: tuple[str, int, str]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told of work as it is done: bytes of inputs read (now, and before this process), and a few words."""
-
-    advance: Callable[[int], None] = lambda _: None
-    note: Callable[[str], None] = lambda _: None
-
 
 def input_files(dataset: Dataset) -> list[FileInfo]:
     """The raw inputs, in the order of the catalog and then by name; [] where nothing matches.
@@ -103,37 +76,32 @@ def input_files(dataset: Dataset) -> list[FileInfo]:
         DataError: some of the inputs' paths match files and another matches none.
         StorageError: a place cannot be listed.
     """
-    found: dict[str, FileInfo] = {}
-    empty = []
-    for pattern in dataset.inputs:
-        uris = storage.glob(pattern)
-        empty += [] if uris else [pattern]
-        for uri in uris:
-            info = storage.stat(uri)
-            if info is not None:
-                found.setdefault(uri, info)
+    uris = {pattern: storage.glob(pattern) for pattern in dataset.inputs}
+    found = [storage.stat(uri) for uri in dict.fromkeys(uri for some in uris.values() for uri in some)]
+    empty = [pattern for pattern, some in uris.items() if not some]
     if found and empty:
         raise DataError("a path of the inputs matches no file", where=dataset.name, got=", ".join(empty))
-    return list(found.values())
+    return [info for info in found if info is not None]
 
 
-def sources_of(files: Sequence[FileInfo]) -> list[Source]:
-    """Inputs read as they are, known by name, size and version."""
-    return [Source(one.uri, one.size, (one.uri, one.size, one.version)) for one in files]
-
-
-def fingerprints(dataset: Dataset, sources: Sequence[Source], *, toolkit: str | None = None) -> list[str]:
-    """The fingerprint before the first input and after each."""
+def fingerprints(dataset: Dataset, files: Sequence[FileInfo], *, toolkit: str | None = None) -> list[str]:
+    """The fingerprint before the first input and after each; ``toolkit``: the hash of the one that converts them."""
     settings = [FORMAT_VERSION, dataset.name, dataset.type, dataset.format, dataset.field, dataset.members]
     settings += [dataset.shard_bytes, dataset.prefix, dataset.suffix, toolkit]
-    chain = [hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()]
-    for source in sources:
-        chain.append(folded(chain[-1], source.identity))
+    first = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
+    return _chain(first, [_identity(one) for one in files])
+
+
+def _identity(info: FileInfo) -> Identity:
+    return info.uri, info.size, info.version
+
+
+def _chain(first: str, identities: Sequence[Identity]) -> list[str]:
+    chain = [first]
+    for identity in identities:
+        words = json.dumps([chain[-1], identity]).encode()
+        chain.append(hashlib.blake2b(words, digest_size=16).hexdigest())
     return chain
-
-
-def folded(fingerprint: str, identity: object) -> str:
-    return hashlib.blake2b(json.dumps([fingerprint, identity]).encode(), digest_size=16).hexdigest()
 
 
 def read_complete(dataset: Dataset) -> dict[str, Any] | None:
@@ -145,13 +113,12 @@ def read_complete(dataset: Dataset) -> dict[str, Any] | None:
     marker = _read_json(dataset, COMPLETE)
     version = None if marker is None else marker.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        place = storage.join(dataset.out, dataset.state_name)
         raise DataError(
             f"the shards of {dataset.name} were prepared by a newer release",
-            where=storage.join(place, COMPLETE),
+            where=_state_uri(dataset, COMPLETE),
             got=f"format version {version}",
             expected=f"at most {FORMAT_VERSION}",
-            remedy=f"update liquid-llm, or remove {place} to have them prepared anew",
+            remedy=f"update liquid-llm, or remove {_state_uri(dataset)} to have them prepared anew",
         )
     if marker is None or version != FORMAT_VERSION:
         return None
@@ -161,33 +128,42 @@ def read_complete(dataset: Dataset) -> dict[str, Any] | None:
 
 def prepare(
     dataset: Dataset,
-    sources: Sequence[Source],
-    chain: Sequence[str],
+    files: Sequence[FileInfo],
     *,
-    fingerprint: str | None = None,
+    toolkit: str | None = None,
+    outputs: Sequence[FileInfo] | None = None,
     force: bool = False,
-    extra: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the dataset's shards and its completion marker; gives the marker.
 
     Args:
         dataset: what and where to.
-        sources: the inputs as they are read.
-        chain: ``fingerprints`` of the inputs.
-        fingerprint: the marker's; the last one of ``chain`` if None.
+        files: the raw inputs.
+        toolkit: the hash of the toolkit that made ``outputs`` of them, which are then read in their place.
         force: nothing of an earlier preparation is used.
-        extra: further keys of the marker.
-        progress: told of the work.
+        advance: told of bytes of inputs as they are read, or found read by an earlier process.
+        note: told a few words now and then.
 
     Raises:
         DataError: an input of an unknown format, truncated, or with nothing usable in it.
         StorageError: an input cannot be read or a shard not be written.
     """
+    chain = fingerprints(dataset, files, toolkit=toolkit)
+    extra = {"fingerprint": chain[-1]}
+    identities = [_identity(one) for one in files]
+    if outputs is not None and toolkit is not None:
+        # the toolkit's files have new times at every run: they are known by name and size
+        identities = [(one.name, one.size, "") for one in outputs]
+        chain = _chain(chain[-1], identities)
+        extra["toolkit_sha256"] = toolkit
+        dataset, files = replace(dataset, format="jsonl"), outputs
     with tempfile.TemporaryDirectory(prefix="liquid-prepare-") as folder:
-        work = _Preparation(dataset, chain, Path(folder), progress or Progress())
+        work = _Preparation(dataset, chain, Path(folder), advance, note)
         try:
-            return work.run(sources, force, {"fingerprint": fingerprint or chain[-1], **(extra or {})})
+            results = work.run(files, force, extra["fingerprint"])
+            return work.complete(results, identities, extra)
         finally:
             work.seen.close()
 
@@ -195,91 +171,87 @@ def prepare(
 class _Preparation:
     """One go at a dataset."""
 
-    def __init__(self, dataset: Dataset, chain: Sequence[str], folder: Path, progress: Progress) -> None:
-        self.dataset, self.chain, self.folder, self.progress = dataset, chain, folder, progress
+    def __init__(
+        self,
+        dataset: Dataset,
+        chain: Sequence[str],
+        folder: Path,
+        advance: Callable[[int], object],
+        note: Callable[[str], object],
+    ) -> None:
+        self.dataset, self.chain, self.folder, self.advance, self.note = dataset, chain, folder, advance, note
         self.seen = Seen(folder)
         self.masker = Masker(secret_values(os.environ))  # a signed URL is a secret
         self.rejects: list[dict[str, str]] = []
-        self.reading = Reading(dataset.type, dataset.format, dataset.field, dataset.members)
+        self.sizes = {info.name: info.size for info in storage.list_files(dataset.out)}
 
-    def run(self, sources: Sequence[Source], force: bool, extra: dict[str, Any]) -> dict[str, Any]:
-        dataset = self.dataset
-        earlier_marker = _read_json(dataset, COMPLETE) or {}
-        if force or earlier_marker.get("fingerprint") != extra["fingerprint"]:
-            _remove(dataset, COMPLETE)  # from here on the shards may be of two preparations
-        sizes = {info.name: info.size for info in storage.list_files(dataset.out)}
-        done = [None if force else self._earlier(number, sizes) for number in range(len(sources))]
+    def run(self, files: Sequence[FileInfo], force: bool, fingerprint: str) -> list[InputResult]:
+        marker = _read_json(self.dataset, COMPLETE) or {}
+        if force or marker.get("fingerprint") != fingerprint:
+            storage.remove(_state_uri(self.dataset, COMPLETE))  # from here on the shards may be of two preparations
+        done = [None if force else self._earlier(number) for number in range(len(files))]
         last_to_do = max((number for number, one in enumerate(done) if one is None), default=-1)
         results = []
-        for number, source in enumerate(sources):
-            earlier = done[number]
+        for number, (info, earlier) in enumerate(zip(files, done, strict=True)):
             if earlier is None:
-                results.append(self._convert(number, source))
+                results.append(self._convert(number, info))
             else:
-                self._take_over(earlier, source, ids_needed=number < last_to_do)
+                self._take_over(earlier, ids_needed=number < last_to_do)
+                self.advance(info.size)
                 results.append(earlier)
-        return self._complete(results, sources, sizes, extra)
+        return results
 
-    def _earlier(self, number: int, sizes: dict[str, int]) -> InputResult | None:
+    def _earlier(self, number: int) -> InputResult | None:
         """What an earlier go made of an input, if it is still all there and still what would be made."""
         name = _input_name(number)
-        if f"{self.dataset.state_name}/{name}" not in sizes:
-            return None
-        plain = _read_json(self.dataset, name)
+        plain = _read_json(self.dataset, name) if f"{self.dataset.state_name}/{name}" in self.sizes else None
         if plain is None or plain.get("fingerprint") != self.chain[number + 1]:
             return None
         shards = [ShardInfo(**one) for one in plain["shards"]]
-        if any(sizes.get(shard.name) != shard.bytes for shard in shards):
+        if any(self.sizes.get(shard.name) != shard.bytes for shard in shards):
             return None
-        return InputResult(plain["fingerprint"], Counts(**plain["counts"]), plain["rejects"], shards)
+        counts = Counts(**{name: plain["counts"][name] for name in vars(Counts())})
+        return InputResult(plain["fingerprint"], counts, plain["rejects"], shards)
 
-    def _take_over(self, earlier: InputResult, source: Source, *, ids_needed: bool) -> None:
-        if ids_needed:
-            for shard in earlier.shards:
-                for record in read_records(storage.join(self.dataset.out, shard.name), self.dataset.type):
-                    self.seen.add(record.sample_id, record.text)
+    def _take_over(self, earlier: InputResult, *, ids_needed: bool) -> None:
+        for shard in earlier.shards if ids_needed else ():
+            for record in read_records(storage.join(self.dataset.out, shard.name), self.dataset.type):
+                self.seen.add(record.sample_id, record.text)
         self.rejects = (self.rejects + earlier.rejects)[:MAX_REJECTS]
-        self.progress.advance(source.size)
 
-    def _convert(self, number: int, source: Source) -> InputResult:
-        result = InputResult(self.chain[number + 1])
+    def _convert(self, number: int, info: FileInfo) -> InputResult:
+        dataset, result = self.dataset, InputResult(self.chain[number + 1])
         read = 0
 
         def advance(amount: int) -> None:
             nonlocal read
-            amount = min(amount, source.size - read)  # a zip's and a parquet's index are read twice
             read += amount
-            self.progress.advance(amount)
+            self.advance(amount)
 
-        with ShardWriter(self.dataset, number, self.folder) as writer:
-            for finding in documents(source.uri, self.reading, advance):
-                if finding is None:
-                    result.counts.left_out += 1
-                elif isinstance(finding, Reject):
-                    self._reject(result, finding)
-                else:
-                    self._write(result, finding, writer)
-            if not (result.counts.records or result.counts.repeated or result.counts.left_out):
-                self._nothing_usable(result, source)
+        reading = Reading(dataset.type, dataset.format, dataset.field, dataset.members)
+        with ShardWriter(dataset, number, self.folder) as writer:
+            for finding in documents(info.uri, reading, advance):
+                reject = self._write(result.counts, finding, writer) if isinstance(finding, Document) else finding
+                if reject is not None:
+                    self._reject(result, reject)
+            if not (result.counts.records or result.counts.repeated):
+                self._refuse_useless(result, info)
         result.shards = writer.published
-        advance(source.size - read)
-        _write_json(self.dataset, _input_name(number), result.plain())
+        self.advance(max(0, info.size - read))
+        _write_json(dataset, _input_name(number), asdict(result))
         return result
 
-    def _write(self, result: InputResult, document: Document, writer: ShardWriter) -> None:
-        counts, text = result.counts, document.text
+    def _write(self, counts: Counts, document: Document, writer: ShardWriter) -> Reject | None:
+        text = document.text
         if not text.strip():
-            return self._reject(result, Reject(document.place, "the text is empty", ""))
+            return Reject(document.location, "the text is empty")
         try:
             sample_id = document.sample_id or stable_sample_id(self.dataset.type, text)
             outcome = self.seen.add(sample_id, text)
         except UnicodeEncodeError:
-            return self._reject(
-                result, Reject(document.place, "half of a surrogate pair, which is no text", ascii(text))
-            )
+            return Reject(document.location, "half of a surrogate pair, which is no text", ascii(text))
         if outcome == "conflict":
-            reason = f"sample_id {sample_id!r} already names another text"
-            return self._reject(result, Reject(document.place, reason, text))
+            return Reject(document.location, f"sample_id {sample_id!r} already names another text", text)
         if outcome == "repeated":
             counts.repeated += 1
             return None
@@ -287,38 +259,38 @@ class _Preparation:
         counts.records += 1
         counts.characters += len(text)
         if counts.records % 1000 == 0:
-            self.progress.note(f"{counts.records:,} records of {document.place.rpartition('/')[2][:60]}")
+            self.note(f"{counts.records:,} records of {document.location.rpartition('/')[2][:60]}")
         return None
 
     def _reject(self, result: InputResult, reject: Reject) -> None:
         result.counts.rejected += 1
         if len(self.rejects) < MAX_REJECTS:
-            place = self.masker.text(reject.place)
-            row = {name: _short(text) for name, text in (("reason", reject.reason), ("excerpt", reject.excerpt))}
-            self.rejects.append({"place": place, **row})
-            result.rejects.append(self.rejects[-1])
+            place = self.masker.text(reject.location)
+            row = {"place": place, "reason": shorten(reject.reason), "excerpt": shorten(reject.excerpt)}
+            self.rejects.append(row)
+            result.rejects.append(row)
 
-    def _nothing_usable(self, result: InputResult, source: Source) -> None:
+    def _refuse_useless(self, result: InputResult, info: FileInfo) -> None:
         got = "no record at all"
         if result.rejects:
             first = result.rejects[0]
             got = f"{result.counts.rejected:,} rejects, first {first['place']}: {first['reason']}"
         self._publish_rejects()
-        rejects = storage.join(self.dataset.out, self.dataset.state_name, REJECTS)
         raise DataError(
             "nothing in this input is usable",
-            where=source.uri,
+            where=info.uri,
             got=got,
-            remedy=f"see {rejects}; state format: or field: if the input is sound",
+            remedy=f"see {rejects_uri(self.dataset)}; state format: or field: if the input is sound",
         )
 
     def _publish_rejects(self) -> None:
         body = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rejects)
-        storage.write_bytes(storage.join(self.dataset.out, self.dataset.state_name, REJECTS), body.encode())
+        storage.write_bytes(rejects_uri(self.dataset), body.encode())
 
-    def _complete(
-        self, results: list[InputResult], sources: Sequence[Source], sizes: dict[str, int], extra: dict[str, Any]
+    def complete(
+        self, results: list[InputResult], identities: Sequence[Identity], extra: dict[str, str]
     ) -> dict[str, Any]:
+        """Remove what is left of earlier preparations and write the marker."""
         dataset, total = self.dataset, Counts()
         for result in results:
             total.add(result.counts)
@@ -326,9 +298,8 @@ class _Preparation:
         if not shards:
             raise DataError("the inputs of a dataset hold no record", where=dataset.name, got=", ".join(dataset.inputs))
         self._publish_rejects()
-        inputs_done = {f"{dataset.state_name}/{_input_name(number)}" for number in range(len(sources))}
-        current = {shard.name for shard in shards} | inputs_done
-        for name in sorted(sizes.keys() - current):
+        current = {f"{dataset.state_name}/{_input_name(number)}" for number in range(len(results))}
+        for name in sorted(self.sizes.keys() - {shard.name for shard in shards} - current):
             if dataset.is_shard_name(name) or name.startswith(f"{dataset.state_name}/input-"):
                 storage.remove(storage.join(dataset.out, name))  # of an earlier preparation: readers would take it in
         marker = {
@@ -336,12 +307,12 @@ class _Preparation:
             "dataset": dataset.name,
             "type": dataset.type,
             **extra,
-            "counts": vars(total),
+            "counts": asdict(total),
             "inputs": [
                 {"name": self.masker.text(name), "bytes": size, "version": version}
-                for name, size, version in (source.identity for source in sources)
+                for name, size, version in identities
             ],
-            "shards": [shard.plain() for shard in shards],
+            "shards": [asdict(shard) for shard in shards],
         }
         _write_json(dataset, COMPLETE, marker)
         return marker
@@ -351,15 +322,19 @@ def _input_name(number: int) -> str:
     return f"input-{number:05d}.json"
 
 
-def _short(text: str) -> str:
-    """At most ``EXCERPT_CHARACTERS`` of a text, and what UTF-8 can hold of them."""
-    return text[:EXCERPT_CHARACTERS].encode("utf-8", errors="replace").decode()
+def rejects_uri(dataset: Dataset) -> str:
+    """The file of the first rejects."""
+    return _state_uri(dataset, "rejects.jsonl")
+
+
+def _state_uri(dataset: Dataset, *names: str) -> str:
+    return storage.join(dataset.out, dataset.state_name, *names)
 
 
 def _read_json(dataset: Dataset, name: str) -> dict[str, Any] | None:
     """A marker, or None where there is none or it cannot be one."""
-    uri = storage.join(dataset.out, dataset.state_name, name)
-    if storage.stat(uri) is None:
+    uri = _state_uri(dataset, name)
+    if not storage.exists(uri):
         return None
     try:
         value = json.loads(storage.read_bytes(uri))
@@ -371,8 +346,4 @@ def _read_json(dataset: Dataset, name: str) -> dict[str, Any] | None:
 
 def _write_json(dataset: Dataset, name: str, value: dict[str, Any]) -> None:
     body = json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
-    storage.write_bytes(storage.join(dataset.out, dataset.state_name, name), body)
-
-
-def _remove(dataset: Dataset, name: str) -> None:
-    storage.remove(storage.join(dataset.out, dataset.state_name, name))
+    storage.write_bytes(_state_uri(dataset, name), body)

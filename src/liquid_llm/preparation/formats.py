@@ -1,8 +1,8 @@
 """An input of any known format -> its documents.
 
-kind: how a file is cut: ``lines`` (JSON objects, one a line), ``array`` (one JSON array), ``parquet``, ``mediawiki``
-(an XML dump), ``problems`` (ASDiv's XML), ``text``; a zip holds members of any kind but parquet. Packing (gz, bz2, zst)
-is found from the first bytes, the kind from the name where it says one and else from the content.
+How a file is cut: ``lines`` (JSON objects, one a line), ``array`` (one JSON array), ``parquet``, ``problems`` (ASDiv's
+XML) or ``text``; a zip holds members of any of these but parquet. Packing (gz, bz2, zst) is told by the first bytes,
+the cut by the name where it says one and else by the content.
 """
 
 from __future__ import annotations
@@ -11,31 +11,35 @@ import fnmatch
 import json
 import logging
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NoReturn
+from xml.etree import ElementTree
 
 from liquid_llm import storage
+from liquid_llm.data.records import check_name, parquet_rows
+from liquid_llm.data.texts import text_documents, wikitext_articles
 from liquid_llm.errors import DataError
-from liquid_llm.preparation import streams
+from liquid_llm.formatting import format_bytes
 from liquid_llm.preparation.layouts import FORMATS, Layout, UnusableError, field_layout, find_layout
-from liquid_llm.preparation.mediawiki import plain_text
-from liquid_llm.preparation.texts import looks_like_wikitext, text_documents, wikitext_articles
-from liquid_llm.storage.streams import CHUNK_BYTES, DamageError, lines, unpack
+from liquid_llm.sources import FIRST_TYPES
+from liquid_llm.storage.streams import DamageError, lines, unpack
 
 EXCERPT_CHARACTERS = 200
+MAX_LINE_BYTES = 64 * 2**20  # a longer line is not kept in memory
+MAX_WHOLE_BYTES = 256 * 2**20  # of a JSON array or XML document, which are read whole
 
 _log = logging.getLogger(__name__)
-_NAMED_KINDS = {"jsonl": "lines", "ndjson": "lines", "txt": "text", "text": "text", "raw": "text", "tokens": "text"}
-_PACKINGS = ("gz", "bz2", "zst")
+_MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
+_HEAD_BYTES = 1 << 16
+_NAMED_CUTS = {"jsonl": "lines", "ndjson": "lines", "txt": "text", "text": "text", "raw": "text", "tokens": "text"}
 _MEMBERS = re.compile(r"\.(jsonl|json|ndjson|xml|txt|text|raw|tokens)(\.(gz|bz2|zst))?$", re.IGNORECASE)
-_MEDIAWIKI = re.compile(rb"\s*(?:<\?xml[^>]*>)?\s*(?:<!--.*?-->\s*)*<mediawiki\b", re.DOTALL)
+_TITLE_LINE = re.compile(rb"(?:\A|\n) ?\r?\n ?= (?!=)[^\n]*(?<! =) = *\r?\n|\A ?= (?!=)[^\n]*(?<! =) = *\r?\n")
 _UNKNOWN_OBJECTS = 1000  # objects without a known key after which a file is given up
-_PARQUET_ROWS = 16  # taken out at once: rows may be whole books
-_FILE_NAMESPACES = ("6", "14")  # MediaWiki's numbers of File and Category
-_ARTICLES = "0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Document:
     """One text and where it was found; ``sample_id`` where its record has one."""
 
     text: str
-    place: str
+    location: str
     sample_id: str | None = None
 
 
@@ -51,12 +55,12 @@ class Document:
 class Reject:
     """A piece that is no document: where, why, and how it begins."""
 
-    place: str
+    location: str
     reason: str
-    excerpt: str
+    excerpt: str = ""
 
 
-Finding = Document | Reject | None  # None: left out on purpose (a redirect, a page without words)
+Finding = Document | Reject
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,22 @@ class Reading:
     members: str = "*"
 
 
-def documents(uri: str, reading: Reading, advance: Callable[[int], None]) -> Iterator[Finding]:
-    """The findings of one input, in order.
+def documents(uri: str, reading: Reading, advance: Callable[[int], object]) -> Iterator[Finding]:
+    """The findings of one input, in order; ``advance`` is told of bytes as they are read.
 
     Raises:
         DataError: while iterating: it fits no known format, or not the stated one; it is truncated or damaged.
         StorageError: it cannot be read.
     """
-    with storage.open_read(uri) as opened:
-        stream = streams.buffered(opened, advance)
+    with storage.open_read(uri) as stream:
+        told = 0
         try:
-            yield from _Input(uri, reading).findings(stream)
-        except (DamageError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            for finding in _Input(uri, reading).findings(stream):
+                yield finding
+                read = max(told, stream.tell())
+                advance(read - told)
+                told = read
+        except (DamageError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError) as error:
             raise DataError(
                 "the input cannot be read to its end", where=uri, got=str(error), remedy="copy or download it again"
             ) from error
@@ -93,65 +101,60 @@ class _Input:
         self.where, self.reading = where, reading
 
     def findings(self, stream: Any, *, in_zip: bool = False) -> Iterator[Finding]:
-        packing = streams.magic(stream)
-        if packing in ("zip", "parquet"):
-            if in_zip:
-                raise self._unfit(f"a {packing} file inside a zip")
-            if not stream.seekable():
-                remedy = "download it and name the local file"
-                raise DataError(f"a {packing} file cannot be read from this place", where=self.where, remedy=remedy)
-            return self._zip_findings(stream) if packing == "zip" else self._parquet_findings(stream)
-        return self._unpacked_findings(stream, packing)
+        start = stream.peek(8)
+        packing = next((name for mark, name in _MAGIC.items() if start.startswith(mark)), None)
+        if packing not in ("zip", "parquet"):
+            return self._unpacked(unpack(stream, packing))
+        if in_zip:
+            self._refuse(f"a {packing} file inside a zip")
+        if not stream.seekable():
+            remedy = "download it and name the local file"
+            raise DataError(f"a {packing} file cannot be read from this place", where=self.where, remedy=remedy)
+        return self._zip(stream) if packing == "zip" else self._parquet(stream)
 
-    def _unpacked_findings(self, stream: Any, packing: str | None) -> Iterator[Finding]:
-        head, chunks = streams.with_head(unpack(stream, packing))
-        kind = self._kind(head)
-        self._require(kind)
-        if kind == "mediawiki":
-            yield from self._pages(chunks)
-        elif kind == "text":
-            is_wikitext = self.reading.format == "wikitext" or (
-                self.reading.format is None and looks_like_wikitext(head)
-            )
-            for number, text in (wikitext_articles if is_wikitext else text_documents)(
-                lines(chunks, streams.MAX_PIECE_BYTES)
-            ):
-                yield self._document(number, text)
-        else:
-            yield from self._from_objects(self._objects(kind, chunks))
+    def _unpacked(self, chunks: Iterator[bytes]) -> Iterator[Finding]:
+        head, chunks = _with_head(chunks)
+        cut = self._cut(head)
+        self._require(cut)
+        if cut == "text":
+            return self._text(head, chunks)
+        objects = {"lines": self._lines, "array": self._array, "problems": self._problems}[cut]
+        return self._from_objects(objects(chunks))
 
-    def _kind(self, head: bytes) -> str:
+    def _cut(self, head: bytes) -> str:
         """How the file is cut.
 
         Raises:
-            DataError: it is of no known kind.
+            DataError: in no known way.
         """
-        endings = self.where.lower().rsplit("/", 1)[-1].split(".")[1:]
-        while endings and endings[-1] in _PACKINGS:
-            endings.pop()
+        endings = [one for one in self.where.lower().rsplit("/", 1)[-1].split(".")[1:] if one not in _MAGIC.values()]
+        named = _NAMED_CUTS.get(endings[-1]) if endings else None
         start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        named = _NAMED_KINDS.get(endings[-1]) if endings else None
         if not start:
-            raise self._unfit("nothing in it")
+            self._refuse("nothing in it")
         if b"\0" in head:
-            raise self._unfit("bytes that are no text")
-        if named == "text" or (self.reading.format in ("txt", "wikitext")):
+            self._refuse("bytes that are no text")
+        if named == "text" or self.reading.format in ("txt", "wikitext"):
             return "text"
-        by_content = {b"[": "array", b"{": "lines", b"<": "xml"}.get(start)
-        if by_content == "xml":
-            by_content = "mediawiki" if _MEDIAWIKI.match(head) else "problems" if b"<Problem" in head else None
-        if named == "lines" or by_content is not None:
-            return named or str(by_content)
-        raise self._unfit(f"a beginning like {head[:40]!r}")
+        if start == b"<" and b"<mediawiki" in head[:1024]:
+            raise DataError(
+                "MediaWiki dumps are not read any more",
+                where=self.where,
+                remedy="use articles as plain text, such as the parquet files of wikimedia/wikipedia on the hub",
+            )
+        by_content = {b"[": "array", b"{": "lines"}.get(start)
+        if start == b"<" and b"<Problem" in head:
+            by_content = "problems"
+        return named or by_content or self._refuse(f"a beginning like {head[:40]!r}")
 
-    def _require(self, kind: str) -> None:
+    def _require(self, cut: str) -> None:
         stated = self.reading.format
-        if stated is not None and kind not in FORMATS[stated].kinds:
-            raise self._unfit(f"a file of the kind {kind}")
+        if stated is not None and cut not in FORMATS[stated].cuts:
+            self._refuse(f"a file of {cut}")
 
-    def _unfit(self, got: str) -> DataError:
+    def _refuse(self, got: str) -> NoReturn:
         stated = self.reading.format
-        return DataError(
+        raise DataError(
             f"the input is not of the stated format {stated}" if stated else "the input fits no known format",
             where=self.where,
             got=got,
@@ -159,32 +162,57 @@ class _Input:
             remedy="correct format: of the dataset" if stated else "state format: or field: of the dataset",
         )
 
-    def _document(self, number: object, text: str | None) -> Finding:
-        place = f"{self.where}:{number}"
-        return Document(text, place) if text is not None else Reject(place, "not UTF-8 or far too long", "")
+    # ------------------------------------------------------------------------------------------------- text and objects
 
-    # ------------------------------------------------------------------------------------------------------- objects
+    def _text(self, head: bytes, chunks: Iterator[bytes]) -> Iterator[Finding]:
+        stated = self.reading.format
+        is_wikitext = stated == "wikitext" or (stated is None and _TITLE_LINE.search(head[:4096]) is not None)
+        found = (wikitext_articles if is_wikitext else text_documents)(map(_decode, _numbered(chunks)))
+        for number, text in found:
+            location = f"{self.where}:{number + 1}"
+            yield Reject(location, "not UTF-8 or far too long") if text is None else Document(text, location)
 
-    def _objects(self, kind: str, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any] | Reject]:
-        if kind == "lines":
-            yield from self._line_objects(chunks)
-        elif kind == "array":
-            for number, item in enumerate(streams.array_items(chunks), start=1):
-                yield f"{self.where}:{number}", item
-        else:
-            for number, fields in enumerate(streams.elements(chunks, ["Problem"]), start=1):
-                yield f"{self.where}:{fields.get('@ID', number)}", fields
-
-    def _line_objects(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any] | Reject]:
-        for number, line in enumerate(lines(chunks, streams.MAX_PIECE_BYTES), start=1):
-            place = f"{self.where}:{number}"
+    def _lines(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any] | Reject]:
+        for number, line in _numbered(chunks):
+            location = f"{self.where}:{number}"
             if line is None:
-                yield Reject(place, "the line is far too long", "")
+                yield Reject(location, "the line is far too long")
             elif line.strip():
                 try:
-                    yield place, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    yield location, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
-                    yield Reject(place, f"not JSON ({_short(error)})", _short(line.decode(errors="replace")))
+                    yield Reject(location, f"not JSON ({shorten(error)})", shorten(line.decode(errors="replace")))
+
+    def _array(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
+        try:
+            items = json.loads(self._whole(chunks).decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DamageError(f"not a JSON array ({shorten(error)})") from error
+        return ((f"{self.where}:{number}", item) for number, item in enumerate(items, start=1))
+
+    def _problems(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
+        data = self._whole(chunks)
+        if b"<!ENTITY" in data:  # it could stand for gigabytes, or for files
+            raise DamageError("it declares an entity, which is refused")
+        try:
+            problems = ElementTree.fromstring(data).iter("Problem")
+        except ElementTree.ParseError as error:
+            raise DamageError(f"not well-formed XML ({error})") from error
+        for number, problem in enumerate(problems, start=1):
+            yield f"{self.where}:{problem.get('ID', number)}", {part.tag: part.text or "" for part in problem}
+
+    def _whole(self, chunks: Iterator[bytes]) -> bytes:
+        data = bytearray()
+        for chunk in chunks:
+            data += chunk
+            if len(data) > MAX_WHOLE_BYTES:
+                raise DataError(
+                    "a JSON array or XML document is read whole, and this one is too large",
+                    where=self.where,
+                    expected=f"at most {format_bytes(MAX_WHOLE_BYTES)}",
+                    remedy="write it as JSON lines, one object a line",
+                )
+        return bytes(data)
 
     def _from_objects(self, found: Iterable[tuple[str, Any] | Reject]) -> Iterator[Finding]:
         layout = self._stated_layout()
@@ -193,18 +221,19 @@ class _Input:
             if isinstance(item, Reject):
                 yield item
                 continue
-            place, value = item
+            location, value = item
             if not isinstance(value, Mapping):
-                yield Reject(place, f"not an object but {type(value).__name__}", _short(value))
+                yield Reject(location, f"not an object but {type(value).__name__}", shorten(value))
                 continue
             layout = layout or self._layout_of(value)
             if layout is not None:
-                yield self._from_object(place, value, layout)
+                yield self._from_object(location, value, layout)
                 continue
             unknown += 1
+            keys = shorten(", ".join(map(str, value)))
             if unknown == _UNKNOWN_OBJECTS:
-                raise self._unfit(f"objects with the keys {_short(', '.join(map(str, value)))}")
-            yield Reject(place, f"no known keys: {_short(', '.join(map(str, value)))}", _short(value))
+                self._refuse(f"objects with the keys {keys}")
+            yield Reject(location, f"no known keys: {keys}", shorten(value))
 
     def _stated_layout(self) -> Layout | None:
         if self.reading.field is not None:
@@ -215,79 +244,83 @@ class _Input:
         plain = self.reading.format in ("jsonl", "json", "parquet") and "text" in keys
         return field_layout("text") if plain else find_layout(list(keys))
 
-    def _from_object(self, place: str, value: Mapping[str, Any], layout: Layout) -> Finding:
-        kind, name = value.get("type"), value.get("sample_id")
+    def _from_object(self, location: str, value: Mapping[str, Any], layout: Layout) -> Finding:
+        stated, name = value.get("type"), value.get("sample_id")
         try:
             text = layout.text(value)
-            if kind in ("lm", "math_tool", "code") and kind != self.reading.type:
-                raise UnusableError(f"its type is {kind}, the dataset's is {self.reading.type}")
-            if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int)) or name == ""):
-                raise UnusableError("sample_id is not a non-empty string")
-        except UnusableError as error:
-            return Reject(place, str(error), _short(json.dumps(value, ensure_ascii=False, default=str)))
-        return Document(text, place, None if name is None else str(name))
+            if stated in FIRST_TYPES and stated != self.reading.type:  # any other is the data's own word
+                raise UnusableError(f"its type is {stated}, the dataset's is {self.reading.type}")
+            return Document(text, location, check_name(name))
+        except ValueError as error:
+            return Reject(location, str(error), shorten(json.dumps(value, ensure_ascii=False, default=str)))
 
-    # --------------------------------------------------------------------------------------------- wiki, zip, parquet
+    # ------------------------------------------------------------------------------------------------ zip and parquet
 
-    def _pages(self, chunks: Iterator[bytes]) -> Iterator[Finding]:
-        namespaces: set[str] = set()
-        for page in streams.elements(chunks, ["page", "namespace"]):
-            if page[""] == "namespace":
-                if page.get("@key") in _FILE_NAMESPACES:
-                    namespaces.add(page["#text"].strip().lower())
-                continue
-            title = page.get("title", "").strip()
-            place = f"{self.where}:{title}"
-            if page.get("ns", _ARTICLES) != _ARTICLES or "redirect" in page:
-                yield None
-            elif not title or "revision/text" not in page:
-                yield Reject(place, "a page without title or text", _short(page))
-            else:
-                body = plain_text(page["revision/text"], frozenset(namespaces))
-                yield Document(f"{title}\n\n{body}", place) if body else None
-
-    def _zip_findings(self, stream: Any) -> Iterator[Finding]:
+    def _zip(self, stream: Any) -> Iterator[Finding]:
         with zipfile.ZipFile(stream) as opened:
-            members = [one for one in opened.infolist() if not one.is_dir()]
+            members = [one for one in opened.infolist() if one.filename and not one.is_dir()]
             wanted = sorted((one for one in members if self._is_wanted(one.filename)), key=lambda one: one.filename)
             if not wanted:
                 names = ", ".join(one.filename for one in members[:5])
-                raise self._unfit(f"a zip without a member to read that matches {self.reading.members!r} ({names})")
-            _log.info("%s: reads %s", self.where, _short(", ".join(one.filename for one in wanted)))
+                self._refuse(f"a zip without a member to read that matches {self.reading.members!r} ({names})")
+            _log.info("%s: reads %s", self.where, shorten(", ".join(one.filename for one in wanted)))
             for member in wanted:
                 if member.flag_bits & 1:
-                    raise self._unfit(f"an encrypted member {member.filename}")
-                with opened.open(member) as raw:
-                    source = streams.buffered(raw)
-                    yield from _Input(f"{self.where}!{member.filename}", self.reading).findings(source, in_zip=True)
+                    self._refuse(f"an encrypted member {member.filename}")
+                try:
+                    raw = opened.open(member)
+                except OSError as error:  # an offset outside the file
+                    raise DamageError(f"{member.filename}: {error.strerror}") from error
+                with raw:
+                    yield from _Input(f"{self.where}!{member.filename}", self.reading).findings(raw, in_zip=True)
 
     def _is_wanted(self, name: str) -> bool:
         if name.startswith("__MACOSX/") or not _MEMBERS.search(name):
             return False
         return fnmatch.fnmatchcase(name, self.reading.members)
 
-    def _parquet_findings(self, stream: Any) -> Iterator[Finding]:
-        import pyarrow
-        from pyarrow import parquet
-
+    def _parquet(self, stream: Any) -> Iterator[Finding]:
         self._require("parquet")
-        try:
-            # by default it reads every row group ahead: the whole file would come to lie in memory
-            table = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK_BYTES)
-            names = table.schema_arrow.names
-            layout = self._stated_layout() or self._layout_of(names)
+        layout = self._stated_layout()
+
+        def choose(names: list[str]) -> list[str]:
+            nonlocal layout
+            layout = layout or self._layout_of(names)
             if layout is None or not set(layout.keys) <= set(names):
-                raise self._unfit(f"columns {', '.join(names)}")
-            read = [name for name in (*layout.keys, *layout.more_keys, "type", "sample_id") if name in names]
-            number = 0
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=list(dict.fromkeys(read))):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield self._from_object(f"{self.where}:{number}", value, layout)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DamageError(f"not a readable parquet file ({_short(error)})") from error
+                self._refuse(f"columns {', '.join(names)}")
+            return [name for name in names if name in (*layout.keys, *layout.more_keys, "type", "sample_id")]
+
+        for number, (value, _) in enumerate(parquet_rows(stream, choose), start=1):
+            assert layout is not None
+            yield self._from_object(f"{self.where}:{number}", value, layout)
 
 
-def _short(value: object) -> str:
+def _with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first ``_HEAD_BYTES`` or a few more, and all chunks again."""
+    taken: list[bytes] = []
+    while sum(map(len, taken)) < _HEAD_BYTES and (chunk := next(chunks, b"")):
+        taken.append(chunk)
+    return b"".join(taken), chain(taken, chunks)
+
+
+def _numbered(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    return enumerate(lines(chunks, MAX_LINE_BYTES), start=1)
+
+
+def _decode(numbered: tuple[int, bytes | None]) -> str | None:
+    """A line of text with its newline, ``""`` for a blank one, None for one that is not UTF-8 or far too long."""
+    number, line = numbered
+    if line is None:
+        return None
+    try:
+        text = line.removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return None
+    return f"{text}\n" if text.strip() else ""
+
+
+def shorten(value: object) -> str:
+    """At most ``EXCERPT_CHARACTERS`` of a text, and what UTF-8 can hold of them."""
     text = str(value)
-    return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 1] + "…"
+    text = text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 1] + "…"
+    return text.encode("utf-8", errors="replace").decode()

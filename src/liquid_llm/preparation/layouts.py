@@ -1,7 +1,7 @@
 """Where the text lies in an object, and how maths and code are written out.
 
-layout: how objects with certain keys become one text; format: what a catalog may state: a layout and the kinds of file
-it comes in.
+layout: how objects with certain keys become one text; format: what a catalog may state: a layout, and how the files are
+cut that it comes in.
 
 A word problem becomes ``Question: …`` and ``Answer: …`` on two lines, then ``#### RESULT``; arithmetic is written as a
 calculator trace, ``12*7=<<12*7=84>>84``, as GSM8K has it, so that one student sees one notation.
@@ -14,10 +14,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-OBJECTS = frozenset({"lines", "array", "parquet"})  # kinds of file that hold objects
-
 _ARITHMETIC = re.compile(r"[\d+\-*/().%]+")
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(?:/\d+)?")
+_OUTER_BRACKETS = re.compile(r"\((?:[^()]|\([^()]*\))*\)")  # SVAMP nests them twice at most
 _POINT_ZERO = re.compile(r"(?<![\d.])(\d+)\.0+(?!\d)")
 
 
@@ -72,13 +71,11 @@ def _problem(question: str, answer: str) -> str:
     return f"Question: {question.strip()}\nAnswer: {answer.strip()}"
 
 
-def _gsm8k(value: Mapping[str, Any]) -> str:
-    return _problem(_string(value, "question"), _string(value, "answer"))
-
-
 def _svamp(value: Mapping[str, Any]) -> str:
     result = _plain(value, "Answer")
-    equation = _without_outer_brackets(_plain(value, "Equation").replace(" ", ""))
+    equation = _plain(value, "Equation").replace(" ", "")
+    if _OUTER_BRACKETS.fullmatch(equation):
+        equation = equation[1:-1]
     return _problem(f"{_plain(value, 'Body')} {_plain(value, 'Question')}", _worked(f"{equation}={result}", result))
 
 
@@ -98,21 +95,6 @@ def _worked(formula: str, result: str, unit: str = "") -> str:
     return f"{formula}{words}\n#### {result}"
 
 
-def _without_outer_brackets(text: str) -> str:
-    if not (text.startswith("(") and text.endswith(")")):
-        return text
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[1:-1] if position == len(text) - 1 else text
-    return text
-
-
-def _humaneval(value: Mapping[str, Any]) -> str:
-    return _string(value, "prompt") + _string(value, "canonical_solution")
-
-
 # CodeSearchNet as published, and as it was republished; the whole function comes first, its comment included.
 _CODE_KEYS = ("original_string", "whole_func_string", "func_code_string", "code")
 
@@ -122,10 +104,12 @@ def _code(value: Mapping[str, Any]) -> str:
 
 
 _TEXT = field_layout("text")
-_GSM8K = Layout(("question", "answer"), _gsm8k)
+_GSM8K = Layout(("question", "answer"), lambda row: _problem(_string(row, "question"), _string(row, "answer")))
 _SVAMP = Layout(("Body", "Question", "Equation", "Answer"), _svamp)
 _ASDIV = Layout(("Body", "Question", "Formula", "Answer"), _asdiv)
-_HUMANEVAL = Layout(("prompt", "canonical_solution"), _humaneval)
+_HUMANEVAL = Layout(
+    ("prompt", "canonical_solution"), lambda row: _string(row, "prompt") + _string(row, "canonical_solution")
+)
 _CODE = Layout((), _code, _CODE_KEYS)
 
 _LAYOUTS = (
@@ -140,30 +124,27 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class Format:
-    """What a catalog may state.
+    """What a catalog may state: how the files are cut that it comes in (``formats``), and the layout of their objects,
+    None where it is found from their keys or there are no objects."""
 
-    Attributes:
-        kinds: kinds of file it comes in, see ``formats``.
-        layout: of the objects in them; None where the layout is found from their keys or there are no objects.
-    """
-
-    kinds: frozenset[str]
+    cuts: tuple[str, ...]
     layout: Layout | None = None
 
 
+_OBJECTS = ("lines", "array", "parquet")
 FORMATS = {
-    "wikitext": Format(frozenset({"text"})),
-    "wikipedia": Format(frozenset({"mediawiki"})),
-    "c4": Format(OBJECTS, _TEXT),
-    "dolma": Format(OBJECTS, _TEXT),
-    "fineweb-edu": Format(OBJECTS, _TEXT),
-    "gsm8k": Format(OBJECTS, _GSM8K),
-    "svamp": Format(OBJECTS, _SVAMP),
-    "asdiv": Format(OBJECTS | {"problems"}, _ASDIV),
-    "codesearchnet": Format(OBJECTS, _CODE),
-    "humaneval": Format(OBJECTS, _HUMANEVAL),
-    "jsonl": Format(frozenset({"lines"})),
-    "json": Format(frozenset({"array"})),
-    "parquet": Format(frozenset({"parquet"})),
-    "txt": Format(frozenset({"text"})),
+    "wikitext": Format(("text",)),
+    "wikipedia": Format(()),  # MediaWiki dumps: what an earlier release made of them is still used
+    "c4": Format(_OBJECTS, _TEXT),
+    "dolma": Format(_OBJECTS, _TEXT),
+    "fineweb-edu": Format(_OBJECTS, _TEXT),
+    "gsm8k": Format(_OBJECTS, _GSM8K),
+    "svamp": Format(_OBJECTS, _SVAMP),
+    "asdiv": Format((*_OBJECTS, "problems"), _ASDIV),
+    "codesearchnet": Format(_OBJECTS, _CODE),
+    "humaneval": Format(_OBJECTS, _HUMANEVAL),
+    "jsonl": Format(("lines",)),
+    "json": Format(("array",)),
+    "parquet": Format(("parquet",)),
+    "txt": Format(("text",)),
 }

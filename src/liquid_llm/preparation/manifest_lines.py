@@ -10,12 +10,11 @@ import contextlib
 import json
 import posixpath
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
-from liquid_llm.preparation.catalog import Dataset, absolute
+from liquid_llm.preparation.catalog import Dataset, to_absolute
 
 _ATTEMPTS = 5
 _PAUSE_SECONDS = 0.2
@@ -30,60 +29,49 @@ def write_line(dataset: Dataset) -> bool:
     Raises:
         StorageError: the manifest cannot be read or written.
     """
-    assert dataset.manifest is not None
-    with _alone(dataset.manifest):
-        for attempt in range(_ATTEMPTS):
-            before = storage.read_bytes(dataset.manifest) if storage.stat(dataset.manifest) is not None else b""
-            after = _with_line(before, dataset)
-            if after == before:
-                return attempt > 0
-            storage.write_bytes(dataset.manifest, after)
-            if not storage.is_remote(dataset.manifest):
-                return True
-            time.sleep(_PAUSE_SECONDS)  # another process may have written what it had read before: look again
-    raise StorageError("others keep writing the manifest", where=dataset.manifest, remedy="run this command again")
+    manifest = dataset.manifest
+    assert manifest is not None
+    if not storage.is_remote(manifest):
+        folder = storage.local_path(manifest).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with storage.locked(folder):
+            return _update(manifest, dataset)
+    for attempt in range(_ATTEMPTS):
+        if not _update(manifest, dataset):
+            return attempt > 0
+        time.sleep(_PAUSE_SECONDS)  # another process may have written what it had read before: look again
+    raise StorageError("others keep writing the manifest", where=manifest, remedy="run this command again")
 
 
-@contextlib.contextmanager
-def _alone(manifest: str) -> Iterator[None]:
-    """While entered, no other process of this machine is in here for a manifest of the same folder."""
-    if storage.is_remote(manifest):
-        yield
-        return
-    folder = storage.local_path(manifest).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with storage.locked(folder):
-        yield
+def _update(manifest: str, dataset: Dataset) -> bool:
+    before = storage.read_bytes(manifest) if storage.exists(manifest) else b""
+    after = _add_line(before, dataset)
+    if after != before:
+        storage.write_bytes(manifest, after)
+    return after != before
 
 
-def _with_line(content: bytes, dataset: Dataset) -> bytes:
+def _add_line(content: bytes, dataset: Dataset) -> bytes:
+    folder = posixpath.dirname(dataset.manifest or "")
     lines = content.split(b"\n")
     for number, line in enumerate(lines):
-        value = _parsed(line)
-        path = _absolute(str(value.get("path", "")), dataset)
+        value = _parse(line)
+        path = to_absolute(str(value.get("path", "")), folder)
         if value.get("type") != dataset.type or not (dataset.names_shards(path) or dataset.names_input(path)):
             continue
         if path == dataset.shards and dataset.weight not in (None, value.get("weight", 1.0)):
             lines[number] = json.dumps({**value, "weight": dataset.weight}).encode()
         return b"\n".join(lines)
+    # relative to the manifest's folder where the shards lie below it, so that both can be moved
+    path = dataset.shards.removeprefix(folder.rstrip("/") + "/")
     weight = 1.0 if dataset.weight is None else dataset.weight
-    line = json.dumps({"path": _shown(dataset), "type": dataset.type, "weight": weight}).encode()
+    line = json.dumps({"path": path, "type": dataset.type, "weight": weight}).encode()
     return content + (b"\n" if content and not content.endswith(b"\n") else b"") + line + b"\n"
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
+def _parse(line: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(line.decode("utf-8-sig"))
         if isinstance(value, dict):
             return value
     return {}  # whoever reads the manifest says what is wrong with it
-
-
-def _absolute(path: str, dataset: Dataset) -> str:
-    return absolute(storage.resolve(path, posixpath.dirname(dataset.manifest or "")))
-
-
-def _shown(dataset: Dataset) -> str:
-    """The shards' glob, relative to the manifest's folder where they lie below it, so that both can be moved."""
-    folder = posixpath.dirname(dataset.manifest or "").rstrip("/") + "/"
-    return dataset.shards.removeprefix(folder)

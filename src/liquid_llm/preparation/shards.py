@@ -1,4 +1,4 @@
-"""Documents -> shards: every record named, none twice, each file published whole.
+"""Documents -> shards: no text twice, each file published whole.
 
 A record that has no ``sample_id`` is named by its type and text (``stable_sample_id``), so it keeps its name, its
 stored teacher signal and its side of the validation split wherever it is read from.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import sqlite3
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,32 +20,25 @@ from liquid_llm import storage
 from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.storage import translate_errors
 
-_CACHE_KIBIBYTES = 16 * 1024
+# A scratch file: nothing is read from it after a crash, so nothing is spent on surviving one.
+_PRAGMAS = ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-16384")
 
 
 class Seen:
-    """The sample ids written so far, on disk: memory stays flat however many there are.
-
-    Args:
-        folder: an existing local folder for the file.
-    """
+    """The sample ids written so far, in a file in ``folder``: memory stays flat however many there are."""
 
     def __init__(self, folder: Path) -> None:
-        # a scratch file: nothing is read from it after a crash, so nothing is spent on surviving one
         self._database = sqlite3.connect(folder / "seen.sqlite", isolation_level=None)
-        for words in (
-            "journal_mode=OFF",
-            "synchronous=OFF",
-            "locking_mode=EXCLUSIVE",
-            f"cache_size=-{_CACHE_KIBIBYTES}",
-        ):
+        for words in _PRAGMAS:
             self._database.execute(f"PRAGMA {words}")
         self._database.execute("CREATE TABLE seen (name BLOB PRIMARY KEY, text BLOB) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
     def add(self, sample_id: str, text: str) -> str:
         """``new``; ``repeated`` for an id and text seen before; ``conflict`` for an id seen with another text."""
-        name, digest = _digest(sample_id, 16), _digest(text, 8)
+        name, digest = (
+            hashlib.blake2b(one.encode(), digest_size=size).digest() for one, size in ((sample_id, 16), (text, 8))
+        )
         if self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (name, digest)).rowcount:
             return "new"
         (known,) = self._database.execute("SELECT text FROM seen WHERE name = ?", (name,)).fetchone()
@@ -53,10 +46,6 @@ class Seen:
 
     def close(self) -> None:
         self._database.close()
-
-
-def _digest(text: str, size: int) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 @dataclass(frozen=True)
@@ -67,16 +56,13 @@ class ShardInfo:
     bytes: int
     records: int
 
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class ShardWriter:
     """Writes the records of one input into shards; each appears under its name when it is whole.
 
     Args:
         dataset: says where they go, how they are named and how long one gets.
-        input_number: the input's place among all.
+        input_number: the input's number among all.
         folder: an existing local folder for the shard being written.
 
     Attributes:

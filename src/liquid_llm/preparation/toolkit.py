@@ -50,24 +50,16 @@ MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_RATIO = 200  # text and code pack ten-fold; a bomb packs a thousand-fold
 MAX_MEMBERS = 20_000
 _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_CREDENTIAL_PLACES = frozenset(
-    [
-        "GOOGLE_APPLICATION_CREDENTIALS",
-        "CLOUDSDK_CONFIG",
-        "AWS_SHARED_CREDENTIALS_FILE",
-        "AWS_CONFIG_FILE",
-        "HF_HOME",
-        "HF_TOKEN_PATH",
-        "XDG_CONFIG_HOME",
-        "XDG_CACHE_HOME",
-        "NETRC",
-    ]
+_CREDENTIAL_PLACES = re.compile(
+    "GOOGLE_APPLICATION_CREDENTIALS|CLOUDSDK_CONFIG|AWS_SHARED_CREDENTIALS_FILE|AWS_CONFIG_FILE|HF_HOME|HF_TOKEN_PATH"
+    "|XDG_CONFIG_HOME|XDG_CACHE_HOME|NETRC"
 )
 _USERINFO = re.compile(r"://[^/\s]*@")
 _LINE_BYTES = 4096
 _LAST_LINES = 3
 _GRACE_SECONDS = 2.0
 _POLL_SECONDS = 0.05
+_Datasets = Mapping[str, tuple[Dataset, Sequence[FileInfo]]]
 
 
 @dataclass(frozen=True)
@@ -87,9 +79,47 @@ class ToolkitOptions:
     timeout_seconds: float
 
 
+@dataclass(frozen=True)
+class Toolkit:
+    """A toolkit at hand: a local zip and its hash."""
+
+    options: ToolkitOptions
+    archive: Path
+    sha256: str
+
+    @contextlib.contextmanager
+    def convert(self, datasets: _Datasets) -> Iterator[dict[str, list[FileInfo]]]:
+        """Run the toolkit over the inputs of ``datasets``; gives the files it wrote for each, while entered.
+
+        Raises:
+            StorageError: the zip is unsafe (a member outside its folder, a link, far too large) or damaged, or an input
+                cannot be fetched.
+            DataError: it has no entry point, fails, takes too long, or writes nothing for a dataset.
+            Interrupted: the process was asked to stop.
+        """
+        options = self.options
+        # what is run is what was checked
+        unpacked = options.folder / f"toolkit-{self.sha256[:16]}-{uuid.uuid4().hex[:8]}"
+        try:
+            _require_modest(self.archive, options.uri)
+            storage.unpack_zip(self.archive, unpacked)
+            entry = next((unpacked / name for name in ENTRY_POINTS if (unpacked / name).is_file()), None)
+            if entry is None:
+                expected = f"{' or '.join(ENTRY_POINTS)} at its top"
+                raise DataError("the toolkit has no entry point", where=options.uri, expected=expected)
+            with tempfile.TemporaryDirectory(prefix="liquid-toolkit-") as folder:
+                work = Path(folder)
+                catalog = _write_catalog(work, datasets)
+                words = [sys.executable, str(entry), f"--datasets_yaml={catalog}", f"--out={work / 'out'}"]
+                _run(words, unpacked, clean_environment(os.environ, work / "home"), options)
+                yield {name: _outputs(work / "out" / name, name, options) for name in datasets}
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def fetched(options: ToolkitOptions) -> Iterator[tuple[Path, str]]:
-    """The local zip and its hash, for as long as it is needed.
+def fetch(options: ToolkitOptions) -> Iterator[Toolkit]:
+    """The toolkit, for as long as it is needed.
 
     Raises:
         UsageError: its hash is not the expected one.
@@ -99,7 +129,9 @@ def fetched(options: ToolkitOptions) -> Iterator[tuple[Path, str]]:
         archive = Path(folder, "toolkit.zip")
         storage.download(options.uri, archive)
         got = storage.sha256(archive)
-        if options.sha256 is not None and got != options.sha256.lower():
+        if options.sha256 is None:
+            log.warning("%s is run unchecked: give --prep_toolkit_sha256=%s to have it checked", options.uri, got)
+        elif got != options.sha256.lower():
             raise UsageError(
                 "the toolkit's hash is not the expected one",
                 where=options.uri,
@@ -107,40 +139,7 @@ def fetched(options: ToolkitOptions) -> Iterator[tuple[Path, str]]:
                 expected=options.sha256,
                 remedy="nothing of it was run: correct --prep_toolkit_sha256 or get the toolkit again",
             )
-        if options.sha256 is None:
-            log.warning("%s is run unchecked: give --prep_toolkit_sha256=%s to have it checked", options.uri, got)
-        yield archive, got
-
-
-@contextlib.contextmanager
-def converted(
-    options: ToolkitOptions, archive: Path, sha256: str, datasets: Mapping[str, tuple[Dataset, Sequence[FileInfo]]]
-) -> Iterator[dict[str, list[FileInfo]]]:
-    """Run the toolkit over the inputs of ``datasets``; gives the files it wrote for each, while entered.
-
-    Raises:
-        StorageError: the zip is unsafe (a member outside its folder, a link, far too large) or damaged, or an input
-            cannot be fetched.
-        DataError: it has no entry point, fails, takes too long, or writes nothing for a dataset.
-        Interrupted: the process was asked to stop.
-    """
-    unpacked = options.folder / f"toolkit-{sha256[:16]}-{uuid.uuid4().hex[:8]}"  # what is run is what was checked
-    try:
-        _require_modest(archive, options.uri)
-        storage.unpack_zip(archive, unpacked)
-        entry = next((unpacked / name for name in ENTRY_POINTS if (unpacked / name).is_file()), None)
-        if entry is None:
-            raise DataError(
-                "the toolkit has no entry point", where=options.uri, expected=f"{' or '.join(ENTRY_POINTS)} at its top"
-            )
-        with tempfile.TemporaryDirectory(prefix="liquid-toolkit-") as folder:
-            work = Path(folder)
-            catalog = _write_catalog(work, datasets)
-            words = [sys.executable, str(entry), f"--datasets_yaml={catalog}", f"--out={work / 'out'}"]
-            _run(words, unpacked, clean_environment(os.environ, work / "home"), options)
-            yield {name: _outputs(work / "out" / name, name, options) for name in datasets}
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
+        yield Toolkit(options, archive, got)
 
 
 def clean_environment(environ: Mapping[str, str], home: Path) -> dict[str, str]:
@@ -148,7 +147,7 @@ def clean_environment(environ: Mapping[str, str], home: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in environ.items()
-        if not looks_secret(name) and name not in _CREDENTIAL_PLACES and not _USERINFO.search(value)
+        if not looks_secret(name) and not _CREDENTIAL_PLACES.fullmatch(name) and not _USERINFO.search(value)
     }
     return {**kept, "HOME": str(home)}
 
@@ -170,7 +169,7 @@ def _require_modest(archive: Path, uri: str) -> None:
         )
 
 
-def _write_catalog(work: Path, datasets: Mapping[str, tuple[Dataset, Sequence[FileInfo]]]) -> Path:
+def _write_catalog(work: Path, datasets: _Datasets) -> Path:
     (work / "home").mkdir()
     plain = {}
     for name, (dataset, files) in datasets.items():
@@ -235,24 +234,11 @@ def _run(words: list[str], folder: Path, environ: dict[str, str], options: Toolk
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Ask the whole process group to end, then kill what is left of it."""
-    for number, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, _GRACE_SECONDS)):
-        try:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left (macOS says the latter)
             os.killpg(process.pid, number)
-        except (ProcessLookupError, PermissionError):  # nobody is left (macOS says the latter of zombies)
-            break
-        deadline = time.monotonic() + seconds
-        while _alive(process) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-    process.wait()
-
-
-def _alive(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
 
 
 def _log_output(stream: IO[bytes], last: list[str]) -> None:

@@ -1,19 +1,20 @@
-"""Data of a run: manifest or dataset -> training sources and validation batches by type."""
+"""Data of a run: manifest entries or a named dataset -> training mixture and validation batches by type."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from liquid_llm.config import DataConfig
 from liquid_llm.data.hub import load_hub_dataset
-from liquid_llm.data.loader import Source, validation_batches
+from liquid_llm.data.loader import WeightedDataset, validation_batches
 from liquid_llm.data.manifest import entry_files
-from liquid_llm.data.tokens import Progress, TokenDataset, build_token_dataset, split
-from liquid_llm.data.types import STORED_TYPES, TYPES, ManifestEntry, MicroBatch
+from liquid_llm.data.tokens import TellProgress, TokenDataset, build_token_dataset, split
+from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
+from liquid_llm.sources import default_layout, order_types
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -25,30 +26,29 @@ class Inputs:
     """What a run trains and validates on.
 
     Attributes:
-        sources: training datasets with their weights.
-        validation: held-out datasets by type, in the order of ``TYPES``; a type without any is absent.
+        mixture: training datasets with their weights.
+        validation: held-out datasets by type, in the order of ``types``; a type without any is absent.
         entries: the manifest's lines; empty when the data is a named dataset.
         everything: for each manifest entry, the whole dataset before the split.
     """
 
-    sources: list[Source]
+    mixture: list[WeightedDataset]
     validation: dict[str, list[TokenDataset]]
     entries: list[ManifestEntry] = field(default_factory=list)
     everything: list[TokenDataset] = field(default_factory=list)
 
     @property
     def types(self) -> list[str]:
-        """The types present, in the order of ``TYPES``."""
-        present = {source.dataset.type for source in self.sources}
-        return [kind for kind in TYPES if kind in present]
+        """The types present, in the order that metrics have."""
+        return order_types(part.dataset.type for part in self.mixture)
 
     def readiness(self) -> dict[str, dict[str, int]]:
         """Samples and tokens by type and split, for provenance and the log."""
         rows: dict[str, dict[str, int]] = {}
-        for kind in self.types:
-            train = [source.dataset for source in self.sources if source.dataset.type == kind]
-            held = self.validation.get(kind, [])
-            rows[kind] = {
+        for type in self.types:
+            train = [part.dataset for part in self.mixture if part.dataset.type == type]
+            held = self.validation.get(type, [])
+            rows[type] = {
                 "train_samples": sum(len(one) for one in train),
                 "train_tokens": sum(one.num_tokens for one in train),
                 "validation_samples": sum(len(one) for one in held),
@@ -63,15 +63,20 @@ def token_cache(config: DataConfig) -> Path:
 
 
 def read_manifest_inputs(
-    config: DataConfig, text: TextTools, entries: Sequence[ManifestEntry], *, progress: Progress | None = None
+    config: DataConfig,
+    text: TextTools,
+    entries: Sequence[ManifestEntry],
+    layout_of: Callable[[str], str] = default_layout,
+    *,
+    progress: TellProgress | None = None,
 ) -> Inputs:
-    """Tokenise (or open) every manifest entry, and hold out the validation share.
+    """Tokenise (or open) every manifest entry in the layout of its type, and hold out the validation share.
 
     Raises:
         DataError: a shard or a record cannot be used.
     """
-    sources, everything = [], []
-    validation: dict[str, list[TokenDataset]] = {kind: [] for kind in TYPES}
+    mixture, everything = [], []
+    validation: dict[str, list[TokenDataset]] = {type: [] for type in order_types(entry.type for entry in entries)}
     for entry in entries:
         dataset = build_token_dataset(
             entry_files(entry),
@@ -80,21 +85,22 @@ def read_manifest_inputs(
             text.hash,
             token_cache(config),
             eos_id=text.eos_id,
+            layout=layout_of(entry.type),
             progress=progress,
         )
         train, held = split(dataset, config.val_fraction)
         if len(train) == 0:
             raise DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
-        sources.append(Source(train, entry.weight))
+        mixture.append(WeightedDataset(train, entry.weight))
         everything.append(dataset)
         if len(held):
             validation[entry.type].append(held)
-    held_out = {kind: datasets for kind, datasets in validation.items() if datasets}
-    return Inputs(sources, held_out, list(entries), everything)
+    held_out = {type: datasets for type, datasets in validation.items() if datasets}
+    return Inputs(mixture, held_out, list(entries), everything)
 
 
 def read_dataset_inputs(
-    config: DataConfig, text: TextTools, *, token: str | None = None, progress: Progress | None = None
+    config: DataConfig, text: TextTools, *, token: str | None = None, progress: TellProgress | None = None
 ) -> Inputs:
     """Tokenise (or open) a named dataset's train and validation splits; all of it is plain text.
 
@@ -102,7 +108,7 @@ def read_dataset_inputs(
         DataError: the dataset cannot be found or read.
     """
     assert config.dataset_name is not None
-    splits = load_hub_dataset(
+    train, held = load_hub_dataset(
         config.dataset_name,
         config.dataset_config,
         text.tokenizer,
@@ -112,7 +118,7 @@ def read_dataset_inputs(
         token=token,
         progress=progress,
     )
-    return Inputs([Source(splits["train"], 1.0)], {"lm": [splits["validation"]]})
+    return Inputs([WeightedDataset(train, 1.0)], {train.type: [held]})
 
 
 def validation_sets(
@@ -125,7 +131,7 @@ def validation_sets(
     sets: dict[int, dict[str, list[MicroBatch]]] = {}
     for length in lengths:
         by_type: dict[str, list[MicroBatch]] = {}
-        for kind, datasets in inputs.validation.items():
+        for type, datasets in inputs.validation.items():
             batches: list[MicroBatch] = []
             for dataset in datasets:
                 batches += validation_batches(
@@ -134,11 +140,11 @@ def validation_sets(
                     batch_size=max(1, config.batch_size * config.block_size // length),
                     eos_id=eos_id,
                     max_tokens=max_tokens // len(datasets),
-                    sample_tokens=config.seq_len if kind in STORED_TYPES else None,
+                    sample_tokens=config.seq_len,
                 )
             if batches:
-                by_type[kind] = batches
+                by_type[type] = batches
             else:
-                log.warning("no %s text is held out: it is not evaluated", kind)
+                log.warning("no %s text is held out: it is not evaluated", type)
         sets[length] = by_type
     return sets

@@ -118,7 +118,7 @@ def build_parts(config: RunConfig, start: Start, entries: Sequence[ManifestEntry
         schedules=schedules,
         evaluator=evaluator,
         stream=TrainingStream(
-            inputs.sources,
+            inputs.mixture,
             block_size=config.data.block_size,
             batch_size=config.data.batch_size,
             seed=config.seed,
@@ -142,7 +142,9 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries:
         if config.data.manifest is None:
             inputs = read_dataset_inputs(config.data, text, token=token, progress=progress)
         else:
-            inputs = read_manifest_inputs(config.data, text, entries, progress=progress)
+            inputs = read_manifest_inputs(
+                config.data, text, entries, lambda type: config.source(type).layout, progress=progress
+            )
     for kind, row in inputs.readiness().items():
         log.info("%s: %s", kind, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
     return inputs

@@ -170,10 +170,10 @@ def real_batches(parts: Parts) -> tuple[BatchShape, ...]:
     """
     found = []
     most = parts.progress.passes.max_tokens
-    for order, source in zip(parts.stream.orders, parts.inputs.sources, strict=True):
+    for order, part in zip(parts.stream.orders, parts.inputs.mixture, strict=True):
         for rows, time in order.shapes():
             in_a_pass = rows if most is None else min(rows, max(1, most // time))
-            found.append(_with_signal(parts, source.dataset.type, in_a_pass, time))
+            found.append(_with_signal(parts, part.dataset.type, in_a_pass, time))
     return _largest(found)
 
 

@@ -107,7 +107,7 @@ def make_teachers(
         router.check_temperature(type, config.source(type).temperature or config.objective.temperature)
         if not router.answers(type, 1.0):
             log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
-    datasets = {type: [one.dataset for one in inputs.sources if one.dataset.type == type] for type in router}
+    datasets = {type: [one.dataset for one in inputs.mixture if one.dataset.type == type] for type in router}
     coverage = router.coverage(datasets, config.data.seq_len)
     for type, row in coverage.items():
         log.info(

@@ -9,12 +9,10 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.support.tokenizers import tiny_tokenizer
 
-from liquid_llm.data.hub import HubRows, documents, load_hub_dataset, rows_are_lines
-from liquid_llm.data.tokens import TokenDataset, held_out
+from liquid_llm.data.hub import HubRows, load_hub_dataset, rows_are_lines
+from liquid_llm.data.tokens import TokenDataset, is_held_out
 from liquid_llm.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -33,7 +31,7 @@ def folder(path: Path, **splits: list[Any]) -> str:
     return str(path)
 
 
-def load(name: str, config: str | None, tmp_path: Path, **options: Any) -> dict[str, TokenDataset]:
+def load(name: str, tmp_path: Path, config: str | None = None, **options: Any) -> tuple[TokenDataset, TokenDataset]:
     return load_hub_dataset(name, config, TOKENIZER, "h", tmp_path / "tokens", eos_id=0, **options)
 
 
@@ -46,11 +44,10 @@ PAGES = [f"Page {n}.\nIt has two lines." for n in range(30)]
 
 def test_rows_are_documents(tmp_path: Path) -> None:
     name = folder(tmp_path / "pages", train=[*PAGES, "", "  "], validation=["Held out page."])
-    splits = load(name, None, tmp_path)
-    assert list(splits) == ["train", "validation"]
-    assert texts(splits["train"]) == PAGES
-    assert texts(splits["validation"]) == ["Held out page."]
-    assert {dataset.type for dataset in splits.values()} == {"lm"}
+    train, validation = load(name, tmp_path)
+    assert texts(train) == PAGES
+    assert texts(validation) == ["Held out page."]
+    assert train.type == validation.type == "lm"
 
 
 def test_lines_are_put_together_again(tmp_path: Path) -> None:
@@ -66,26 +63,12 @@ def test_lines_are_put_together_again(tmp_path: Path) -> None:
     ]
     second = ["", " = Rivers = \n", "", " A river flows . \n", ""]
     name = folder(tmp_path / "wiki", train=[*lines, *second], validation=second)
-    splits = load(name, None, tmp_path)
-    assert texts(splits["train"]) == [
+    train, validation = load(name, tmp_path)
+    assert texts(train) == [
         " = Mills = \n\n A mill grinds . \n It has a wheel . \n\n = = Parts = = \n Stone . \n\n",
         " = Rivers = \n\n A river flows . \n\n",
     ]
-    assert texts(splits["validation"]) == [" = Rivers = \n\n A river flows . \n\n"]
-
-
-@given(
-    st.lists(st.sampled_from(["", " = A = \n", " = = B = = \n", " some words \n", "x" * 20_000 + "\n"]), max_size=60)
-)
-def test_no_line_is_lost_or_moved(rows: list[str]) -> None:
-    made = list(documents(rows, lines=True))
-    kept = [line for _, text in made for line in text.split("\n") if line]
-    assert kept == [row.rstrip("\n") for row in rows if row]
-    for start, text in made:
-        assert text.startswith(rows[start])
-        assert " = A = \n" not in text[1:]
-        assert len(text) < 32_768 + 20_002
-    assert [start for start, _ in made] == sorted({start for start, _ in made})
+    assert texts(validation) == [" = Rivers = \n\n A river flows . \n\n"]
 
 
 @pytest.mark.parametrize(
@@ -110,27 +93,25 @@ def test_other_names_of_splits(tmp_path: Path, alias: str) -> None:
         {
             "training": datasets.Dataset.from_dict({"text": PAGES}),
             alias: datasets.Dataset.from_dict({"text": ["Held out page."]}),
-            "test": datasets.Dataset.from_dict({"text": ["Test page."]}),
         }
     )
     table.save_to_disk(tmp_path / "saved")
-    splits = load(str(tmp_path / "saved"), None, tmp_path, splits=("validation", "test"))
-    assert {kind: texts(dataset) for kind, dataset in splits.items()} == {
-        "validation": ["Held out page."],
-        "test": ["Test page."],
-    }
+    assert [texts(dataset) for dataset in load(str(tmp_path / "saved"), tmp_path)] == [PAGES, ["Held out page."]]
 
 
-@pytest.mark.parametrize("order", [("train", "validation"), ("validation", "train")])
-def test_without_a_validation_split_some_is_held_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, order: tuple[str, ...]
-) -> None:
+def test_a_single_split_that_was_saved_is_for_training(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": PAGES}).save_to_disk(tmp_path / "saved")
+    train, validation = load(str(tmp_path / "saved"), tmp_path, validation_fraction=0.3)
+    assert sorted(texts(train) + texts(validation)) == sorted(PAGES)
+
+
+def test_without_a_validation_split_some_is_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = folder(tmp_path / "pages", train=PAGES)
-    splits = load(name, None, tmp_path, validation_fraction=0.3, splits=order)
-    expected = [text for n, text in enumerate(PAGES) if held_out(f"train-{n}", 0.3)]
-    assert texts(splits["validation"]) == expected
+    train, validation = load(name, tmp_path, validation_fraction=0.3)
+    expected = [text for n, text in enumerate(PAGES) if is_held_out(f"train-{n}", 0.3)]
+    assert texts(validation) == expected
     assert 3 < len(expected) < 15
-    assert sorted(texts(splits["train"]) + expected) == sorted(PAGES)
+    assert sorted(texts(train) + expected) == sorted(PAGES)
     assert f"{name} has no validation split: 0.3 of its training text is held out" in caplog.text
 
 
@@ -146,54 +127,48 @@ def test_a_configuration(tmp_path: Path) -> None:
         )
         + "---\n"
     )
-    splits = load(str(tmp_path / "many"), "two", tmp_path)
-    assert texts(splits["train"])[0] == "two: " + PAGES[0]
+    train, _ = load(str(tmp_path / "many"), tmp_path, "two")
+    assert texts(train)[0] == "two: " + PAGES[0]
     with pytest.raises(DataError, match=r"'three' not found.*one.*two.*; got configuration three"):
-        load(str(tmp_path / "many"), "three", tmp_path)
+        load(str(tmp_path / "many"), tmp_path, "three")
     with pytest.raises(DataError, match=r"Config name is missing.*got no configuration"):
-        load(str(tmp_path / "many"), None, tmp_path)
+        load(str(tmp_path / "many"), tmp_path)
 
 
 def test_the_text_column(tmp_path: Path) -> None:
     rows = [{"id": n, "content": page, "title": str(n)} for n, page in enumerate(PAGES)]
     name = folder(tmp_path / "pages", train=rows, validation=rows)
-    assert texts(load(name, None, tmp_path, text_column="content")["train"]) == PAGES
     with pytest.raises(
         DataError, match=r"no column of strings named text; got id \(int64\), content \(string\), title"
     ):
-        load(name, None, tmp_path)
-    with pytest.raises(DataError, match=r"no column of strings named id"):
-        load(name, None, tmp_path, text_column="id")
+        load(name, tmp_path)
 
 
 def test_the_only_column_of_strings_is_taken(tmp_path: Path) -> None:
     rows = [{"id": n, "content": page} for n, page in enumerate(PAGES)]
-    assert texts(load(folder(tmp_path / "pages", train=rows, validation=rows), None, tmp_path)["train"]) == PAGES
+    assert texts(load(folder(tmp_path / "pages", train=rows, validation=rows), tmp_path)[0]) == PAGES
 
 
 def test_the_cache_follows_the_data(tmp_path: Path) -> None:
     name = folder(tmp_path / "pages", train=PAGES, validation=["held"])
-    load(name, None, tmp_path)
+    load(name, tmp_path)
     before = sorted((tmp_path / "tokens").glob("lm-*"))
-    load(name, None, tmp_path)
+    load(name, tmp_path)
     assert sorted((tmp_path / "tokens").glob("lm-*")) == before
     changed = [*PAGES[:-1], PAGES[-1].upper()]  # as many rows, as many characters
     folder(tmp_path / "pages", train=changed)
-    assert texts(load(name, None, tmp_path)["train"]) == changed
+    assert texts(load(name, tmp_path)[0]) == changed
 
 
-@pytest.mark.parametrize("wanted", ["train", "test"])
-def test_a_split_that_is_not_there(tmp_path: Path, wanted: str) -> None:
-    name = folder(tmp_path / "pages", **{"validation" if wanted == "train" else "train": PAGES})
-    with pytest.raises(
-        DataError, match=rf"the dataset has no {wanted} split; got (train|validation); expected {wanted}"
-    ):
-        load(name, None, tmp_path, splits=(wanted,))
+def test_a_training_split_that_is_not_there(tmp_path: Path) -> None:
+    name = folder(tmp_path / "pages", validation=PAGES)
+    with pytest.raises(DataError, match="the dataset has no train split; got validation; expected train"):
+        load(name, tmp_path)
 
 
 def test_a_split_without_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the validation split has no text"):
-        load(folder(tmp_path / "pages", train=PAGES, validation=["", " "]), None, tmp_path)
+        load(folder(tmp_path / "pages", train=PAGES, validation=["", " "]), tmp_path)
 
 
 @pytest.mark.filterwarnings("default")
@@ -201,19 +176,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     name = folder(tmp_path / "pages", train=PAGES)
     (tmp_path / "pages" / "train.jsonl").write_text("{broken")
     with pytest.raises(DataError, match="the dataset cannot be read"):
-        load(name, None, tmp_path)
+        load(name, tmp_path)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="no such dataset"):
-        load(str(tmp_path / "nothing"), None, tmp_path)
+        load(str(tmp_path / "nothing"), tmp_path)
 
 
 def test_progress_bars_are_silenced_for_as_long_as_it_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     datasets.utils.enable_progress_bars()  # whatever an earlier test of this process left
     verbosity = datasets.utils.logging.get_verbosity()
-    load(folder(tmp_path / "pages", train=PAGES, validation=PAGES), None, tmp_path)
+    load(folder(tmp_path / "pages", train=PAGES, validation=PAGES), tmp_path)
     assert capfd.readouterr() == ("", "")
     assert not datasets.utils.are_progress_bars_disabled()
     assert datasets.utils.logging.get_verbosity() == verbosity

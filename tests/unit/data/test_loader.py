@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.datasets import token_dataset
 
-from liquid_llm.data.loader import Source, TrainingStream, collate, validation_batches
+from liquid_llm.data.loader import TrainingStream, WeightedDataset, collate, validation_batches
 from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
@@ -31,17 +31,17 @@ def drawn(type: str, count: int, seed: int, longest: int = 60) -> TokenDataset:
     return token_dataset(samples, type, [f"{type}-{seed}-{n}" for n in range(count)])
 
 
-SOURCES = [
-    Source(drawn("lm", 90, 1), 2.0),
-    Source(drawn("math_tool", 70, 2), 1.0),
-    Source(drawn("code", 40, 3), 0.5),
-    Source(drawn("lm", 30, 4), 0.7),
+MIXTURE = [
+    WeightedDataset(drawn("lm", 90, 1), 2.0),
+    WeightedDataset(drawn("math_tool", 70, 2), 1.0),
+    WeightedDataset(drawn("code", 40, 3), 0.5),
+    WeightedDataset(drawn("lm", 30, 4), 0.7),
 ]
 
 
-def stream(sources: Sequence[Source] = SOURCES, **options: Any) -> TrainingStream:
+def stream(mixture: Sequence[WeightedDataset] = MIXTURE, **options: Any) -> TrainingStream:
     settings = {"block_size": 24, "batch_size": 3, "seed": 0, "eos_id": EOS, **options}
-    return TrainingStream(sources, **settings)
+    return TrainingStream(mixture, **settings)
 
 
 def content(batch: MicroBatch) -> tuple[object, ...]:
@@ -112,11 +112,11 @@ def test_types_come_by_weight() -> None:
 
 
 def test_seeds_give_other_orders() -> None:
-    assert len({str(content(stream(SOURCES[:1], seed=seed).micro_batch(0))) for seed in range(10)}) == 10
+    assert len({str(content(stream(MIXTURE[:1], seed=seed).micro_batch(0))) for seed in range(10)}) == 10
 
 
-def test_two_sources_of_the_same_data_go_their_own_ways() -> None:
-    twice = stream([SOURCES[1], SOURCES[1]])
+def test_one_dataset_drawn_from_twice_goes_two_ways() -> None:
+    twice = stream([MIXTURE[1], MIXTURE[1]])
     assert [content(b) for b in first_epoch(twice, 0)] != [content(b) for b in first_epoch(twice, 1)]
 
 
@@ -141,7 +141,7 @@ def test_an_epoch_of_text_holds_every_token_once(block_size: int, batch_size: in
     joined = [token for n in range(len(dataset)) for token in (*dataset.input_ids(n).tolist(), EOS)]
     num_blocks = len(joined) // block_size
     blocks = [joined[n * block_size : (n + 1) * block_size] for n in range(num_blocks)]
-    order = stream([Source(dataset, 1.0)], block_size=block_size, batch_size=batch_size).orders[0]
+    order = stream([WeightedDataset(dataset, 1.0)], block_size=block_size, batch_size=batch_size).orders[0]
     begin, end = epoch * num_blocks, (epoch + 1) * num_blocks
     first = begin // batch_size
     seen = [row for n in range(first, -(-end // batch_size)) for row in rows(order.micro_batch(n))]
@@ -151,7 +151,7 @@ def test_an_epoch_of_text_holds_every_token_once(block_size: int, batch_size: in
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_an_epoch_of_samples_holds_each_once(epoch: int) -> None:
-    dataset = SOURCES[1].dataset
+    dataset = MIXTURE[1].dataset
     batches = first_epoch(stream(), 1, epoch)
     names = [one.sample_id for batch in batches for one in batch.samples]
     assert sorted(names) == sorted(dataset.sample_id(n) for n in range(len(dataset)))
@@ -162,7 +162,7 @@ def test_an_epoch_of_samples_holds_each_once(epoch: int) -> None:
 def test_epochs_differ() -> None:
     samples = [list(map(content, first_epoch(stream(), 1, epoch))) for epoch in (0, 1)]
     assert not any(batch in samples[1] for batch in samples[0])  # samples meet others, not only at other times
-    whole = Source(token_dataset([list(range(1, 240))]), 1.0)  # ten blocks
+    whole = WeightedDataset(token_dataset([list(range(1, 240))]), 1.0)  # ten blocks
     blocks = [
         [row for batch in first_epoch(stream([whole], batch_size=2), 0, epoch) for row in rows(batch)]
         for epoch in (0, 1)
@@ -177,7 +177,7 @@ def test_short_and_long_micro_batches_take_turns() -> None:
 
 
 def test_fewer_blocks_than_a_micro_batch_holds() -> None:
-    training = stream([Source(token_dataset([list(range(1, 60))]), 1.0)], block_size=20, batch_size=8)
+    training = stream([WeightedDataset(token_dataset([list(range(1, 60))]), 1.0)], block_size=20, batch_size=8)
     batch = training.micro_batch(0)
     assert batch.input_ids.shape == (8, 20)
     assert sorted(Counter(map(tuple, rows(batch))).values()) == [2, 3, 3]  # two epochs of three and a part of the next
@@ -185,9 +185,26 @@ def test_fewer_blocks_than_a_micro_batch_holds() -> None:
 
 def test_long_samples_are_cut_for_the_model_and_kept_whole_beside() -> None:
     sample = list(range(1, 100))
-    batch = stream([Source(token_dataset([sample], "code"), 1.0)], block_size=24).micro_batch(0)
+    batch = stream([WeightedDataset(token_dataset([sample], "code"), 1.0)], block_size=24).micro_batch(0)
     assert rows(batch) == [sample[:24]]
     assert batch.samples[0].input_ids.tolist() == sample
+
+
+@pytest.mark.parametrize("type", ["lm", "code", "chat-2"])
+def test_the_layout_of_a_dataset_decides_whatever_its_type(type: str) -> None:
+    samples = [list(range(n * 20 + 1, n * 20 + 12 + n % 3)) for n in range(30)]
+    blocks, whole = (token_dataset(samples, type, layout=layout) for layout in ("blocks", "samples"))
+    for dataset in (blocks, whole):
+        training = stream([WeightedDataset(dataset, 1.0)])
+        held = validation_batches(dataset, block_size=24, batch_size=3, eos_id=EOS)
+        for batch in (*first_epoch(training, 0), *held[:-1]):
+            assert batch.type == type
+            if dataset is blocks:
+                assert batch.input_ids.shape == (3, 24)
+                assert not batch.samples
+            else:
+                assert [len(one.input_ids) for one in batch.samples] == batch.lengths.tolist()
+                assert EOS not in [token for row in rows(batch) for token in row]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -195,17 +212,17 @@ def test_long_samples_are_cut_for_the_model_and_kept_whole_beside() -> None:
 
 def test_too_little_text_for_a_block() -> None:
     with pytest.raises(DataError, match=r"shorter than one block; got 12 tokens to train on; expected at least 24"):
-        stream([Source(token_dataset([list(range(1, 12))]), 1.0)])
+        stream([WeightedDataset(token_dataset([list(range(1, 12))]), 1.0)])
 
 
 @pytest.mark.parametrize("type", ["lm", "math_tool"])
 def test_an_empty_split(type: str) -> None:
     empty = token_dataset([[1, 2]], type).subset(np.array([], dtype=np.int64))
     with pytest.raises(DataError, match="to train on"):
-        stream([Source(empty, 1.0)])
+        stream([WeightedDataset(empty, 1.0)])
 
 
-def test_no_source() -> None:
+def test_an_empty_mixture() -> None:
     with pytest.raises(DataError, match="nothing to train on"):
         stream([])
 
@@ -268,10 +285,10 @@ def test_every_context_length_sees_the_same_samples(type: str, max_tokens: int |
 
 
 def test_a_smaller_choice_of_samples_is_a_part_of_a_larger_one() -> None:
-    dataset = SOURCES[1].dataset
+    dataset = MIXTURE[1].dataset
 
     def names(max_tokens: int) -> set[str]:
-        batches = validation_batches(SOURCES[1].dataset, block_size=24, batch_size=3, eos_id=EOS, max_tokens=max_tokens)
+        batches = validation_batches(MIXTURE[1].dataset, block_size=24, batch_size=3, eos_id=EOS, max_tokens=max_tokens)
         return {one.sample_id for batch in batches for one in batch.samples}
 
     assert names(100) < names(500) < names(1000)

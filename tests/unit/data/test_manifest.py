@@ -53,9 +53,14 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
         ("{}", r"no path and no type"),
         ('{"path": "", "type": "lm"}', r"path is not a non-empty string"),
         ('{"path": 3, "type": "lm"}', r"path is not a non-empty string; got 3"),
-        ('{"path": "x", "type": "math"}', r'unknown type; got "math"; expected one of lm, math_tool, code'),
-        ('{"path": "x", "type": null}', r"unknown type; got null"),
-        ('{"path": "x", "type": ["lm"]}', r"unknown type"),
+        (
+            '{"path": "x", "type": "a chat"}',
+            r'name; got "a chat"; expected lm, math_tool, code or another',
+        ),
+        ('{"path": "x", "type": ""}', r"not a type's name"),
+        ('{"path": "x", "type": null}', r"not a type's name; got null"),
+        ('{"path": "x", "type": ["lm"]}', r"not a type's name"),
+        ('{"path": ' + "[" * 100_000, r"not a JSON object"),
         ('{"path": "x", "type": "lm", "weight": 0}', r"weight is not a positive number; got 0"),
         ('{"path": "x", "type": "lm", "weight": -1}', r"weight is not a positive number; got -1"),
         ('{"path": "x", "type": "lm", "weight": "2"}', r'weight is not a positive number; got "2"'),
@@ -71,6 +76,11 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read_manifest(uri)
     assert str(error.value).startswith(f"{uri}:3: ")
+
+
+@pytest.mark.parametrize("type", ["lm", "chat", "Math-2", "x_y"])
+def test_a_type_may_have_any_name(tmp_path: Path, type: str) -> None:
+    assert read_manifest(manifest(tmp_path, json.dumps({"path": "x", "type": type})))[0].type == type
 
 
 def test_other_tools_keys_are_left_alone(tmp_path: Path) -> None:

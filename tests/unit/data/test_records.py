@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from liquid_llm import storage
-from liquid_llm.data.records import Shard, read_records, stable_sample_id
-from liquid_llm.data.types import Record
+from liquid_llm.data import records as records_module
+from liquid_llm.data.records import RecordFile, read_records, stable_sample_id
+from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, StorageError
 
 ROWS: list[dict[str, Any]] = [
@@ -25,9 +26,9 @@ ROWS: list[dict[str, Any]] = [
     {"text": "one\ntwo", "sample_id": "7", "type": "code"},
 ]
 RECORDS = [
-    Record("one\ntwo", "code", "a/1"),
-    Record(ROWS[1]["text"], "code", stable_sample_id("code", ROWS[1]["text"])),
-    Record("one\ntwo", "code", "7"),
+    TextRecord("one\ntwo", "code", "a/1"),
+    TextRecord(ROWS[1]["text"], "code", stable_sample_id("code", ROWS[1]["text"])),
+    TextRecord("one\ntwo", "code", "7"),
 ]
 
 
@@ -73,7 +74,7 @@ def test_many_records_and_progress(tmp_path: Path, ending: str) -> None:
     rows = [{"text": "".join(letters.choices("abcdefgh ", k=400))} for _ in range(3000)]
     path = tmp_path / f"s{ending}"
     path.write_bytes(ENCODERS[ending](rows))
-    shard = Shard(str(path), "lm")
+    shard = RecordFile(str(path), "lm")
     seen = []
     for number, (place, record) in enumerate(shard):
         assert (place, record.text) == (number + 1, rows[number]["text"])
@@ -86,7 +87,7 @@ def test_many_records_and_progress(tmp_path: Path, ending: str) -> None:
 def test_blank_lines_count_but_hold_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b"}')
-    assert [(place, record.text) for place, record in Shard(str(path), "lm")] == [(1, "a"), (4, "b")]
+    assert [(place, record.text) for place, record in RecordFile(str(path), "lm")] == [(1, "a"), (4, "b")]
 
 
 @given(st.text(min_size=1).filter(lambda text: not any(0xD800 <= ord(c) < 0xE000 for c in text)), st.data())
@@ -135,6 +136,25 @@ def test_a_bad_record_is_named_by_its_line(tmp_path: Path, ending: str, line: st
     assert str(error.value).startswith(f"{uri}:4: ")
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_without_end_is_refused_before_it_fills_memory(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records_module, "MAX_LINE_BYTES", 2**20)
+    plain = jsonl(ROWS[:1]) + b'{"text": "' + bytes(2**25)
+    compress = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
+    (tmp_path / f"s{ending}").write_bytes(compress(plain))
+    del plain
+    with pytest.raises(DataError, match=r"s\.jsonl.*:2: the line is far too long"):
+        list(read_records(str(tmp_path / f"s{ending}"), "code"))
+
+
+def test_nesting_without_end_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_bytes(b'{"text": ' + b"[" * 100_000 + b"\n")
+    with pytest.raises(DataError, match=r"s\.jsonl:1: not a JSON object"):
+        list(read_records(str(tmp_path / "s.jsonl"), "lm"))
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "s.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(DataError, match=r"s\.jsonl:2: not a JSON object"):
@@ -150,10 +170,10 @@ def test_a_bad_parquet_row_is_named(tmp_path: Path, row: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("ending", ENCODERS)
-def test_an_empty_shard_is_named(tmp_path: Path, ending: str) -> None:
+def test_an_empty_file_is_named(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"s{ending}"
     path.write_bytes(parquet_without_rows() if ending == ".parquet" else ENCODERS[ending]([]))
-    with pytest.raises(DataError, match=rf"s{ending}: the shard has no record"):
+    with pytest.raises(DataError, match=rf"s{ending}: the file has no record"):
         list(read_records(str(path), "lm"))
 
 
@@ -170,7 +190,7 @@ def test_a_truncated_file_is_not_taken_for_a_short_one(tmp_path: Path, ending: s
     data = ENCODERS[ending]([{"text": "".join(letters.choices("abcdefgh ", k=300))} for _ in range(50)])
     path = tmp_path / f"s{ending}"
     path.write_bytes(data[: int(cut * len(data))])
-    with pytest.raises(DataError, match=rf"s{ending}: (the file is truncated or damaged|not a readable parquet file)"):
+    with pytest.raises(DataError, match=rf"s{ending}: the file is (truncated or damaged|not a readable parquet file)"):
         list(read_records(str(path), "lm"))
 
 
@@ -199,7 +219,7 @@ def test_a_parquet_file_without_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["s.txt", "s.csv", "s.gz", "jsonl", "s.jsonl.bz2"])
 def test_an_unknown_kind_of_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=r"unknown kind of shard; expected a name ending in \.jsonl, "):
+    with pytest.raises(DataError, match=r"unknown kind of file; expected a name ending in \.jsonl, "):
         list(read_records(str(tmp_path / name), "lm"))
 
 

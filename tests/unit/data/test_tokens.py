@@ -18,8 +18,8 @@ from tests.support.datasets import token_dataset
 from tests.support.texts import paragraph
 from tests.support.tokenizers import tiny_tokenizer
 
-from liquid_llm.data.records import stable_sample_id
-from liquid_llm.data.tokens import ShardFiles, TokenDataset, build_token_dataset, held_out, split, tokenize
+from liquid_llm.data.records import RecordFiles, stable_sample_id
+from liquid_llm.data.tokens import TokenDataset, build_token_dataset, is_held_out, split, tokenize
 from liquid_llm.errors import DataError, StorageError
 
 TOKENIZER = tiny_tokenizer()
@@ -76,10 +76,15 @@ def test_samples_are_whole_and_in_order(tmp_path: Path) -> None:
     assert dataset.input_ids(0, 10**6).tolist() == ids("héllo wörld")
 
 
-@pytest.mark.parametrize(("type", "end"), [("lm", []), ("math_tool", [EOS]), ("code", [EOS])])
-def test_only_maths_and_code_end_with_end_of_text(tmp_path: Path, type: str, end: list[int]) -> None:
+@pytest.mark.parametrize("type", ["lm", "code", "chat-2"])
+@pytest.mark.parametrize("layout", [None, "blocks", "samples"])
+def test_whole_samples_end_with_end_of_text_and_parts_of_blocks_do_not(
+    tmp_path: Path, type: str, layout: str | None
+) -> None:
     shard = write(tmp_path / "a.jsonl", "2+2=4", "2+2=5<|endoftext|>")
-    dataset = build(shard, cache=tmp_path, type=type)
+    dataset = build(shard, cache=tmp_path, type=type, layout=layout)
+    assert dataset.layout == (layout or ("blocks" if type == "lm" else "samples"))
+    end = [EOS] if dataset.layout == "samples" else []
     assert dataset.input_ids(0).tolist() == ids("2+2=4") + end
     assert dataset.input_ids(1).tolist() == ids("2+2=5<|endoftext|>")  # not twice
     assert dataset.sample(0).type == dataset.type == type
@@ -125,7 +130,7 @@ def test_a_repeated_text_is_kept_once_and_counted(tmp_path: Path) -> None:
     assert [dataset.sample_id(n) for n in (2, 3)] == ["n", "r"]
 
 
-def test_two_texts_under_one_id_name_both_places(tmp_path: Path) -> None:
+def test_two_texts_under_one_id_name_both_locations(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", "before", {"text": "one text", "sample_id": "x"})
     second = write(tmp_path / "b.jsonl", {"text": "other text", "sample_id": "x"})
     with pytest.raises(DataError) as error:
@@ -161,7 +166,7 @@ def test_the_second_time_nothing_is_tokenised(tmp_path: Path) -> None:
     assert second.tokens.tolist() == first.tokens.tolist()
 
 
-@pytest.mark.parametrize("change", ["file", "tokenizer", "type", "eos", "more files"])
+@pytest.mark.parametrize("change", ["file", "tokenizer", "type", "eos", "layout", "more files"])
 def test_what_changes_the_samples_changes_the_cache(tmp_path: Path, change: str) -> None:
     shard, tokenizer = write(tmp_path / "a.jsonl", "one"), Counting()
     build(shard, cache=tmp_path / "cache", tokenizer=tokenizer)
@@ -171,8 +176,10 @@ def test_what_changes_the_samples_changes_the_cache(tmp_path: Path, change: str)
     options.update({"tokenizer": {"hash": "g"}, "type": {"type": "code"}, "eos": {"eos": 1}}.get(change, {}))
     if change == "more files":
         options["files"] = [shard, write(tmp_path / "b.jsonl", "three")]
-    cache = tmp_path / "cache"
-    build_token_dataset(options["files"], options["type"], tokenizer, options["hash"], cache, eos_id=options["eos"])
+    cache, how = tmp_path / "cache", {"layout": "samples"} if change == "layout" else {}
+    build_token_dataset(
+        options["files"], options["type"], tokenizer, options["hash"], cache, eos_id=options["eos"], **how
+    )
     assert len(tokenizer.texts) > 1
 
 
@@ -199,7 +206,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
 
 def test_another_framing_has_a_cache_of_its_own(tmp_path: Path) -> None:
     """The first is neither in the name nor in the description: caches from before there were versions are used."""
-    source = ShardFiles([write(tmp_path / "a.jsonl", "one", "two")], "lm")
+    source = RecordFiles([write(tmp_path / "a.jsonl", "one", "two")], "lm")
     cache = tmp_path / "cache"
     for framing, texts in ((1, 2), (2, 2), (1, 0), (2, 0)):
         tokenizer = Counting()
@@ -207,6 +214,18 @@ def test_another_framing_has_a_cache_of_its_own(tmp_path: Path) -> None:
         assert len(tokenizer.texts) == texts
     metas = [json.loads(path.read_text()) for path in cache.glob("lm-*/meta.json")]
     assert {meta.get("framing", "not said") for meta in metas} == {"not said", 2}
+
+
+def test_the_layout_a_type_has_by_itself_is_not_said(tmp_path: Path) -> None:
+    """Caches from before there was a choice keep their name and description, byte for byte."""
+    file = write(tmp_path / "a.jsonl", "one", "two")
+    for type, layout in (("lm", "blocks"), ("lm", "samples"), ("code", "samples"), ("code", "blocks")):
+        usual = build(file, cache=tmp_path / "cache", type=type)
+        same = build(file, cache=tmp_path / "cache", type=type, layout=layout)
+        assert (same.meta == usual.meta) == (layout == usual.layout)
+        metas = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob(f"{type}-*/meta.json")]
+        assert [meta.get("layout") for meta in metas].count(None) == 1
+        assert {meta.get("layout") for meta in metas} <= {None, "samples" if type == "lm" else "blocks"}
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -260,8 +279,8 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such shard"):
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
         build(str(tmp_path / "none.jsonl"), cache=tmp_path / "cache")
 
 
@@ -271,9 +290,10 @@ def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:
     dataset = build(
         *shards, cache=tmp_path / "cache", progress=lambda fraction, tokens: told.append((fraction, tokens))
     )
-    assert told == sorted(told)
+    assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
     assert len(told) > 3
-    assert told[-1] == (1.0, dataset.num_tokens)
+    assert told[-1][0] == 1.0
+    assert sum(tokens for _, tokens in told) == dataset.num_tokens  # what came since it was told last
     assert told[0][0] == pytest.approx(0.5, abs=0.01)  # small shards are read at one go
 
 
@@ -295,9 +315,9 @@ def test_only_a_bounded_stretch_of_text_is_held(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
-def test_fates_are_pinned() -> None:
+def test_who_is_held_out_is_pinned() -> None:
     # runs under way, and stores captured before, rely on who is held out
-    assert [n for n in range(40) if held_out(f"sample-{n}", 0.1)] == [0, 9]
+    assert [n for n in range(40) if is_held_out(f"sample-{n}", 0.1)] == [0, 9]
 
 
 @given(st.sets(st.text(max_size=8), min_size=1, max_size=30).map(sorted), st.floats(0, 0.99))
@@ -305,29 +325,31 @@ def test_split_asks_held_out_for_every_sample(names: list[str], fraction: float)
     names = [name for name in names if name.isprintable() and name] or ["x"]
     dataset = token_dataset([[n, n] for n in range(len(names))], "code", names)
     train, validation = split(dataset, fraction)
-    assert [train.sample_id(n) for n in range(len(train))] == [name for name in names if not held_out(name, fraction)]
-    assert [validation.sample_id(n) for n in range(len(validation))] == [n for n in names if held_out(n, fraction)]
+    assert [train.sample_id(n) for n in range(len(train))] == [
+        name for name in names if not is_held_out(name, fraction)
+    ]
+    assert [validation.sample_id(n) for n in range(len(validation))] == [n for n in names if is_held_out(n, fraction)]
     for view in (train, validation):
         for n in range(len(view)):
             assert view.input_ids(n).tolist() == [names.index(view.sample_id(n))] * 2
-    assert len(train.fates) == len(train.lengths) == len(train)
+    assert len(train.split_hashes) == len(train.lengths) == len(train)
 
 
 @given(st.text(min_size=1, max_size=8).filter(str.isprintable), st.floats(0, 0.99), st.floats(0, 0.99))
 def test_a_larger_share_keeps_what_was_held_out(name: str, one: float, other: float) -> None:
-    if held_out(name, min(one, other)):
-        assert held_out(name, max(one, other))
+    if is_held_out(name, min(one, other)):
+        assert is_held_out(name, max(one, other))
 
 
 def test_the_share_held_out() -> None:
-    count = sum(held_out(f"id-{n}", 0.05) for n in range(20_000))
+    count = sum(is_held_out(f"id-{n}", 0.05) for n in range(20_000))
     assert 900 < count < 1100
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_share_that_is_none(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction"):
-        held_out("x", fraction)
+        is_held_out("x", fraction)
 
 
 def test_views_of_views() -> None:

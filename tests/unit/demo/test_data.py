@@ -10,10 +10,11 @@ import pytest
 
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.data.records import read_records
-from liquid_llm.data.types import TYPES, Record
+from liquid_llm.data.types import TextRecord
 from liquid_llm.demo import data
 from liquid_llm.demo.data import Library, make_demo_data, read_library
 from liquid_llm.errors import DataError, StorageError
+from liquid_llm.sources import FIRST_TYPES
 
 SIZES = {"num_lm": 120, "num_math": 40, "num_code": 30}
 
@@ -36,7 +37,7 @@ def quick(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "read_library", lambda: library)
 
 
-def records(manifest: str) -> dict[str, list[Record]]:
+def records(manifest: str) -> dict[str, list[TextRecord]]:
     return {
         entry.type: [record for file in entry_files(entry) for record in read_records(file, entry.type)]
         for entry in read_manifest(manifest)
@@ -52,7 +53,7 @@ def test_three_types_in_shards_with_a_manifest(tmp_path: Path) -> None:
     manifest = make_demo_data(tmp_path, seed=0, **SIZES)
     assert manifest == f"{tmp_path}/manifest.jsonl"
     entries = read_manifest(manifest)
-    assert tuple(entry.type for entry in entries) == TYPES
+    assert tuple(entry.type for entry in entries) == FIRST_TYPES
     assert all(entry.weight > 0 for entry in entries)
     assert all(len(entry_files(entry)) == 2 for entry in entries)
     made = records(manifest)
@@ -74,7 +75,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_larger_size_keeps_the_smaller_choice(tmp_path: Path) -> None:
     small = records(make_demo_data(tmp_path / "small", seed=0, **SIZES))
     large = records(make_demo_data(tmp_path / "large", seed=0, **{name: 2 * size for name, size in SIZES.items()}))
-    for type in TYPES:
+    for type in FIRST_TYPES:
         assert {row.sample_id: row.text for row in small[type]}.items() <= {
             row.sample_id: row.text for row in large[type]
         }.items()

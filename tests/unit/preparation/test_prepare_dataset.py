@@ -26,14 +26,7 @@ from liquid_llm.data.manifest import read_manifest
 from liquid_llm.data.records import read_records
 from liquid_llm.errors import DataError, UsageError
 from liquid_llm.preparation.catalog import Dataset, matches, read_catalog
-from liquid_llm.preparation.dataset import (
-    MAX_REJECTS,
-    fingerprints,
-    input_files,
-    prepare,
-    read_complete,
-    sources_of,
-)
+from liquid_llm.preparation.dataset import MAX_REJECTS, fingerprints, input_files, prepare, read_complete
 from liquid_llm.preparation.manifest_lines import write_line
 from liquid_llm.preparation.shards import Seen
 
@@ -55,8 +48,7 @@ def put(root: Path, **files: bytes) -> None:
 
 
 def run(dataset: Dataset, **options: Any) -> dict[str, Any]:
-    sources = sources_of(input_files(dataset))
-    return prepare(dataset, sources, fingerprints(dataset, sources), **options)
+    return prepare(dataset, input_files(dataset), **options)
 
 
 def records(dataset: Dataset, marker: dict[str, Any]) -> list[Any]:
@@ -226,8 +218,8 @@ def test_a_changed_input_is_prepared_anew_and_nothing_stale_is_left(three: Datas
 
 @pytest.mark.parametrize("change", [{"type": "code"}, {"format": "jsonl"}, {"shard_bytes": 900}])
 def test_other_settings_are_another_preparation(three: Dataset, change: dict[str, Any]) -> None:
-    sources = sources_of(input_files(three))
-    assert fingerprints(three, sources)[-1] != fingerprints(replace(three, **change), sources)[-1]
+    files = input_files(three)
+    assert fingerprints(three, files)[-1] != fingerprints(replace(three, **change), files)[-1]
 
 
 @pytest.mark.parametrize("damage", ["remove", "cut", "marker", "input"])
@@ -278,22 +270,18 @@ def _large(kind: str, rng: random.Random) -> bytes:
     some = [" ".join(rng.choices(words, k=6000)) for _ in range(300)]
     if kind == "jsonl":
         return jsonl([{"text": text} for text in some])
-    if kind == "json":
-        return json.dumps([{"text": text} for text in some]).encode()
     if kind == "txt":
         return "\n\n".join(some).encode()
     if kind == "parquet":
         return raw_inputs.as_parquet([{"text": text} for text in some], row_group_size=25)
-    if kind == "xml":
-        return raw_inputs.wikipedia([(f"T{n}", "0", "", text) for n, text in enumerate(some)])
     articles = "".join(f" \n = {n} = \n \n {text} \n" for n, text in enumerate(some))
     return raw_inputs.zipped({"wiki.train.raw": articles.encode()})
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "txt", "xml", "zip"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "zip"])
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, kind: str) -> None:
     data = _large(kind, random.Random(1))
-    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data, 1) if kind in ("jsonl", "xml") else data)
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data, 1) if kind == "jsonl" else data)
     dataset = dataset_at(tmp_path, **{"in": f"a.{kind}", "shard_bytes": 2**20})
     del data
     tracemalloc.start()
@@ -318,7 +306,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, kind: str) -> None:
         ("a: [", "not a YAML file"),
         ("a: words", "not a mapping"),
         ("a: {type: lm, in: x}", "no out"),
-        ("a: {type: poetry, in: x, out: y}", "poetry.*math_tool"),
+        ("a: {type: po etry, in: x, out: y}", "po etry.*math_tool"),
         ("a: {type: lm, in: x, out: y, wieght: 1}", "'wieght'; expected weight"),
         ("a: {type: lm, in: x, out: y, weight: 0}", "weight"),
         ("a: {type: lm, in: x, out: y, format: word}", "unknown format.*gsm8k"),

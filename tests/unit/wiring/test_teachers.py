@@ -12,7 +12,7 @@ from tests.support.tiny import VOCAB_SIZE, Tiny, build
 
 from liquid_llm.capture.job import capture
 from liquid_llm.config import RunConfig, build_run_config
-from liquid_llm.data.loader import Source
+from liquid_llm.data.loader import WeightedDataset
 from liquid_llm.errors import SignalError, UsageError
 from liquid_llm.models.loading import load_model, load_tokenizer
 from liquid_llm.options import ANNEAL, TRAIN
@@ -62,7 +62,7 @@ def store(tiny: Tiny, text: TextTools) -> Path:
 
 
 def teachers_of(config: RunConfig, text: TextTools, *types: str) -> RunTeachers:
-    return make_teachers(config, Inputs([Source(Typed(type), 1.0) for type in types], {}), text, CPU, None)
+    return make_teachers(config, Inputs([WeightedDataset(Typed(type), 1.0) for type in types], {}), text, CPU, None)
 
 
 def hybrid(**given: object) -> RunConfig:
