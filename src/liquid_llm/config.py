@@ -143,9 +143,9 @@ class Sources:
         return list(dict.fromkeys(one.online for one in every if one.online is not None))
 
     @property
-    def has_store(self) -> bool:
-        """Whether a type's signal is read from a store, or captured into it."""
-        return any(one.store is not None for one in self.named.values())
+    def stores(self) -> list[str]:
+        """The stores that signal is read from, or captured into."""
+        return list(dict.fromkeys(one.store for one in self.named.values() if one.store is not None))
 
 
 @dataclass(frozen=True)

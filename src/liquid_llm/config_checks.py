@@ -80,7 +80,7 @@ def _teacher_problems(config: RunConfig) -> list[str]:
     if not teacher.hybrid:
         if teacher.mode == "online" and not teacher.online_id:
             return ["--lm_teacher_id is missing: --hybrid=false with --teacher_mode=online scores everything with it"]
-        if teacher.mode == "precomputed" and not config.source.has_store:
+        if teacher.mode == "precomputed" and not config.source.stores:
             named = "--math_logits_dir, --code_logits_dir or --signal TYPE=URI"
             return [f"{named} is missing: --teacher_mode=precomputed reads its signal there"]
     return []
@@ -100,7 +100,7 @@ def capture_problems(config: CaptureConfig) -> list[str]:
         problems.append("--mc_teacher_id is missing: name the teacher to capture")
     if not config.data.manifest:
         problems.append("--dataset_manifest is missing: name a JSONL manifest")
-    if not config.source.has_store:
+    if not config.source.stores:
         problems.append(
             "--math_logits_dir, --code_logits_dir and --signal TYPE=URI are all missing: say where the signal goes"
         )

@@ -110,3 +110,9 @@ def build(shape: ModelShape) -> Any:
             config, attn_implementation="sdpa", dtype=torch_dtype(shape.dtype), trust_remote_code=False
         )
     return model.eval()
+
+
+def weight_bytes(shape: ModelShape) -> int:
+    """Bytes of a model's weights; raises as :func:`build`."""
+    with fake_tensors():
+        return sum(one.numel() * one.element_size() for one in build(shape).parameters())

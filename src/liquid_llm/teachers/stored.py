@@ -42,6 +42,7 @@ class StoredTeacher(Teacher):
     def __init__(self, store: StoreReader, *, strict: bool, merge_repeats: bool = False) -> None:
         self.store = store
         self.temperature_range = store.codec.temperature_range
+        self.most_ids = store.codec.most_ids
         self.counts: Counter[tuple[str, str]] = Counter()
         self._strict = strict
         self._merge_repeats = merge_repeats

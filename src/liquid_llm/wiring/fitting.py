@@ -130,10 +130,12 @@ def settle(
     goes_on = start.state is not None and start.metadata is not None
     decided = start.metadata.run.get("decided") if goes_on and start.metadata is not None else None
     cache = memory_cache() if keep else None
+    models = known_models(config, start, text, device, token, cache)
+    available = available_bytes(device)
     settled, choices = resolve_auto(
         config,
-        known_models(config, start, text, device, token, cache),
-        available_bytes(device),
+        models,
+        None if available is None else available - models.held_bytes,
         device.type,
         decided=decided,
         cache=cache,

@@ -19,6 +19,7 @@ from liquid_llm.config import RunConfig
 from liquid_llm.errors import LiquidError
 from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
 from liquid_llm.memory.cache import remember_config
+from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import student_config
@@ -26,9 +27,7 @@ from liquid_llm.runtime import choose_dtype
 from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import read_store_file
 from liquid_llm.teachers.online import PASS_TOKENS
-from liquid_llm.teachers.stored import StoredTeacher
 from liquid_llm.wiring.start import Start
-from liquid_llm.wiring.teachers import STORE_OPTIONS
 from liquid_llm.wiring.tokenizers import TextTools
 
 if TYPE_CHECKING:
@@ -41,10 +40,11 @@ class Models:
 
     Attributes:
         student: in float32.
-        teacher: the online teacher, or None.
+        teacher: the online teacher, the largest of several; or None.
         compute_dtype: name of the dtype of the student's products.
         vocab_size: tokens of the shared tokenizer.
         codec: of stored signal.
+        held_bytes: weights of other online teachers: they only lie there while one is asked.
     """
 
     student: ModelShape
@@ -52,6 +52,7 @@ class Models:
     compute_dtype: str
     vocab_size: int
     codec: Codec = field(default_factory=lambda: get_codec("tail"))
+    held_bytes: int = 0
 
 
 def known_models(
@@ -78,12 +79,16 @@ def known_models(
             token=token,
         )
         student = ModelShape.of(with_positions(made, config))
-    teacher = None
-    if config.teacher.online_id is not None:
-        dtype = choose_dtype(config.teacher.precision, device).value
-        teacher = _open_shape(config.teacher.online_id, dtype, token, cache)
+    dtype = choose_dtype(config.teacher.precision, device).value
+    teachers = [_open_shape(model_id, dtype, token, cache) for model_id in config.source.online]
+    held_bytes = 0
+    if len(teachers) > 1:
+        sizes = [weight_bytes(teacher) for teacher in teachers]
+        teachers = [teachers[sizes.index(max(sizes))]]
+        held_bytes = sum(sizes) - max(sizes)
     compute_dtype = choose_dtype(config.student.precision, device).value
-    return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config))
+    teacher = teachers[0] if teachers else None
+    return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config), held_bytes)
 
 
 def _open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None) -> ModelShape:
@@ -108,10 +113,7 @@ def with_positions(student: Any, config: RunConfig) -> Any:
 def stored_codec(config: RunConfig) -> Codec:
     """The codec of the run's stores, the larger where they differ; the usual one where no store tells yet."""
     found: list[Codec] = []
-    for name in STORE_OPTIONS.values():
-        folder = getattr(config.teacher, name)
-        if folder is None:
-            continue
+    for folder in config.source.stores:
         with contextlib.suppress(LiquidError):  # said in words where the store is opened
             identity = read_store_file(folder).identity
             found.append(get_codec(identity.codec, options=identity.codec_options))
@@ -122,9 +124,9 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
     """The largest micro-batches that the options allow; ``device`` is its type."""
     rows, time = config.data.batch_size, config.data.block_size
     batches = [BatchShape(rows, time, "none" if models.teacher is None else "dense")]
-    if any(getattr(config.teacher, name) for name in STORE_OPTIONS.values()):
+    if config.source.stores:
         window = min(time, config.data.seq_len)
-        batches.append(stored_batch(rows * time // window, window, models.codec))
+        batches.append(stored_batch(rows * time // window, window, models.codec.most_ids))
     longest = max(config.evaluation.context_lengths, default=0)
     evaluations: tuple[BatchShape, ...] = ()
     if longest > rows * time:  # others have no more tokens than a micro-batch, and take less
@@ -132,10 +134,9 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
     return shape_of(config, models, device, tuple(batches), evaluations)
 
 
-def stored_batch(rows: int, time: int, codec: Codec) -> BatchShape:
-    """A micro-batch with signal from a store of ``codec``."""
-    slots = codec.most_ids
-    return BatchShape(rows, time, "sparse", slots) if slots else BatchShape(rows, time, "logits")
+def stored_batch(rows: int, time: int, most_ids: int) -> BatchShape:
+    """A micro-batch whose signal has so many ids a position; 0: whole logits."""
+    return BatchShape(rows, time, "sparse", most_ids) if most_ids else BatchShape(rows, time, "logits")
 
 
 def shape_of(
@@ -195,9 +196,9 @@ def _with_signal(parts: Parts, kind: str, rows: int, time: int) -> BatchShape:
     teacher = parts.teachers.router.get(kind)
     if teacher is None:
         return BatchShape(rows, time, "none")
-    if isinstance(teacher, StoredTeacher):
-        return stored_batch(rows, time, teacher.store.codec)
-    return BatchShape(rows, time, "dense")
+    if teacher.most_ids is None:
+        return BatchShape(rows, time, "dense")
+    return stored_batch(rows, time, teacher.most_ids)
 
 
 def _largest(shapes: Iterable[BatchShape]) -> tuple[BatchShape, ...]:

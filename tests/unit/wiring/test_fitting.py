@@ -167,7 +167,7 @@ def test_the_nominal_shape_has_every_kind_of_signal_that_is_named() -> None:
     dense, sparse = nominal_shape(stored, MODELS, "cpu").batches
     assert (dense.rows, dense.time, sparse.rows, sparse.time) == (8, 64, 16, 32)
     assert sparse.slots == 300
-    assert stored_batch(2, 8, get_codec("full")).signal == "logits"
+    assert stored_batch(2, 8, get_codec("full").most_ids).signal == "logits"
 
 
 def test_the_nominal_shape_has_the_signal_that_the_store_holds(tmp_path: Path) -> None:
