@@ -55,9 +55,10 @@ class ResumeSource:
     tokenizer_folder: str | None = None
     state: Mapping[str, Any] | None = None
 
-    @property
-    def has_optimizer(self) -> bool:
-        return self.state is not None and "optimizer" in self.state
+    @classmethod
+    def of_checkpoint(cls, state: Mapping[str, Any], metadata: CheckpointMetadata, description: str) -> ResumeSource:
+        """A run's checkpoint as it was read."""
+        return cls(state["student"], description, metadata, metadata.student.get("config"), None, state)
 
 
 def read_student_weights(uri: str, work_dir: Path) -> ResumeSource:
@@ -157,9 +158,8 @@ def _read_torch_file(path: Path, uri: str) -> ResumeSource:
     if not is_checkpoint(content):
         return ResumeSource(_bare_state_dict(content, uri), f"weights of {uri}", config=_config_beside(content))
     state, metadata = take_apart(content, uri, verified_sidecar(path, uri))
-    words = f"checkpoint {uri} of step {metadata.step}"
-    weights = _bare_state_dict(state["student"], uri)
-    return ResumeSource(weights, words, metadata, metadata.student.get("config"), None, state)
+    state = {**state, "student": _bare_state_dict(state["student"], uri)}
+    return ResumeSource.of_checkpoint(state, metadata, f"checkpoint {uri} of step {metadata.step}")
 
 
 def _config_beside(content: object) -> Mapping[str, Any] | None:

@@ -111,7 +111,7 @@ def one_step(result: StepResult) -> dict[str, Any]:
 
 def measured(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any]:
     """What follows from the two steps: speed, time to the end, and what that costs where the price is known."""
-    remaining = time_to_the_end(config, start.step, start.state is None, found)
+    remaining = time_to_the_end(config, start.step, not start.goes_on, found)
     price = config.price_per_hour
     cost = None if price is None else {"price_per_hour": price, "whole_run": price * remaining["seconds"] / 3600}
     return {

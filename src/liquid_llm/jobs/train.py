@@ -22,15 +22,15 @@ from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import quiet_transformers
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
-from liquid_llm.runtime import StopSignal
+from liquid_llm.runtime import StopSignal, choose_device
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
 from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
-from liquid_llm.wiring.parts import BatchFeed, Parts, build_parts
+from liquid_llm.wiring.parts import BatchFeed, Parts, build_basis, build_parts
 from liquid_llm.wiring.places import Place, resolve_place
-from liquid_llm.wiring.recorder import Recorder
+from liquid_llm.wiring.recorder import Hooks, Recorder
 from liquid_llm.wiring.rehearsal import rehearse
 from liquid_llm.wiring.start import Start, continue_from, find_start, settle_context, shown_metadata
 
@@ -47,32 +47,27 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
     setup_logging("INFO")
     prepare_allocator()
     config = build_run_config(face, given)
+    choose_device(config.device)  # before anything is read or made
     with deterministic_algorithms(config.deterministic):
-        return _run(face, given, config)
-
-
-def _run(face: str, given: Mapping[str, object], config: RunConfig) -> int:
-    place = resolve_place(config)
-    if config.dry_run:
-        return _dry_run(face, given, config, place)
-    with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
-        config, start = _merge(face, given, config, find_start(config, place, store))
-        if _nothing_to_do(config, start, store):
-            if config.optimizer.steps > 0 and start.kind == "continue":
+        place = resolve_place(config)
+        if config.dry_run:
+            return _dry_run(config, place)
+        with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
+            config, start = _take_up(config, find_start(config, place, store))
+            if not _nothing_to_do(config, start, store):
+                _train(config, place, store, start)
+            elif config.optimizer.steps > 0 and start.kind == "continue":
                 send_what_is_lacking(place)
-            return 0
-        _train(config, place, store, start)
     return 0
 
 
-def _merge(face: str, given: Mapping[str, object], config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
-    """The configuration with the checkpoint's metadata behind what was given, and what goes on at that block size."""
-    config = inherit(config, start.options(face, given))
+def _take_up(config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
+    """What goes on of a start, and the configuration with what it stands for behind what was given."""
     settled = settle_context(start, config)
-    if start.metadata is not None:
-        log.info("checkpoint metadata: %s", shown_metadata(start.metadata))
-    log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.source)
-    return inherit(config, settled.options(face, given)), settled
+    if start.origin.metadata is not None:
+        log.info("checkpoint metadata: %s", shown_metadata(start.origin.metadata))
+    log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.origin.description)
+    return inherit(config, settled.options(config)), settled
 
 
 def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> bool:
@@ -91,11 +86,13 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
 
 
 def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
+    basis = build_basis(config, start)
     data = prepare_run_data(config.data)
-    parts = build_parts(config, start, data.entries)
+    parts = build_parts(basis, start, data.entries)
     config = parts.config
     fit = check_fit(config, parts)
     say_fit(fit, parts.device)
+    parts.evaluator.consumers = fit.largest
     if config.output.restart:  # not before everything that can fail has not
         store.set_aside()
     _write_provenance(config, place, start, parts, data, fit)
@@ -107,22 +104,19 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         trackers = open_trackers(config.output.trackers, place.run_dir, resume_step)
         metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step, trackers=trackers))
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
-        trainer = _trainer(config, parts, feed, lambda: stop.requested)
-        trainer.consumers = parts.evaluator.consumers = fit.largest
-        recorder = Recorder(config, trainer, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
-        trainer.hooks = recorder.hooks()
-        if start.state is None:
-            recorder.evaluate()
-        else:
+        recorder = Recorder(config, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
+        if start.goes_on:
             recorder.probe()
-        with Stage("train", unit="steps", total=trainer.total_steps, done=trainer.progress.step) as stage:
-            recorder.stage = stage
+        else:
+            recorder.evaluate()
+        with Stage("train", unit="steps", total=config.optimizer.steps, done=parts.progress.step) as stage:
+            trainer = _make_trainer(config, parts, feed, fit, recorder.hooks(stage), lambda: stop.requested)
             done = trainer.train()
         if not done:
             recorder.save(snapshot=True)
             mirrors.close()
             raise Interrupted(
-                f"stopped at step {trainer.progress.step} of {trainer.total_steps} with the state saved",
+                f"stopped at step {parts.progress.step} of {config.optimizer.steps} with the state saved",
                 where=place.shown,
                 remedy="run the same command again to go on",
             )
@@ -134,7 +128,14 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
     log.info("done: %s", place.shown)
 
 
-def _trainer(config: RunConfig, parts: Parts, feed: BatchFeed, stopping: Callable[[], bool]) -> Trainer:
+def _make_trainer(
+    config: RunConfig,
+    parts: Parts,
+    feed: BatchFeed,
+    fit: Fit,
+    hooks: Hooks = (),
+    stopping: Callable[[], bool] = lambda: False,
+) -> Trainer:
     return Trainer(
         parts.student,
         parts.optimizer,
@@ -144,8 +145,14 @@ def _trainer(config: RunConfig, parts: Parts, feed: BatchFeed, stopping: Callabl
         config.optimizer.steps,
         config.optimizer.grad_accum,
         config.optimizer.grad_clip,
+        hooks=list(hooks),
         stopping=stopping,
+        consumers=fit.largest,
     )
+
+
+def _describe_start(start: Start) -> dict[str, Any]:
+    return {"kind": start.kind, "source": start.origin.description, "step": start.step}
 
 
 def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Parts, data: RunData, fit: Fit) -> None:
@@ -165,7 +172,7 @@ def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Part
         },
         choices={name: {"value": str(choice.value), "reason": choice.reason} for name, choice in parts.choices.items()},
         extra={
-            "start": {"kind": start.kind, "source": start.source, "step": start.step},
+            "start": _describe_start(start),
             "student": parts.built.description,
             "parameters": sum(p.numel() for p in parts.built.model.parameters()),
             "teachers": parts.teachers.identities,
@@ -183,19 +190,21 @@ def _would_start(config: RunConfig, place: Place, nowhere: Place, store: Checkpo
     return find_start(config, replace(nowhere, remote=place.remote), store)
 
 
-def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: Place) -> int:
+def _dry_run(config: RunConfig, place: Place) -> int:
     """Look at everything, take two steps on real data in a folder that is thrown away, print what was found."""
     findings: dict[str, Any] = {"place": check_place(place)}
     with tempfile.TemporaryDirectory() as folder:
         nowhere = Place(Path(folder), None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
-            config, start = _merge(face, given, config, _would_start(config, place, nowhere, store))
-        parts = build_parts(config, start, find_run_data(config.data).entries)
+            config, start = _take_up(config, _would_start(config, place, nowhere, store))
+        basis = build_basis(config, start)
+        parts = build_parts(basis, start, find_run_data(config.data).entries)
         config = parts.config
         fit = check_fit(config, parts, keep=False)
+        parts.evaluator.consumers = fit.largest
         sizes = estimate(config, parts.built.model, parts.teachers.models)
         findings |= {
-            "starts_from": {"kind": start.kind, "source": start.source, "step": start.step},
+            "starts_from": _describe_start(start),
             "data": parts.inputs.readiness(),
             "signal": check_records(parts.teachers.router, parts.inputs, config.data.seq_len),
             "choices": {name: vars(choice) for name, choice in parts.choices.items()},
@@ -206,8 +215,7 @@ def _dry_run(face: str, given: Mapping[str, object], config: RunConfig, place: P
         two_more = replace(config.optimizer, steps=parts.progress.step + 2)
         feed = BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers)
         with closing(parts.teachers.router), feed:
-            trainer = _trainer(replace(config, optimizer=two_more), parts, feed, lambda: False)
-            trainer.consumers = parts.evaluator.consumers = fit.largest
+            trainer = _make_trainer(replace(config, optimizer=two_more), parts, feed, fit)
             found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])
         print_findings({**findings, **measured(config, start, found)}, fit)
     return 0

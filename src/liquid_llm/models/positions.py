@@ -73,7 +73,12 @@ def max_positions(model: Any) -> int | None:
     table = _learned_table(model)
     if table is not None:
         return int(table.weight.shape[0]) - _offset(table)
-    limits = [getattr(_text_config(model), name, None) for name in _LIMIT_NAMES]
+    return configured_positions(model.config)
+
+
+def configured_positions(config: Any) -> int | None:
+    """The same from a model's configuration alone, before there are weights."""
+    limits = [getattr(config.get_text_config(decoder=True), name, None) for name in _LIMIT_NAMES]
     return next((int(limit) for limit in limits if limit), None)
 
 

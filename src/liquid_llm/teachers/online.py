@@ -126,6 +126,20 @@ def load_online(
     return loaded, {"teacher_dtype": dtype, "attention": kernel}
 
 
+def require_context(
+    limit: int | None, context: int, model_id: str, where: str = "--block_size or --eval_ctx_lens"
+) -> None:
+    """Raise UsageError where a teacher that sees ``limit`` tokens is to see ``context``."""
+    if limit is not None and context > limit:
+        raise UsageError(
+            "the teacher cannot see so long a context",
+            where=where,
+            got=context,
+            expected=f"at most {limit}, the limit of {model_id}",
+            remedy="use a shorter length or another teacher",
+        )
+
+
 def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
     """The maker of ``online:MODEL_ID``.
 
@@ -134,15 +148,7 @@ def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
         UsageError: it cannot see so long a context.
     """
     loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token)
-    limit = max_positions(loaded.model)
-    if limit is not None and setup.context > limit:
-        raise UsageError(
-            "the teacher cannot see so long a context",
-            where="--block_size or --eval_ctx_lens",
-            got=setup.context,
-            expected=f"at most {limit}, the limit of {loaded.identity.id}",
-            remedy="use a shorter length or another teacher",
-        )
+    require_context(max_positions(loaded.model), setup.context, model_id)
     vocab_size = min(setup.vocab_size, loaded.model.config.vocab_size)
     max_tokens = None if setup.device.type == "cpu" else PASS_TOKENS
     return OnlineTeacher(loaded, vocab_size, max_tokens=max_tokens, choices=choices)

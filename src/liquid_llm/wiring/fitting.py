@@ -127,8 +127,8 @@ def settle(
     if config.data.batch_size != AUTO_BATCH and config.student.grad_checkpoint != AUTO:
         return Settled(config, {}, {})
     # Wherever the step goes on: a place in the data is counted in micro-batches.
-    goes_on = start.state is not None and start.metadata is not None
-    decided = start.metadata.run.get("decided") if goes_on and start.metadata is not None else None
+    metadata = start.origin.metadata
+    decided = metadata.run.get("decided") if start.goes_on and metadata is not None else None
     cache = memory_cache() if keep else None
     models = known_models(config, start, text, device, token, cache)
     available = available_bytes(device)

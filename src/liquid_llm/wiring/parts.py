@@ -37,7 +37,7 @@ from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student
-from liquid_llm.wiring.teachers import RunTeachers, make_teachers
+from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers
 from liquid_llm.wiring.tokenizers import TextTools, choose_tokenizer
 from liquid_llm.wiring.tokens import read_token
 
@@ -45,19 +45,30 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a training job is made of; see each class.
+class Basis:
+    """What of a training job needs no data: whatever can be wrong with it is found before data is touched.
 
     Attributes:
         config: the run's, with nothing left to be decided by memory.
         decided: what memory decided, for checkpoints.
+        dtype: of the student's products.
     """
 
     config: RunConfig
     decided: dict[str, Any]
+    token: str | None
     text: TextTools
-    inputs: Inputs
     built: BuiltStudent
+    device: torch.device
+    dtype: torch.dtype
+    choices: dict[str, Choice]
+
+
+@dataclass(frozen=True)
+class Parts(Basis):
+    """What a training job is made of; see each class."""
+
+    inputs: Inputs
     teachers: RunTeachers
     student: Student
     optimizer: torch.optim.Optimizer
@@ -66,12 +77,10 @@ class Parts:
     stream: TrainingStream
     progress: Progress
     accumulator: StepAccumulator
-    device: torch.device
-    choices: dict[str, Choice]
 
 
-def build_parts(config: RunConfig, start: Start, entries: Sequence[ManifestEntry]) -> Parts:
-    """Build everything a run needs from its configuration, what it starts from and the entries of its manifest.
+def build_basis(config: RunConfig, start: Start) -> Basis:
+    """Build what a run needs beside data, from its configuration and what it starts from.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -87,33 +96,42 @@ def build_parts(config: RunConfig, start: Start, entries: Sequence[ManifestEntry
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
     settled = settle(config, start, text, device, token, keep=not config.dry_run)
-    config = settled.config
-    inputs = _read_inputs(config, text, token, entries)
-    built = make_student(config, start, text, device, token)
-    teachers = make_teachers(config, inputs, text, device, token)
+    built = make_student(settled.config, start, text, device, token)
+    check_teachers(settled.config, token)
+    return Basis(
+        config=settled.config,
+        decided=settled.decided,
+        token=token,
+        text=text,
+        built=built,
+        device=device,
+        dtype=torch_dtype(dtype.value),
+        choices={"device": device_choice, "student_dtype": dtype, **settled.choices},
+    )
+
+
+def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry]) -> Parts:
+    """Build the rest of what a run needs, with the entries of its manifest (none where its data is a named dataset).
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    config, text, built = basis.config, basis.text, basis.built
+    inputs = _read_inputs(config, text, basis.token, entries)
+    teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     schedules = _schedules(config, start)
     evaluator = _evaluator(config, inputs, text, teachers)
-    if start.state is not None and start.metadata is not None:
-        evaluator.passes.max_tokens = start.metadata.run.get("eval_max_pass_tokens")
     optimizer = build_optimizer(
         built.model,
         lr=config.optimizer.peak,
         weight_decay=config.optimizer.weight_decay,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
     )
-    progress, accumulator = (
-        Progress(),
-        StepAccumulator(inputs.types),
-    )
-    _restore(start, built, progress, optimizer, accumulator, config.data.block_size)
-    return Parts(
-        config=config,
-        decided=settled.decided,
-        text=text,
+    parts = Parts(
+        **{**vars(basis), "choices": {**basis.choices, **teachers.choices}},
         inputs=inputs,
-        built=built,
         teachers=teachers,
-        student=Student(built.model, torch_dtype(dtype.value), _reference(config, start, built.model, schedules)),
+        student=Student(built.model, basis.dtype, _reference(config, start, built.model, schedules)),
         optimizer=optimizer,
         schedules=schedules,
         evaluator=evaluator,
@@ -125,11 +143,11 @@ def build_parts(config: RunConfig, start: Start, entries: Sequence[ManifestEntry
             eos_id=text.eos_id,
             sample_tokens=config.data.seq_len,
         ),
-        progress=progress,
-        accumulator=accumulator,
-        device=device,
-        choices={"device": device_choice, "student_dtype": dtype, **settled.choices, **teachers.choices},
+        progress=Progress(),
+        accumulator=StepAccumulator(inputs.types),
     )
+    _restore(parts, start)
+    return parts
 
 
 def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]) -> Inputs:
@@ -176,28 +194,24 @@ def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: Ste
     return reference.requires_grad_(False).eval()
 
 
-def _restore(
-    start: Start,
-    built: BuiltStudent,
-    progress: Progress,
-    optimizer: torch.optim.Optimizer,
-    accumulator: StepAccumulator,
-    block_size: int,
-) -> None:
-    state, metadata = start.state, start.metadata
+def _restore(parts: Parts, start: Start) -> None:
+    """Give the parts what a checkpoint says of them, where it goes on."""
+    state, metadata = start.origin.state, start.origin.metadata
     if state is None or metadata is None:
         return
+    built, progress = parts.built, parts.progress
     resize = {} if built.stretch is None else {built.model.get_parameter(built.stretch.parameter): built.stretch}
-    load_optimizer(optimizer, state["optimizer"], where=start.source, resize=resize)
+    load_optimizer(parts.optimizer, state["optimizer"], where=start.origin.description, resize=resize)
     progress.step = metadata.step
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position
     progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
+    parts.evaluator.passes.max_tokens = metadata.run.get("eval_max_pass_tokens")
     if start.kind == "continue":
-        if metadata.best_val_loss is not None and metadata.block_size == block_size:
+        if metadata.best_val_loss is not None and metadata.block_size == parts.config.data.block_size:
             progress.best_val_loss = metadata.best_val_loss  # of another run or length it would keep best.pt away
         set_random_state(state["random"])
-        accumulator.load_state_dict(state["accumulator"])
+        parts.accumulator.load_state_dict(state["accumulator"])
 
 
 class BatchFeed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -18,11 +18,14 @@ from liquid_llm.metrics import MetricsWriter, read_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
-from liquid_llm.training import StepResult, Trainer
+from liquid_llm.training import StepResult
 from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import shown_metadata
 
 log = logging.getLogger(__name__)
+
+Hook = tuple[Callable[[StepResult], None], int]
+Hooks = Sequence[Hook]
 
 
 @dataclass
@@ -34,14 +37,12 @@ class Recorder:
     """
 
     config: RunConfig
-    trainer: Trainer
     parts: Parts
     store: CheckpointStore
     metrics: MetricsWriter
     uploader: Uploader
     waited: Callable[[], float]
     clock: Callable[[], float] = time.monotonic
-    stage: Stage | None = None
     _row_started: float = field(default=0.0, init=False)
     _row_waited: float = field(default=0.0, init=False)
     _last_time_save: float = field(default=0.0, init=False)
@@ -54,12 +55,13 @@ class Recorder:
         evaluated = [row["step"] for row in read_metrics(self.store.run_dir) if row["kind"] == "eval"]
         self._evaluated_at = max(evaluated, default=-1)
 
-    def hooks(self) -> list[tuple[Callable[[StepResult], None], int]]:
-        """The hooks in the order they must run."""
+    def hooks(self, stage: Stage) -> Hooks:
+        """The trainer's hooks in the order they must run; ``stage`` shows how far it is."""
         config = self.config
-        hooks: list[tuple[Callable[[StepResult], None], int]] = [
+        hooks: list[Hook] = [
             (self._count, 1),
-            (self._write_due_row, 1),
+            (lambda _: stage.advance(), 1),
+            (lambda result: self._write_due_row(result, stage), 1),
         ]
         if config.evaluation.every_steps:
             hooks.append((lambda _: self.evaluate(), config.evaluation.every_steps))
@@ -76,15 +78,12 @@ class Recorder:
                 one.batch.type, one.output, tokens=tokens, padded_tokens=one.batch.input_ids.numel()
             )
 
-        if self.stage is not None:
-            self.stage.advance()
-
-    def _write_due_row(self, result: StepResult) -> None:
+    def _write_due_row(self, result: StepResult, stage: Stage) -> None:
         # The last step has a row whatever the interval: a short run would else say nothing of its losses.
-        if result.step % self.config.output.metrics_every_steps == 0 or result.step == self.trainer.total_steps:
-            self._write_row(result)
+        if result.step % self.config.output.metrics_every_steps == 0 or result.step == self.config.optimizer.steps:
+            self._write_row(result, stage)
 
-    def _write_row(self, result: StepResult) -> None:
+    def _write_row(self, result: StepResult, stage: Stage) -> None:
         now, waited = self.clock(), self.waited()
         row = self.parts.accumulator.row(
             seconds=now - self._row_started,
@@ -93,19 +92,18 @@ class Recorder:
             l2_gamma=result.values.l2_gamma,
             lr=result.values.lr,
             grad_norm=result.grad_norm,
-            tokens_seen=self.trainer.progress.tokens_seen,
+            tokens_seen=self.parts.progress.tokens_seen,
             signal_wait_seconds=waited - self._row_waited,
             peak_memory_bytes=process_peak_memory_bytes(),
             **self._device_memory(),
         )
         self._row_started, self._row_waited = now, waited
         written = self.metrics.write("train", result.step, row)
-        if self.stage is not None:
-            self.stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+        stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
         log.info(
             "step %d/%d loss %.4f ce %.4f kd %s alpha %.3g T %.3g lr %.3g %.0f tokens/s",
             result.step,
-            self.trainer.total_steps,
+            self.config.optimizer.steps,
             row["loss"],
             row["ce"],
             "-" if written.get("kd") is None else f"{written['kd']:.4f}",
@@ -125,16 +123,16 @@ class Recorder:
     def probe(self) -> None:
         """Score one batch of each type, so that what evaluation needs is found out before minutes are spent."""
         began = self.clock()
-        self.parts.evaluator.probe(self.trainer.student)
+        self.parts.evaluator.probe(self.parts.student)
         self._row_started += self.clock() - began
 
     def evaluate(self) -> None:
         """Score the student on the validation batches, write the row, remember whether it is the best so far."""
-        progress = self.trainer.progress
+        progress = self.parts.progress
         if self._evaluated_at == progress.step or not any(self.parts.evaluator.sets.values()):
             return
         began = self.clock()
-        row = self.parts.evaluator(self.trainer.student)
+        row = self.parts.evaluator(self.parts.student)
         row["eval_seconds"] = self.clock() - began
         self.metrics.write("eval", progress.step, row)
         self._evaluated_at = progress.step
@@ -149,13 +147,13 @@ class Recorder:
 
     def save(self, *, snapshot: bool) -> None:
         """Write a checkpoint of this step, unless there is one."""
-        if self._saved is None or self._saved.step != self.trainer.progress.step:
+        if self._saved is None or self._saved.step != self.parts.progress.step:
             self._save(names=(), snapshot=snapshot)
 
     def finish(self) -> None:
         """Last evaluation, final checkpoint."""
         self.evaluate()
-        if self._saved is None or self._saved.step != self.trainer.progress.step:
+        if self._saved is None or self._saved.step != self.parts.progress.step:
             self._save(names=("final",), snapshot=True)
         else:
             self.uploader.enqueue_checkpoint(self.store.publish_as(self._saved, ("final",)))
@@ -170,8 +168,8 @@ class Recorder:
         self.metrics.sync()
         metadata = self.metadata()
         state = {
-            "student": self.trainer.student.model.state_dict(),
-            "optimizer": self.trainer.optimizer.state_dict(),
+            "student": self.parts.student.model.state_dict(),
+            "optimizer": self.parts.optimizer.state_dict(),
             "lr_schedule": {"step": metadata.step, "peak": self.config.optimizer.peak, "lr": metadata.lr},
             "random": random_state(),
             "accumulator": self.parts.accumulator.state_dict(),
@@ -184,13 +182,13 @@ class Recorder:
 
     def metadata(self) -> CheckpointMetadata:
         """What a checkpoint of the present moment says about itself."""
-        config, progress = self.config, self.trainer.progress
-        values = self.trainer.schedules.at(progress.step)
+        config, progress = self.config, self.parts.progress
+        values = self.parts.schedules.at(progress.step)
         pending = {
             name: schedule.pending(progress.step)
             for name, schedule in (
-                ("alpha", self.trainer.schedules.alpha),
-                ("temperature", self.trainer.schedules.temperature),
+                ("alpha", self.parts.schedules.alpha),
+                ("temperature", self.parts.schedules.temperature),
             )
             if isinstance(schedule, Piecewise)
         }
@@ -219,12 +217,12 @@ class Recorder:
         )
 
     def _run_values(self) -> dict[str, Any]:
-        config, progress = self.config, self.trainer.progress
+        config, progress = self.config, self.parts.progress
         levels = {"alpha": config.objective.alpha, "T": config.objective.temperature}
         return {
             "face": config.face,
             "seed": config.seed,
-            "total_steps": self.trainer.total_steps,
+            "total_steps": self.config.optimizer.steps,
             "max_pass_tokens": progress.passes.max_tokens,
             "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
             "decided": self.parts.decided,

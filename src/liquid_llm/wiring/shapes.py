@@ -67,8 +67,8 @@ def known_models(
         ModelError: one of them cannot be read.
     """
     student: ModelShape
-    if start.student_config is not None:
-        student = ModelShape(start.student_config)
+    if start.origin.config is not None:
+        student = ModelShape(start.origin.config)
     else:
         bos_id = text.tokenizer.bos_token_id
         made = student_config(

@@ -13,16 +13,14 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
 from liquid_llm.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
-from liquid_llm.checkpoint.resume import read_student_weights
+from liquid_llm.checkpoint.resume import ResumeSource, read_student_weights
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import CheckpointError
-from liquid_llm.options import ANNEAL
 from liquid_llm.runtime import choose_device, choose_dtype
 from liquid_llm.schedules import level_from
 from liquid_llm.versions import changes_since, find_newer
@@ -37,36 +35,32 @@ class Start:
 
     Attributes:
         kind: ``continue``, ``resume`` or ``fresh``.
-        source: where it was read, in words.
-        weights: the student's state dict; None when fresh.
-        student_config: Hugging Face configuration of those weights, when known.
-        tokenizer_folder: local folder with the tokenizer that came with the weights, when there is one.
-        metadata: the checkpoint's metadata, when it is one of this project's.
-        state: the checkpoint's whole state when optimizer, random states and step go on; None when they start afresh.
+        origin: the student's weights and what came with them; no weights when fresh, a checkpoint's whole state only
+            where it goes on.
     """
 
     kind: str
-    source: str
-    weights: Mapping[str, Any] | None = None
-    student_config: Mapping[str, Any] | None = None
-    tokenizer_folder: str | None = None
-    metadata: CheckpointMetadata | None = None
-    state: Mapping[str, Any] | None = None
+    origin: ResumeSource
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether optimizer, random states and step go on; else they start afresh."""
+        return self.origin.state is not None
 
     @property
     def step(self) -> int:
         """The step training goes on from."""
-        return self.metadata.step if self.state is not None and self.metadata is not None else 0
+        return self.origin.metadata.step if self.goes_on and self.origin.metadata is not None else 0
 
-    def options(self, face: str, given: Mapping[str, object]) -> dict[str, object]:
-        """Option values the checkpoint stands for; they rank behind those ``given`` and before defaults."""
-        if self.metadata is None:
+    def options(self, config: RunConfig) -> dict[str, object]:
+        """Option values the checkpoint stands for; they rank behind those given and before defaults."""
+        metadata = self.origin.metadata
+        if metadata is None:
             return {}
-        metadata = self.metadata
         values: dict[str, object] = {"rope_scale": metadata.rope_scale}
-        if face == ANNEAL or self.kind == "continue":
+        if config.continues_resumed or self.kind == "continue":
             values["block_size"] = metadata.block_size
-        if face == ANNEAL:
+        if config.continues_resumed:
             values |= {
                 "alpha": metadata.kd_alpha,
                 "T": metadata.kd_temperature,
@@ -76,13 +70,13 @@ class Start:
                 "lr_peak": metadata.lr_peak,
                 "eval_ctx_lens": tuple(metadata.eval_ctx_lens),
             }
-        if face == ANNEAL and self.state is not None:
+        if config.continues_resumed and self.origin.state is not None:
             # Steps of an inherited schedule count from the old step 0: it is taken up only where the step goes on.
             values |= {
-                "alpha_schedule": self._schedule(metadata.alpha_schedule, "alpha", given),
-                "temp_schedule": self._schedule(metadata.temp_schedule, "T", given),
+                "alpha_schedule": self._schedule(metadata.alpha_schedule, "alpha", config.given),
+                "temp_schedule": self._schedule(metadata.temp_schedule, "T", config.given),
             }
-            decayed = self.state["optimizer"]["param_groups"][0]
+            decayed = self.origin.state["optimizer"]["param_groups"][0]
             values |= {"weight_decay": decayed["weight_decay"], "betas": tuple(decayed["betas"])}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -91,8 +85,8 @@ class Start:
 
         A command that is run again to continue gives the level it gave before: that is not given anew.
         """
-        assert self.metadata is not None
-        known = self.metadata.run.get("given_levels", {}) if self.kind == "continue" else {}
+        metadata = self.origin.metadata
+        known = metadata.run.get("given_levels", {}) if metadata is not None and self.kind == "continue" else {}
         if text is None or level not in given or given[level] == known.get(level):
             return text
         return level_from(text, self.step, float(str(given[level])))
@@ -112,14 +106,7 @@ def continue_from(store: CheckpointStore, found: CheckpointInfo) -> Start:
         CheckpointError: it is damaged.
     """
     state, metadata = store.load(found)
-    return Start(
-        "continue",
-        str(found.path),
-        state["student"],
-        metadata.student.get("config"),
-        metadata=metadata,
-        state=state,
-    )
+    return Start("continue", ResumeSource.of_checkpoint(state, metadata, str(found.path)))
 
 
 def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start:
@@ -142,18 +129,9 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
         if found is not None:
             return continue_from(store, found)
     if config.student.resume_uri is None:
-        return Start("fresh", f"--student={config.student.spec}")
-    source = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
-    kept = source.state if config.face == ANNEAL else None
-    return Start(
-        "resume",
-        source.description,
-        source.state_dict,
-        source.config,
-        source.tokenizer_folder,
-        source.metadata,
-        kept,
-    )
+        return Start("fresh", ResumeSource({}, f"--student={config.student.spec}"))
+    origin = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
+    return Start("resume", origin if config.continues_resumed else replace(origin, state=None))
 
 
 def settle_context(start: Start, config: RunConfig) -> Start:
@@ -163,31 +141,28 @@ def settle_context(start: Start, config: RunConfig) -> Start:
     weights and starts the rest afresh. An interrupted run that is continued is never reset again: its checkpoint
     already has the new length.
 
+    Args:
+        config: as given, without what the checkpoint stands for.
+
     Raises:
         CheckpointError: the step would go on from order, framing or numerics of a newer release.
     """
-    settled = _settled(start, config)
-    if settled.state is not None and settled.metadata is not None:
-        _require_known_versions(settled.metadata, config, settled.source)
-    return settled
-
-
-def _settled(start: Start, config: RunConfig) -> Start:
-    metadata = start.metadata
-    if start.state is None or metadata is None:
+    metadata = start.origin.metadata
+    if not start.goes_on or metadata is None:
         return start
-    changed = metadata.block_size != config.data.block_size
+    block_size = config.data.block_size if "block_size" in config.given else metadata.block_size
+    changed = metadata.block_size != block_size
     if changed:
-        log.info("context length changes from %d to %d tokens", metadata.block_size, config.data.block_size)
-    reset = changed and config.optimizer.reset_on_context_change
-    if reset or (config.optimizer.reset and start.kind == "resume"):
+        log.info("context length changes from %d to %d tokens", metadata.block_size, block_size)
+    if (changed and config.optimizer.reset_on_context_change) or (config.optimizer.reset and start.kind == "resume"):
         log.info("optimizer, LR schedule and step start afresh; weights are kept")
         for name, text in (("alpha", metadata.alpha_schedule), ("temp", metadata.temp_schedule)):
             if text is not None and f"{name}_schedule" not in config.given:
                 log.info("the checkpoint's %s schedule %s is not taken up: its steps have ended", name, text)
-        return replace(start, state=None)
+        return replace(start, origin=replace(start.origin, state=None))
     if changed:
         log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)
+    _require_known_versions(metadata, config, start.origin.description)
     return start
 
 

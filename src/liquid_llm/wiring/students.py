@@ -58,9 +58,10 @@ def make_student(
         UsageError: an evaluation length past what the student supports.
     """
     model = _build(config, start, text, token)
-    if start.weights is not None:
-        load_weights(model, start.weights, start.source)
-    trained = start.metadata.student.get("trained_positions") if start.metadata is not None else None
+    if start.origin.state_dict:
+        load_weights(model, start.origin.state_dict, start.origin.description)
+    metadata = start.origin.metadata
+    trained = None if metadata is None else metadata.student.get("trained_positions")
     longest = max(config.data.block_size, config.data.seq_len)
     stretch = planned_stretch(model, longest, trained)
     log.info("%s", fit_positions(model, longest, config.student.rope_scale, trained_positions=trained))
@@ -76,9 +77,10 @@ def make_student(
 
 def _spec(config: RunConfig, start: Start) -> str:
     """What the student is called: as it was asked for, else as its checkpoint calls it, else where it was read."""
-    if "student" in config.given or start.student_config is None:
+    if "student" in config.given or start.origin.config is None:
         return config.student.spec
-    called = start.metadata.student.get("spec") if start.metadata is not None else config.student.resume_uri
+    metadata = start.origin.metadata
+    called = config.student.resume_uri if metadata is None else metadata.student.get("spec")
     return str(called or config.student.spec)
 
 
@@ -98,23 +100,23 @@ def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) 
             token=token,
         )
 
-    if start.student_config is None:
+    if start.origin.config is None:
         return build(config.student.spec, text.vocab_size, longest)
-    vocab_size = int(start.student_config.get("vocab_size", text.vocab_size))
+    vocab_size = int(start.origin.config.get("vocab_size", text.vocab_size))
     if vocab_size < text.vocab_size:
         raise CheckpointError(
             "the weights are of a smaller vocabulary than the tokenizer's",
-            where=start.source,
+            where=start.origin.description,
             got=vocab_size,
             expected=f"at least {text.vocab_size}",
             remedy="use the tokenizer the student was trained with",
         )
-    known = None if start.metadata is None else start.metadata.student.get("spec")
+    known = None if start.origin.metadata is None else start.origin.metadata.student.get("spec")
     if "student" in config.given and config.student.spec != known:
-        require_weights_of(build(config.student.spec, vocab_size, 2), start.weights or {}, start.source)
+        require_weights_of(build(config.student.spec, vocab_size, 2), start.origin.state_dict, start.origin.description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(start.student_config), encoding="utf-8")
+        path.write_text(json.dumps(start.origin.config), encoding="utf-8")
         return build(str(path), vocab_size, 2)
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from liquid_llm.config import RunConfig, TeacherConfig
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
-from liquid_llm.models.loading import LoadedModel
+from liquid_llm.models.loading import LoadedModel, open_config
+from liquid_llm.models.positions import configured_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
 from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention
@@ -73,6 +74,29 @@ def choose_attention_of(teacher: TeacherConfig, device: torch.device, dtype: str
     return choice if obstacle is None else Choice(choice.value, f"--fa_wheel_gcs is not used: {obstacle}")
 
 
+def check_teachers(config: RunConfig, token: str | None) -> None:
+    """Refuse an online teacher that is not there or cannot see so long a context, from its configuration alone.
+
+    Raises:
+        LiquidError: as ``make_teachers``, which comes after the data and loads the weights.
+    """
+    for model_id in config.source.online:
+        source = resolve(model_id, token=token)
+        if source.gguf_file is not None:
+            continue  # a packed file's configuration takes seconds to read
+        limit = configured_positions(open_config(source, model_id, token))
+        longest = longest_context(config)
+        block = config.data.block_size
+        lengths = ",".join(map(str, config.evaluation.context_lengths))
+        where = f"--block_size={block}" if longest == block else f"--eval_ctx_lens={lengths}"
+        online.require_context(limit, longest, model_id, where)
+
+
+def longest_context(config: RunConfig) -> int:
+    """Tokens of the longest row that is trained or evaluated on."""
+    return max(config.data.block_size, *config.evaluation.context_lengths, 0)
+
+
 def make_teachers(
     config: RunConfig, inputs: Inputs, text: TextTools, device: torch.device, token: str | None
 ) -> RunTeachers:
@@ -88,7 +112,7 @@ def make_teachers(
         tokenizer=text.tokenizer,
         tokenizer_hash=text.hash,
         vocab_size=text.vocab_size,
-        context=max(config.data.block_size, *config.evaluation.context_lengths, 0),
+        context=longest_context(config),
         device=device,
         cache=cache_dir(),
         precision=config.teacher.precision,

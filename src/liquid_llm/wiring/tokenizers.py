@@ -35,8 +35,8 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
         ModelError: two of them differ (naming both), or none can be found.
     """
     sources: list[tuple[str, str]] = []
-    if start.tokenizer_folder is not None:
-        sources.append((start.source, start.tokenizer_folder))
+    if start.origin.tokenizer_folder is not None:
+        sources.append((start.origin.description, start.origin.tokenizer_folder))
     named = [] if config.teacher.online_id is None else [config.teacher.online_id]
     sources += [(f"online teacher {model_id}", model_id) for model_id in dict.fromkeys([*named, *config.source.online])]
     if not sources and config.teacher.stored_id is not None:
@@ -56,11 +56,11 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
     for name, other in sources[1:]:
         require_same_tokenizer(tokenizer, first_name, load_tokenizer(other, token=token), name)
     text = TextTools.of(tokenizer)
-    known = start.metadata.tokenizer_hash if start.metadata is not None else None
+    known = start.origin.metadata.tokenizer_hash if start.origin.metadata is not None else None
     if known is not None and known != text.hash:
         raise ModelError(
             "the checkpoint was trained with another tokenizer",
-            where=start.source,
+            where=start.origin.description,
             got=known[:16],
             expected=f"{text.hash[:16]} of {first_name}",
             remedy="use a teacher with the student's tokenizer",
