@@ -8,7 +8,7 @@ A mutant is one of these, at one place:
     constant     a number one larger (a float twice as large, a zero one), True and False
     boolean      and for or, a negation taken away, the condition of an if or while turned round
     statement    a call, an assignment to an attribute or item, a raise, a break, a continue left out
-    arguments    the first two positional arguments swapped
+    arguments    the first two positional arguments swapped, where one can be taken for the other
 
 Words are left alone: docstrings and other texts, what an exception or a log says, annotations, decorators.
 """
@@ -56,9 +56,8 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 }
 WORDS = {"logger", "logging", "warnings"}  # calls on these only say something
 FOR_READERS = {"__repr__", "__str__"}
-NOT_SWAPPED = {"isinstance", "issubclass", "cast", "TypeVar", "hasattr"}
 # Calls whose first two arguments may change places: no mistake at all.
-NOT_SWAPPED |= {"min", "max", "zip", "add", "add_", "mul", "mul_", "minimum", "maximum", "logaddexp", "equal", "gcd"}
+NOT_SWAPPED = {"min", "max", "zip", "add", "add_", "mul", "mul_", "minimum", "maximum", "logaddexp", "equal", "gcd"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,8 @@ def _changed_expressions(node: ast.expr) -> Iterator[tuple[str, str]]:
                     ops = [*node.ops[:place], table[type(operation)](), *node.ops[place + 1 :]]
                     yield operator, _text(ast.Compare(node.left, ops, node.comparators))
     elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        yield "arithmetic", _text(ast.BinOp(node.left, ARITHMETIC[type(node.op)](), node.right))
+        if not _is_text(node.left) and not _is_text(node.right):
+            yield "arithmetic", _text(ast.BinOp(node.left, ARITHMETIC[type(node.op)](), node.right))
     elif isinstance(node, ast.BoolOp):
         yield "boolean", _text(ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values))
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
@@ -199,9 +199,19 @@ def _swap(call: ast.Call) -> ast.Call | None:
     if len(arguments) < 2 or ast.unparse(call.func).split(".")[-1] in NOT_SWAPPED:
         return None
     first, second = arguments[:2]
-    if isinstance(first, ast.Starred) or isinstance(second, ast.Starred) or ast.dump(first) == ast.dump(second):
+    if not _alike(first, second) or ast.dump(first) == ast.dump(second):
         return None
     return ast.Call(call.func, [second, first, *arguments[2:]], call.keywords)
+
+
+def _alike(first: ast.expr, second: ast.expr) -> bool:
+    """Whether one can be taken for the other: a name and a text, say, would end in an error at once."""
+    names = (ast.Name, ast.Attribute, ast.Subscript)
+    return (isinstance(first, names) and isinstance(second, names)) or isinstance(first, type(second))
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes))
 
 
 def _can_go(node: ast.AST) -> bool:

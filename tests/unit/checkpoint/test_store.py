@@ -84,6 +84,11 @@ def test_names_are_those_of_the_design(store: CheckpointStore) -> None:
     assert info.path.name == "time-20260101T000000Z.pt"
 
 
+def test_the_run_directory_is_made_with_its_parents(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "runs" / "today" / "run", keep_last=2) as store:
+        assert save(store, 1).path.is_file()
+
+
 def test_data_is_written_once(store: CheckpointStore) -> None:
     info = save(store, 1, "last", "best", "final")
     assert info.names == ("step-00000001", "last", "best", "final")
@@ -135,6 +140,13 @@ def test_the_newest_snapshots_are_kept_and_named_data_survives(store: Checkpoint
         for suffix in (".meta.json", ".pt")
     ]
     assert store.load(store.run_dir / "best.pt")[0]["step"] == 1
+
+
+def test_two_snapshots_of_one_step_are_two(store: CheckpointStore) -> None:
+    for step in (1, 2):
+        save(store, step)
+    info = save(store, 2, kind="time")
+    assert complete_in(store.run_dir) == ["step-00000002", info.names[0]]
 
 
 def test_zero_keeps_all(tmp_path: Path) -> None:
@@ -262,6 +274,12 @@ def test_a_state_dict_is_no_checkpoint_of_a_run(store: CheckpointStore) -> None:
     torch.save({"w": torch.ones(2)}, store.run_dir / "bare.pt")
     with pytest.raises(CheckpointError, match=r"bare\.pt.*not a checkpoint.*resume_gcs_uri"):
         store.load(store.run_dir / "bare.pt")
+
+
+def test_a_checkpoint_without_a_student_is_refused(store: CheckpointStore) -> None:
+    info = store.save({**state_of(1), "student": [1, 2]}, metadata_of(1))
+    with pytest.raises(CheckpointError, match="no student"):
+        store.load(info)
 
 
 # -------------------------------------------------------------------------------------------------------------- locking

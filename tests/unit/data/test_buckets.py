@@ -103,3 +103,29 @@ def test_many_distinct_lengths_are_coarsened_not_lost(count: int) -> None:
     plan = plan_buckets(windows, 8, 2 + count)
     assert sorted(np.concatenate(micro_batches(plan)).tolist()) == list(range(count))
     assert plan.padding <= MAX_PADDING
+
+
+# (samples, shortest, longest, batch_size, block_size) -> samples of each bucket, and where the first micro-batches
+# begin, as release 0.1.0 cut them: a run under way finds its micro-batches again.
+CUT = {
+    (3, 50, 300, 2, 300): ([2, 1], [0, 2, 3]),
+    (12, 20, 400, 4, 512): ([5, 7], [0, 5, 12]),
+    (40, 10, 900, 8, 1024): ([10, 10, 9, 7, 4], [0, 10, 20, 29, 36, 40]),
+    (60, 5, 60, 4, 64): ([8, 10, 7, 3, 5, 6, 7, 4, 3, 2, 2, 3], [0, 8, 18, 25, 28, 33, 39, 46, 50, 53, 55, 57, 60]),
+    (300, 2, 1500, 6, 1024): (
+        [16, 20, 24, 22, 25, 22, 17, 13, 14, 12, 11, 10, 10, 9, 7, 7, 7, 7, 6, 6, 6, 5, 8, 5, 4, 3, 4],
+        [0, 16, 36, 60, 82, 107, 129, 146, 159, 173, 185, 196],
+    ),
+}
+
+
+def test_samples_are_cut_into_the_buckets_they_were_cut_into() -> None:
+    for (count, shortest, longest, batch_size, block_size), (sizes, bounds) in CUT.items():
+        numbers = np.arange(count)
+        windows = shortest + (numbers * 7919 + 13) % (longest - shortest + 1) * (numbers % 5 + 1) // 5
+        plan = plan_buckets(windows, batch_size, block_size)
+        assert np.bincount(plan.bucket_of).tolist() == sizes
+        assert plan.bounds.tolist()[: len(bounds)] == bounds
+    samples, order = plan.order(7, 1)
+    assert samples[:6].tolist() == [251, 152, 230, 85, 191, 297]
+    assert order[:6].tolist() == [12, 3, 26, 21, 17, 18]
