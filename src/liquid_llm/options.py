@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from liquid_llm.registry import DIVERGENCES, TRACKERS
+from liquid_llm.registry import CODECS, DIVERGENCES, TRACKERS
 
 ANNEAL, TRAIN, CAPTURE, PREPARE = "anneal", "train", "capture", "prepare"
 TRAINING = (ANNEAL, TRAIN)
@@ -159,7 +159,7 @@ OPTIONS = (
     Option("upload_interval", "float", OUTPUT, "upload_every_seconds", 60.0, "seconds between uploads of metrics while training", above=0),
     # the store written by capture
     Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt)", faces=(CAPTURE,), choices=("pt", "shards")),
-    Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=("tail", "full", "topk", "sampled")),
+    Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=tuple(CODECS)),
     Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4; sampled: draws, temperature; topk: k)", faces=(CAPTURE,)),
     Option("topk", "int", STORE, "topk", None, "ids kept a position by codec topk (default: 64)", faces=(CAPTURE,), minimum=1),
     Option("overwrite", "bool", STORE, "overwrite", False, "replace existing records", faces=(CAPTURE,)),

@@ -30,7 +30,6 @@ from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
-STORE_OPTIONS = {"math_tool": "math_dir", "code": "code_dir"}
 
 
 @dataclass(frozen=True)

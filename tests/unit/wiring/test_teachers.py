@@ -100,7 +100,7 @@ def test_without_a_teacher_there_is_an_empty_table_and_a_word_about_it(
 
 @pytest.mark.parametrize(
     ("type", "named"),
-    [("code", ("--code_logits_dir=URI or --signal code=URI", "--signal code=none"))],
+    [("code", ("--code_logits_dir=URI or --signal code=URI", "--signal code=none")), ("chat", ("--signal chat=URI",))],
 )
 def test_a_type_beside_plain_text_is_not_left_without_a_teacher_in_silence(
     tiny: Tiny, text: TextTools, type: str, named: tuple[str, ...]
