@@ -31,7 +31,6 @@ from liquid_llm.wiring.tokenizers import TextTools
 log = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True)
 class RunTeachers:
     """What gives a run its teacher signal.
