@@ -188,6 +188,5 @@ def print_summary(summary: dict[str, Any], paths: dict[str, Path]) -> None:
         **{name: str(path) for name, path in paths.items()},
     }
     print_facts("", [(name, text) for name, text in facts.items() if text], console)
-    console.print(
-        Text(f"\nsample\n{summary['sample']['prompt']}", style="dim"), Text(summary["sample"]["text"]), sep=""
-    )
+    prompt, text = summary["sample"]["prompt"], summary["sample"]["text"].rstrip()
+    console.print(Text(f"\nsample\n{prompt}", style="dim"), Text(text), sep="")
