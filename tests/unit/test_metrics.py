@@ -110,40 +110,6 @@ def test_unreadable_lines_are_left_out_and_named(tmp_path: Path, caplog: pytest.
     assert [number for number, row in iter_metrics(tmp_path) if row is None] == [2, 3, 4, 6]
 
 
-WHOLE_LINES = [b'{"kind":"train","step":1}', b'{"kind":"eval","step":2,"loss":3.5}', b"0", b"{}"]
-BROKEN_LINES = [
-    b'{"kind":"train","step":1',
-    b'"x":2}',
-    b'{"step":1},{"step":2}',
-    b'{"step":1},0,{"step":2}',
-    b"",
-    b"\xff",
-]
-
-
-@given(
-    st.lists(st.sampled_from(WHOLE_LINES), max_size=70)
-    | st.lists(st.sampled_from(WHOLE_LINES + BROKEN_LINES[2:4]), max_size=5)
-    | st.lists(st.sampled_from(WHOLE_LINES + BROKEN_LINES), max_size=70),
-    st.booleans(),
-)
-def test_reading_in_blocks_equals_reading_line_by_line(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], torn: bool
-) -> None:
-    folder = tmp_path_factory.getbasetemp() / "blocks"
-    folder.mkdir(exist_ok=True)
-    data = b"".join(line + b"\n" for line in lines)
-    (folder / "metrics.jsonl").write_bytes(data[:-1] if torn else data)
-    expected = []
-    for line in (data[:-1] if torn else data).splitlines(keepends=True):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        expected.append(row if isinstance(row, dict) and "step" in row else None)
-    assert list(iter_metrics(folder)) == list(enumerate(expected, start=1))
-
-
 def test_no_file_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 

@@ -14,7 +14,7 @@ from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
 from liquid_llm.device import device_memory
-from liquid_llm.metrics import MetricsWriter, read_metrics
+from liquid_llm.metrics import MetricsWriter, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
@@ -52,8 +52,8 @@ class Recorder:
     def __post_init__(self) -> None:
         self._row_started = self._last_time_save = self.clock()
         # A run killed between its last evaluation and its end is evaluated already.
-        evaluated = [row["step"] for row in read_metrics(self.store.run_dir) if row["kind"] == "eval"]
-        self._evaluated_at = max(evaluated, default=-1)
+        rows = (row for _, row in iter_metrics(self.store.run_dir) if row is not None)
+        self._evaluated_at = max((row["step"] for row in rows if row.get("kind") == "eval"), default=-1)
 
     def hooks(self, stage: Stage) -> Hooks:
         """The trainer's hooks in the order they must run; ``stage`` shows how far it is."""
