@@ -1,11 +1,12 @@
 """Keeps secrets out of everything a run writes or logs (leaf).
 
-    secret   a token, password or key: recognised by the name it is filed under, by its shape, or because an environment
-             variable with such a name holds it
-    mask     what stands in its place: ``***``
+A secret is a token, password or key: recognised by the name it is filed under, by its shape, or because an environment
+variable with such a name holds it. ``***`` stands in its place. Masking errs on the side of hiding: an ordinary word
+hidden by mistake costs a reader a moment, a leaked token costs an account. But counts, ids and special tokens of models
+(``num_tokens``, ``num_key_value_heads``, ``eos_token``) are no secrets, and stay.
 
-Masking errs on the side of hiding: a path or an ordinary word hidden by mistake costs a reader a moment, a leaked token
-costs an account. Numbers filed under token-like names (``num_tokens``, ``eos_token_id``) are counts and ids, and stay.
+Every pattern below either begins where the one before it ended, or fails within a fixed number of characters: the time
+is linear in the text, whatever it holds.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from urllib.parse import quote
 
 MASK = "***"
 
-_TOKEN_ENDINGS = ("token", "tokens")
-_SECRET_ENDINGS = ("secret", "password", "passwd", "key")  # names run together: HFSECRET, dbpassword, accesskey
-_SECRET_WORDS = frozenset({"secret", "secrets", "password", "passwords", "passwd", "pwd", "passphrase"}) | frozenset(
-    {"credential", "credentials", "key", "keys", "apikey", "authorization", "auth", "bearer", "cookie"}
-)
-_SECRET_WORDS |= {"signature", "sig", "pat"}  # signed URLs, personal access tokens
-# A name ending in one of these says where a secret is kept, or counts or identifies something.
-_PLACE_WORDS = frozenset({"path", "file", "dir", "directory", "folder", "sock", "uri", "url"})
-_PLAIN_TOKEN_WORDS = frozenset({"id", "ids", "hash", "count", "type", "index", "step", "second"})
-_PLACE_NAMES = frozenset({"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"})
-
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-
+# matched against the words of a name, in lower case and joined by _
+_STRONG = re.compile(
+    r"(?:^|_)(?:secrets|passwords?|pwd|passphrase|credentials?|keys|authorization|auth|bearer|cookie|signature|sig|pat"
+    r"|[a-z]*(?:secret|passwd|password|key))(?:_|$)"
+)
+_TOKEN = re.compile(r"tokens?(?:_|$)")
+_PLACES = frozenset({"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"})
+_ORDINARY = re.compile(
+    r"(?:.*_)?(?:path|file|dir|directory|folder|sock|uri|url)"  # where a secret is kept
+    r"|sort_keys|(?:linear_)?(?:num_)?key_(?:value_)?(?:heads|groups|head_dim|dim|length)"
+)
+_ORDINARY_TOKEN = re.compile(
+    r".*_(?:id|ids|hash|count|type|index|step|second)"  # ``eos_token_id``
+    r"|(?:max|min|num)_(?:(?:new|input|output|prompt|total|image|special)_)?tokens"
+    r"|(?:bos|eos|pad|unk|sep|cls|mask)_token|(?:additional|extra)_special_tokens"
+)
 _SHAPES = re.compile(
     r"""
       hf_[A-Za-z0-9]{6,} | api_org_[A-Za-z0-9]{6,}                       # Hugging Face
@@ -39,11 +44,11 @@ _SHAPES = re.compile(
     | AIza[0-9A-Za-z_\-]{30,} | ya29\.[0-9A-Za-z_\-.]+ | GOCSPX-[0-9A-Za-z_\-]+   # Google
     | gh[pousr]_[A-Za-z0-9]{20,} | github_pat_[A-Za-z0-9_]{20,} | glpat-[A-Za-z0-9_\-]{16,}
     | (?<![A-Za-z0-9])sk-[A-Za-z0-9_\-]{16,} | (?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9\-]{10,}
-    | eyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)?    # JSON web tokens
-    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----.*?(?:-----END\ [A-Z ]*PRIVATE\ KEY-----|\Z)
+    | -----BEGIN\ [A-Z ]{0,40}PRIVATE\ KEY-----.*?(?:-----END\ [A-Z ]{0,40}PRIVATE\ KEY-----|\Z)
     """,
     re.VERBOSE | re.DOTALL,
 )
+_WEB_TOKEN = re.compile(r"eyJ[A-Za-z0-9_\-]{8,}(?P<rest>\.[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)?)?")
 # An AWS secret access key has no mark of its own: 40 characters of base64 with all three kinds. Git and SHA-1 names are
 # lower-case hexadecimal and do not match.
 _AWS_SECRET = re.compile(
@@ -51,12 +56,10 @@ _AWS_SECRET = re.compile(
 )
 _SCHEME_WORD = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=\-]{6,}", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/?#\s\"'<>]+@")
-# `name=value`, `name: value` and `"name": "value"` inside a longer text (URL queries, JSON in a string, log lines).
-_ASSIGNED = re.compile(r"""(?P<name>[A-Za-z][A-Za-z0-9_.\-]*)["']?\s*[=:]\s*""")
-_ASSIGNED_VALUE = re.compile(
-    r"""(?P<quote>["'])(?P<quoted>(?:\\.|(?!(?P=quote)).)*)(?:(?P=quote)|\Z) | (?P<bare>[^\s"'&]+)""",
-    re.VERBOSE | re.DOTALL,
-)
+# `name=value`, `name: value` and `"name": "value"` inside a longer text (URL queries, JSON in a string, log lines)
+_ASSIGNED = re.compile(r"""(?<![A-Za-z0-9_.\-])(?P<name>[A-Za-z0-9_.\-]+)["']?\s*[=:]\s*""")
+_VALUE = re.compile(r""""(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?|[^\s"'&]+""", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?")
 _OPTION = re.compile(r"(?P<name>--?[A-Za-z][A-Za-z0-9_.\-]*)(?P<value>=.*)?", re.DOTALL)
 
 _MIN_INNER_LITERAL = 8  # a shorter value is hidden only where it stands alone: it may be an ordinary word
@@ -65,32 +68,23 @@ _NOT_SECRET = frozenset(["true", "false", "yes", "no", "on", "off", "none", "nul
 
 def looks_secret(name: str) -> bool:
     """Whether a value filed under ``name`` (snake, kebab, dotted or camel case) is to be hidden."""
-    words = _words(name)
-    if not words or words[-1] in _PLACE_WORDS or name in _PLACE_NAMES:
-        return False
-    return _has_secret_word(name) or (_has_token_word(words) and words[-1] not in _PLAIN_TOKEN_WORDS)
+    return _secrecy(name) > 0
 
 
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in _WORD.findall(name)]
-
-
-def _has_secret_word(name: str) -> bool:
-    words = _words(name)
-    return not _SECRET_WORDS.isdisjoint(words) or any(word.endswith(_SECRET_ENDINGS) for word in words)
-
-
-def _has_token_word(words: list[str]) -> bool:
-    return any(word.endswith(_TOKEN_ENDINGS) for word in words)
+def _secrecy(name: str) -> int:
+    """2 for a secret whatever it is, 1 for one unless it is a number (a token, or how many of them), 0 for none."""
+    words = "_".join(_WORD.findall(name)).lower()
+    if name in _PLACES or _ORDINARY.fullmatch(words):
+        return 0
+    if _STRONG.search(words):
+        return 2
+    return int(_TOKEN.search(words) is not None and _ORDINARY_TOKEN.fullmatch(words) is None)
 
 
 def secret_values(environ: Mapping[str, str]) -> tuple[str, ...]:
     """The values of ``environ``'s variables that look secret, longest first."""
-    found = {
-        value.strip()
-        for name, value in environ.items()
-        if looks_secret(name) and len(value.strip()) >= 4 and value.strip().lower() not in _NOT_SECRET
-    }
+    values = {value.strip() for name, value in environ.items() if looks_secret(name)}
+    found = {value for value in values if len(value) >= 4 and value.lower() not in _NOT_SECRET}
     return tuple(sorted(found, key=lambda value: (-len(value), value)))
 
 
@@ -103,9 +97,11 @@ class Masker:
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._whole = frozenset(secrets)
-        inner = {form for secret in self._whole if len(secret) >= _MIN_INNER_LITERAL for form in _forms(secret)}
-        longest_first = sorted(inner, key=lambda form: (-len(form), form))
-        self._inner = re.compile("|".join(map(re.escape, longest_first))) if inner else None
+        long = [secret for secret in self._whole if len(secret) >= _MIN_INNER_LITERAL]
+        # the spellings a value may take inside a URL or a JSON string too
+        forms = {form for one in long for form in (one, quote(one, safe=""), quote(one), json.dumps(one)[1:-1])}
+        longest_first = sorted(forms, key=lambda form: (-len(form), form))
+        self._inner = re.compile("|".join(map(re.escape, longest_first))) if forms else None
 
     def text(self, text: str) -> str:
         """``text`` with every secret in it replaced by ``***``."""
@@ -113,25 +109,25 @@ class Masker:
             return MASK
         if self._inner is not None:
             text = self._inner.sub(MASK, text)
+        text = _WEB_TOKEN.sub(lambda found: MASK if found["rest"] else found[0], text)
         text = _SHAPES.sub(MASK, text)
         text = _SCHEME_WORD.sub(rf"\1 {MASK}", text)
         text = _USERINFO.sub(f"{MASK}@", text)
-        return _AWS_SECRET.sub(_hide_aws_secret, _hide_assigned(text))
+        # more slashes than chance gives: a path
+        return _AWS_SECRET.sub(lambda found: found[0] if found[0].count("/") > 3 else MASK, _hide_assigned(text))
 
     def argv(self, argv: Iterable[str]) -> list[str]:
         """A command line: the value of an option with a secret name is hidden, joined by ``=`` or following it."""
         masked: list[str] = []
-        hides = ""  # the option with a secret name whose value comes next
+        before = ""  # the option whose value may come next
         for word in argv:
             option = _OPTION.fullmatch(word)
-            if hides and option is None:
-                masked.append(self.text(word) if _is_count(word, hides) else MASK)
-                hides = ""
-                continue
-            name, value = (option["name"], option["value"]) if option is not None else ("", None)
-            secret = looks_secret(name) and not (value and _is_count(value[1:], name))
-            hides = name if secret and value is None else ""
-            masked.append(f"{name}={MASK}" if secret and value is not None else self.text(word))
+            name, value = (before, word) if option is None else (option["name"], (option["value"] or "")[1:])
+            if value and _hides(name, value):
+                masked.append(MASK if option is None else f"{name}={MASK}")
+            else:
+                masked.append(self.text(word))
+            before = name if option is not None and option["value"] is None else ""
         return masked
 
     def value(self, value: object, name: str = "") -> object:
@@ -140,7 +136,8 @@ class Masker:
         Raises:
             TypeError: something else lies in it; objects have no place in what a run writes about itself.
         """
-        if looks_secret(name) and not _harmless(value, name):
+        secrecy = _secrecy(name)
+        if secrecy and not _harmless(value, secrecy):
             return MASK
         if value is None or isinstance(value, bool | int):
             return value
@@ -153,20 +150,19 @@ class Masker:
         if isinstance(value, set | frozenset):
             return [self.value(item) for item in sorted(value, key=str)]
         if isinstance(value, list | tuple):
-            if _is_command_line(value):
-                return self.argv(value)
+            texts = [item for item in value if isinstance(item, str)]
+            if len(texts) == len(value) and any(item.startswith("-") for item in texts):
+                return self.argv(texts)
             return [self.value(item) for item in value]
         raise TypeError(f"{name or 'value'}: plain values only, got {type(value).__name__}")
 
     def _mapping(self, mapping: Mapping[object, object]) -> dict[str, object]:
         masked: dict[str, object] = {}
+        copies: dict[str, int] = {}
         for key, item in mapping.items():
-            name = shown = self.text(str(key))
-            copies = 1
-            while name in masked:  # two names that were both secrets
-                copies += 1
-                name = f"{shown}#{copies}"
-            masked[name] = self.value(item, str(key))
+            shown = self.text(str(key))
+            copies[shown] = copies.get(shown, 0) + 1  # two names that were both secrets
+            masked[shown if copies[shown] == 1 else f"{shown}#{copies[shown]}"] = self.value(item, str(key))
         return masked
 
 
@@ -189,52 +185,31 @@ class MaskingFilter(logging.Filter):
         return True
 
 
-def _forms(secret: str) -> set[str]:
-    """The spellings a value may take inside a URL or a JSON string."""
-    return {secret, quote(secret, safe=""), quote(secret), json.dumps(secret)[1:-1]}
+def _hides(name: str, value: str) -> bool:
+    """Whether ``value`` under ``name`` is a secret; a number under a token-like name says how many, or which."""
+    secrecy = _secrecy(name)
+    return secrecy == 2 or (secrecy == 1 and _NUMBER.fullmatch(value) is None)
 
 
-def _is_command_line(items: list[object] | tuple[object, ...]) -> bool:
-    return all(isinstance(item, str) for item in items) and any(str(item).startswith("-") for item in items)
-
-
-def _harmless(value: object, name: str) -> bool:
-    """Nothing at all, a switch, a count or an id under a token-like name, or a container of such values."""
+def _harmless(value: object, secrecy: int) -> bool:
+    """Nothing at all, a switch, a number under a token-like name, or a container of such values."""
     if value is None or isinstance(value, bool) or value == "":
         return True
-    if _has_secret_word(name):
+    if secrecy == 2:
         return False
-    if isinstance(value, int | float):
-        return True
-    if isinstance(value, Mapping):
-        return all(_harmless(item, name) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(_harmless(item, name) for item in value)
-    return False
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    return isinstance(value, int | float) if items is None else all(_harmless(item, secrecy) for item in items)
 
 
 def _hide_assigned(text: str) -> str:
-    """Hide what is assigned to secret names; a value may hold further names, so all names are looked at."""
+    """Hide what is assigned to secret names; what is assigned to another may hold further names."""
     parts: list[str] = []
     done = 0
     for found in _ASSIGNED.finditer(text):
-        value = _ASSIGNED_VALUE.match(text, found.end())
-        if found.start() < done or value is None or not looks_secret(found["name"]):
+        value = _VALUE.match(text, found.end()) if found.start() >= done and looks_secret(found["name"]) else None
+        mark = value[0][0] if value and value[0][0] in "\"'" else ""
+        if value is None or not value[0].strip(mark) or not _hides(found["name"], value[0].strip(mark)):
             continue
-        bare = value["bare"] or value["quoted"] or ""
-        if not bare or bare.startswith(MASK) or _is_count(bare, found["name"]):
-            continue
-        quote_mark = value["quote"] or ""
-        parts += [text[done : found.end()], quote_mark, MASK, quote_mark]
+        parts += [text[done : found.end()], mark, MASK, mark]
         done = value.end()
     return "".join([*parts, text[done:]])
-
-
-def _hide_aws_secret(match: re.Match[str]) -> str:
-    return match[0] if match[0].count("/") > 3 else MASK  # more slashes than chance gives: a path
-
-
-def _is_count(text: str, name: str) -> bool:
-    """A number under a name that is secret-looking only for its ``token``: how many, or which."""
-    is_number = re.fullmatch(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?", text) is not None
-    return is_number and not _has_secret_word(name)

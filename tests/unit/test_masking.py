@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import string
 from pathlib import PurePosixPath
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.pattern_steps import StepCounter
 
+from liquid_llm import masking
 from liquid_llm.masking import MASK, Masker, MaskingFilter, looks_secret, secret_values
 
 ALNUM = string.ascii_letters + string.digits
@@ -93,9 +96,12 @@ SECRET_NAMES = [
         "APIKEY",
     ),
     *("AWS_SECRET_ACCESS_KEY", "private_key", "private_key_id", "client_secret", "Authorization", "X-Amz-Signature"),
-    *("x-goog-credential", "teacher.token", "key", "mytoken", "GITHUB_PAT", "cookie"),
+    *("x-goog-credential", "teacher.token", "key", "mytoken", "GITHUB_PAT", "cookie", "keys", "pwd", "secret_profile"),
+    *("api_key_value", "max_password_tokens", "x1token", "eos_token_secret", "launchPadToken"),
 ]
 PLAIN_NAMES = [
+    *("num_key_value_heads", "num_key_value_groups", "linear_num_key_heads", "linear_key_head_dim", "key_length"),
+    *("max_tokens", "pad_token_id", "eos_token", "sort_keys", "max_new_tokens", "additional_special_tokens"),
     *("tokenizer", "tokenizer_hash", "TOKENIZERS_PARALLELISM", "keyboard", "eos_token_id", "token_file", "token_uri"),
     *(
         "HF_TOKEN_PATH",
@@ -156,6 +162,8 @@ def test_plain_names(name: str) -> None:
             "use_token": True,
             "token": None,
         },
+        {"num_key_value_heads": 2, "eos_token": "<|endoftext|>", "sort_keys": True, "max_tokens": "5M"},
+        '{"num_key_value_heads": 2, "eos_token": "</s>", "sort_keys": true}',
         {"manifest": "gs://bucket-2/datasets/stage1/manifests/stage1.jsonl", "weight": 0.5},
         {"wheel": "gs://b/flash_attn-2.8.3+cu12torch2.4cxx11abiTRUE-cp310-cp310-linux_x86_64.whl"},
         {"commit": "7190eb0326108989a079c2ca05bb7d15f4b75237", "sha256": "ab" * 32},
@@ -220,3 +228,46 @@ def test_log_lines_and_tracebacks_are_masked(capsys: pytest.CaptureFixture[str])
     assert "s3cret-value" not in said
     assert "p4ss" not in said
     assert "cannot open" in said
+
+
+# --------------------------------------------------------------------------------------------------------- linear time
+
+PATTERNS = {name: one for name, one in vars(masking).items() if isinstance(one, re.Pattern)}
+WHOLE_NAMES = ("_STRONG", "_TOKEN", "_ORDINARY", "_ORDINARY_TOKEN")  # looked for in the words of a name
+ATOMS = [*"aA1_-.=:/@&'\"\\ +", "eyJ", "://", "hf_", "sk-", "ya29.", "AKIA", "token", "key", "Bearer ", "path", "num_"]
+ATOMS += ["-----BEGIN ", "PRIVATE KEY-----", "-----END ", "***"]
+pieces = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=5).map("".join)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@given(before=pieces, pumped=pieces, after=pieces)
+@settings(max_examples=30)
+def test_the_steps_of_a_pattern_grow_as_the_text(name: str, before: str, pumped: str, after: str) -> None:
+    pattern = PATTERNS[name]
+    if name in WHOLE_NAMES:
+        pumped, pattern = "_".join(re.findall("[a-z]+", pumped.lower())) + "_", re.compile(rf"\A(?:{pattern.pattern})")
+    steps = []
+    for length in (80, 160, 320):
+        text, counter = before + pumped * (length // len(pumped)) + after, StepCounter(pattern)
+        assert counter.spans(text) == [found.span() for found in pattern.finditer(text) if found.end() > found.start()]
+        steps.append(counter.steps)
+    assert steps[2] - steps[1] <= 2.5 * (steps[1] - steps[0]) + 600, steps  # quadratic: 4 times
+
+
+def test_the_counter_sees_quadratic_patterns() -> None:
+    """What hid assigned values before began at every letter of a word and read it to its end."""
+    counter = StepCounter(re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*\s*[=:]"))
+    counter.spans("a" * 100)
+    short, counter.steps = counter.steps, 0
+    counter.spans("a" * 400)
+    assert counter.steps > 12 * short
+
+
+def test_a_long_word_is_looked_at_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are looked at by the piece: however they lie, their lengths add up to no more than the text's."""
+    looked, secrecy = [], masking._secrecy
+    monkeypatch.setattr(masking, "_secrecy", lambda name: looked.append(len(name)) or secrecy(name))
+    for text in ("a" * 100_000, "a=" * 50_000, "token=***" * 10_000, "token=5&" * 10_000, "a_token: 'b" * 9_000):
+        looked.clear()
+        Masker().text(text)
+        assert sum(looked) <= 3 * len(text)
