@@ -203,31 +203,24 @@ class StopSignal:
 
     Handlers can only be set from the main thread; elsewhere entering changes nothing and the flag stays down unless
     :meth:`request` is called. Earlier handlers return on exit.
+
+    Attributes:
+        requested: whether a stop was asked for since entering.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+        self.requested = False
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
-    @property
-    def requested(self) -> bool:
-        """Whether a stop was asked for since entering."""
-        return self._received is not None
-
-    @property
-    def name(self) -> str | None:
-        """The first signal received, e.g. ``SIGTERM``."""
-        return None if self._received is None else self._received.name
-
-    def request(self, signum: int = signal.SIGTERM) -> None:
+    def request(self) -> None:
         """Ask for a stop from within the process."""
-        self._received = self._received or signal.Signals(signum)
+        self.requested = True
 
     def __enter__(self) -> StopSignal:
-        self._received, self._interrupts = None, 0
+        self.requested, self._interrupts = False, 0
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
@@ -242,7 +235,7 @@ class StopSignal:
         return False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self.request(signum)
+        self.request()
         if signum == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from liquid_llm.errors import CheckpointError
 from liquid_llm.versions import CURRENT, read_versions
@@ -113,8 +114,7 @@ class CheckpointMetadata:
                 expected=FORMAT_VERSION,
                 remedy="use the release of liquid-llm that wrote it, or give the exported student/ folder instead",
             )
-        named = {one.name for one in fields(cls)} - {"versions"}
-        checked = {name: _checked(name, values, where) for name in named}
+        checked = {name: _checked(name, values, where) for name in _TYPES}
         return cls(**checked, versions=_versions(values.get("versions"), where))
 
 
@@ -125,52 +125,36 @@ def _versions(value: object, where: object) -> dict[str, int]:
         raise _wrong_value("versions", value, "an object of names and whole numbers from 1", where) from error
 
 
-_Kinds = tuple[type, ...]
-_TEXT: _Kinds = (str,)
-_COUNT: _Kinds = (int,)
-_NUMBER: _Kinds = (int, float)
-_OBJECT: _Kinds = (dict,)
-_NONE: _Kinds = (type(None),)
+# what a field's annotation asks of a value that was read
+_EXPECTED: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    int: (lambda value: isinstance(value, int) and value >= 0, "a whole number, at least 0"),
+    float: (lambda value: isinstance(value, int | float), "a number"),
+    str: (lambda value: isinstance(value, str), "text"),
+    Mapping: (lambda value: isinstance(value, dict), "an object"),
+    tuple: (
+        lambda value: isinstance(value, list | tuple) and all(type(one) is int for one in value),
+        "a list of whole numbers",
+    ),
+    type(None): (lambda value: value is None, "null"),
+}
 
-_TYPES: dict[str, tuple[_Kinds, str]] = {
-    "step": (_COUNT, "a whole number, at least 0"),
-    "tokens_seen": (_COUNT, "a whole number, at least 0"),
-    "block_size": (_COUNT, "a whole number, at least 0"),
-    "kd_alpha": (_NUMBER, "a number"),
-    "kd_temperature": (_NUMBER, "a number"),
-    "alpha_schedule": (_TEXT + _NONE, "text or null"),
-    "temp_schedule": (_TEXT + _NONE, "text or null"),
-    "schedule_state": (_OBJECT, "an object"),
-    "grad_accum": (_COUNT, "a whole number, at least 0"),
-    "warmup_steps": (_COUNT, "a whole number, at least 0"),
-    "lr": (_NUMBER, "a number"),
-    "lr_peak": (_NUMBER + _NONE, "a number or null"),
-    "positional_embedding": (_TEXT, "text"),
-    "rope_scale": (_NUMBER + _NONE, "a number or null"),
-    "eval_ctx_lens": ((list, tuple), "a list of whole numbers"),
-    "student": (_OBJECT, "an object"),
-    "tokenizer_hash": (_TEXT, "text"),
-    "data_position": (_COUNT, "a whole number, at least 0"),
-    "best_val_loss": (_NUMBER + _NONE, "a number or null"),
-    "created": (_TEXT, "text"),
-    "run": (_OBJECT, "an object"),
-    "sha256": (_TEXT + _NONE, "text or null"),
-    "format_version": (_COUNT, "a whole number"),
+
+# for each field the types its annotation allows: ``float | None`` -> float, NoneType
+_TYPES = {
+    name: tuple(get_origin(one) or one for one in (get_args(hint) if get_origin(hint) is UnionType else (hint,)))
+    for name, hint in get_type_hints(CheckpointMetadata).items()
+    if name != "versions"
 }
 
 
 def _checked(name: str, values: Mapping[str, Any], where: object) -> Any:
-    kinds, words = _TYPES[name]
+    types = _TYPES[name]
+    expected = " or ".join(_EXPECTED[one][1] for one in types)
     if name not in values:
-        raise CheckpointError(f"metadata field {name} is missing", where=where, expected=words, remedy=_REMEDY)
+        raise CheckpointError(f"metadata field {name} is missing", where=where, expected=expected, remedy=_REMEDY)
     value = values[name]
-    right = isinstance(value, kinds) and not isinstance(value, bool)
-    if kinds == _COUNT:
-        right = right and value >= 0
-    if name == "eval_ctx_lens":
-        right = right and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-    if not right:
-        raise _wrong_value(name, value, words, where)
+    if isinstance(value, bool) or not any(_EXPECTED[one][0](value) for one in types):
+        raise _wrong_value(name, value, expected, where)
     return value
 
 

@@ -155,11 +155,9 @@ class CheckpointStore:
         """The complete checkpoint with the highest step, its hash verified, or None."""
         return latest_checkpoint(self.run_dir, self._say)
 
-    def load(self, source: CheckpointInfo | Path) -> tuple[dict[str, Any], CheckpointMetadata]:
-        """State and metadata of a checkpoint of this store or of any checkpoint file; see ``read_checkpoint``."""
-        if isinstance(source, CheckpointInfo):
-            return read_checkpoint(source.path, source.metadata)
-        return read_checkpoint(source)
+    def load(self, info: CheckpointInfo) -> tuple[dict[str, Any], CheckpointMetadata]:
+        """State and metadata of a checkpoint of this store; see ``read_checkpoint``."""
+        return read_checkpoint(info.path, info.metadata)
 
     def set_aside(self) -> Path | None:
         """Move every checkpoint into a folder of its own (for ``--restart``); None when there is none."""

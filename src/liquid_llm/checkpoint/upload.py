@@ -74,7 +74,7 @@ class Uploader:
         log: Log = _log.warning,
     ) -> None:
         self._dir = run_dir
-        self._watched = list(watched)
+        self._watched = tuple(watched)
         self._every = every_seconds
         self._retry_after = retry_seconds
         self._say = log
@@ -100,14 +100,6 @@ class Uploader:
             for name in info.names:
                 self._waiting.pop(name, None)  # to the end of the queue
                 self._waiting[name] = self._checkpoint_job(name, info.metadata)
-            self._changed.notify_all()
-
-    def enqueue(self, path: Path) -> None:
-        """Have a further file or folder of the run directory sent, now and whenever it changes. Returns at once."""
-        if self._thread is None:
-            return
-        with self._changed:
-            self._watched.append(path.relative_to(self._dir).as_posix())
             self._changed.notify_all()
 
     def close(self, deadline_seconds: float = 900.0) -> None:
@@ -209,9 +201,7 @@ class Uploader:
             self._unstage()
 
     def _send_watched(self) -> None:
-        with self._changed:
-            watched = tuple(self._watched)
-        for name in self._mirror.changed_files(watched):
+        for name in self._mirror.changed_files(self._watched):
             if name not in self._failed:  # what failed waits for its time
                 self._attempt(name, _Job(partial(self._mirror.send_file, name)))
 

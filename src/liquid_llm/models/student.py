@@ -15,7 +15,6 @@ vocabularies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,11 +108,8 @@ def build_student(
     bos_id: int,
     eos_id: int,
     block_size: int,
-    rope_scale: float | None = None,
     seed: int,
-    attention: str = "sdpa",
     token: str | None = None,
-    report: Callable[[str], None] | None = None,
 ) -> Any:
     """A student in float32 and training mode, dropout off, that supports sequences of ``block_size`` tokens.
 
@@ -124,26 +120,21 @@ def build_student(
             more (a padded embedding) but not fewer.
         bos_id, eos_id: kept in its configuration for generation.
         block_size: tokens in the longest sequence it will see.
-        rope_scale: see ``positions.fit_positions``.
         seed: of the random weights; the global generators are neither read nor moved.
-        attention: transformers' ``attn_implementation``.
         token: Hugging Face token.
-        report: is told what was done to the positions.
 
     Raises:
         ModelError: an unknown spec, a model that cannot be opened or distilled, a vocabulary that is too small, or
             positions it cannot be given.
     """
     if _is_configuration(spec):
-        model = _from_configuration(spec, vocab_size, bos_id, eos_id, seed, attention)
+        model = _from_configuration(spec, vocab_size, bos_id, eos_id, seed)
     else:
-        model = _from_weights(spec, vocab_size, bos_id, eos_id, attention, token)
+        model = _from_weights(spec, vocab_size, bos_id, eos_id, token)
     if model.generation_config is not None:
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         model.generation_config.update(**ids)
-    description = fit_positions(model, block_size, rope_scale)
-    if report is not None:
-        report(description)
+    fit_positions(model, block_size)
     with quiet_transformers():
         check_causality(model)
         check_output_head(model)
@@ -170,7 +161,7 @@ def student_config(spec: str, *, vocab_size: int, bos_id: int, eos_id: int, toke
     return config
 
 
-def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int, attention: str) -> Any:
+def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = student_config(spec, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
@@ -180,7 +171,7 @@ def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, se
         quiet_transformers(),
     ):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     return model
 
@@ -213,13 +204,11 @@ def _student_source(spec: str, token: str | None) -> Source:
         ) from error
 
 
-def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attention: str, token: str | None) -> Any:
+def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, token: str | None) -> Any:
     source = _student_source(spec, token)
     config = open_config(source, spec, token)
     _prepare(config, bos_id, eos_id)
-    model = open_weights(
-        source, spec, dtype=torch.float32, device="cpu", attention=attention, token=token, config=config
-    )
+    model = open_weights(source, spec, dtype=torch.float32, device="cpu", attention="sdpa", token=token, config=config)
     _prepare(model.config, bos_id, eos_id)
     available = model.get_output_embeddings().weight.shape[0]
     if available < vocab_size:
@@ -234,7 +223,11 @@ def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, attentio
 
 
 def _prepare(config: Any, bos_id: int, eos_id: int) -> None:
-    """Dropout off, the tokenizer's special ids, and no token for padding (its embedding row would be kept at zero)."""
+    """Dropout off, the tokenizer's special ids, and no token for padding (its embedding row would be kept at zero).
+
+    Where the configuration was read is forgotten: a checkpoint and an exported student name no folder of this machine.
+    """
+    config.name_or_path = ""
     text = config.get_text_config(decoder=True)
     for name, value in vars(text).items():
         if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -98,8 +98,8 @@ def test_data_is_written_once(store: CheckpointStore) -> None:
 def test_moving_a_name_leaves_the_others_alone(store: CheckpointStore) -> None:
     save(store, 1, "last", "best")
     save(store, 2, "last")
-    assert store.load(store.run_dir / "best.pt")[0]["step"] == 1
-    assert store.load(store.run_dir / "last.pt")[0]["step"] == 2
+    assert discovery.read_checkpoint(store.run_dir / "best.pt")[0]["step"] == 1
+    assert discovery.read_checkpoint(store.run_dir / "last.pt")[0]["step"] == 2
 
 
 def test_giving_the_same_name_twice_changes_nothing(store: CheckpointStore) -> None:
@@ -123,7 +123,7 @@ def test_copies_stand_in_where_links_are_impossible(store: CheckpointStore, monk
     save(store, 1, "last", "best")
     save(store, 2, "last")
     assert sorted(complete_in(store.run_dir)) == ["best", "last", "step-00000001", "step-00000002"]
-    assert store.load(store.run_dir / "best.pt")[0]["step"] == 1
+    assert discovery.read_checkpoint(store.run_dir / "best.pt")[0]["step"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ retention
@@ -139,7 +139,7 @@ def test_the_newest_snapshots_are_kept_and_named_data_survives(store: Checkpoint
         for name in ("best", "last", "step-00000003", "time-20260101T000004Z")
         for suffix in (".meta.json", ".pt")
     ]
-    assert store.load(store.run_dir / "best.pt")[0]["step"] == 1
+    assert discovery.read_checkpoint(store.run_dir / "best.pt")[0]["step"] == 1
 
 
 def test_two_snapshots_of_one_step_are_two(store: CheckpointStore) -> None:
@@ -259,7 +259,7 @@ def test_a_sidecar_of_another_file_is_refused_on_load(store: CheckpointStore) ->
     one, two = save(store, 1), save(store, 2)
     (store.run_dir / f"{one.name}.meta.json").write_bytes((store.run_dir / f"{two.name}.meta.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"sidecar does not belong to this file; got .*; expected .*\. .*\."):
-        store.load(one.path)
+        discovery.read_checkpoint(one.path)
 
 
 def test_a_sidecar_with_other_values_is_refused_on_load(store: CheckpointStore) -> None:
@@ -267,13 +267,13 @@ def test_a_sidecar_with_other_values_is_refused_on_load(store: CheckpointStore) 
     sidecar = store.run_dir / f"{info.name}.meta.json"
     sidecar.write_text(sidecar.read_text().replace('"block_size": 512', '"block_size": 1024'))
     with pytest.raises(CheckpointError, match="other metadata"):
-        store.load(info.path)
+        discovery.read_checkpoint(info.path)
 
 
 def test_a_state_dict_is_no_checkpoint_of_a_run(store: CheckpointStore) -> None:
     torch.save({"w": torch.ones(2)}, store.run_dir / "bare.pt")
     with pytest.raises(CheckpointError, match=r"bare\.pt.*not a checkpoint.*resume_gcs_uri"):
-        store.load(store.run_dir / "bare.pt")
+        discovery.read_checkpoint(store.run_dir / "bare.pt")
 
 
 def test_a_checkpoint_without_a_student_is_refused(store: CheckpointStore) -> None:

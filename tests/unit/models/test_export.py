@@ -9,6 +9,7 @@ from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liquid_llm.models.export import save_student
+from liquid_llm.models.positions import fit_positions
 from liquid_llm.models.student import build_student
 
 FRESH_PROCESS = """
@@ -27,7 +28,8 @@ print(json.dumps({"logits": logits, "text": tokenizer.decode(written)}))
 @pytest.mark.parametrize("preset", ["liquid-test"])
 def test_a_saved_student_opens_and_generates_in_a_fresh_process(preset, tmp_path):
     tokenizer = tiny_tokenizer()
-    student = build_student(preset, vocab_size=512, bos_id=0, eos_id=0, block_size=64, rope_scale=2.0, seed=1)
+    student = build_student(preset, vocab_size=512, bos_id=0, eos_id=0, block_size=64, seed=1)
+    fit_positions(student, 64, rope_scale=2.0)
     folder = save_student(student, tokenizer, tmp_path / "run" / "student")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(

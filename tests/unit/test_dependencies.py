@@ -1,0 +1,36 @@
+"""What the project imports is what pyproject.toml declares."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.support.sources import imports, is_standard_library, module_files, parse
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+OURS = ("liquid_llm", "trainer", "stage1_hybrid")
+PACKAGES = {
+    "yaml": "pyyaml",
+    "google": "google-auth",
+    "huggingface_hub": "huggingface-hub",
+}  # where module and package differ
+NOT_IMPORTED = {
+    "gguf": "transformers reads GGUF files with it",
+    "tensorboard": "torch.utils.tensorboard writes event files with it",
+}
+
+
+def declared() -> set[str]:
+    """Names of ``[project] dependencies`` (Python 3.10 has no reader for the format)."""
+    (block,) = re.findall(r"^dependencies = \[\n(.*?)^\]", PYPROJECT.read_text(encoding="utf-8"), re.M | re.S)
+    return {re.split(r"[\[<>=~! ]", line.strip().strip('",'), maxsplit=1)[0] for line in block.splitlines()}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    found = [one for name, path in module_files().items() for one in imports(name, parse(path), set())]
+    modules = {one.name.partition(".")[0] for one in found}
+    foreign = {name for name in modules if name not in OURS and not is_standard_library(name)}
+    packages = {PACKAGES.get(name, name) for name in foreign}
+    assert packages - declared() == set(), "imported and not declared"
+    assert declared() - packages - NOT_IMPORTED.keys() == set(), "declared and not imported"
+    assert declared() >= NOT_IMPORTED.keys()
