@@ -1,16 +1,34 @@
-"""Files and functions stay small enough to read in one go."""
+"""Files and functions stay small enough to read in one go; what a command does has tests of its own."""
 
 from __future__ import annotations
 
 import ast
 
-from tests.support.sources import SOURCE, module_files, parse
+from tests.support.sources import REPOSITORY, SOURCE, module_files, parse
 
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
 # ``path`` or ``path::function`` -> why it may be longer. Empty, and meant to stay so.
 LONGER: dict[str, str] = {}
+
+# Modules of ``jobs`` and ``wiring`` without a unit test: what they do shows in whole commands alone, in these tests.
+WALKED = {
+    "jobs/capture": "integration/test_hybrid_run.py",
+    "jobs/dry_run": "integration/test_hybrid_run.py",
+    "jobs/memory": "integration/test_memory_command.py",
+    "jobs/prepare": "integration/test_prepare.py",
+    "jobs/store": "integration/test_store_command.py",
+    "jobs/train": "integration/test_hybrid_run.py",
+    "wiring/inputs": "integration/test_prepare.py",
+    "wiring/parts": "integration/test_hybrid_run.py",
+    "wiring/recorder": "integration/test_hybrid_run.py",
+    "wiring/shapes": "integration/test_memory_command.py",
+    "wiring/start": "integration/test_annealing_resume.py",
+    "wiring/students": "integration/test_annealing.py",
+    "wiring/tokenizers": "integration/test_hybrid_run.py",
+    "wiring/tokens": "integration/test_hf_token.py",
+}
 
 FILES = {str(path.relative_to(SOURCE)): path for path in module_files().values()}
 
@@ -53,3 +71,16 @@ def test_a_long_function_is_seen() -> None:
     words = '        """One\n        two."""'
     tree = ast.parse(f"class A:\n    def long(self):\n{words}\n{body}\n    def short(self):\n{words}\n        pass\n")
     assert long_functions(tree) == {"long": MAX_FUNCTION_LINES + 1}
+
+
+def test_every_job_and_its_wiring_is_tested_where_it_is_said() -> None:
+    modules = {name.removeprefix("liquid_llm/").removesuffix(".py") for name in FILES if not name.endswith("__.py")}
+    there = {module for module in modules if module.startswith(("jobs/", "wiring/"))}
+    tests = REPOSITORY / "tests"
+    own = {
+        module for module in there if (tests / "unit" / module).with_name(f"test_{module.split('/')[-1]}.py").is_file()
+    }
+    assert there - own == set(WALKED), (
+        "a module with a unit test is struck off, one without is added with what walks it"
+    )
+    assert not [test for test in WALKED.values() if not (tests / test).is_file()]

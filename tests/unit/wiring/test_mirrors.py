@@ -75,8 +75,3 @@ def test_a_finished_run_sends_what_its_mirrors_lack_and_nothing_twice(
         send_what_is_lacking(place)
     assert ["memory://mirror/run lacks 1 files" in line for line in caplog.messages] == [True]
     assert storage.read_bytes("memory://mirror/run/metrics.jsonl") == b"a line more"
-
-
-def test_a_folder_that_the_run_never_made_is_no_trouble(place: Place, tmp_path: Path) -> None:
-    send_what_is_lacking(Place(tmp_path / "empty", "memory://mirror/other", tensorboard="memory://events"))
-    assert not fsspec.filesystem("memory").store
