@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.models import tiny_model
 from tests.support.teachers import IDENTITY, ListSource, make_samples
 from tests.support.tiny import VOCAB_SIZE, Tiny, build
 
 from liquid_llm.capture.job import capture
+from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.data.loader import WeightedDataset
 from liquid_llm.errors import SignalError, UsageError
@@ -22,6 +24,8 @@ from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.stored import StoredTeacher
 from liquid_llm.teachers.teacher import TeacherSetup
 from liquid_llm.wiring.inputs import Inputs
+from liquid_llm.wiring.shapes import known_models
+from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.teachers import RunTeachers, make_teacher, make_teachers
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -133,3 +137,22 @@ def test_a_teacher_that_cannot_see_so_long_a_context_is_refused(tiny: Tiny, text
     config = hybrid(lm_teacher_id=str(tiny.teacher), mc_teacher_id="t", block_size=257)
     with pytest.raises(UsageError, match=r"cannot see so long a context.*got 257; expected at most 256"):
         teachers_of(config, text, "lm")
+
+
+def test_of_two_online_teachers_the_larger_is_worked_out_and_the_other_is_held(tiny: Tiny, text: TextTools) -> None:
+    small = tiny.root / "small"
+    model = tiny_model("gpt2", VOCAB_SIZE, n_layer=1)
+    model.save_pretrained(small)
+    text.tokenizer.save_pretrained(small)
+    config = hybrid(
+        lm_teacher_id=str(small),
+        mc_teacher_id="t",
+        student="llama-test",
+        sources={"code": {"teacher": f"online:{tiny.teacher}"}},
+    )
+    found = known_models(config, Start("fresh", ResumeSource({}, "")), text, CPU, None, None)
+    assert found.teacher is not None
+    assert found.teacher.config["model_type"] == "llama"
+    assert found.held_bytes == 4 * sum(one.numel() for one in model.parameters())
+    one = hybrid(lm_teacher_id=str(tiny.teacher), mc_teacher_id="t", student="llama-test", math_logits_dir="x")
+    assert known_models(one, Start("fresh", ResumeSource({}, "")), text, CPU, None, None).held_bytes == 0
