@@ -13,6 +13,7 @@ objective; the reference options are spellings of the same.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -127,10 +128,15 @@ def read_sources(value: object) -> dict[str, dict[str, Any]]:
         if unknown:
             raise ValueError(f"{type}: unknown key {unknown[0]!r}, expected {', '.join(_FIELDS)}")
         try:
-            found[str(type)] = {name: _FIELDS[name](one) for name, one in fields.items() if one is not None}
+            found[str(type)] = {name: _FIELDS[name](one) for name, one in fields.items() if not is_blank(one)}
         except (TypeError, ValueError) as error:
             raise ValueError(f"{type}: {error}") from None
     return found
+
+
+def is_blank(value: object) -> bool:
+    """Whether a value of a configuration file means that nothing is given."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _word(name: str, choices: tuple[str, ...]) -> Callable[[object], str]:
@@ -144,9 +150,13 @@ def _word(name: str, choices: tuple[str, ...]) -> Callable[[object], str]:
 
 def _number(name: str, fits: Callable[[float], bool], expected: str) -> Callable[[object], float]:
     def read(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-            raise ValueError(f"{name}: got {value!r}, expected {expected}")
-        return float(value)
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise ValueError(f"{name}: got {value}, expected {expected}")
+        return number
 
     return read
 
@@ -155,7 +165,7 @@ _FIELDS: dict[str, Callable[[Any], object]] = {
     "teacher": lambda value: read_spec(str(value).strip()),
     "layout": _word("layout", LAYOUTS),
     "alpha": _number("alpha", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "temperature": _number("temperature", lambda value: 0 < value < float("inf"), "a number above 0"),
+    "temperature": _number("temperature", lambda value: 0 < value < math.inf, "a number above 0"),
     "divergence": _word("divergence", tuple(DIVERGENCES)),
 }
 

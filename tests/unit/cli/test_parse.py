@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.cli.parse import expand_date, normalise, parse, value_of
+from liquid_llm.cli.parse import Place, converter, expand_date, normalise, parse
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, Option, options_of
 
+GPU_MEMORY = Option("gpu_memory", "size", "run", "gpu_memory", None, "how much", minimum=1)
+
 
 def read(face, *argv):
-    return parse(face, list(argv), "prog", "what it does")
+    return parse(options_of(face), list(argv), "prog", "what it does", face=face)
 
 
 @pytest.mark.parametrize("face", EVERY)
@@ -84,25 +86,33 @@ def test_a_batch_is_a_number_or_auto_and_a_number_alone_for_capture():
     ],
 )
 def test_sizes_of_memory(text, size):
-    assert value_of("size")(text) == size
+    assert converter(GPU_MEMORY)(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "22 GiBs", "22 bananas", "1,5GB", "22528"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="22GiB, 24GB or 22528MiB"):
-        value_of("size")(text)
+        converter(GPU_MEMORY)(text)
 
 
 def test_a_command_may_take_more_than_its_face(tmp_path):
-    more = Option("gpu_memory", "size", "run", "gpu_memory", None, "how much", minimum=1)
+    options = (GPU_MEMORY, *options_of(TRAIN))
     (tmp_path / "run.yaml").write_text("gpu_memory: 2MiB\nseed: 4\n")
     words = [f"--config={tmp_path / 'run.yaml'}", "--seed=3"]
-    assert parse(TRAIN, words, "prog", "", [more]) == {"gpu_memory": 2**21, "seed": 3}
-    assert parse(TRAIN, ["--gpu-memory=1MiB", "--seed=3"], "prog", "", [more]) == {"gpu_memory": 2**20, "seed": 3}
+    assert parse(options, words, "prog", "") == {"gpu_memory": 2**21, "seed": 3}
+    assert parse(options, ["--gpu-memory=1MiB", "--seed=3"], "prog", "") == {"gpu_memory": 2**20, "seed": 3}
     with pytest.raises(UsageError, match="Did you mean --gpu_memory"):
-        parse(TRAIN, ["--gpu_memry=1"], "prog", "", [more])
+        parse(options, ["--gpu_memry=1"], "prog", "")
     with pytest.raises(UsageError, match="unknown option --gpu_memory"):
         read(TRAIN, "--gpu_memory=1")
+
+
+def test_places_must_all_be_there_and_are_no_options():
+    places = [Place("source", "SRC", "from"), Place("target", "DST", "to")]
+    assert parse((), ["a-b", "c"], "prog", "", places=places) == {"source": "a-b", "target": "c"}
+    for words, message in (([], "SRC, DST"), (["a", ""], "DST: got ''"), (["a", "b", "c"], "unexpected word")):
+        with pytest.raises(UsageError, match=message):
+            parse((), words, "prog", "", places=places)
 
 
 def test_lists_are_comma_separated():
@@ -226,9 +236,9 @@ def test_the_command_line_wins_over_a_file_however_a_teacher_is_spelled(tmp_path
         ("{lm: gs://b}", "lm: got 'gs://b'"),
         ("{lm: {alpa: 1}}", "lm: unknown key 'alpa'"),
         ("{lm: {alpha: 1.5}}", "lm: alpha: got 1.5"),
-        ("{lm: {alpha: yes}}", "lm: alpha: got True"),
+        ("{lm: {alpha: yes}}", "lm: alpha: got yes"),
         ("{lm: {temperature: 0}}", "lm: temperature: got 0"),
-        ("{lm: {temperature: .inf}}", "lm: temperature: got inf"),
+        ("{lm: {temperature: .inf}}", "lm: temperature: got .inf"),
         ("{lm: {layout: rows}}", "blocks, samples"),
         ("{lm: {divergence: backward}}", "forward_kl"),
         ("{lm: {teacher: 'online:'}}", "expected a URI"),
@@ -244,12 +254,43 @@ def test_sources_that_cannot_be_used_are_refused_by_type(tmp_path, text, message
 
 
 @pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("alpha_schedule: 0:30", "0:30"),  # a time of day in YAML 1.1
+        ("student: 010", "010"),
+        ("dataset_config: 2026-01-02", "2026-01-02"),
+        ("student: yes", "yes"),
+        ("student: 'null'", "null"),
+        ("reset_optim: yes", True),
+        ("lr: 1e-3", 1e-3),
+        ("lr: 1", 1.0),
+    ],
+)
+def test_a_plain_word_of_a_file_is_what_is_written(tmp_path, line, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(line)
+    assert list(read(ANNEAL, f"--config={path}").values()) == [value]
+
+
+@pytest.mark.parametrize("nothing", ["", "null", "~", "Null", "''", "'  '"])
+def test_null_and_blank_mean_not_given(tmp_path, nothing):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"resume_gcs_uri: {nothing}\nlr: 1\nsources:\n  lm: {{alpha: {nothing}, temperature: 2}}\n")
+    assert read(TRAIN, f"--config={path}") == {"lr": 1.0, "sources": {"lm": {"temperature": 2.0}}}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("grad_acum: 4", "Did you mean --grad_accum"),
         ("grad_accum: many", "a whole number"),
         ("- 1", "mapping"),
         ("a: [", "YAML"),
+        ("lr: 1\nseed: 2\nlr: 3", "a key is given twice; got lr"),
+        ("grad-accum: 1\ngrad_accum: 1", "an option is given twice; got grad-accum and grad_accum"),
+        ("lr: {a: 1}", "got a mapping"),
+        ("sources: {lm: {alpha: 1}, lm: {alpha: 0}}", "a key is given twice; got lm"),
+        ("no_such:", "unknown option --no_such"),
     ],
 )
 def test_a_bad_configuration_file_is_refused_by_name(tmp_path, text, message):
