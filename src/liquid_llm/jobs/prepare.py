@@ -109,10 +109,9 @@ def prepare_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda 
         )
     catalog = _find_catalog(config)
     if catalog is None:
-        asked = (("prepare_data=force", config.prepare == "force"), ("prep_toolkit_zip_uri", config.toolkit_uri))
-        for option, given in asked:
-            if given:
-                raise UsageError("no datasets are known", where=f"--{option}", remedy="give --datasets_yaml")
+        if config.prepare == "force" or config.toolkit_uri is not None:
+            option = "prepare_data=force" if config.prepare == "force" else "prep_toolkit_zip_uri"
+            raise UsageError("no datasets are known", where=f"--{option}", remedy="give --datasets_yaml")
         return RunData(_read_entries(config.manifest, wanted, None, {}))
     manifest = to_absolute(config.manifest)
     paths = [entry.path for entry in read_manifest(manifest)] if storage.exists(manifest) else []
@@ -185,10 +184,9 @@ def _read_entries(
         raw = next((one for one in catalog.datasets.values() if one.names_input(entry.path)), None)
         named = [raw] if raw else [one for one in catalog.datasets.values() if one.names_shards(entry.path)]
         for dataset in named:
-            _require_type(dataset, entry)
             if dataset.name not in states:
                 states[dataset.name] = _find_state(dataset, None)
-            _require_complete(dataset, states[dataset.name], catalog, entry)
+            _require_usable(dataset, states[dataset.name], catalog, entry)
         if raw is not None:
             log.info("%s: %s stands for %s", entry.where, entry.path, raw.shards)
         path = raw.shards if raw is not None else entry.path
@@ -199,17 +197,10 @@ def _read_entries(
     return list(found.values())
 
 
-def _require_type(dataset: Dataset, entry: ManifestEntry) -> None:
+def _require_usable(dataset: Dataset, state: State, catalog: Catalog, entry: ManifestEntry) -> None:
     if entry.type != dataset.type:
-        raise DataError(
-            f"the line's type is not that of the dataset {dataset.name}",
-            where=entry.where,
-            got=entry.type,
-            expected=dataset.type,
-        )
-
-
-def _require_complete(dataset: Dataset, state: State, catalog: Catalog, entry: ManifestEntry) -> None:
+        problem = f"the line's type is not that of the dataset {dataset.name}"
+        raise DataError(problem, where=entry.where, got=entry.type, expected=dataset.type)
     if state.status == "incomplete":
         raise DataError(
             f"the dataset {dataset.name} is not prepared",

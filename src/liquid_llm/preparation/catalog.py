@@ -35,7 +35,6 @@ DEFAULT_SHARD_BYTES = 128 * 2**20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = ("type", "in", "out", "manifest", "weight", "format", "field", "members", "shard_bytes")
-_GLOB_PIECES = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?[^\[\]/]+\])")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
@@ -86,12 +85,12 @@ class Dataset:
     def names_input(self, path: str) -> bool:
         """Whether ``path`` is one of the inputs or matches one of their globs."""
         path = to_absolute(path)
-        return any(matches(path, pattern) for pattern in self.inputs)
+        return any(storage.matches(path, pattern) for pattern in self.inputs)
 
     def names_shards(self, path: str) -> bool:
         """Whether ``path`` is the glob of the shards, or would match them."""
         path = to_absolute(path)
-        return path == self.shards or matches(storage.join(self.out, self.shard_name(0, 0)), path)
+        return path == self.shards or storage.matches(storage.join(self.out, self.shard_name(0, 0)), path)
 
 
 @dataclass(frozen=True)
@@ -107,19 +106,6 @@ def to_absolute(path: str, folder: str = "") -> str:
     """``path``, relative to ``folder``, as it is named from anywhere, so that two spellings can be compared."""
     uri = storage.resolve(path.strip(), folder)
     return uri if storage.is_remote(uri) else os.path.abspath(storage.local_path(uri))
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether a glob (``*`` and ``?`` within a folder, ``**`` across folders, ``[…]``) would find ``path``."""
-    if path == pattern:
-        return True
-    words = []
-    for piece in _GLOB_PIECES.split(pattern):
-        known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(piece)
-        if known is None and _GLOB_PIECES.fullmatch(piece):
-            known = re.sub(r"^\[!", "[^", piece).replace("\\", r"\\")
-        words.append(re.escape(piece) if known is None else known)
-    return re.fullmatch("".join(words), path, re.DOTALL) is not None
 
 
 def read_catalog(uri: str) -> Catalog:
@@ -139,10 +125,10 @@ def read_catalog(uri: str) -> Catalog:
     if not isinstance(loaded, Mapping) or not loaded:
         got = "nothing" if not loaded else type(loaded).__name__
         raise UsageError("not a mapping of datasets", where=uri, got=got, expected="name: {type, in, out} entries")
-    folder = posixpath.dirname(to_absolute(uri))
-    datasets = {str(name): _dataset(str(name), entry, folder, f"{uri}: {name}") for name, entry in loaded.items()}
+    folder, plain = posixpath.dirname(to_absolute(uri)), {str(name): entry for name, entry in loaded.items()}
+    datasets = {name: _dataset(name, entry, folder, f"{uri}: {name}") for name, entry in plain.items()}
     _require_apart(list(datasets.values()), uri)
-    return Catalog(uri, datasets, {str(name): entry for name, entry in loaded.items()})
+    return Catalog(uri, datasets, plain)
 
 
 def choose(catalog: Catalog, names: Iterable[str]) -> list[Dataset]:
@@ -154,9 +140,8 @@ def choose(catalog: Catalog, names: Iterable[str]) -> list[Dataset]:
     wanted = list(names)
     for name in wanted:
         if name not in catalog.datasets:
-            near = difflib.get_close_matches(name, catalog.datasets, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"use some of {', '.join(catalog.datasets)}"
-            raise UsageError("no dataset of that name", where=catalog.uri, got=repr(name), remedy=remedy)
+            near = difflib.get_close_matches(name, catalog.datasets, n=1) or catalog.datasets
+            raise UsageError("no dataset of that name", where=catalog.uri, got=repr(name), expected=" or ".join(near))
     return [dataset for name, dataset in catalog.datasets.items() if not wanted or name in wanted]
 
 
@@ -167,10 +152,8 @@ def _dataset(name: str, entry: Any, folder: str, where: str) -> Dataset:
         raise UsageError("not a mapping", where=where, got=repr(entry)[:80], expected="type, in and out")
     for key in entry:
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            raise UsageError(
-                "unknown key", where=where, got=repr(key), expected=near[0] if near else f"one of {', '.join(_KEYS)}"
-            )
+            near = difflib.get_close_matches(str(key), _KEYS, n=1) or _KEYS
+            raise UsageError("unknown key", where=where, got=repr(key), expected=" or ".join(near))
     missing = [key for key in ("type", "in", "out") if not entry.get(key)]
     if missing:
         raise UsageError(f"no {' and no '.join(missing)}", where=where, expected="type, in and out")

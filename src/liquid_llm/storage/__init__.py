@@ -57,6 +57,7 @@ __all__ = [
     "list_files",
     "local_path",
     "locked",
+    "matches",
     "open_read",
     "publish",
     "publish_folder",
@@ -193,6 +194,16 @@ def glob(uri: str) -> list[str]:
         return sorted(_full_uri(fs, base, name) for name in files)
 
     return with_backend(uri, look)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether ``glob(pattern)`` would find a file at ``path``."""
+    from fsspec.utils import glob_translate
+
+    try:
+        return path == pattern or re.match(glob_translate(pattern), path) is not None
+    except ValueError:  # no pattern: ** beside other letters
+        return False
 
 
 def list_files(uri_dir: str) -> list[FileInfo]:

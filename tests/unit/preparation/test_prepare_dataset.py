@@ -25,7 +25,7 @@ from tests.support.raw_inputs import RAW, jsonl
 from liquid_llm.data.manifest import read_manifest
 from liquid_llm.data.records import read_records
 from liquid_llm.errors import DataError, UsageError
-from liquid_llm.preparation.catalog import Dataset, matches, read_catalog
+from liquid_llm.preparation.catalog import Dataset, read_catalog
 from liquid_llm.preparation.dataset import MAX_REJECTS, fingerprints, input_files, prepare, read_complete
 from liquid_llm.preparation.manifest_lines import write_line
 from liquid_llm.preparation.shards import Seen
@@ -331,25 +331,6 @@ def test_paths_are_relative_to_the_catalog_and_may_be_urls(tmp_path: Path) -> No
     assert dataset.inputs == (f"{tmp_path}/raw/x", "gs://b/raw/*.gz")
     assert dataset.shards == f"{tmp_path.parent}/shards/a-*.jsonl"
     assert dataset.manifest == f"{tmp_path}/m.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("path", "pattern", "found"),
-    [
-        ("/a/b.gz", "/a/*.gz", True),
-        ("/a/c/b.gz", "/a/*.gz", False),
-        ("/a/c/b.gz", "/a/**/*.gz", True),
-        ("/a/b.gz", "/a/**/*.gz", True),
-        ("/a/b1.gz", "/a/b[0-4].gz", True),
-        ("/a/b9.gz", "/a/b[!0-4].gz", True),
-        ("/a/b9.gz", "/a/b[0-4].gz", False),
-        ("/a/b9.gz", "/a/b?.gz", True),
-        ("/a/bXgz", "/a/b.gz", False),
-        ("/a/part-0*.gz", "/a/*.gz", True),
-    ],
-)
-def test_a_path_is_matched_as_a_glob_would_find_it(path: str, pattern: str, found: bool) -> None:
-    assert matches(path, pattern) == found
 
 
 # ------------------------------------------------------------------------------------------------------ manifest lines

@@ -599,3 +599,24 @@ except StorageError as error:
 
 def test_no_thread_but_the_backend_s_own_is_left() -> None:
     assert not [thread.name for thread in threading.enumerate() if "uploader" in thread.name]
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "found"),
+    [
+        ("/a/b.gz", "/a/*.gz", True),
+        ("/a/c/b.gz", "/a/*.gz", False),
+        ("/a/c/b.gz", "/a/**/*.gz", True),
+        ("/a/b.gz", "/a/**/*.gz", True),
+        ("/a/b1.gz", "/a/b[0-4].gz", True),
+        ("/a/b9.gz", "/a/b[!0-4].gz", True),
+        ("/a/b9.gz", "/a/b[0-4].gz", False),
+        ("/a/b9.gz", "/a/b?.gz", True),
+        ("/a/bXgz", "/a/b.gz", False),
+        ("/a/part-0*.gz", "/a/*.gz", True),
+        ("gs://b/a/c.gz", "gs://b/*/*.gz", True),
+        ("/a/b.gz", "/a/b**.gz", False),
+    ],
+)
+def test_a_path_is_matched_as_a_glob_would_find_it(path: str, pattern: str, found: bool) -> None:
+    assert storage.matches(path, pattern) == found
