@@ -422,7 +422,7 @@ UNSAFE = {
     "absolute": (_with_member("/tmp/absolute.py"), "outside the folder"),
     "link": (_with_link, "link or a special file"),
     "bomb": (lambda path: path.write_bytes(zipped({"prepare.py": bytes(2**26)})), "far more"),
-    "no zip": (lambda path: path.write_bytes(b"no zip at all"), "not a readable zip"),
+    "no zip": (lambda path: path.write_bytes(b"no zip at all"), "this zip is damaged"),
     "no entry": (lambda path: path.write_bytes(zipped({"sub/prepare.py": b""})), "entry point"),
 }
 

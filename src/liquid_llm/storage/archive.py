@@ -4,54 +4,67 @@ from __future__ import annotations
 
 import shutil
 import stat
+import sys
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from liquid_llm.errors import StorageError
 from liquid_llm.storage.local import publish_folder
 
+_MAX_RATIO = 200  # text and code pack ten-fold, weights not at all; a bomb packs a thousand-fold
+_MAX_MEMBERS = 20_000
 _REMEDY = "make the archive again from a plain folder"
 
 
-def unpack_zip(archive: Path, folder: Path) -> None:
+def unpack_zip(archive: Path, folder: Path, *, max_bytes: int | None = None, where: object = None) -> None:
     """Unpack every member below ``folder``, which appears complete or not at all; one that is there stays.
+
+    Args:
+        archive: a local zip.
+        max_bytes: the most it may unpack to; the room on the disk is a limit too.
+        where: what messages name, else the archive.
 
     Raises:
         StorageError: a member with an absolute path, ``..``, a drive, a backslash, a link or a special file, two
-            members of one name, encryption, a damaged archive, more than the disk has room for. Nothing is left behind.
+            members of one name, encryption, a damaged archive, far too many members or bytes. Nothing is left behind.
     """
+    where = where or archive
     try:
         with publish_folder(folder, replace=False) as fresh, zipfile.ZipFile(archive) as opened:
-            _unpack_members(opened, archive, fresh)
+            members = [(member, fresh / _safe_name(member, where)) for member in opened.infolist()]
+            _require_modest([member for member, _ in members], archive.stat().st_size, fresh, max_bytes, where)
+            [(name, count)] = Counter(str(target).lower() for _, target in members).most_common(1) or [("", 1)]
+            if count > 1:
+                raise StorageError("two members have one name", where=where, got=Path(name).name, remedy=_REMEDY)
+            for member, target in members:  # all were looked at before anything is written
+                if member.is_dir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with opened.open(member) as source, target.open("xb") as stream:
+                    shutil.copyfileobj(source, stream, 2**20)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise StorageError("this zip is damaged", where=archive, got=str(error), remedy="copy it again") from error
+        raise StorageError("this zip is damaged", where=where, got=str(error), remedy="copy it again") from error
 
 
-def _unpack_members(opened: zipfile.ZipFile, archive: Path, folder: Path) -> None:
-    seen: set[str] = set()
-    targets = []
-    for member in opened.infolist():  # all are looked at before anything is written
-        name = _safe_name(member, archive)
-        if name.lower() in seen:
-            raise StorageError("two members have one name", where=archive, got=member.filename, remedy=_REMEDY)
-        seen.add(name.lower())
-        targets.append((member, folder / name))
-    # zipfile never unpacks more of a member than the size it states
-    size, free = sum(member.file_size for member, _ in targets), shutil.disk_usage(folder).free
-    if size > free:
-        problem = "this zip holds more than the disk has room for"
-        raise StorageError(problem, where=archive, got=f"{size:,} bytes", expected=f"at most {free:,} bytes")
-    for member, target in targets:
-        if member.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with opened.open(member) as source, target.open("xb") as stream:
-            shutil.copyfileobj(source, stream, 2**20)
+def _require_modest(
+    members: list[zipfile.ZipInfo], packed: int, folder: Path, max_bytes: int | None, where: object
+) -> None:
+    size = sum(one.file_size for one in members)  # zipfile never unpacks more of a member than the size it states
+    most = min(_MAX_RATIO * packed + 2**20, shutil.disk_usage(folder).free, max_bytes or sys.maxsize)
+    if len(members) > _MAX_MEMBERS or size > most:
+        raise StorageError(
+            "this zip unpacks to far more than it should, or than the disk has room for",
+            where=where,
+            got=f"{len(members):,} members of {size:,} bytes in {packed:,}",
+            expected=f"at most {_MAX_MEMBERS:,} members and {most:,} bytes",
+            remedy=_REMEDY,
+        )
 
 
-def _safe_name(member: zipfile.ZipInfo, archive: Path) -> str:
+def _safe_name(member: zipfile.ZipInfo, where: object) -> str:
     # zipfile shortens names at a NUL and may change separators: the name as stored is what is judged
     name = member.orig_filename
     path = PurePosixPath(name)
@@ -65,4 +78,4 @@ def _safe_name(member: zipfile.ZipInfo, archive: Path) -> str:
         problem = "a member is encrypted"
     else:
         return str(path)
-    raise StorageError(problem, where=archive, got=f"{name!r:.120}", remedy=_REMEDY)
+    raise StorageError(problem, where=where, got=f"{name!r:.120}", remedy=_REMEDY)

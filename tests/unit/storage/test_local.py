@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,6 +181,41 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr("fcntl.flock", refuse)
     with storage.locked(tmp_path / "lock"):
         assert "has no locks" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------- zips
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "free", "max_bytes", "fits"),
+    [
+        (2**22, 2**40, None, False),  # zeros pack a thousand-fold
+        (2**20, 2**40, None, True),
+        (2**20, 2**40, 2**20 - 1, False),
+        (2**20, 2**20 - 1, None, False),
+    ],
+)
+def test_a_zip_that_holds_far_too_much_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int, free: int, max_bytes: int | None, fits: bool
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("x", bytes(num_bytes))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    if fits:
+        storage.unpack_zip(tmp_path / "a.zip", tmp_path / "out", max_bytes=max_bytes)
+        assert (tmp_path / "out" / "x").stat().st_size == num_bytes
+        return
+    with pytest.raises(StorageError, match=rf"gs://b: .*far more.*{num_bytes:,} bytes.*expected at most"):
+        storage.unpack_zip(tmp_path / "a.zip", tmp_path / "out", max_bytes=max_bytes, where="gs://b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_zip_of_too_many_members_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as opened:
+        for number in range(20_001):
+            opened.writestr(f"{number}", b"")
+    with pytest.raises(StorageError, match=r"20,001 members .* at most 20,000 members"):
+        storage.unpack_zip(tmp_path / "a.zip", tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------------------- digests
