@@ -4,28 +4,172 @@ divergence    what the loss would report if the student were the teacher itself:
               KL(stored || teacher), in nats a position; near 0, whatever the codec
 error         how far the mean of the stored distributions over many positions lies from the mean of the true ones,
               relatively (Euclidean): what is left of the codec's noise, and any bias
+
+Both are said of what is stored and of a fresh encoding of what the teacher says now.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from liquid_llm.capture.scoring import Scratch, chunk_rows, record_seed
+from liquid_llm.data.types import Sample
 from liquid_llm.losses.signals import SparseSignal
-from liquid_llm.signal_store.codecs import Rows, StoredSignal
+from liquid_llm.signal_store.codecs import PayloadError, Rows, StoredSignal
 from liquid_llm.signal_store.compare import is_same_payload, to_dense
-from liquid_llm.signal_store.records import Record
+from liquid_llm.signal_store.records import Record, RecordError
 from liquid_llm.signal_store.store import StoreReader
 from liquid_llm.teachers.online import OnlineTeacher
 
 # A divergence this far from that of a fresh encoding is not what the teacher says. Other arithmetic gives other draws:
 # their noise (see the decision on shards) is allowed for.
 _DIFFERS_NATS, _NOISE_NATS = 0.02, 0.45
+_LISTED = 20
+
+
+class Verifier:
+    """Compares records with the teacher, which scores their samples again.
+
+    Args:
+        store: of that teacher.
+        teacher: the same, loaded.
+        temperatures: to compare at.
+    """
+
+    def __init__(self, store: StoreReader, teacher: OnlineTeacher, temperatures: tuple[float, ...]) -> None:
+        self._store, self._teacher, self._temperatures = store, teacher, temperatures
+        self._scratch = Scratch()
+        self._statuses: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._measured: dict[tuple[str, float], _Measured] = {}
+        self._identical = 0
+        self._differing: list[str] = []  # samples whose stored signal is not what the teacher says
+
+    def check(self, sample: Sample) -> None:
+        """Compare the record of one sample with the teacher's own signal of its tokens.
+
+        Raises:
+            SignalError: the teacher's logits are not finite.
+            StorageError: the store cannot be read.
+        """
+        try:
+            record = self._store.layout.read(sample.sample_id)
+            lookup = self._store.check(sample, record.header.num_tokens)
+            status, why = lookup.status, lookup.reason
+            if status == "usable":
+                self._compare(record, torch.from_numpy(sample.input_ids[: record.header.num_tokens].astype(np.int64)))
+        except (RecordError, PayloadError) as error:
+            status, why = "corrupt", str(error)
+        self._statuses[status] += 1
+        if why and len(self._examples) < _LISTED:
+            self._examples.setdefault(sample.sample_id, f"{status}: {why}")
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all records looked at are usable and say what the teacher says."""
+        return not self._differs and self._statuses["usable"] == self._statuses.total()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was found, as plain values."""
+        return {
+            "looked_at": self._statuses.total(),
+            **{status: self._statuses[status] for status in ("usable", "stale", "corrupt")},
+            "identical": self._identical,
+            "differing": len(self._differing),
+            "differing_samples": self._differing[:_LISTED],
+            "examples": self._examples,
+            "measured": [
+                {"type": type, "temperature": temperature, **one.as_dict()}
+                for (type, temperature), one in sorted(self._measured.items())
+            ],
+            "agrees": self.agrees,
+            "verdict": self._verdict(),
+        }
+
+    @property
+    def _differs(self) -> bool:
+        return bool(self._differing) or any(one.drifted for one in self._measured.values())
+
+    def _verdict(self) -> str:
+        if self._differs:
+            return "the store does NOT say what its teacher says"
+        bad = ", ".join(f"{self._statuses[name]} {name}" for name in ("stale", "corrupt") if self._statuses[name])
+        if not bad:
+            return "the store says what its teacher says"
+        rest = "the usable ones say what the teacher says" if self._statuses["usable"] else "none could be compared"
+        return f"{bad}, {len(self._differing)} differing: {rest}"
+
+    def _compare(self, record: Record, input_ids: Tensor) -> None:
+        codec, vocab_size = self._store.codec, self._store.identity.vocab_size
+        rows = len(input_ids) - 1
+        if rows < 1:
+            return
+        with torch.inference_mode():
+            hidden = self._teacher.hidden(input_ids[None])[0, :rows]
+            seed = record_seed(record.header.sample_id)
+            parts = [codec.encode(logits, seed, start) for start, logits in self._logits(hidden)]
+            made: Rows = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+            payload = codec.pack(made)
+            differs = False
+            for temperature in self._temperatures:
+                signals = [codec.decode(each, 0, rows, temperature, vocab_size) for each in (record.payload, payload)]
+                one = self._measured.setdefault((record.header.type, temperature), _Measured(vocab_size))
+                found = [0.0, 0.0]
+                for start, logits in self._logits(hidden):
+                    log_probs = torch.log_softmax(logits.div_(temperature), dim=1).cpu()
+                    part = slice(start, start + log_probs.shape[0])
+                    one.sums[0] += log_probs.exp().sum(0, dtype=torch.float64)
+                    for number, signal in enumerate(signals):
+                        found[number] += float(divergence(signal, part, temperature, log_probs).sum())
+                        dense = to_dense(signal, part, temperature, vocab_size)
+                        one.sums[1 + number] += dense.sum(0, dtype=torch.float64)
+                one.records.append((found[0], found[1], rows))
+                differs |= _too_far(found[0], found[1], rows)
+        self._identical += is_same_payload(record.payload, payload)
+        if differs:
+            self._differing.append(record.header.sample_id)
+
+    def _logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """As capture forms them: (first position, logits [positions, vocab]), good until the next are asked for."""
+        step = chunk_rows(self._teacher.head.vocab_size, self._teacher.device)
+        for start in range(0, hidden.shape[0], step):
+            yield start, self._scratch.logits(self._teacher.head, hidden[start : start + step])
+
+
+class _Measured:
+    """One type at one temperature.
+
+    Attributes:
+        sums: [3, vocab] float64, over positions: of the exact, the stored and the freshly encoded distributions.
+        records: of each, the stored and the fresh divergence summed over its rows, and those.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.sums = torch.zeros(3, vocab_size, dtype=torch.float64)
+        self.records: list[tuple[float, float, int]] = []
+
+    @property
+    def drifted(self) -> bool:
+        """Whether all records together differ too much: a small change of the teacher shows only here."""
+        stored, fresh, rows = (sum(column) for column in zip(*self.records, strict=True))
+        return _too_far(stored, fresh, int(rows))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        stored, fresh, rows = torch.tensor(self.records, dtype=torch.float64).unbind(1)
+        exact, *means = self.sums
+        found: dict[str, Any] = {"positions": int(rows.sum()), "drifted": self.drifted}
+        for name, divergences, mean in (("stored", stored / rows, means[0]), ("fresh", fresh / rows, means[1])):
+            found[f"{name}_divergence"] = float(divergences.mean())
+            found[f"{name}_divergence_p95"] = float(divergences.abs().quantile(0.95))
+            found[f"{name}_error"] = float((mean - exact).norm() / exact.norm())
+        return found
 
 
 def divergence(signal: StoredSignal, rows: slice, temperature: float, log_probs: Tensor) -> Tensor:
@@ -40,117 +184,5 @@ def divergence(signal: StoredSignal, rows: slice, temperature: float, log_probs:
     return found + torch.where(tail > 0, tail * (tail.clamp(min=1e-12).log() - rest.clamp(min=1e-12).log()), 0.0)
 
 
-@dataclass
-class Measured:
-    """Sums over positions for one type and temperature; see the module."""
-
-    positions: int = 0
-    stored: Tensor | None = None
-    fresh: Tensor | None = None
-    exact: Tensor | None = None
-    stored_sum: float = 0.0
-    fresh_sum: float = 0.0
-    stored_divergences: list[float] = field(default_factory=list)
-    fresh_divergences: list[float] = field(default_factory=list)
-
-    def add(self, exact: Tensor, stored: Tensor, fresh: Tensor) -> None:
-        """Add distributions [rows, vocab]."""
-        self.positions += exact.shape[0]
-        for name, rows in (("exact", exact), ("stored", stored), ("fresh", fresh)):
-            total = rows.sum(0, dtype=torch.float64)
-            before = getattr(self, name)
-            setattr(self, name, total if before is None else before + total)
-
-    def add_divergences(self, stored: float, fresh: float, rows: int) -> bool:
-        """Add a record's, summed over its rows; whether the two differ too much."""
-        self.stored_sum += stored
-        self.fresh_sum += fresh
-        self.stored_divergences.append(stored / rows)
-        self.fresh_divergences.append(fresh / rows)
-        return _too_far(stored, fresh, rows)
-
-    @property
-    def drifted(self) -> bool:
-        """Whether all records together differ too much: a small change of the teacher shows only here."""
-        return _too_far(self.stored_sum, self.fresh_sum, self.positions)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        found: dict[str, Any] = {"positions": self.positions, "drifted": self.drifted}
-        for name in ("stored", "fresh"):
-            divergences = torch.tensor(getattr(self, f"{name}_divergences") or [0.0], dtype=torch.float64)
-            found[f"{name}_divergence"] = float(divergences.mean())
-            found[f"{name}_divergence_p95"] = float(divergences.abs().quantile(0.95))
-            if self.exact is not None:
-                difference = getattr(self, name) - self.exact
-                found[f"{name}_error"] = float(difference.norm() / self.exact.norm())
-        return found
-
-
 def _too_far(stored: float, fresh: float, rows: int) -> bool:
     return not abs(stored - fresh) <= _DIFFERS_NATS * rows + _NOISE_NATS * rows**0.5
-
-
-class Verifier:
-    """Compares records with the teacher, scored again.
-
-    Args:
-        store: of that teacher.
-        teacher: the same, loaded.
-        temperatures: to compare at.
-
-    Attributes:
-        measured: (type, temperature) -> what was found.
-        identical: records whose bytes are those of a fresh encoding.
-        differing: sample ids whose stored signal is not what the teacher says.
-    """
-
-    def __init__(self, store: StoreReader, teacher: OnlineTeacher, temperatures: tuple[float, ...]) -> None:
-        self._store, self._teacher, self._temperatures = store, teacher, temperatures
-        self._scratch = Scratch()
-        self.measured: dict[tuple[str, float], Measured] = {}
-        self.identical = 0
-        self.differing: list[str] = []
-
-    def check(self, record: Record, input_ids: Tensor) -> None:
-        """Compare one record with the teacher's own signal of ``input_ids`` [tokens], the tokens it was made from.
-
-        Raises:
-            PayloadError: the payload is not the codec's.
-            SignalError: the teacher's logits are not finite.
-        """
-        codec, vocab_size = self._store.codec, self._store.identity.vocab_size
-        rows = len(input_ids) - 1
-        if rows < 1:
-            return
-        with torch.inference_mode():
-            hidden = self._teacher.hidden(input_ids[None])[0, :rows]
-            seed = record_seed(record.header.sample_id)
-            parts = [codec.encode(logits, seed, start) for start, logits in self._logits(hidden)]
-            made: Rows = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-            payload = codec.pack(made)
-            self.identical += is_same_payload(record.payload, payload)
-            differs = []
-            for temperature in self._temperatures:
-                one = self.measured.setdefault((record.header.type, temperature), Measured())
-                signals = [codec.decode(each, 0, rows, temperature, vocab_size) for each in (record.payload, payload)]
-                differs.append(self._differs(one, hidden, signals, temperature))
-        if any(differs):
-            self.differing.append(record.header.sample_id)
-
-    def _differs(self, one: Measured, hidden: Tensor, signals: list[StoredSignal], temperature: float) -> bool:
-        sums = [0.0, 0.0]
-        for start, logits in self._logits(hidden):
-            log_probs = torch.log_softmax(logits.div_(temperature), dim=1).cpu()
-            part = slice(start, start + log_probs.shape[0])
-            for number, signal in enumerate(signals):
-                sums[number] += float(divergence(signal, part, temperature, log_probs).sum())
-            stored, fresh = (to_dense(signal, part, temperature, log_probs.shape[1]) for signal in signals)
-            one.add(log_probs.exp_(), stored, fresh)
-        return one.add_divergences(sums[0], sums[1], hidden.shape[0])
-
-    def _logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """As capture forms them: (first position, logits [positions, vocab]), good until the next are asked for."""
-        step = chunk_rows(self._teacher.head.vocab_size, self._teacher.device)
-        for start in range(0, hidden.shape[0], step):
-            yield start, self._scratch.logits(self._teacher.head, hidden[start : start + step])

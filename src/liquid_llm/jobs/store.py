@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -25,13 +24,11 @@ from liquid_llm.formatting import format_bytes
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
-from liquid_llm.signal_store.codecs import PayloadError
 from liquid_llm.signal_store.compare import Difference, compare
 from liquid_llm.signal_store.description import present_layout
-from liquid_llm.signal_store.records import Record, RecordError
 from liquid_llm.signal_store.shards.pack import pack
 from liquid_llm.signal_store.shards.remote import ShardCache
-from liquid_llm.signal_store.store import Lookup, StoreReader, open_store
+from liquid_llm.signal_store.store import StoreReader, open_store
 from liquid_llm.signal_store.survey import survey
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
@@ -185,7 +182,7 @@ def _verify(
     with Stage("tokenise", unit="tokens", total=None) as stage:
         inputs = read_manifest_inputs(config.data, text, entries, progress=lambda _, tokens: stage.advance(tokens))
     coverage = _coverage(store, inputs.everything)
-    chosen = list(_chosen(store, inputs.everything, samples, config.seed))
+    chosen = list(_choose(store, inputs.everything, samples, config.seed))
     if not chosen:
         raise SignalError("no sample of the manifest has a record", where=store.uri, got=config.data.manifest)
     loaded, _ = load_online(teacher_id, config.teacher, torch.device(choose_device(config.device).value), token)
@@ -193,35 +190,12 @@ def _verify(
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
     _require(store, "vocabulary size", store.identity.vocab_size, vocab_size)
     verifier = Verifier(store, OnlineTeacher(loaded, vocab_size), temperatures)
-    statuses: Counter[str] = Counter()
-    examples: dict[str, str] = {}
     with Stage("verify", unit="records", total=len(chosen)) as stage:
         for dataset, index in chosen:
-            status, why = _check(store, verifier, dataset, index)
-            statuses[status] += 1
-            if why:
-                examples.setdefault(dataset.sample_id(index), f"{status}: {why}")
+            verifier.check(dataset.sample(index))
             stage.advance()
-    drifted = any(one.drifted for one in verifier.measured.values())
-    differs = drifted or bool(verifier.differing)
-    agrees = not differs and statuses["usable"] == len(chosen)
-    report = {
-        **{name: sum(row[name] for row in coverage.values()) for name in ("samples", "with_record")},
-        "coverage": coverage,
-        "looked_at": len(chosen),
-        **{name: statuses[name] for name in ("usable", "stale", "corrupt")},
-        "identical": verifier.identical,
-        "differing": len(verifier.differing),
-        "differing_samples": verifier.differing[:_LISTED],
-        "examples": dict(list(examples.items())[:_LISTED]),
-        "measured": [
-            {"type": kind, "temperature": temperature, **one.as_dict()}
-            for (kind, temperature), one in sorted(verifier.measured.items())
-        ],
-        "agrees": agrees,
-        "verdict": _verdict(statuses, len(verifier.differing), differs),
-    }
-    return report, 0 if agrees else _LEFT_OUT
+    totals = {name: sum(row[name] for row in coverage.values()) for name in ("samples", "with_record")}
+    return {**totals, "coverage": coverage, **verifier.as_dict()}, 0 if verifier.agrees else _LEFT_OUT
 
 
 def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str, dict[str, int]]:
@@ -234,39 +208,16 @@ def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str,
     return found
 
 
-def _verdict(statuses: Mapping[str, int], differing: int, differs: bool) -> str:
-    if differs:
-        return "the store does NOT say what its teacher says"
-    bad = ", ".join(f"{statuses[name]} {name}" for name in ("stale", "corrupt") if statuses[name])
-    if not bad:
-        return "the store says what its teacher says"
-    rest = "the usable ones say what the teacher says" if statuses["usable"] else "none could be compared"
-    return f"{bad}, {differing} differing: {rest}"
-
-
-def _check(store: StoreReader, verifier: Verifier, dataset: TokenDataset, index: int) -> tuple[str, str]:
-    """Status of one record, and why where it is not usable."""
-    sample = dataset.sample(index)
-    try:
-        record: Record = store.layout.read(sample.sample_id)
-        lookup: Lookup = store.check(sample, record.header.num_tokens)
-        if lookup.status == "usable":
-            verifier.check(record, torch.from_numpy(sample.input_ids[: record.header.num_tokens].astype(np.int64)))
-    except (RecordError, PayloadError) as error:
-        return "corrupt", str(error)
-    return lookup.status, lookup.reason
-
-
-def _chosen(
+def _choose(
     store: StoreReader, datasets: Sequence[TokenDataset], count: int, seed: int
 ) -> Iterator[tuple[TokenDataset, int]]:
     """Up to ``count`` samples that have a record of that name, drawn at random from all."""
     ends = np.cumsum([len(dataset) for dataset in datasets])
-    for place in np.random.default_rng(seed).permutation(int(ends[-1])).tolist():
+    for row in np.random.default_rng(seed).permutation(int(ends[-1])).tolist():
         if count == 0:
             return
-        number = int(ends.searchsorted(place, side="right"))
-        dataset, index = datasets[number], place - (int(ends[number]) - len(datasets[number]))
+        number = int(ends.searchsorted(row, side="right"))
+        dataset, index = datasets[number], row - (int(ends[number]) - len(datasets[number]))
         if store.has(dataset.sample_id(index)):
             count -= 1
             yield dataset, index

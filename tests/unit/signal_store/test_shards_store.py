@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from liquid_llm.signal_store.shards import writer as shards_writer
 from liquid_llm.signal_store.shards.folder import INDEX_FILE, ShardsLayout
 from liquid_llm.signal_store.shards.remote import ShardCache, cost_seconds
 from liquid_llm.signal_store.store import open_store
+from liquid_llm.storage import FileInfo
 
 
 def ids_of(folder: Path | str) -> Any:
@@ -368,6 +370,32 @@ def test_the_cache_keeps_to_its_bound(gcs: Bucket, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     for one in (store, none):
         one.close()
+
+
+def test_the_cache_gives_up_what_was_not_used_for_longest(tmp_path: Path) -> None:
+    """Three shards of 100 bytes, room for two and a half."""
+    (tmp_path / "bucket").mkdir()
+    for name in "abcd":
+        (tmp_path / "bucket" / name).write_bytes(name.encode() * 100)
+    a, b, c, d = sorted(storage.list_files(str(tmp_path / "bucket")), key=lambda info: info.name)
+    cache = ShardCache(tmp_path / "cache", max_bytes=250)
+
+    def used(info: FileInfo, seconds: int) -> None:
+        os.utime(cache._path(tmp_path / "cache", info), (seconds, seconds))
+
+    def held() -> set[str]:
+        return {info.name for info in (a, b, c, d) if cache._path(tmp_path / "cache", info).exists()}
+
+    for number, info in enumerate((a, b)):
+        assert cache.fetch(info)(0, 2) == info.name.encode() * 2
+        used(info, 1000 + number)
+    assert cache.find(a) is not None  # now b is the one not used for longest
+    cache.fetch(c)
+    assert held() == {"a", "c"}
+    used(a, 2000)
+    used(c, 1000)
+    cache.fetch(d)
+    assert held() == {"a", "d"}
 
 
 def test_a_temporary_cache_is_removed(gcs: Bucket) -> None:
