@@ -76,7 +76,8 @@ river is clean again, and on warm evenings people sit along its banks and talk u
 SUMS = """
 Question: Mira bakes 6 trays of rolls with 12 rolls on each tray. She sells two thirds of the rolls for 3 dollars each
 and gives the rest to her neighbours. How many dollars does she earn?
-Answer: Mira bakes 6 * 12 = 72 rolls. She sells 72 * 2 / 3 = 48 rolls. She earns 48 * 3 = 144 dollars. The answer is 144.
+Answer: Mira bakes 6 * 12 = 72 rolls. She sells 72 * 2 / 3 = 48 rolls. She earns 48 * 3 = 144 dollars. The answer is
+144.
 
 Question: A bus has 40 seats. At the first stop 25 people get on. At the second stop 8 people get off and 17 people get
 on. How many seats are still free?
