@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from liquid_llm.capture.job import CaptureSummary, capture
-from liquid_llm.capture.plan import Item, batches
+from liquid_llm.capture.plan import Window, batches
 from liquid_llm.capture.scoring import chunk_rows, chunks, padded_ids
 from liquid_llm.data.types import Sample
 from liquid_llm.demo.word_problems import word_problems
@@ -94,7 +94,7 @@ def texts_of(path: Path | None, count: int, seed: int) -> list[str]:
     ]
 
 
-def bare(teacher: OnlineTeacher, work: list[list[Item]]) -> None:
+def bare(teacher: OnlineTeacher, work: list[list[Window]]) -> None:
     with torch.inference_mode():
         for batch in work:
             windows = [item.sample().input_ids[: item.num_tokens] for item in batch]
@@ -104,7 +104,7 @@ def bare(teacher: OnlineTeacher, work: list[list[Item]]) -> None:
                 teacher.head.logits(torch.cat([hidden[row, start:stop] for row, start, stop in chunk])).float()
 
 
-def plain(loaded: LoadedModel, work: list[list[Item]]) -> None:
+def plain(loaded: LoadedModel, work: list[list[Window]]) -> None:
     with torch.inference_mode():
         for batch in work:
             ids = padded_ids([item.sample().input_ids[: item.num_tokens] for item in batch])
@@ -117,7 +117,7 @@ def contestants(
     vocab_size = len(loaded.tokenizer)
     teacher = OnlineTeacher(loaded, vocab_size)
     windows = np.minimum(samples.lengths, arguments.seq_len).tolist()
-    items = [Item(samples, n, samples.sample_id(n), "math_tool", window) for n, window in enumerate(windows)]
+    items = [Window(samples, n, samples.sample_id(n), "math_tool", window) for n, window in enumerate(windows)]
     work = batches(items, arguments.batch_size * arguments.seq_len)
     yield Contestant("bare forward", lambda: bare(teacher, work))
     if not arguments.skip_plain:

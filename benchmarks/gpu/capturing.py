@@ -18,7 +18,7 @@ from benchmarks.gpu.timing_tools import at_rate, matrix_parameters, rate, second
 from tests.support.teachers import ListSource
 
 from liquid_llm.capture import scoring
-from liquid_llm.capture.plan import Item
+from liquid_llm.capture.plan import Window
 from liquid_llm.data.types import Sample
 from liquid_llm.device import prepare_allocator
 from liquid_llm.signal_store.codecs import get_codec
@@ -36,9 +36,9 @@ class Samples(ListSource):
         ids = np.random.default_rng(0).integers(0, vocab_size, (count, length), dtype=np.int32)
         super().__init__(Sample(f"s/{number}", "math_tool", row) for number, row in enumerate(ids))
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[Window]:
         return [
-            Item(self, number, sample.sample_id, sample.type, len(sample.input_ids))
+            Window(self, number, sample.sample_id, sample.type, len(sample.input_ids))
             for number, sample in enumerate(self.samples)
         ]
 

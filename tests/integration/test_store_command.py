@@ -80,6 +80,44 @@ def test_ranks_at_once_make_one_store(tiny: Tiny, tmp_path: Path, capsys: pytest
     assert asked(capsys, 0, "stats", folder)["superseded"] == 0
 
 
+def test_signal_of_any_type(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain text and a type of the user's own, each where ``--signal`` says; ``none`` leaves a type out."""
+    texts = [json.dumps({"text": f"A line of number {n} about the river and the town."}) for n in range(12)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts) + "\n")
+    lines = [{"path": "texts.jsonl", "type": type, "weight": 1.0} for type in ("lm", "chat", "code")]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [f"--mc_teacher_id={tiny.teacher}", f"--dataset_manifest={manifest}", "--codec=topk", "--topk=16"]
+    words += ["--seq_len=64", f"--data_cache={tmp_path / 'tokens'}", "--device=cpu"]
+    chat, lm = tmp_path / "chat", tmp_path / "lm"
+    capsys.readouterr()
+    assert main(["capture", *words, f"--signal=chat={chat}"]) == 2
+    shown = capsys.readouterr().err
+    assert "code samples" in shown
+    assert "--code_logits_dir or --signal code=URI" in shown
+    assert "--signal code=none" in shown
+    assert not chat.exists()
+    signals = ["--signal", f"chat={chat},code=none", "--signal", f"lm={lm}"]
+    assert main(["capture", *words, *signals]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 24
+    teacher = [f"--teacher={tiny.teacher}", f"--manifest={manifest}", f"--data-cache={tmp_path / 'tokens'}"]
+    for folder, type, others in ((chat, "chat", {"chat", "code"}), (lm, "lm", {"lm", "chat", "code"})):
+        assert set(asked(capsys, 0, "stats", folder)["types"]) == {type}
+        found = asked(capsys, 0, "verify", folder, *teacher, "--samples=3")
+        assert (found["agrees"], found["coverage"][type]) == (True, {"samples": 12, "with_record": 12})
+        assert set(found["coverage"]) == others
+
+
+def test_a_store_of_another_codec_is_refused_before_data_is_touched(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"path": "no/such/file.jsonl", "type": "code", "weight": 1.0}\n')
+    words = {"math_logits_dir": tmp_path, "code_logits_dir": tiny.root / "shards", "dataset_manifest": manifest}
+    assert main(["capture", *tiny.capture_words(**words)]) == 3
+    assert "this folder holds the signal of" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------- pack
 
 

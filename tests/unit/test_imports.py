@@ -63,7 +63,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "report": {"metrics"},
     "preparation": {"data"},
     "teachers": {"models", "signal_store"},
-    "capture": {"models", "signal_store", "teachers"},
+    "capture": {"data", "models", "signal_store", "teachers"},
     "evaluation": {"teachers", "training"},
     "memory": {"capture", "models", "signal_store", "teachers", "training"},
 }

@@ -17,10 +17,10 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-from liquid_llm.capture.plan import Item, batches, plan
+from liquid_llm.capture.plan import Window, batches, plan
 from liquid_llm.capture.scoring import Scratch, score
 from liquid_llm.data.types import SampleSource
 from liquid_llm.device import is_lost, is_out_of_memory, release_memory
@@ -38,8 +38,7 @@ _WRITE_FAILURES = 3  # in a row: storage has retried each already, so the rest w
 _PENDING_BYTES = 256 * 2**20  # encoded but not yet written; a slow store makes the teacher wait
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """A sample that could not be captured, and why."""
 
     sample_id: str
@@ -91,20 +90,14 @@ class CaptureSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the summary line, the first failures only."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "consumers"}
         return {
-            "written": self.written,
-            "skipped": self.skipped,
+            **values,
             "failed": self.failed,
-            "too_large": self.too_large,
-            "tokens": self.tokens,
-            "positions": self.positions,
-            "padded_tokens": self.padded_tokens,
-            "bytes": self.bytes,
             "bytes_per_token": self.bytes_per_token,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": self.tokens_per_second,
-            "interrupted": self.interrupted,
-            "failures": [vars(failure) for failure in self.failures[:_REPORTED_FAILURES]],
+            "failures": [failure._asdict() for failure in self.failures[:_REPORTED_FAILURES]],
         }
 
 
@@ -150,8 +143,8 @@ def capture(
         found = plan(datasets, writers, seq_len, overwrite=overwrite, share=(rank, world_size), threads=threads)
         job.summary.skipped = found.skipped
         job.progress(found.skipped_tokens)
-        for item, reason in found.refused:
-            job.fail(item, reason)
+        for one, reason in found.refused:
+            job.fail(one, reason)
         try:
             job.run(batches(found.todo, batch_size * seq_len), stopping)
         finally:
@@ -188,13 +181,13 @@ class _Job:
         self._scratch = Scratch()
         self._writers = writers
         self._threads = threads
-        self._pending: dict[Future[int], tuple[Item, int]] = {}
+        self._pending: dict[Future[int], tuple[Window, int]] = {}
         self._pending_bytes = 0
         self._write_failures = 0  # in a row
         self._storage_error: StorageError | None = None
         self._max_tokens: int | None = None  # of a batch, padded; None until one did not fit
 
-    def run(self, work: Sequence[Sequence[Item]], stopping: Callable[[], bool]) -> None:
+    def run(self, work: Sequence[Sequence[Window]], stopping: Callable[[], bool]) -> None:
         """Score all batches and wait for the last record to be written."""
         for batch in work:
             if stopping():
@@ -218,39 +211,39 @@ class _Job:
         if errors:
             raise errors[0]
 
-    def fail(self, item: Item, reason: str) -> None:
+    def fail(self, window: Window, reason: str) -> None:
         """Count a sample that cannot be captured."""
-        failure = Failure(item.sample_id, item.type, reason)
+        failure = Failure(window.sample_id, window.type, reason)
         self.summary.failures.append(failure)
         if self.summary.failed <= _REPORTED_FAILURES:
             log.warning("%s sample %r is not captured: %s", failure.type, failure.sample_id, failure.reason)
-        self.progress(item.num_tokens)
+        self.progress(window.num_tokens)
 
-    def _parts(self, batch: Sequence[Item]) -> list[list[Item]]:
+    def _parts(self, batch: Sequence[Window]) -> list[list[Window]]:
         """A batch in runs of samples that hold at most as many padded tokens as have been found to fit."""
-        parts: list[list[Item]] = [[]]
+        parts: list[list[Window]] = [[]]
         longest = 0
-        for item in batch:
-            longest = max(longest, item.num_tokens)
+        for window in batch:
+            longest = max(longest, window.num_tokens)
             if parts[-1] and self._max_tokens is not None and (len(parts[-1]) + 1) * longest > self._max_tokens:
                 parts.append([])
-                longest = item.num_tokens
-            parts[-1].append(item)
+                longest = window.num_tokens
+            parts[-1].append(window)
         return parts
 
-    def _score(self, batch: Sequence[Item]) -> None:
+    def _score(self, batch: Sequence[Window]) -> None:
         """Score a batch; should the teacher fail on it, what is left in halves or sample by sample."""
         left = list(batch)
-        padded_tokens = len(batch) * max(item.num_tokens for item in batch)
+        padded_tokens = len(batch) * max(window.num_tokens for window in batch)
         try:
-            codec = {item.type: self._writers[item.type].codec for item in batch}
+            codec = {window.type: self._writers[window.type].codec for window in batch}
             self.summary.padded_tokens += padded_tokens
-            for item, outcome in score(self._teacher, batch, codec, self._scratch):
-                left.remove(item)
+            for window, outcome in score(self._teacher, batch, codec, self._scratch):
+                left.remove(window)
                 if isinstance(outcome, SignalError):
-                    self.fail(item, str(outcome))
+                    self.fail(window, str(outcome))
                 else:
-                    self._write(item, outcome)
+                    self._write(window, outcome)
         except (RuntimeError, IndexError) as error:  # what torch raises: out of memory, a kernel that refuses
             no_room = is_out_of_memory(error)
             if not no_room and is_lost(error):
@@ -278,21 +271,21 @@ class _Job:
                 self._score(part)
         else:
             log.warning("the teacher failed on a batch of %d samples: one by one now (%s)", len(batch), reason)
-            for item in left:
-                self._score([item])
+            for window in left:
+                self._score([window])
 
-    def _write(self, item: Item, rows: Rows) -> None:
+    def _write(self, window: Window, rows: Rows) -> None:
         size = sum(tensor.nbytes for tensor in rows.values())
         while self._pending and self._pending_bytes + size > _PENDING_BYTES:
             self._collect(FIRST_COMPLETED)
-        writer = self._writers[item.type]
+        writer = self._writers[window.type]
         # A teacher on the CPU needs all cores: packing beside it would stop it more than packing takes.
         packed = writer.codec.pack(rows) if self._teacher.device.type == "cpu" else None
 
         def work() -> int:
-            return writer.write(item.sample(), item.num_tokens, packed or writer.codec.pack(rows))
+            return writer.write(window.sample(), window.num_tokens, packed or writer.codec.pack(rows))
 
-        self._pending[self._threads.submit(work)] = (item, size)
+        self._pending[self._threads.submit(work)] = (window, size)
         self._pending_bytes += size
         self._collect(None)
 
@@ -300,7 +293,7 @@ class _Job:
         """Take the outcome of finished writes; with ``until``, wait for one first."""
         done, _ = wait(self._pending, timeout=None if until else 0, return_when=until or FIRST_COMPLETED)
         for future in done:
-            item, size = self._pending.pop(future)
+            window, size = self._pending.pop(future)
             self._pending_bytes -= size
             try:
                 num_bytes = future.result()
@@ -309,11 +302,11 @@ class _Job:
                 self._storage_error = error
                 if self._write_failures >= _WRITE_FAILURES:
                     raise
-                self.fail(item, str(error))
+                self.fail(window, str(error))
                 continue
             self._write_failures = 0
             self.summary.written += 1
-            self.summary.tokens += item.num_tokens
-            self.summary.positions += item.num_tokens - 1
+            self.summary.tokens += window.num_tokens
+            self.summary.positions += window.num_tokens - 1
             self.summary.bytes += num_bytes
-            self.progress(item.num_tokens)
+            self.progress(window.num_tokens)

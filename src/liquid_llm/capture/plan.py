@@ -10,16 +10,16 @@ from itertools import islice
 
 import numpy as np
 
+from liquid_llm.data.buckets import MAX_PADDING
 from liquid_llm.data.types import Sample, SampleSource
 from liquid_llm.signal_store.store import StoreWriter
 
-MAX_PADDING = 0.05
 _CHECKED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Item:
-    """One sample to capture. ``num_tokens`` is the length of its window."""
+class Window:
+    """What is to be captured of one sample: its first ``num_tokens`` tokens."""
 
     source: SampleSource
     index: int
@@ -33,7 +33,7 @@ class Item:
 
 
 @dataclass
-class Plan:
+class CapturePlan:
     """What is to be done.
 
     Attributes:
@@ -42,14 +42,14 @@ class Plan:
         skipped, skipped_tokens: samples that need nothing, and the tokens of their windows.
     """
 
-    todo: list[Item] = field(default_factory=list)
-    refused: list[tuple[Item, str]] = field(default_factory=list)
+    todo: list[Window] = field(default_factory=list)
+    refused: list[tuple[Window, str]] = field(default_factory=list)
     skipped: int = 0
     skipped_tokens: int = 0
 
-    def skip(self, item: Item) -> None:
+    def skip(self, window: Window) -> None:
         self.skipped += 1
-        self.skipped_tokens += item.num_tokens
+        self.skipped_tokens += window.num_tokens
 
 
 def plan(
@@ -60,7 +60,7 @@ def plan(
     overwrite: bool,
     share: tuple[int, int],
     threads: ThreadPoolExecutor,
-) -> Plan:
+) -> CapturePlan:
     """Find the samples that have no complete record yet.
 
     Existing records are read and compared, by several threads: a truncated or stale one is captured again.
@@ -69,71 +69,70 @@ def plan(
         share: this process's rank and the number of processes. A sample's share depends on its id alone, so a job
             restarted with another number of processes goes on with the same records.
     """
-    found = Plan()
-    existing: list[Item] = []
-    seen: dict[tuple[str, str], Item] = {}
-    for item in _items(datasets, seq_len, share):
-        writer = writers[item.type]
-        first = seen.setdefault((writer.uri, item.sample_id), item)
-        if first is not item:
-            _repeated(found, first, item)
-        elif not overwrite and writer.has(item.sample_id):
-            existing.append(item)
+    found = CapturePlan()
+    existing: list[Window] = []
+    seen: dict[tuple[str, str], Window] = {}
+    for window in _windows(datasets, seq_len, share):
+        writer = writers[window.type]
+        first = seen.setdefault((writer.uri, window.sample_id), window)
+        if first is not window:
+            _add_repeated(found, first, window)
+        elif not overwrite and writer.has(window.sample_id):
+            existing.append(window)
         else:
-            found.todo.append(item)
+            found.todo.append(window)
 
-    def complete(item: Item) -> bool:
-        return writers[item.type].complete(item.sample(), seq_len)
+    def complete(window: Window) -> bool:
+        return writers[window.type].complete(window.sample(), seq_len)
 
     left = iter(existing)
     while part := list(islice(left, _CHECKED_AT_ONCE)):
-        for item, done in zip(part, threads.map(complete, part), strict=True):
+        for window, done in zip(part, threads.map(complete, part), strict=True):
             if done:
-                found.skip(item)
+                found.skip(window)
             else:
-                found.todo.append(item)
+                found.todo.append(window)
     return found
 
 
-def batches(items: Iterable[Item], budget_tokens: int) -> list[list[Item]]:
-    """Items in batches of near-equal length, longest first so that too large a batch shows at once.
+def batches(windows: Iterable[Window], budget_tokens: int) -> list[list[Window]]:
+    """Windows in batches of near-equal length, longest first so that too large a batch shows at once.
 
     A batch holds at most ``budget_tokens`` padded tokens (a longer sample is alone) and at most 5 % padding.
     """
-    found: list[list[Item]] = []
+    found: list[list[Window]] = []
     longest = real = 0
-    for item in sorted(items, key=lambda item: -item.num_tokens):
+    for window in sorted(windows, key=lambda window: -window.num_tokens):
         if found:
             padded = longest * (len(found[-1]) + 1)
-            if padded <= budget_tokens and padded - real - item.num_tokens <= MAX_PADDING * padded:
-                found[-1].append(item)
-                real += item.num_tokens
+            if padded <= budget_tokens and padded - real - window.num_tokens <= MAX_PADDING * padded:
+                found[-1].append(window)
+                real += window.num_tokens
                 continue
-        found.append([item])
-        longest = real = item.num_tokens
+        found.append([window])
+        longest = real = window.num_tokens
     return found
 
 
-def _items(datasets: Mapping[str, Sequence[SampleSource]], seq_len: int, share: tuple[int, int]) -> Iterator[Item]:
+def _windows(datasets: Mapping[str, Sequence[SampleSource]], seq_len: int, share: tuple[int, int]) -> Iterator[Window]:
     rank, world_size = share
     for type, sources in datasets.items():
         for source in sources:
-            windows = np.minimum(source.lengths, seq_len).tolist()
-            for index, num_tokens in enumerate(windows):
+            for index, num_tokens in enumerate(np.minimum(source.lengths, seq_len).tolist()):
                 sample_id = source.sample_id(index)
-                if world_size == 1 or _place(sample_id) % world_size == rank:
-                    yield Item(source, index, sample_id, type, num_tokens)
+                if world_size == 1 or _hash(sample_id) % world_size == rank:
+                    yield Window(source, index, sample_id, type, num_tokens)
 
 
-def _place(sample_id: str) -> int:
+def _hash(sample_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _repeated(found: Plan, first: Item, item: Item) -> None:
+def _add_repeated(found: CapturePlan, first: Window, window: Window) -> None:
     """A sample id that was seen before: the same sample again, or another text, for which there is no second place."""
-    same = first.type == item.type and np.array_equal(first.sample().input_ids, item.sample().input_ids)
+    same = first.type == window.type and np.array_equal(first.sample().input_ids, window.sample().input_ids)
     if same:
-        found.skip(item)
+        found.skip(window)
     else:
-        other = "text" if first.type == item.type else f"sample of type {first.type}"
-        found.refused.append((item, f"another {other} has the same sample id"))
+        other = "text" if first.type == window.type else f"sample of type {first.type}"
+        found.refused.append((window, f"another {other} has the same sample id"))

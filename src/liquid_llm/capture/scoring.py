@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liquid_llm.capture.plan import Item
+from liquid_llm.capture.plan import Window
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.plan import choose_product
 from liquid_llm.losses.products import HeadProducts
@@ -66,8 +66,8 @@ class Scratch:
 
 
 def score(
-    teacher: OnlineTeacher, batch: Sequence[Item], codecs: Mapping[str, Codec], scratch: Scratch
-) -> Iterator[tuple[Item, Rows | SignalError]]:
+    teacher: OnlineTeacher, batch: Sequence[Window], codecs: Mapping[str, Codec], scratch: Scratch
+) -> Iterator[tuple[Window, Rows | SignalError]]:
     """The encoded rows of each sample of a batch, or why it has none; one forward pass, logits chunk by chunk.
 
     Args:
@@ -79,26 +79,23 @@ def score(
         RuntimeError, IndexError: the teacher or a codec failed; samples already yielded are finished.
     """
     vocab_size = teacher.head.vocab_size
-    windows: list[np.ndarray] = []
-    good: list[Item] = []
-    for item in batch:
-        window = item.sample().input_ids[: item.num_tokens]
-        if not window.size:
-            yield item, SignalError("the sample has no tokens")
-        elif int(window.max()) >= vocab_size:
-            yield (
-                item,
-                SignalError("a token outside the vocabulary", got=int(window.max()), expected=f"under {vocab_size}"),
-            )
+    input_ids: list[np.ndarray] = []
+    good: list[Window] = []
+    for window in batch:
+        ids = window.sample().input_ids[: window.num_tokens]
+        if not ids.size:
+            yield window, SignalError("the sample has no tokens")
+        elif (largest := int(ids.max())) >= vocab_size:
+            yield window, SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
         else:
-            good.append(item)
-            windows.append(window)
+            good.append(window)
+            input_ids.append(ids)
     if not good:
         return
     with torch.inference_mode():
-        hidden = teacher.hidden(padded_ids(windows))
-        encoders = [_Encoder(item, codecs[item.type]) for item in good]
-        num_rows = [max(len(window) - 1, 0) for window in windows]
+        hidden = teacher.hidden(padded_ids(input_ids))
+        encoders = [_Encoder(window, codecs[window.type]) for window in good]
+        num_rows = [len(ids) - 1 for ids in input_ids]
         for chunk in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
             rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
             parts = torch.split(scratch.logits(teacher.head, rows), [stop - start for _, start, stop in chunk])
@@ -111,9 +108,9 @@ def score(
 class _Encoder:
     """Collects the rows of one sample."""
 
-    def __init__(self, item: Item, codec: Codec) -> None:
+    def __init__(self, window: Window, codec: Codec) -> None:
         self._codec = codec
-        self._seed = record_seed(item.sample_id)
+        self._seed = record_seed(window.sample_id)
         self._num_rows = 0
         self._parts: list[Rows] = []
         self._error: SignalError | None = None

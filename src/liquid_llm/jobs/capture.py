@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -71,29 +71,36 @@ def exit_code(summary: CaptureSummary) -> int:
 
 
 def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
-    """Score the maths and code samples of the manifest that have no complete record yet."""
+    """Score the samples of the manifest that have no complete record yet, each type's into the store named for it.
+
+    What can be refused without the data or the teacher's weights is refused before: both may take long.
+    """
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
     codec = codec_of(config.store)
+    device = torch.device(choose_device(config.device).value)
     token = read_token(config.teacher)
     text = TextTools.of(load_tokenizer(teacher_id, token=token))
     if int(codec.options.get("k", 0)) > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)
+    identity = SignalIdentity.of(codec, identify(teacher_id, text.hash, token=token), text.vocab_size)
+    layouts = {
+        source.store: _choose_layout(config, source.store, identity, new_layout)
+        for source in config.source.named.values()
+        if source.store is not None
+    }
     datasets = _datasets(config, text)
-    teacher = identify(teacher_id, text.hash, token=token)
-    layouts = _layouts(config, datasets, SignalIdentity.of(codec, teacher, text.vocab_size), new_layout)
-    device = torch.device(choose_device(config.device).value)
     if device.type == "cpu":
         keep_freed_memory()
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
     rank, world_size = launched_as()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
     writers = {}
-    for kind, layout in layouts.items():
-        folder = _folder(config, kind)
-        writers[kind] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout)
-        log.info("%s goes to %s, layout %s", kind, folder, layout)
+    for type in datasets:
+        folder = _folder(config, type)
+        writers[type] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layouts[folder])
+        log.info("%s goes to %s, layout %s", type, folder, layouts[folder])
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
     fit = check_capture_fit(config, loaded.model, codec, longest, vocab_size)
@@ -180,22 +187,23 @@ def _is_captured(config: CaptureConfig, type: str) -> bool:
     return source.store is not None if source.teacher is not None else type != "lm"
 
 
-def _layouts(config: CaptureConfig, kinds: Iterable[str], identity: SignalIdentity, new_layout: str) -> dict[str, str]:
-    """The layout of each type's store. One that is there and not of this identity is refused here, before the teacher's
-    weights are loaded: those of a large one take minutes."""
-    layouts = {}
-    for kind in kinds:
-        folder = _folder(config, kind)
-        there = present_layout(folder)
-        layouts[kind] = config.store.format or there or new_layout
-        if there is not None:
-            require_own(folder, identity, layouts[kind])
-    return layouts
+def _choose_layout(config: CaptureConfig, folder: str, identity: SignalIdentity, new_layout: str) -> str:
+    """The layout of a store. Raises SignalError where one is there that is not of this identity."""
+    there = present_layout(folder)
+    layout = config.store.format or there or new_layout
+    if there is not None:
+        require_own(folder, identity, layout)
+    return layout
 
 
-def _folder(config: CaptureConfig, kind: str) -> str:
-    folder = config.source(kind).store
+def _folder(config: CaptureConfig, type: str) -> str:
+    """Where a type's signal goes. Raises UsageError where nothing says so."""
+    folder = config.source(type).store
     if folder is None:
-        named = [f"--{option}" for option, type in SPELLINGS.items() if type == kind] + [f"--signal {kind}=URI"]
-        raise UsageError(f"the manifest has {kind} samples but {' or '.join(named)} is not given", where=named[0])
+        named = [f"--{option}" for option, of in SPELLINGS.items() if of == type] + [f"--signal {type}=URI"]
+        raise UsageError(
+            f"the manifest has {type} samples but {' or '.join(named)} is not given",
+            where=named[0],
+            remedy=f"name a folder or URL for their signal, or leave them out with --signal {type}=none",
+        )
     return folder

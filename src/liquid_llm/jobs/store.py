@@ -7,9 +7,9 @@ is not as it should be, ``pack`` where a record had to be left out.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +26,7 @@ from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
 from liquid_llm.signal_store.compare import Difference, compare
 from liquid_llm.signal_store.description import present_layout
+from liquid_llm.signal_store.records import Record
 from liquid_llm.signal_store.shards.pack import pack
 from liquid_llm.signal_store.shards.remote import ShardCache
 from liquid_llm.signal_store.store import StoreReader, open_store
@@ -38,9 +39,6 @@ from liquid_llm.wiring.teachers import load_online, stored_name
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
 
-log = logging.getLogger(__name__)
-
-_LISTED = 20
 _LEFT_OUT = DataError.exit_code
 _TEMPERATURE, _TEMPERATURES = 2.0, (1.0, 2.0)  # where none is asked for
 
@@ -178,9 +176,11 @@ def _verify(
     token = read_token(config.teacher)
     text = TextTools.of(load_tokenizer(teacher_id, token=token))
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
-    entries = find_run_data(config.data, lambda type: type != "lm").entries
+    entries = find_run_data(config.data, partial(_may_hold, store)).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:
-        inputs = read_manifest_inputs(config.data, text, entries, progress=lambda _, tokens: stage.advance(tokens))
+        inputs = read_manifest_inputs(
+            config.data, text, entries, lambda _: "samples", progress=lambda _, tokens: stage.advance(tokens)
+        )
     coverage = _coverage(store, inputs.everything)
     chosen = list(_choose(store, inputs.everything, samples, config.seed))
     if not chosen:
@@ -196,6 +196,13 @@ def _verify(
             stage.advance()
     totals = {name: sum(row[name] for row in coverage.values()) for name in ("samples", "with_record")}
     return {**totals, "coverage": coverage, **verifier.as_dict()}, 0 if verifier.agrees else _LEFT_OUT
+
+
+def _may_hold(store: StoreReader, type: str) -> bool:
+    """Whether a store may have records of a type; plain text, of which there is much, is looked for in the store."""
+    return type != "lm" or any(
+        isinstance(record, Record) and record.header.type == type for _, record in store.layout.draw(16, 0)
+    )
 
 
 def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str, dict[str, int]]:

@@ -12,7 +12,6 @@ that expects another. What concerns single samples is never an error: it is a ``
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, Payload, PayloadError, StoredSignal, get_codec
 from liquid_llm.signal_store.description import STORE_FILE, read_store_file, require_own, write_store_file
 from liquid_llm.signal_store.layout import Layout
-from liquid_llm.signal_store.pt import PtLayout, from_bytes, is_record_file
+from liquid_llm.signal_store.pt import PtLayout, is_record_file
 from liquid_llm.signal_store.records import (
     FORMAT_VERSION,
     Record,
@@ -123,10 +122,8 @@ class StoreReader:
 
     def get_many(self, samples: Sequence[Sample], windows: Sequence[int], temperature: float) -> list[Lookup]:
         """:meth:`get` for several samples; a remote store's records are fetched at the same time."""
-        temperatures = [temperature] * len(samples)
-        if self._threads is None:
-            return list(map(self.get, samples, windows, temperatures))
-        return list(self._threads.map(self.get, samples, windows, temperatures))
+        get_all = map if self._threads is None else self._threads.map
+        return list(get_all(self.get, samples, windows, [temperature] * len(samples)))
 
     def describe(self) -> dict[str, Any]:
         """What the store is, as plain values for provenance."""
@@ -189,7 +186,7 @@ class StoreWriter:
         if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):
             require_own(uri, self.identity, layout)
         else:
-            self._refuse_foreign_files(names)
+            _refuse_foreign_files(uri, names)
             write_store_file(uri, self.identity, layout, versions)
         self._layout = LAYOUTS[layout](uri, infos, None)
         self._writer = self._layout.writer(self.identity, shard_bytes=shard_bytes, part_seconds=part_seconds)
@@ -238,17 +235,6 @@ class StoreWriter:
             return self._layout.read(sample_id).header if self.has(sample_id) else None
         except RecordError:
             return None
-
-    def _refuse_foreign_files(self, names: set[str]) -> None:
-        foreign = sorted(name for name in names if is_record_file(name) or is_shard(name))
-        if foreign:
-            kind = "shards" if is_shard(foreign[0]) else ".pt files"
-            raise SignalError(
-                f"this folder has {kind} but no {STORE_FILE}: they are not records of this program",
-                where=self.uri,
-                got=f"{len(foreign)} such files, the first {foreign[0]}",
-                remedy="write to another folder",
-            )
 
 
 def open_store(
@@ -311,12 +297,16 @@ def open_store(
     return StoreReader(uri, identity, layout, versions)
 
 
-def read_header(uri: str | os.PathLike[str]) -> RecordHeader:
-    """The header of one ``.pt`` record. Raises SignalError where the file is not a whole record."""
-    try:
-        return from_bytes(storage.read_bytes(os.fspath(uri))).header
-    except RecordError as error:
-        raise SignalError("not a record of teacher signal", where=uri, got=str(error)) from error
+def _refuse_foreign_files(uri: str, names: set[str]) -> None:
+    foreign = sorted(name for name in names if is_record_file(name) or is_shard(name))
+    if foreign:
+        what = "shards" if is_shard(foreign[0]) else ".pt files"
+        raise SignalError(
+            f"this folder has {what} but no {STORE_FILE}: they are not records of this program",
+            where=uri,
+            got=f"{len(foreign)} such files, the first {foreign[0]}",
+            remedy="write to another folder",
+        )
 
 
 def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample, window: int) -> str | None:
@@ -330,9 +320,7 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
     if (header.sample_id, header.type) != (sample.sample_id, sample.type):
         return f"it is the record of {header.type} sample {header.sample_id!r}"
     needed = min(window, len(sample.input_ids))
-    difference_at = first_difference(header, sample.input_ids, needed)
-    if difference_at is not None:
-        return difference_at
-    if header.num_tokens < needed:
-        return f"captured at {header.num_tokens} tokens, {needed} wanted"
-    return None
+    reason = first_difference(header, sample.input_ids, needed)
+    if reason is None and header.num_tokens < needed:
+        reason = f"captured at {header.num_tokens} tokens, {needed} wanted"
+    return reason

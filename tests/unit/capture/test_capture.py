@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.capture import scoring
 from liquid_llm.capture.job import CaptureSummary, capture
-from liquid_llm.capture.plan import Item, batches, plan
+from liquid_llm.capture.plan import Window, batches, plan
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import StorageError, UsageError
 from liquid_llm.losses.products import HeadProducts
@@ -34,8 +34,8 @@ from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.sampled import SampledCodec
 from liquid_llm.signal_store.codecs.tail import TailCodec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
-from liquid_llm.signal_store.pt import file_name
-from liquid_llm.signal_store.store import StoreWriter, open_store, read_header
+from liquid_llm.signal_store.pt import file_name, from_bytes
+from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 
 CODEC = TopKCodec(8)
@@ -95,7 +95,7 @@ def test_summary_and_progress(tmp_path: Path, teacher: LoadedModel) -> None:
 def test_header(tmp_path: Path, teacher: LoadedModel) -> None:
     sample = make_samples(1, low=150, high=150)[0]
     run(tmp_path, [sample], teacher)
-    header = read_header(tmp_path / file_name(sample.sample_id))
+    header = from_bytes((tmp_path / file_name(sample.sample_id)).read_bytes()).header
     assert (header.sample_id, header.type, header.num_tokens) == ("s/0", "math_tool", 100)
     assert (header.identity.teacher_id, header.identity.teacher_revision) == (IDENTITY.id, IDENTITY.revision)
     assert (header.identity.codec, header.identity.codec_options, header.identity.vocab_size) == (
@@ -376,7 +376,7 @@ def test_an_id_used_twice_is_refused(tmp_path: Path) -> None:
 
 @given(lengths=st.lists(st.integers(1, 1024), max_size=200), budget=st.integers(1, 8192))
 def test_batches_keep_to_the_budget_and_hardly_pad(lengths: list[int], budget: int) -> None:
-    items = [Item(ListSource([]), n, str(n), "code", length) for n, length in enumerate(lengths)]
+    items = [Window(ListSource([]), n, str(n), "code", length) for n, length in enumerate(lengths)]
     found = batches(items, budget)
     assert sorted(item.index for batch in found for item in batch) == list(range(len(items)))
     assert [item.num_tokens for batch in found for item in batch] == sorted(lengths, reverse=True)
@@ -387,7 +387,7 @@ def test_batches_keep_to_the_budget_and_hardly_pad(lengths: list[int], budget: i
 
 
 def test_many_near_equal_samples_share_batches() -> None:
-    items = [Item(ListSource([]), n, str(n), "code", 100 + n % 10) for n in range(400)]
+    items = [Window(ListSource([]), n, str(n), "code", 100 + n % 10) for n in range(400)]
     assert len(batches(items, 4096)) <= 12
 
 
@@ -403,7 +403,7 @@ class DrawCodec(TopKCodec):
 
 def drawn(teacher: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     source = ListSource(samples)
-    items = [Item(source, n, s.sample_id, s.type, len(s.input_ids)) for n, s in enumerate(samples)]
+    items = [Window(source, n, s.sample_id, s.type, len(s.input_ids)) for n, s in enumerate(samples)]
     codecs: dict[str, Codec] = {"math_tool": DrawCodec(1)}
     found = {}
     for item, rows in scoring.score(OnlineTeacher(teacher, VOCAB), items, codecs, scoring.Scratch()):
@@ -464,7 +464,7 @@ def test_all_chunks_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch, cod
     teacher = tiny_teacher()
     teacher.model.to(dtype)
     source = ListSource(make_samples(4, low=20, high=100))
-    items = [Item(source, n, str(n), "math_tool", len(s.input_ids)) for n, s in enumerate(source.samples)]
+    items = [Window(source, n, str(n), "math_tool", len(s.input_ids)) for n, s in enumerate(source.samples)]
     online = OnlineTeacher(teacher, VOCAB)
     monkeypatch.setattr(scoring, "HeadProducts", WatchedProducts)
     monkeypatch.setattr(WatchedProducts, "held", [])
@@ -514,7 +514,7 @@ class LargestVocabularyTensor(TorchDispatchMode):
 def test_logits_of_one_chunk_at_most(teacher: LoadedModel, monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
     monkeypatch.setattr(scoring, "_CPU_CHUNK_BYTES", 32 * 4 * VOCAB)
     source = ListSource(make_samples(8, low=90, high=100))
-    items = [Item(source, n, str(n), "math_tool", 90) for n in range(8)]
+    items = [Window(source, n, str(n), "math_tool", 90) for n in range(8)]
     online = OnlineTeacher(teacher, VOCAB)
     with LargestVocabularyTensor() as seen:
         for _, rows in scoring.score(online, items, {"math_tool": codec}, scoring.Scratch()):

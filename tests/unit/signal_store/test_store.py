@@ -25,7 +25,7 @@ from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.pt import file_name, from_bytes, to_bytes
-from liquid_llm.signal_store.store import StoreWriter, open_store, read_header
+from liquid_llm.signal_store.store import StoreWriter, open_store
 
 VOCAB = 300
 CODEC = TopKCodec(4)
@@ -363,15 +363,6 @@ def test_a_temperature_outside_the_codecs_range(folder: Path) -> None:
     write(folder, [sample])
     with pytest.raises(SignalError, match=r"got 0\.5; expected 0\.667 to 4"):
         open_store(str(folder)).get(sample, 1024, 0.5)
-
-
-def test_read_header(tmp_path: Path) -> None:
-    sample = make_samples(1, low=90, high=90)[0]
-    write(tmp_path, [sample])
-    header = read_header(tmp_path / file_name(sample.sample_id))
-    assert (header.sample_id, header.num_tokens, header.identity.teacher_id) == ("s/0", 90, "org/teacher")
-    with pytest.raises(SignalError, match=r"store\.json: not a record"):
-        read_header(str(tmp_path / STORE_FILE))
 
 
 def test_description_is_plain(folder: Path) -> None:
