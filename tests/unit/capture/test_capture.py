@@ -243,13 +243,13 @@ def test_a_sample_the_teacher_fails_on(tmp_path: Path, teacher: LoadedModel, cap
     with caplog.at_level(logging.WARNING):
         summary = run(tmp_path, samples, failing_on(teacher, token=295))
     assert (summary.written, summary.failed) == (11, 1)
-    assert vars(summary.failures[0]) == {
+    assert summary.failures[0]._asdict() == {
         "sample_id": "s/5",
         "type": "math_tool",
         "reason": "the teacher failed: RuntimeError: no such kernel",
     }
     assert "math_tool sample 's/5' is not captured: the teacher failed" in caplog.text
-    assert summary.as_dict()["failures"] == [vars(summary.failures[0])]
+    assert summary.as_dict()["failures"] == [summary.failures[0]._asdict()]
 
 
 def test_a_batch_too_large_is_done_one_by_one(tmp_path: Path, teacher: LoadedModel) -> None:
