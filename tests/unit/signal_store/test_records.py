@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from dataclasses import replace
 
@@ -212,14 +213,9 @@ def test_a_file_costs_less_than_a_kilobyte_beyond_its_tensors() -> None:
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("sample_id", HARD_IDS)
-def test_names_are_plain(sample_id: str) -> None:
-    name = file_name(sample_id)
-    assert len(name) <= 48 + 1 + 16 + 3
-    assert name.isascii()
-    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
-    assert name.count(".") == 1
-    assert name.endswith(".pt")
+def test_names_are_plain() -> None:
+    names = [file_name(sample_id) for sample_id in HARD_IDS]
+    assert not [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]{1,65}\.pt", name)]
 
 
 @given(st.lists(st.text(max_size=80), unique=True, max_size=30))
