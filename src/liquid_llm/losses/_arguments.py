@@ -13,6 +13,7 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.errors import UsageError
+from liquid_llm.losses.divergences import check_sparse
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal, SparseSignal
 
@@ -23,25 +24,21 @@ def check_arguments(
     labels: Tensor,
     *,
     signal: Signal | None,
-    kd_alpha: float,
-    kd_temperature: float,
+    objective: Objective,
     reference: DenseSignal | None,
-    l2_gamma: float,
     all_labelled: bool = False,
     looks: bool = True,
 ) -> None:
-    """Refuse arguments that cannot mean anything, before any product is formed.
+    """Refuse arguments that do not fit together, before any product is formed.
 
-    Values (labels, ids) are checked where the tensors lie on the CPU and the host ``looks``; shapes, dtypes and numbers
-    always. What a signal or a head says of itself was checked when it was made.
+    Values (labels, ids) are checked where the tensors lie on the CPU and the host ``looks``; shapes and dtypes always.
+    What an objective, a signal or a head says of itself was checked when it was made.
 
     Raises:
-        ValueError: shapes that do not fit, a label or id outside the vocabulary, alpha outside [0, 1], a temperature
-            that is not positive, a negative gamma, a reference student with another vocabulary, a row without a label
-            where ``all_labelled`` says that there is none.
-        UsageError: a sparse signal that holds at another temperature than ``kd_temperature``.
+        ValueError: shapes that do not fit, a label or id outside the vocabulary, a reference student with another
+            vocabulary, a row without a label where ``all_labelled`` says that there is none.
+        UsageError: a sparse signal that holds at another temperature, or that the divergence cannot answer.
     """
-    Objective(kd_alpha, kd_temperature, l2_gamma)
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be a floating [positions, hidden], got {hidden.dtype} {list(hidden.shape)}")
     num_rows = hidden.shape[0]
@@ -49,21 +46,21 @@ def check_arguments(
         raise ValueError(f"labels must be int64 [{num_rows}], got {labels.dtype} {list(labels.shape)}")
     if head.weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"head.weight must be [vocab, {hidden.shape[1]}], got {list(head.weight.shape)}")
+    for name, rows in (("reference", reference), ("signal", signal)):
+        if rows is not None and rows.num_positions != num_rows:
+            raise ValueError(
+                f"{name} has {rows.num_positions} rows, hidden has {num_rows}: they must be aligned row by row"
+            )
+    if reference is not None and reference.head.vocab_size != head.vocab_size:
+        raise ValueError(f"the reference student has {reference.head.vocab_size} logits, the student {head.vocab_size}")
     looks = looks and labels.device.type == "cpu"
     if looks:
         _check_labels(labels, head.vocab_size, all_labelled=all_labelled)
-    if reference is not None:
-        _check_rows("reference", reference.num_positions, num_rows)
-        if reference.head.vocab_size != head.vocab_size:
-            raise ValueError(
-                f"the reference student has {reference.head.vocab_size} logits, the student {head.vocab_size}"
-            )
-    if signal is not None:
-        _check_rows("signal", signal.num_positions, num_rows)
-        if isinstance(signal, SparseSignal):
-            _check_temperature(signal.temperature, kd_temperature)
-            if looks:
-                _check_ids(signal, labels, head.vocab_size)
+    if isinstance(signal, SparseSignal):
+        check_sparse(objective.divergence, "divergence")
+        _check_temperature(signal.temperature, objective.temperature)
+        if looks:
+            _check_ids(signal, labels, head.vocab_size)
 
 
 def _check_labels(labels: Tensor, vocab_size: int, *, all_labelled: bool) -> None:
@@ -71,11 +68,6 @@ def _check_labels(labels: Tensor, vocab_size: int, *, all_labelled: bool) -> Non
         raise ValueError(f"labels must lie in [0, {vocab_size}) or be {IGNORE_INDEX}")
     if all_labelled and bool((labels == IGNORE_INDEX).any()):
         raise ValueError("a row without a label, where all_labelled says that there is none")
-
-
-def _check_rows(name: str, got: int, expected: int) -> None:
-    if got != expected:
-        raise ValueError(f"{name} has {got} rows, hidden has {expected}: they must be aligned row by row")
 
 
 def _check_temperature(stored: float, asked: float) -> None:

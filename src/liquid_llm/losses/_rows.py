@@ -1,29 +1,28 @@
-"""Values and gradients of the loss for a few rows of logits, in as few passes over them as eager torch allows.
+"""The loss of rows of logits, in as few passes over them as eager torch allows.
 
 raw logits: a row of ``hidden @ weight.T + bias``, before scale and soft-cap; slice: the rows handled at once, few
 enough that they stay in a core's cache between passes; gradient: of the summed loss with respect to the raw logits,
 written over them.
 
-Gradients, with p = softmax of the student, m = 1 where there is a signal, W = sum of a sparse signal's weights,
-r = tail mass and R = the student's own mass outside the ids:
+Gradients, with p = softmax of the student, m = 1 where there is a signal and u = z / T:
 
-    CE      (1 - alpha m) (p_1 - onehot(label))
-    KD      alpha m T (p_T - q_T)                                       dense
-            alpha m T (W p_T - weights)                                 sparse
-            - alpha m T r (1 - R) / R p_T  outside the ids,  + alpha m T r p_T  on them    its tail bucket
+    CE      (1 - alpha m) (p - onehot(label))
+    KD      alpha m T dD/du                      of the divergence D, see ``divergences``
     L2      2 gamma / vocab (z - z_reference)
     chain   scale (1 - (z / soft_cap)^2)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
-from liquid_llm.losses.signals import OutputHead, SparseSignal
+from liquid_llm.losses.divergences import SliceGradient, Softmax, SparseRows, get_divergence
+from liquid_llm.losses.objective import Objective
+from liquid_llm.losses.signals import OutputHead
 
 
 class LabelledRows:
@@ -74,48 +73,6 @@ class DenseRows:
     mask: Tensor | None
 
 
-@dataclass(frozen=True)
-class SparseRows:
-    """A sparse signal for a slice with unused slots cleared: weight 0, log-prob 0, id 0, also in rows without a record.
-
-    Attributes:
-        ids, weights, log_probs: [rows, K]; tail_mass: [rows]; mask: [rows] bool, or None where every row has a record.
-        any_tail: False only if no row of the whole signal has a tail.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    log_probs: Tensor
-    tail_mass: Tensor
-    mask: Tensor | None
-    any_tail: bool
-
-    @staticmethod
-    def of(signal: SparseSignal, rows: LabelledRows, dtype: torch.dtype) -> SparseRows:
-        """The labelled rows of ``signal``, cleaned and in ``dtype``."""
-        mask = rows.take(signal.mask)
-        weights = torch.where(mask.unsqueeze(1), rows.take(signal.weights).to(dtype), 0.0)
-        used = weights > 0
-        return SparseRows(
-            ids=torch.where(used, rows.take(signal.ids), 0),
-            weights=torch.where(used, weights, 0.0),
-            log_probs=torch.where(used, rows.take(signal.log_probs).to(dtype), 0.0),
-            tail_mass=torch.where(mask, rows.take(signal.tail_mass).to(dtype), 0.0),
-            mask=None if signal.num_signal == signal.num_positions else mask,
-            any_tail=signal.any_tail is not False,
-        )
-
-    def slice(self, start: int, stop: int) -> SparseRows:
-        return replace(
-            self,
-            ids=self.ids[start:stop],
-            weights=self.weights[start:stop],
-            log_probs=self.log_probs[start:stop],
-            tail_mass=self.tail_mass[start:stop],
-            mask=None if self.mask is None else self.mask[start:stop],
-        )
-
-
 # Sums of exponentials between these are exact enough without a shift, in float32 too: what underflows is below 1e-18 of
 # the sum, and products with differences of logits do not overflow.
 _MIN_TOTAL, _MAX_TOTAL = 1e-20, 1e30
@@ -130,27 +87,18 @@ class RowLoss:
 
     Args:
         head: the student's, for its scale and soft-cap.
-        kd_alpha, kd_temperature, l2_gamma: as in ``fused_loss``.
+        objective: as in ``fused_loss``.
         dtype: of the softmax and of everything derived from it.
         with_grad: whether to overwrite the raw logits by the gradient.
         looks: whether the host may read results; see ``LossPlan``.
     """
 
     def __init__(
-        self,
-        head: OutputHead,
-        *,
-        kd_alpha: float,
-        kd_temperature: float,
-        l2_gamma: float,
-        dtype: torch.dtype,
-        with_grad: bool,
-        looks: bool,
+        self, head: OutputHead, objective: Objective, *, dtype: torch.dtype, with_grad: bool, looks: bool
     ) -> None:
         self._head = head
-        self._alpha = kd_alpha
-        self._temperature = kd_temperature
-        self._gamma = l2_gamma
+        self._objective = objective
+        self._divergence = get_divergence(objective.divergence)
         self._dtype = dtype
         self._with_grad = with_grad
         self._looks = looks
@@ -164,11 +112,12 @@ class RowLoss:
         teacher: DenseRows | SparseRows | None = None,
         reference: DenseRows | None = None,
     ) -> Tensor:
-        """Loss, CE, KL and mean squared distance of every row [4, rows].
+        """Loss, CE, divergence and mean squared distance of every row [4, rows].
 
         ``raw`` [rows, vocab] becomes the gradient with respect to itself when one is wanted.
         ``labels`` [rows] are all real. ``reference``'s raw logits are overwritten when in the softmax's dtype.
         """
+        alpha, gamma = self._objective.alpha, self._objective.gamma
         labels = labels.unsqueeze(1)
         logits = self._finish(raw, self._head, "student")
         slope = self._slope(logits)
@@ -178,98 +127,64 @@ class RowLoss:
             distance = torch.sub(logits, old, out=old)
         exps, total = self._exponentials(logits, "student_exps")
         ce = total.log() - logits.gather(1, labels).squeeze(1)
-        ce_weight = self._ce_weight(teacher, ce)
-        ce_factor = (ce_weight / total).unsqueeze(1)
+        ce_weight = torch.ones_like(ce) if teacher is None else self._masked(teacher, 1.0 - alpha, 1.0, like=ce)
+        ce_factor = ce_weight / total
+        kd = torch.zeros_like(ce)
         # From here on the place of the logits is free; the gradient takes it.
-        if isinstance(teacher, DenseRows):
-            kd = self._dense(teacher, logits, exps, total, ce_factor)
-        elif isinstance(teacher, SparseRows):
-            kd = self._sparse(teacher, logits, exps, total, ce_factor)
-        else:
-            kd = torch.zeros_like(ce)
-            if self._with_grad:
-                torch.mul(exps, ce_factor, out=logits)
+        if teacher is not None:
+            kd = self._distill(teacher, logits, exps, total, ce_factor)
+        elif self._with_grad:
+            torch.mul(exps, ce_factor.unsqueeze(1), out=logits)
         l2 = torch.zeros_like(ce)
         if distance is not None:
             l2 = torch.linalg.vector_norm(distance, dim=1).square_().div_(distance.shape[1])
         if self._with_grad:
             logits.scatter_add_(1, labels, -ce_weight.unsqueeze(1))
-            if distance is not None and self._gamma > 0:
-                logits.add_(distance, alpha=2.0 * self._gamma / distance.shape[1])
+            if distance is not None and gamma > 0:
+                logits.add_(distance, alpha=2.0 * gamma / distance.shape[1])
             if slope is not None:
                 logits.mul_(slope)
             elif self._head.scale != 1.0:
                 logits.mul_(self._head.scale)
             if logits is not raw:
                 raw.copy_(logits)
-        loss = ce_weight * ce + self._alpha * self._temperature**2 * kd + self._gamma * l2
+        loss = ce_weight * ce + alpha * self._objective.temperature**2 * kd + gamma * l2
         return torch.stack((loss, ce, kd, l2))
 
-    def _dense(self, teacher: DenseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor) -> Tensor:
-        """KL [rows] to a whole teacher distribution; ``logits`` become the gradient but for the label's part."""
-        teacher_logits = self._finish(teacher.raw, teacher.head, "teacher")
+    def _distill(
+        self, teacher: DenseRows | SparseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor
+    ) -> Tensor:
+        """The divergence [rows], 0 without a signal; ``logits`` become the gradient but for the label's part."""
+        temperature = self._objective.temperature
+        tempered = Softmax(logits, exps, total)
+        if temperature != 1.0:
+            logits.div_(temperature)
+            tempered = Softmax(logits, *self._exponentials(logits, "tempered_exps"))
+        gradient = None
+        if self._with_grad:
+            weight = self._masked(teacher, self._objective.alpha * temperature, 0.0, like=total)
+            gradient = SliceGradient(weight, tempered, exps, ce_factor)
+        if isinstance(teacher, SparseRows):
+            kd = self._divergence.sparse(tempered, teacher, gradient)
+        else:
+            kd = self._divergence.dense(tempered, self._teacher_softmax(teacher), gradient)
+        return kd if teacher.mask is None else torch.where(teacher.mask, kd, 0.0)
+
+    def _teacher_softmax(self, teacher: DenseRows) -> Softmax:
+        logits = self._finish(teacher.raw, teacher.head, "teacher")
         if teacher.mask is not None:
             # Rows without a record may hold anything, NaN too.
-            teacher_logits.masked_fill_(~teacher.mask.unsqueeze(1), 0.0)
-        shared = teacher_logits.shape[1]
-        tempered, tempered_total = exps, total
-        if self._temperature != 1.0:
-            teacher_logits.div_(self._temperature)
-            tempered, tempered_total = self._exponentials(logits.div_(self._temperature), "tempered_exps")
-        teacher_exps, teacher_total = self._exponentials(teacher_logits, "teacher_exps")
-        difference = teacher_logits.sub_(logits[:, :shared])
-        kd = difference.mul_(teacher_exps).sum(dim=1) / teacher_total + tempered_total.log() - teacher_total.log()
-        weight = torch.full_like(kd, self._alpha * self._temperature)
-        if teacher.mask is not None:
-            kd = torch.where(teacher.mask, kd, 0.0)
-            weight = torch.where(teacher.mask, weight, 0.0)
-        if self._with_grad:
-            self._combine(exps, ce_factor, tempered, (weight / tempered_total).unsqueeze(1), out=logits)
-            logits[:, :shared].sub_(teacher_exps.mul_((weight / teacher_total).unsqueeze(1)))
-        return kd
-
-    def _sparse(self, teacher: SparseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor) -> Tensor:
-        """KL estimate [rows] of a sparse signal; ``logits`` become the gradient but for the label's part."""
-        ids, weights, tail_mass = teacher.ids, teacher.weights, teacher.tail_mass
-        tempered, tempered_total = exps, total
-        if self._temperature != 1.0:
-            tempered, tempered_total = self._exponentials(logits.div_(self._temperature), "tempered_exps")
-        log_student = logits.gather(1, ids) - tempered_total.log().unsqueeze(1)
-        kd = (weights * (teacher.log_probs - log_student)).sum(dim=1)
-        mass = rest_mass = weights.sum(dim=1)  # each row's factors of p, on the ids and outside them
-        held = torch.zeros_like(weights)
-        if teacher.any_tail:
-            # The student's tail is summed with the ids' places emptied: 1 - (their sum) would cancel where it is thin.
-            held = torch.where((weights > 0) & (tail_mass > 0).unsqueeze(1), tempered.gather(1, ids), 0.0)
-            tempered.scatter_add_(1, ids, -held)
-            rest = (tempered.sum(dim=1) / tempered_total).clamp_min_(torch.finfo(self._dtype).tiny)
-            kd += torch.where(tail_mass > 0, torch.xlogy(tail_mass, tail_mass) - tail_mass * rest.log(), 0.0)
-            rest_mass = mass - tail_mass * (held.sum(dim=1) / tempered_total) / rest
-        if self._with_grad:
-            scale = self._alpha * self._temperature / tempered_total
-            held_factor = ((mass + tail_mass) * scale).unsqueeze(1)
-            if tempered is exps:  # at T = 1 their part of the cross-entropy was emptied as well
-                held_factor = held_factor + ce_factor
-            self._combine(exps, ce_factor, tempered, (rest_mass * scale).unsqueeze(1), out=logits)
-            logits.scatter_add_(1, ids, held * held_factor - weights * (self._alpha * self._temperature))
-        return kd
+            logits.masked_fill_(~teacher.mask.unsqueeze(1), 0.0)
+        if self._objective.temperature != 1.0:
+            logits.div_(self._objective.temperature)
+        return Softmax(logits, *self._exponentials(logits, "teacher_exps"))
 
     @staticmethod
-    def _combine(exps: Tensor, factor: Tensor, tempered: Tensor, tempered_factor: Tensor, *, out: Tensor) -> None:
-        """``out = factor exps + tempered_factor tempered`` [rows, vocab]; both are used up."""
-        if tempered is exps:
-            torch.mul(exps, factor + tempered_factor, out=out)
-        else:
-            torch.add(exps.mul_(factor), tempered.mul_(tempered_factor), out=out)
-
-    def _ce_weight(self, teacher: DenseRows | SparseRows | None, like: Tensor) -> Tensor:
-        """Weight of each row's cross-entropy [rows], so that a position's weights sum to 1."""
-        weight = torch.ones_like(like)
-        if teacher is None:
-            return weight
+    def _masked(teacher: DenseRows | SparseRows, with_signal: float, without: float, *, like: Tensor) -> Tensor:
+        """A number for rows with a signal and another for those without [rows]."""
         if teacher.mask is None:
-            return weight.fill_(1.0 - self._alpha)
-        return weight.masked_fill_(teacher.mask, 1.0 - self._alpha)
+            return torch.full_like(like, with_signal)
+        return torch.full_like(like, without).masked_fill_(teacher.mask, with_signal)
 
     def _exponentials(self, logits: Tensor, slot: str) -> tuple[Tensor, Tensor]:
         """exp(logits) [rows, vocab] and its row sums [rows]; ``logits`` are shifted in place where they must be.
@@ -290,11 +205,7 @@ class RowLoss:
         """Logits in the softmax's dtype: in place where ``raw`` is a product of ours, else in scratch space."""
         in_place = raw.dtype == self._dtype and head is not None
         logits = raw if in_place else self._scratch(slot, raw).copy_(raw)
-        if head is not None and head.scale != 1.0:
-            logits.mul_(head.scale)
-        if head is not None and head.soft_cap is not None:
-            logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
-        return logits
+        return logits if head is None else head.finish(logits, in_place=True)
 
     def _slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of soft-capped logits with respect to the raw ones [rows, vocab]; None without a soft-cap."""

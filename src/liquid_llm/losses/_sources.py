@@ -1,4 +1,4 @@
-"""Where a chunk's word of the teacher comes from, labelled position by labelled position.
+"""Where the teacher's rows of a chunk come from, labelled position by labelled position.
 
 A source is told which chunk is next (``load``) and then asked for slices of it (``slice``, counted from the chunk's
 start), so that nothing larger than one chunk of logits exists.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from liquid_llm.losses._rows import DenseRows, LabelledRows, SparseRows
+import torch
+
+from liquid_llm.losses._rows import DenseRows, LabelledRows
+from liquid_llm.losses.divergences import SparseRows
 from liquid_llm.losses.products import HeadProducts
-from liquid_llm.losses.signals import DenseSignal, LogitsSignal
+from liquid_llm.losses.signals import DenseSignal, LogitsSignal, SparseSignal
 
 
 class TeacherSource(Protocol):
@@ -61,14 +64,24 @@ class LogitsSource:
 
 
 class SparseSource:
-    """A sparse signal, cleaned once."""
+    """A sparse signal, of which unused slots are cleared once."""
 
-    def __init__(self, rows: SparseRows) -> None:
-        self._clean = rows
+    def __init__(self, signal: SparseSignal, rows: LabelledRows, dtype: torch.dtype) -> None:
+        mask = rows.take(signal.mask)
+        weights = torch.where(mask.unsqueeze(1), rows.take(signal.weights).to(dtype), 0.0)
+        used = weights > 0
+        self._rows = SparseRows(
+            ids=torch.where(used, rows.take(signal.ids), 0),
+            weights=torch.where(used, weights, 0.0),
+            log_probs=torch.where(used, rows.take(signal.log_probs).to(dtype), 0.0),
+            tail_mass=torch.where(mask, rows.take(signal.tail_mass).to(dtype), 0.0),
+            mask=None if signal.num_signal == signal.num_positions else mask,
+            any_tail=signal.any_tail is not False,
+        )
         self._start = 0
 
     def load(self, start: int, stop: int) -> None:
         self._start = start
 
     def slice(self, start: int, stop: int) -> SparseRows:
-        return self._clean.slice(self._start + start, self._start + stop)
+        return self._rows.slice(self._start + start, self._start + stop)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses._rows import LabelledRows, RowLoss, SparseRows
+from liquid_llm.losses._rows import LabelledRows, RowLoss
 from liquid_llm.losses._sources import DenseSource, LogitsSource, SparseSource, TeacherSource
+from liquid_llm.losses.objective import CROSS_ENTROPY, Objective
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.products import HeadGradient, HeadProducts
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal
@@ -32,10 +33,8 @@ def fused_loss(
     labels: Tensor,
     *,
     signal: Signal | None = None,
-    kd_alpha: float = 0.0,
-    kd_temperature: float = 1.0,
+    objective: Objective = CROSS_ENTROPY,
     reference: DenseSignal | None = None,
-    l2_gamma: float = 0.0,
     chunk_tokens: int | None = None,
     plan: LossPlan | None = None,
     all_labelled: bool = False,
@@ -54,11 +53,9 @@ def fused_loss(
         hidden: [positions, hidden], the student's states right before its output head.
         head: the student's output head.
         labels: [positions] int64, already shifted; rows with ``IGNORE_INDEX`` are dropped before any product.
-        signal: the teacher's word on each row of ``hidden``, or None for plain cross-entropy.
-        kd_alpha: weight of the KD term in [0, 1], where there is a signal.
-        kd_temperature: T of teacher and student alike.
+        signal: what the teacher says of each row of ``hidden``, or None for plain cross-entropy.
+        objective: alpha, T, gamma and the divergence.
         reference: hidden states and head of the frozen student, aligned with ``hidden``, or None for no L2 term.
-        l2_gamma: weight of the L2 term.
         chunk_tokens: positions per chunk, instead of the plan's. The result does not depend on it.
         plan: how to go about it; None is ``choose_plan`` for the device of ``hidden``.
         all_labelled: every row has a label, as the caller knows: then nothing is gathered, and with a plan that does
@@ -66,7 +63,7 @@ def fused_loss(
 
     Raises:
         ValueError: arguments that do not fit together.
-        UsageError: a sparse signal that holds at another temperature.
+        UsageError: a sparse signal that holds at another temperature, or that the divergence cannot answer.
     """
     plan = plan or choose_plan(hidden.device, head.vocab_size)
     if chunk_tokens is not None:
@@ -77,24 +74,12 @@ def fused_loss(
         head,
         labels,
         signal=signal,
-        kd_alpha=kd_alpha,
-        kd_temperature=kd_temperature,
+        objective=objective,
         reference=reference,
-        l2_gamma=l2_gamma,
         all_labelled=all_labelled,
         looks=plan.looks,
     )
-    job = _Job(
-        head=head,
-        labels=labels,
-        signal=signal,
-        kd_alpha=kd_alpha,
-        kd_temperature=kd_temperature,
-        reference=reference,
-        l2_gamma=l2_gamma,
-        plan=plan,
-        all_labelled=all_labelled,
-    )
+    job = _Job(head, labels, signal, objective, reference, plan, all_labelled)
     parameters = (hidden, head.weight, head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in parameters):
         loss, ce, kd, l2 = _FusedLoss.apply(*parameters, job)  # type: ignore[no-untyped-call]
@@ -110,7 +95,7 @@ def _counts(labels: Tensor, signal: Signal | None, *, all_labelled: bool) -> tup
     num_positions = labels.shape[0] if labelled is None else int(labelled.sum())
     if signal is None:
         return num_positions, 0
-    if isinstance(signal, DenseSignal):
+    if signal.mask is None:
         return num_positions, num_positions
     if labelled is not None:
         return num_positions, int((labelled & signal.mask).sum())
@@ -124,10 +109,8 @@ class _Job:
     head: OutputHead
     labels: Tensor
     signal: Signal | None
-    kd_alpha: float
-    kd_temperature: float
+    objective: Objective
     reference: DenseSignal | None
-    l2_gamma: float
     plan: LossPlan
     all_labelled: bool
 
@@ -211,15 +194,7 @@ def _run_chunks(
     with_grad = hidden_gradient is not None or head_gradient is not None
     teacher = _source(job, job.signal, rows, dtype)
     old = None if job.reference is None else _dense_source(job, job.reference, rows)
-    row_loss = RowLoss(
-        job.head,
-        kd_alpha=job.kd_alpha,
-        kd_temperature=job.kd_temperature,
-        l2_gamma=job.l2_gamma,
-        dtype=dtype,
-        with_grad=with_grad,
-        looks=plan.looks,
-    )
+    row_loss = RowLoss(job.head, job.objective, dtype=dtype, with_grad=with_grad, looks=plan.looks)
     raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), job.head.vocab_size, dtype=dtype)
     values = hidden.new_empty(4, rows.count, dtype=dtype)
     for start in range(0, rows.count, plan.chunk_tokens):
@@ -266,4 +241,4 @@ def _source(job: _Job, signal: Signal | None, rows: LabelledRows, dtype: torch.d
         return _dense_source(job, signal, rows)
     if isinstance(signal, LogitsSignal):
         return LogitsSource(signal, rows, job.head.vocab_size)
-    return SparseSource(SparseRows.of(signal, rows, dtype))
+    return SparseSource(signal, rows, dtype)

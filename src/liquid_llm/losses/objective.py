@@ -36,3 +36,6 @@ class Objective:
             raise ValueError(f"gamma must be finite and not negative, got {self.gamma}")
         if self.divergence not in registry.DIVERGENCES:
             raise ValueError(f"divergence must be one of {', '.join(registry.DIVERGENCES)}, got {self.divergence!r}")
+
+
+CROSS_ENTROPY = Objective()

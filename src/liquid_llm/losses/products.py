@@ -74,12 +74,7 @@ class HeadProducts:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Fill ``out`` [rows, vocab], in ``dtype``, with finished logits of ``hidden`` [rows, hidden]."""
-        raw = self.raw_logits(hidden.to(self.operand_dtype), out)
-        if self.head.scale != 1.0:
-            raw.mul_(self.head.scale)
-        if self.head.soft_cap is not None:
-            raw.div_(self.head.soft_cap).tanh_().mul_(self.head.soft_cap)
-        return raw
+        return self.head.finish(self.raw_logits(hidden.to(self.operand_dtype), out), in_place=True)
 
     def operand(self, gradient: Tensor) -> Tensor:
         """``gradient`` [rows, vocab] in ``dtype`` as its products take it; good until the next is asked for."""

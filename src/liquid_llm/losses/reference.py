@@ -2,9 +2,9 @@
 
     z      student logits                    p_T = softmax(z / T)
     y      label                             CE  = -log p_1[y]
-    q_T    teacher distribution at T         KL  = sum_v q_T[v] (log q_T[v] - log p_T[v])
+    q_T    teacher distribution at T         D   = the objective's divergence of q_T and p_T, see ``divergences``
 
-A labelled position with a teacher signal costs ``alpha T^2 KL + (1 - alpha) CE``; one without costs ``CE``; a reference
+A labelled position with a teacher signal costs ``alpha T^2 D + (1 - alpha) CE``; one without costs ``CE``; a reference
 student adds ``gamma mean_v (z - z_reference)^2``. The factor T^2 keeps the size of the KD gradient independent of T
 (Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2). Costs are summed over positions.
 
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal, SparseSignal
+from liquid_llm.losses.divergences import SparseRows, get_divergence
+from liquid_llm.losses.objective import CROSS_ENTROPY, Objective
+from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal, SparseSignal
 
 
 def reference_loss(
@@ -28,10 +30,8 @@ def reference_loss(
     labels: Tensor,
     *,
     signal: Signal | None = None,
-    kd_alpha: float = 0.0,
-    kd_temperature: float = 1.0,
+    objective: Objective = CROSS_ENTROPY,
     reference: DenseSignal | None = None,
-    l2_gamma: float = 0.0,
 ) -> LossOutput:
     """Composite distillation loss, summed over labelled positions.
 
@@ -39,26 +39,16 @@ def reference_loss(
         hidden: [positions, hidden], the student's states right before its output head.
         head: the student's output head.
         labels: [positions] int64, already shifted; rows with ``IGNORE_INDEX`` contribute nothing.
-        signal: the teacher's word on each row of ``hidden``, or None for plain cross-entropy.
-        kd_alpha: weight of the KD term in [0, 1], where there is a signal.
-        kd_temperature: T of teacher and student alike.
+        signal: what the teacher says of each row of ``hidden``, or None for plain cross-entropy.
+        objective: alpha, T, gamma and the divergence.
         reference: hidden states and head of the frozen student, aligned with ``hidden``, or None for no L2 term.
-        l2_gamma: weight of the L2 term.
 
     Raises:
         ValueError: arguments that do not fit together.
         UsageError: a sparse signal that holds at another temperature.
     """
-    check_arguments(
-        hidden,
-        head,
-        labels,
-        signal=signal,
-        kd_alpha=kd_alpha,
-        kd_temperature=kd_temperature,
-        reference=reference,
-        l2_gamma=l2_gamma,
-    )
+    check_arguments(hidden, head, labels, signal=signal, objective=objective, reference=reference)
+    alpha, temperature = objective.alpha, objective.temperature
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     labelled = labels != IGNORE_INDEX
     with torch.autocast(hidden.device.type, enabled=False):
@@ -67,14 +57,13 @@ def reference_loss(
         kd = torch.zeros_like(ce)
         has_signal = torch.zeros_like(ce, dtype=torch.bool)
         if signal is not None:
-            student_log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
-            kd, has_signal = _divergence(student_log_probs, signal, labelled, kd_temperature)
+            kd, has_signal = measure(torch.log_softmax(logits / temperature, dim=-1), signal, labelled, objective)
         l2 = torch.zeros_like(ce)
         if reference is not None:
             old_logits = _logits(reference.hidden[labelled], reference.head, dtype)
             l2 = (logits - old_logits.detach()).square().mean(dim=-1)
-        distilled = kd_alpha * kd_temperature**2 * kd + (1.0 - kd_alpha) * ce
-        loss = torch.where(has_signal, distilled, ce) + l2_gamma * l2
+        distilled = alpha * temperature**2 * kd + (1.0 - alpha) * ce
+        loss = torch.where(has_signal, distilled, ce) + objective.gamma * l2
     return LossOutput(
         loss=loss.sum(),
         ce=ce.detach().sum(),
@@ -91,46 +80,37 @@ def _logits(hidden: Tensor, head: OutputHead, dtype: torch.dtype) -> Tensor:
     return OutputHead(head.weight.to(dtype), bias, head.scale, head.soft_cap).logits(hidden.to(dtype))
 
 
-def _divergence(
-    student_log_probs: Tensor, signal: Signal, labelled: Tensor, temperature: float
+def measure(
+    student_log_probs: Tensor, signal: Signal, rows: slice | Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """KL of every labelled position [positions], 0 where there is no signal, and where there is one (bool).
+    """The divergence of some rows of a signal [positions], 0 where there is none, and where there is one (bool).
 
     Args:
-        student_log_probs: [labelled positions, vocab], log p_T.
-        labelled: [rows of the signal] bool.
+        student_log_probs: [positions, vocab], log p_T, in the dtype to compute in.
+        rows: which of the signal, as many as ``student_log_probs`` has.
     """
+    divergence, dtype = get_divergence(objective.divergence), student_log_probs.dtype
+    has_signal = torch.ones_like(student_log_probs[:, 0], dtype=torch.bool)
+    if signal.mask is not None:
+        has_signal = signal.mask[rows]
+    # Rows without a record may hold anything: not even a NaN of theirs may reach the sum or a gradient.
+    if isinstance(signal, SparseSignal):
+        weights = torch.where(has_signal.unsqueeze(1), signal.weights[rows].to(dtype), 0.0)
+        used = weights > 0
+        clean = SparseRows(
+            ids=torch.where(used, signal.ids[rows], 0),
+            weights=torch.where(used, weights, 0.0),
+            log_probs=torch.where(used, signal.log_probs[rows].to(dtype), 0.0),
+            tail_mass=torch.where(has_signal, signal.tail_mass[rows].to(dtype), 0.0),
+            mask=has_signal,
+            any_tail=True,
+        )
+        return divergence.plain_sparse(student_log_probs, clean), has_signal
     if isinstance(signal, DenseSignal):
-        teacher_logits = _logits(signal.hidden[labelled], signal.head, student_log_probs.dtype)
-        kd = _dense_divergence(student_log_probs, teacher_logits.detach(), temperature)
-        return kd, torch.ones_like(kd, dtype=torch.bool)
-    has_signal = signal.mask[labelled]
-    if isinstance(signal, LogitsSignal):
-        # Rows without a record may hold anything: not even a NaN of theirs may reach the sum or a gradient.
-        rows = signal.rows[labelled].to(student_log_probs.dtype).masked_fill(~has_signal.unsqueeze(1), 0.0)
-        return torch.where(has_signal, _dense_divergence(student_log_probs, rows, temperature), 0.0), has_signal
-    return _sparse_divergence(student_log_probs, signal, labelled, has_signal), has_signal
-
-
-def _dense_divergence(student_log_probs: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """``sum_v q (log q - log p)`` over the shared vocabulary; the teacher says 0 on what only the student has."""
-    shared = min(student_log_probs.shape[-1], teacher_logits.shape[-1])
-    teacher_log_probs = torch.log_softmax(teacher_logits[:, :shared] / temperature, dim=-1)
-    difference = teacher_log_probs - student_log_probs[:, :shared]
-    return (teacher_log_probs.exp() * difference).sum(dim=-1)
-
-
-def _sparse_divergence(student_log_probs: Tensor, signal: SparseSignal, labelled: Tensor, has_signal: Tensor) -> Tensor:
-    """The estimate in ``SparseSignal``'s docstring for each labelled position, 0 without a record."""
-    dtype = student_log_probs.dtype
-    weights = torch.where(has_signal.unsqueeze(1), signal.weights[labelled].to(dtype), 0.0)
-    used = weights > 0
-    ids = torch.where(used, signal.ids[labelled], 0)
-    terms = weights * (signal.log_probs[labelled].to(dtype) - student_log_probs.gather(1, ids))
-    kd = torch.where(used, terms, 0.0).sum(dim=-1)
-
-    tail_mass = torch.where(has_signal, signal.tail_mass[labelled].to(dtype), 0.0)
-    rows = (tail_mass > 0).nonzero().squeeze(1)
-    held = torch.zeros_like(student_log_probs, dtype=torch.int64).scatter_add(1, ids, used.long()) > 0
-    log_student_tail = torch.logsumexp(student_log_probs[rows].masked_fill(held[rows], -torch.inf), dim=-1)
-    return kd.index_add(0, rows, tail_mass[rows] * (tail_mass[rows].log() - log_student_tail))
+        logits = _logits(signal.hidden[rows], signal.head, dtype).detach()
+    else:
+        logits = signal.rows[rows].to(dtype).masked_fill(~has_signal.unsqueeze(1), 0.0)
+    # The vocabularies differ by padding only: the teacher says 0 on what the student alone has.
+    shared = logits[:, : student_log_probs.shape[1]] / objective.temperature
+    found = divergence.plain(student_log_probs, torch.log_softmax(shared, dim=-1))
+    return torch.where(has_signal, found, 0.0), has_signal
