@@ -36,6 +36,7 @@ from torch import Tensor
 
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import load_teacher
@@ -220,8 +221,7 @@ class Student:
                 output_head(self._model),
                 window[1:],
                 signal=signal,
-                kd_alpha=1.0,
-                kd_temperature=temperature,
+                objective=Objective(1.0, temperature),
             )
             parts = torch.autograd.grad(output.loss, self._parameters)
             total = list(parts) if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]

@@ -36,6 +36,7 @@ from torch import Tensor
 from liquid_llm.demo.data import read_library
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import load_teacher
@@ -166,7 +167,7 @@ def train(
     for batch in batches:
         hidden, labels = positions(model, batch)
         output = fused_loss(
-            hidden, output_head(model), labels, signal=arm(batch), kd_alpha=alpha, kd_temperature=temperature
+            hidden, output_head(model), labels, signal=arm(batch), objective=Objective(alpha, temperature)
         )
         (output.loss / output.num_positions).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -183,7 +184,7 @@ def divergence(model: Any, batches: Sequence[Sequence[Text]], head: OutputHead, 
     for batch in batches:
         hidden, labels = positions(model, batch)
         output = fused_loss(
-            hidden, output_head(model), labels, signal=dense(head)(batch), kd_alpha=1.0, kd_temperature=temperature
+            hidden, output_head(model), labels, signal=dense(head)(batch), objective=Objective(1.0, temperature)
         )
         total, count = total + float(output.kd), count + output.num_positions
     return total / count

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liquid_llm.losses import DenseSignal, OutputHead, SparseSignal, fused_loss
+from liquid_llm.losses import DenseSignal, Objective, OutputHead, SparseSignal, fused_loss
 
 ALPHA = 0.5
 SLOTS = 16  # ids a position in the sparse signal
@@ -125,7 +125,7 @@ def _train(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], None]:
 
 def _evaluate(data: Inputs) -> None:
     with torch.no_grad():
-        fused(data, signal=data.teacher, kd_alpha=ALPHA)
+        fused(data, signal=data.teacher, objective=Objective(ALPHA))
 
 
 CONTESTANTS: dict[str, Callable[[Inputs], None]] = {
@@ -133,13 +133,11 @@ CONTESTANTS: dict[str, Callable[[Inputs], None]] = {
     "plain KL + CE, T=1": _train(lambda data: plain_kd(data, 1.0)),
     "plain KL + CE, T=2": _train(lambda data: plain_kd(data, 2.0)),
     "fused CE": _train(fused),
-    "fused KL + CE, T=1": _train(lambda data: fused(data, signal=data.teacher, kd_alpha=ALPHA)),
-    "fused KL + CE, T=2": _train(lambda data: fused(data, signal=data.teacher, kd_alpha=ALPHA, kd_temperature=2.0)),
-    "fused sparse + CE, T=2": _train(lambda data: fused(data, signal=data.sparse, kd_alpha=ALPHA, kd_temperature=2.0)),
+    "fused KL + CE, T=1": _train(lambda data: fused(data, signal=data.teacher, objective=Objective(ALPHA))),
+    "fused KL + CE, T=2": _train(lambda data: fused(data, signal=data.teacher, objective=Objective(ALPHA, 2.0))),
+    "fused sparse + CE, T=2": _train(lambda data: fused(data, signal=data.sparse, objective=Objective(ALPHA, 2.0))),
     "fused KL + CE + L2, T=2": _train(
-        lambda data: fused(
-            data, signal=data.teacher, kd_alpha=ALPHA, kd_temperature=2.0, reference=data.old, l2_gamma=0.1
-        )
+        lambda data: fused(data, signal=data.teacher, objective=Objective(ALPHA, 2.0, gamma=0.1), reference=data.old)
     ),
     "fused KL + CE, no gradient": _evaluate,
 }

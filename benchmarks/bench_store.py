@@ -34,7 +34,7 @@ from liquid_llm.capture.scoring import record_seed
 from liquid_llm.data.types import Sample
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.losses import SparseSignal, fused_loss
+from liquid_llm.losses import Objective, SparseSignal, fused_loss
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import load_teacher
 from liquid_llm.models.student import build_student
@@ -223,7 +223,7 @@ def step_rate(made: Captured, preset: str, temperature: float, seconds: float) -
     def step() -> None:
         hidden = hidden_states(student, ids[:, :-1]).flatten(0, 1)
         labels = ids[:, 1:].flatten()
-        fused_loss(hidden, head, labels, signal=signal, kd_alpha=0.5, kd_temperature=temperature).loss.backward()
+        fused_loss(hidden, head, labels, signal=signal, objective=Objective(0.5, temperature)).loss.backward()
         student.zero_grad()
 
     return BATCH * BLOCK / _median_seconds(step, seconds)

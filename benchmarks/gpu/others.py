@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from liquid_llm.device import prepare_allocator, release_memory
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 
 _SPREAD = 3.0  # standard deviation of logits
@@ -125,8 +126,7 @@ def _fused(data: Inputs, signal: Signal | None, alpha: float) -> Tensor:
         OutputHead(data.weight),
         data.labels,
         signal=signal,
-        kd_alpha=alpha,
-        kd_temperature=TEMPERATURE,
+        objective=Objective(alpha, TEMPERATURE),
         all_labelled=True,
     ).loss
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from liquid_llm.device import prepare_allocator
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import choose_plan
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.models.heads import hidden_states, output_head
@@ -177,8 +178,7 @@ class Bench:
                     head,
                     self.batch.targets,
                     signal=signal,
-                    kd_alpha=ALPHA,
-                    kd_temperature=TEMPERATURE,
+                    objective=Objective(ALPHA, TEMPERATURE),
                     plan=plan,
                     all_labelled=True,
                 ).loss

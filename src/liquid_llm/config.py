@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from liquid_llm.config_checks import capture_problems, parsed, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, OPTIONS, PREPARE, TRAIN
-from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule
+from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule, StepSchedules, WarmupCosine
 from liquid_llm.sources import SPELLINGS, SourceConfig, default_layout, read_given, spellings
 
 T = TypeVar("T")
@@ -350,29 +350,27 @@ def _raise_all(problems: list[str]) -> None:
         raise UsageError(f"{count} in the options:" + "".join(f"\n  - {line}" for line in problems))
 
 
-@dataclass(frozen=True)
-class Schedules:
-    """What changes over a run."""
-
-    alpha: Schedule
-    temperature: Schedule
-    l2: Schedule
-
-
-def build_schedules(config: RunConfig) -> Schedules:
-    """The schedules of alpha, temperature and the L2 weight."""
-    objective = config.objective
+def build_schedules(config: RunConfig) -> StepSchedules:
+    """What changes from step to step, with what the sources have for themselves."""
+    objective, optimizer = config.objective, config.optimizer
     if config.face == ANNEAL:
-        return Schedules(
-            Piecewise(objective.alpha, parsed(objective.alpha_schedule, "--alpha_schedule", 1.0)),
-            Piecewise(objective.temperature, parsed(objective.temp_schedule, "--temp_schedule", None)),
-            Constant(0.0),
+        alpha: Schedule = Piecewise(objective.alpha, parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
+        temperature: Schedule = Piecewise(
+            objective.temperature, parsed(objective.temp_schedule, "--temp_schedule", None)
         )
-    over_steps = round(objective.anneal_share * config.optimizer.steps)
-    return Schedules(
-        Ramp(objective.alpha_start, objective.alpha_end, over_steps),
-        Constant(objective.temperature),
-        Ramp(objective.gamma, 0.0, objective.gamma_fade_step),
+        gamma: Schedule = Constant(0.0)
+    else:
+        over_steps = round(objective.anneal_share * optimizer.steps)
+        alpha = Ramp(objective.alpha_start, objective.alpha_end, over_steps)
+        temperature = Constant(objective.temperature)
+        gamma = Ramp(objective.gamma, 0.0, objective.gamma_fade_step)
+    return StepSchedules(
+        alpha,
+        temperature,
+        gamma,
+        WarmupCosine(optimizer.peak, optimizer.warmup_steps, optimizer.steps),
+        objective.divergence,
+        {type: source.objective for type, source in config.source.named.items()},
     )
 
 

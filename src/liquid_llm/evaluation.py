@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.device import is_out_of_memory, release_memory
+from liquid_llm.distributed import Engine
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import Signal
 from liquid_llm.passes import PassLimit
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.teacher import Prepared
-from liquid_llm.training import StepValues, Student
+from liquid_llm.training import Student
 
-PLAIN = StepValues(kd_alpha=0.5, kd_temperature=1.0, l2_gamma=0.0, lr=0.0)
+MEASURED = Objective(alpha=0.5)  # its parts are looked at one by one: the weight does not matter
 CACHE_BYTES = 512 * 2**20
 
 
@@ -40,6 +42,11 @@ class Score:
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
+
+    def sum_over(self, engine: Engine) -> Score:
+        """The same of all ranks together."""
+        ce, kd, teacher_ce, *counts = engine.sum(torch.tensor(astuple(self), dtype=torch.float64)).tolist()
+        return Score(ce, kd, teacher_ce, *map(int, counts))
 
     @property
     def val_loss(self) -> float:
@@ -67,6 +74,7 @@ class Evaluator:
         router: gives the teacher's signal; None evaluates the student alone.
         passes: how much of a batch is scored at a time; evaluation has its own limit, as it needs less than training.
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
+        engine: the ranks among which the batches are dealt out.
     """
 
     sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
@@ -75,6 +83,7 @@ class Evaluator:
     router: TeacherRouter | None
     passes: PassLimit = field(default_factory=PassLimit)
     consumers: Callable[[], str] = lambda: ""
+    engine: Engine = field(default_factory=Engine)
     _kept: dict[tuple[int, int, int], Signal] = field(default_factory=dict)
     _teacher_ce: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
     _cached_bytes: int = 0
@@ -85,7 +94,15 @@ class Evaluator:
         Raises:
             DeviceError: not even one row of a batch fits into the device's memory.
         """
-        scores = self._scores(student, self.sets)
+        rank, ranks = self.engine.rank, self.engine.world_size
+        own = {
+            length: {type: batches[rank::ranks] for type, batches in by_type.items()}
+            for length, by_type in self.sets.items()
+        }
+        scores = {
+            length: {type: score.sum_over(self.engine) for type, score in by_type.items()}
+            for length, by_type in self._scores(student, own).items()
+        }
         row = self._summary(scores[self.block_size], "")
         row["by_type"] = {
             kind: _without_none({"val_loss": one.val_loss, "val_kd": one.val_kd, "positions": one.num_positions})
@@ -155,7 +172,7 @@ class Evaluator:
     ) -> Score:
         part = part.to(student.device)
         signal = self._signal(key, part, prepared)
-        output = student.loss(part, signal, PLAIN)
+        output = student(part, signal, MEASURED)
         score = Score(float(output.ce), float(output.kd), 0.0, output.num_positions, output.num_signal, 0)
         teacher_ce = None if signal is None else self._teacher_loss(key, part, signal)
         if teacher_ce is not None:
@@ -164,9 +181,9 @@ class Evaluator:
 
     def _prepare(self, batch: MicroBatch) -> Prepared | None:
         """What the teacher's word on a batch is made from; None where it is not asked."""
-        if self.router is None or not self.router.answers(batch.type, PLAIN.kd_temperature):
+        if self.router is None or not self.router.answers(batch.type, MEASURED.temperature):
             return None
-        return self.router.prepare(batch, PLAIN.kd_temperature)
+        return self.router.prepare(batch, MEASURED.temperature)
 
     def _signal(self, key: tuple[int, int, int], part: MicroBatch, prepared: Prepared | None) -> Signal | None:
         if self.router is None or prepared is None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from liquid_llm.errors import UsageError
+from liquid_llm.losses.objective import Objective
 
 
 class Schedule(Protocol):
@@ -84,6 +86,58 @@ class WarmupCosine:
             return self.peak
         progress = min(1.0, (step - self.warmup_steps) / span)
         return self.peak * (self.floor_ratio + (1 - self.floor_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What is in force at one step.
+
+    Attributes:
+        lr: learning rate.
+        default: the objective of the run, for every type without one of its own.
+        objectives: type -> its own.
+    """
+
+    lr: float
+    default: Objective
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
+
+    def objective(self, type: str | None = None) -> Objective:
+        """The objective for texts of ``type``; the run's own for None."""
+        return self.default if type is None else self.objectives.get(type, self.default)
+
+    def as_row(self) -> dict[str, Any]:
+        """By the names that rows of metrics have for them."""
+        default = self.default
+        names = {"kd_alpha": default.alpha, "kd_temperature": default.temperature, "l2_gamma": default.gamma}
+        return {**names, "lr": self.lr}
+
+
+@dataclass(frozen=True)
+class StepSchedules:
+    """All that changes from step to step, and what of it types have for themselves.
+
+    Attributes:
+        alpha, temperature, gamma: of the objective.
+        lr: learning rate.
+        divergence: of the objective, the same at every step.
+        overrides: type -> fields of ``Objective`` that have one value for it at every step.
+    """
+
+    alpha: Schedule
+    temperature: Schedule
+    gamma: Schedule
+    lr: Schedule
+    divergence: str = "forward_kl"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def at(self, step: int) -> StepValues:
+        """The values to be applied before ``step`` is taken."""
+        default = Objective(
+            self.alpha.value(step), self.temperature.value(step), self.gamma.value(step), self.divergence
+        )
+        own = {type: replace(default, **fields) for type, fields in self.overrides.items()}
+        return StepValues(self.lr.value(step), default, own)
 
 
 def parse_piecewise(text: str, *, option: str, maximum: float | None = None) -> tuple[tuple[int, float], ...]:

@@ -58,6 +58,12 @@ class SourceConfig:
         """The model that it names to be asked while training."""
         return self._after("online")
 
+    @property
+    def objective(self) -> dict[str, float | str]:
+        """What of the objective is its own."""
+        values = {"alpha": self.alpha, "temperature": self.temperature, "divergence": self.divergence}
+        return {name: value for name, value in values.items() if value is not None}
+
     def _after(self, kind: str) -> str | None:
         found, _, rest = (self.teacher or "").partition(":")
         return rest if found == kind else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,49 +21,34 @@ from torch import Tensor, nn
 
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.device import is_out_of_memory, release_memory
+from liquid_llm.distributed import Engine
 from liquid_llm.errors import CheckpointError, DeviceError, NumericalError
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan
 from liquid_llm.losses.signals import DenseSignal, LossOutput, Signal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.passes import PassLimit, SignalOf
-from liquid_llm.schedules import Schedule
+from liquid_llm.schedules import StepSchedules, StepValues
 
 
 @dataclass
 class Progress:
-    """Where a run is: what a checkpoint needs, beside tensors, to go on exactly."""
+    """Where a run is: what a checkpoint needs, beside tensors, to go on exactly.
+
+    Attributes:
+        step: finished optimizer steps.
+        tokens_seen: real tokens trained on, of all ranks; padding does not count.
+        data_position: micro-batches drawn by all ranks together.
+        best_val_loss: of the evaluations so far.
+        passes: how much of a micro-batch one pass takes.
+    """
 
     step: int = 0
     tokens_seen: int = 0
     data_position: int = 0
     best_val_loss: float = math.inf
     passes: PassLimit = field(default_factory=PassLimit)
-
-
-@dataclass(frozen=True)
-class StepValues:
-    """What the schedules say for one step."""
-
-    kd_alpha: float
-    kd_temperature: float
-    l2_gamma: float
-    lr: float
-
-
-@dataclass(frozen=True)
-class StepSchedules:
-    """One schedule for each of ``StepValues``."""
-
-    alpha: Schedule
-    temperature: Schedule
-    l2: Schedule
-    lr: Schedule
-
-    def at(self, step: int) -> StepValues:
-        return StepValues(
-            self.alpha.value(step), self.temperature.value(step), self.l2.value(step), self.lr.value(step)
-        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: its micro-batches' sums, and what was applied."""
+    """One optimizer step: the sums of this rank's micro-batches, and what was applied."""
 
     step: int
     values: StepValues
@@ -84,8 +69,10 @@ class StepResult:
     grad_norm: float
 
 
-class Student:
-    """The student as the loss sees it: hidden states and a head, in the run's arithmetic.
+class Student(nn.Module):
+    """The student and its loss as one module: a micro-batch goes in, its summed loss comes out.
+
+    Its parameters are the student's; those of the frozen reference student are not among them.
 
     Args:
         model: the student; its parameters stay float32, products run in ``compute_dtype``.
@@ -94,6 +81,8 @@ class Student:
         plan: how the loss goes about its work; None takes what suits the device.
     """
 
+    reference: nn.Module | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -101,8 +90,9 @@ class Student:
         reference: nn.Module | None = None,
         plan: LossPlan | None = None,
     ) -> None:
+        super().__init__()
         self.model = model
-        self.reference = reference
+        object.__setattr__(self, "reference", reference)  # beside the modules: no part of what is trained
         self.compute_dtype = compute_dtype
         self.plan = plan
 
@@ -111,27 +101,28 @@ class Student:
         """Where the model is, and what is computed with it."""
         return next(self.model.parameters()).device
 
-    def loss(self, batch: MicroBatch, signal: Signal | None, values: StepValues) -> LossOutput:
-        """The summed loss of a micro-batch; see ``losses/reference.py`` for the terms."""
+    def forward(self, batch: MicroBatch, signal: Signal | None, objective: Objective) -> LossOutput:
+        """The summed loss of a micro-batch; see ``losses/reference.py`` for the terms.
+
+        Raises:
+            ValueError: a gamma above zero without a reference student.
+        """
         with self._arithmetic():
             hidden = self._states(self.model, batch)
-            old = self._reference_signal(batch) if values.l2_gamma > 0 else None
             return fused_loss(
                 hidden,
                 output_head(self.model),
                 batch.targets,
                 signal=signal,
-                kd_alpha=values.kd_alpha,
-                kd_temperature=values.kd_temperature,
-                reference=old,
-                l2_gamma=values.l2_gamma,
+                objective=objective,
+                reference=self._reference_signal(batch) if objective.gamma > 0 else None,
                 plan=self.plan,
                 all_labelled=True,
             )
 
     def _reference_signal(self, batch: MicroBatch) -> DenseSignal:
         if self.reference is None:
-            raise ValueError("an L2 weight above zero needs a reference student")
+            raise ValueError("a gamma above zero needs a reference student")
         with torch.no_grad():
             return DenseSignal(self._states(self.reference, batch), output_head(self.reference))
 
@@ -159,8 +150,9 @@ class Trainer:
         schedules: applied before each step.
         batches: micro-batches from ``progress.data_position`` on, each with what gives its teacher signal (None: no
             teacher is asked). A signal is formed right before its loss, so that only one exists at a time.
-        grad_accum: micro-batches a step.
+        grad_accum: micro-batches a step, of all ranks.
         grad_clip: largest gradient norm, 0 for none.
+        engine: the ranks that take each step together; ``grad_accum`` micro-batches are dealt out among them.
         hooks: ``(fn, every)``: ``fn(result)`` after every ``every``-th step, in order.
         stopping: says that the process was asked to stop.
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
@@ -174,9 +166,15 @@ class Trainer:
     total_steps: int
     grad_accum: int
     grad_clip: float
-    hooks: list[tuple[Callable[[StepResult], None], int]] = field(default_factory=list)
+    engine: Engine = field(default_factory=Engine)
+    hooks: Sequence[tuple[Callable[[StepResult], None], int]] = ()
     stopping: Callable[[], bool] = lambda: False
     consumers: Callable[[], str] = lambda: ""
+
+    def __post_init__(self) -> None:
+        if self.grad_accum % self.engine.world_size:
+            ranks = self.engine.world_size
+            raise ValueError(f"{self.grad_accum} micro-batches cannot be dealt out among {ranks} ranks")
 
     def train(self) -> bool:
         """Run to the end; False when it stopped early because the process was asked to."""
@@ -185,7 +183,7 @@ class Trainer:
             for hook, every in self.hooks:
                 if self.progress.step % every == 0:
                     hook(result)
-            if self.stopping():
+            if self.engine.agree(self.stopping()):
                 return self.progress.step >= self.total_steps
         return True
 
@@ -200,21 +198,27 @@ class Trainer:
         self._release_reference(values)
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
-        drawn = [next(self.batches) for _ in range(self.grad_accum)]
-        scored = self._add_gradients(drawn, values)
+        drawn = [next(self.batches) for _ in range(self.grad_accum // self.engine.world_size)]
+        own = [sum(batch.num_positions for batch, _ in drawn), sum(batch.num_tokens for batch, _ in drawn)]
+        num_positions, num_tokens = self.engine.sum(torch.tensor(own)).tolist()
+        scored = self._add_gradients(drawn, values, num_positions)
         grad_norm = self._clip(scored)
         self._update()
         self.progress.step += 1
         self.progress.data_position += self.grad_accum
-        self.progress.tokens_seen += sum(batch.num_tokens for batch, _ in drawn)
+        self.progress.tokens_seen += num_tokens
         return StepResult(self.progress.step, values, tuple(scored), grad_norm)
 
-    def _add_gradients(self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues) -> list[ScoredBatch]:
-        """Losses of the micro-batches, their gradients added up; passes are cut until they fit into memory.
+    def _add_gradients(
+        self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues, num_positions: int
+    ) -> list[ScoredBatch]:
+        """Losses of this rank's micro-batches, their gradients added up; passes are cut until they fit into memory.
 
         A pass that failed may have left part of its gradient behind, so the step's gradients are formed anew.
+
+        Args:
+            num_positions: labelled positions of the whole step.
         """
-        num_positions = sum(batch.num_positions for batch, _ in drawn)
         while True:
             scored: list[ScoredBatch] = []
             for part, signal_of, positions in self._passes(drawn):
@@ -238,7 +242,7 @@ class Trainer:
     ) -> LossOutput:
         part = part.to(self.student.device)
         signal = None if signal_of is None else signal_of(part, positions)
-        output = self.student.loss(part, signal, values)
+        output: LossOutput = self.student(part, signal, values.objective(part.type))
         (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]
         return output
 
@@ -265,23 +269,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _release_reference(self, values: StepValues) -> None:
-        # The L2 weight only falls: at zero the reference student is never needed again and its memory is given back.
-        if values.l2_gamma == 0:
+        # Gamma only falls: at zero the reference student is never needed again and its memory is given back.
+        if values.default.gamma == 0:
             self.student.reference = None
 
     def _clip(self, scored: list[ScoredBatch]) -> float:
-        """Clip the gradients; their norm before.
+        """Sum the gradients over the ranks and clip them; their norm before.
 
         Raises:
-            NumericalError: it, or a loss, is not finite.
+            NumericalError: it, or a loss of any rank, is not finite.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        every = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.engine.sum_gradients(every)
+        parameters = [parameter for parameter in every if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         # The one wait of a step: norm and losses come to the host together.
         seen = torch.stack([norm, *(one.output.loss.detach().to(norm) for one in scored)]).tolist()
         grad_norm, losses = float(seen[0]), seen[1:]
-        if all(map(math.isfinite, seen)):
+        if not self.engine.agree(not all(map(math.isfinite, seen))):
             return grad_norm
         self.optimizer.zero_grad(set_to_none=True)
         raise NumericalError(

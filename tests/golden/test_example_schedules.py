@@ -7,7 +7,6 @@ import pytest
 from liquid_llm.cli.parse import parse
 from liquid_llm.config import build_run_config, build_schedules
 from liquid_llm.options import ANNEAL, options_of
-from liquid_llm.schedules import WarmupCosine
 
 A = """--dataset_name=wikitext --alpha=0.7 --T=1.2 --alpha_schedule=0:0.7,400:0.5,800:0.3
        --temp_schedule=0:1.2,800:1.0 --warmup_steps=200 --lr_peak=2.7e-4 --train_steps=1200"""
@@ -17,10 +16,8 @@ B = """--dataset_name=wikitext --alpha=0.5 --T=1.0 --alpha_schedule=0:0.5,2000:0
 
 def values(command):
     config = build_run_config(ANNEAL, parse(options_of(ANNEAL), command.split(), "prog", "words"))
-    schedules = build_schedules(config)
-    optimizer = config.optimizer
-    lr = WarmupCosine(optimizer.peak, optimizer.warmup_steps, optimizer.steps)
-    return [(schedules.alpha.value(s), schedules.temperature.value(s), lr.value(s)) for s in range(optimizer.steps)]
+    steps = map(build_schedules(config).at, range(config.optimizer.steps))
+    return [(one.default.alpha, one.default.temperature, one.lr) for one in steps]
 
 
 def test_example_a():

@@ -16,13 +16,23 @@ import torch
 from tests.golden.compare import RECORDED, STEPS
 from tests.support.autocast import result_dtypes
 from tests.support.devices import count_waits
-from tests.support.distillation import SIGNALS, Problem, answer, assert_same, make_dense, make_problem, make_signal
+from tests.support.distillation import (
+    SIGNALS,
+    Problem,
+    answer,
+    assert_same,
+    fused_loss,
+    make_dense,
+    make_problem,
+    make_signal,
+    reference_loss,
+)
 from tests.support.tiny import build
 from torch import Tensor
 
 from liquid_llm.cli.main import main
 from liquid_llm.data.loader import collate
-from liquid_llm.losses import DenseSignal, OutputHead, Signal, SparseSignal, fused_loss, reference_loss
+from liquid_llm.losses import DenseSignal, OutputHead, Signal, SparseSignal
 from liquid_llm.metrics import read_metrics
 from liquid_llm.signal_store.codecs import get_codec
 
@@ -49,8 +59,8 @@ def test_the_fused_loss_is_the_reference(device: torch.device, kind: str, chunk_
     problem = moved(make_problem(dtype=torch.float32, bias=True, soft_cap=7.0, scale=0.8), device)
     signal = make_signal(kind, 13, VOCAB, 2.0, dtype=torch.float32)
     old = moved(make_dense(13, VOCAB, dtype=torch.float32, seed=5), device)
-    given = {"signal": None if signal is None else moved(signal, device), "kd_alpha": 0.6, "kd_temperature": 2.0}
-    given |= {"reference": old, "l2_gamma": 0.3}
+    given = {"signal": None if signal is None else moved(signal, device), "alpha": 0.6, "temperature": 2.0}
+    given |= {"reference": old, "gamma": 0.3}
     got = answer(lambda *args, **kw: fused_loss(*args, chunk_tokens=chunk_tokens, **kw), problem, **given)
     assert_same(got, answer(reference_loss, problem, **given), rtol=1e-5, atol=1e-5)
 
@@ -93,7 +103,7 @@ def signal_of(kind: str, teacher: Tensor, weight: Tensor, temperature: float) ->
 @pytest.mark.parametrize("nats", BOUNDS)
 def test_bfloat16_gradients_are_those_of_float64(device, kind, temperature, nats, record_property):
     teacher, student, weight = states(nats, temperature, 49_152 if device.type == "cuda" else 4096)
-    given = {"kd_alpha": 1.0, "kd_temperature": temperature}
+    given = {"alpha": 1.0, "temperature": temperature}
     labels = torch.zeros(POSITIONS, dtype=torch.int64)
     problem = Problem(student.requires_grad_(), weight.float().requires_grad_(), None, labels)
     signal = signal_of(kind, teacher, weight, temperature)

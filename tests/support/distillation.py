@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from liquid_llm import losses
 from liquid_llm.data.types import IGNORE_INDEX
-from liquid_llm.losses import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal, SparseSignal
+from liquid_llm.losses import DenseSignal, LogitsSignal, LossOutput, Objective, OutputHead, Signal, SparseSignal
 
 SIGNALS = ("none", "dense", "logits", "sparse", "sparse with tail")
 TEACHER_WIDTH = 5
@@ -109,6 +111,20 @@ def make_signal(
     weights[::2, -2:], log_probs[::2, -2:], ids[::2, -2:] = 0.0, 0.0, 0
     weights[~mask], log_probs[~mask], tail_mass[~mask], ids[~mask] = torch.nan, torch.nan, torch.nan, 10**9
     return SparseSignal(ids, weights, log_probs, tail_mass, mask, temperature)
+
+
+def spell_out(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
+    """``loss`` with the fields of its objective as keywords of their own: ``alpha=0.3, temperature=2.0``."""
+
+    @functools.wraps(loss)
+    def spelled(*args: Any, **given: Any) -> LossOutput:
+        own = {field.name: given.pop(field.name) for field in fields(Objective) if field.name in given}
+        return loss(*args, **({"objective": Objective(**own)} if own else {}), **given)
+
+    return spelled
+
+
+fused_loss, reference_loss = spell_out(losses.fused_loss), spell_out(losses.reference_loss)
 
 
 def answer(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.evaluation import PLAIN
+from liquid_llm.evaluation import MEASURED
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
 from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
@@ -19,9 +19,9 @@ from liquid_llm.memory.training import loss_plan
 from liquid_llm.models.loading import LoadedModel, quiet_transformers
 from liquid_llm.models.student import enable_gradient_checkpointing, student_config
 from liquid_llm.runtime import torch_dtype
-from liquid_llm.schedules import Constant
+from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.training import Progress, StepSchedules, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer, build_optimizer
 
 VOCAB_SIZE = 384
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
     counter.hold((batch.input_ids, batch.labels, batch.positions, batch.targets), "")
     student.model.eval()
     with counter, torch.no_grad():
-        student.loss(batch, _signal(shape, long, batch, teacher, 1.0), PLAIN)
+        student(batch, _signal(shape, long, batch, teacher, 1.0), MEASURED)
     return sum(counter.peak.values())
 
 

@@ -102,9 +102,9 @@ def test_hybrid_schedules_follow_the_reference():
     assert schedules.alpha.value(150) == pytest.approx(0.55)
     assert schedules.alpha.value(300) == schedules.alpha.value(999) == 0.4
     assert schedules.temperature.value(500) == 2.0
-    assert schedules.l2.value(0) == 0.1
-    assert schedules.l2.value(100) == pytest.approx(0.05)
-    assert schedules.l2.value(200) == 0.0
+    assert schedules.gamma.value(0) == 0.1
+    assert schedules.gamma.value(100) == pytest.approx(0.05)
+    assert schedules.gamma.value(200) == 0.0
 
 
 def test_schedules_come_from_the_command_line_then_from_metadata():

@@ -16,15 +16,16 @@ from tests.support.teachers import VOCAB, batch_of, make_samples, random_logits,
 
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.errors import DeviceError
+from liquid_llm.losses.objective import Objective
 from liquid_llm.passes import PassLimit
-from liquid_llm.schedules import Constant
+from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.teacher import Prepared
-from liquid_llm.training import Progress, StepSchedules, StepValues, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer, build_optimizer
 
-VALUES = StepValues(kd_alpha=0.6, kd_temperature=2.0, l2_gamma=0.3, lr=1e-2)
+OBJECTIVE = Objective(alpha=0.6, temperature=2.0, gamma=0.3)
 SCHEDULES = StepSchedules(Constant(0.6), Constant(2.0), Constant(0.3), Constant(1e-2))
 SIGNALS = ("none", "online", "sparse", "logits")
 
@@ -53,7 +54,7 @@ def gradients(limit: PassLimit, kind: str, batch: MicroBatch):
     student, sums, counts = student_of(), torch.zeros(4), torch.zeros(2)
     made = signal_of(kind, batch)
     for part, positions in limit.parts(batch):
-        output = student.loss(part, None if made is None else made(part, positions), VALUES)
+        output = student(part, None if made is None else made(part, positions), OBJECTIVE)
         output.loss.backward()
         sums += torch.stack([output.loss.detach(), output.ce, output.kd, output.l2])
         counts += torch.tensor([output.num_positions, output.num_signal])
@@ -98,37 +99,30 @@ def test_parts_hold_every_row_and_position_once_and_no_more_than_is_allowed(
 # ------------------------------------------------------------------------------------------------------- out of memory
 
 
-class Small:
+class Small(Student):
     """A student whose device holds passes of so many padded tokens; the ``late`` ones fail in the backward pass, with
     half of the gradient there."""
 
     def __init__(self, student: Student, holds: int, *, late: bool) -> None:
-        self.student, self.holds, self.late = student, holds, late
+        super().__init__(student.model, student.compute_dtype, student.reference)
+        self.holds, self.late = holds, late
         self.sizes: list[int] = []
         self.alive_when_cut: list[int] = []
         self._results: list[weakref.ref] = []
 
-    def __getattr__(self, name: str):
-        return getattr(self.student, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "reference":
-            self.student.reference = value
-        object.__setattr__(self, name, value)
-
-    def loss(self, batch, signal, values):
+    def forward(self, batch, signal, objective):
         self.sizes.append(batch.padded_tokens)
         self.alive_when_cut.append(sum(one() is not None for one in self._results))
-        if batch.padded_tokens > self.holds:
-            if not self.late:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            output = self.student.loss(batch, signal, values)
-            self._results.append(weakref.ref(output.ce))
-            no_room = _once_no_room(after=3)
-            for parameter in self.student.model.parameters():
-                parameter.register_hook(no_room)
-            return output
-        return self.student.loss(batch, signal, values)
+        if batch.padded_tokens <= self.holds:
+            return super().forward(batch, signal, objective)
+        if not self.late:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        output = super().forward(batch, signal, objective)
+        self._results.append(weakref.ref(output.ce))
+        no_room = _once_no_room(after=3)
+        for parameter in self.model.parameters():
+            parameter.register_hook(no_room)
+        return output
 
 
 def _once_no_room(after: int):
@@ -220,10 +214,10 @@ def test_other_errors_of_a_pass_are_not_taken_for_a_lack_of_memory() -> None:
     student = student_of()
     run = trainer(student, "none")
 
-    def broken(batch, signal, values):
+    def broken(batch, signal, objective):
         raise RuntimeError("shape mismatch")
 
-    student.loss = broken
+    student.forward = broken
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run.step()
     assert run.progress.passes.max_tokens is None

@@ -10,8 +10,8 @@ from liquid_llm.data.loader import collate
 from liquid_llm.errors import CheckpointError, NumericalError
 from liquid_llm.models.positions import fit_positions, planned_stretch
 from liquid_llm.models.student import PRESETS
-from liquid_llm.schedules import Constant, Piecewise, WarmupCosine
-from liquid_llm.training import Progress, StepSchedules, Student, Trainer, build_optimizer, load_optimizer
+from liquid_llm.schedules import Constant, Piecewise, StepSchedules, WarmupCosine
+from liquid_llm.training import Progress, Student, Trainer, build_optimizer, load_optimizer
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
@@ -148,21 +148,21 @@ SCHEDULES = StepSchedules(
 def test_the_values_of_a_step_are_applied_before_it_is_taken():
     run = trainer(SCHEDULES)
     seen = []
-    loss, step = run.student.loss, run.optimizer.step
+    forward, step = run.student.forward, run.optimizer.step
     rates = []
 
-    def watched_loss(batch, signal, values):
-        seen.append(values)
-        return loss(batch, signal, values)
+    def watched_forward(batch, signal, objective):
+        seen.append(objective)
+        return forward(batch, signal, objective)
 
     def watched_step():
         rates.append([group["lr"] for group in run.optimizer.param_groups])
         return step()
 
-    run.student.loss, run.optimizer.step = watched_loss, watched_step
+    run.student.forward, run.optimizer.step = watched_forward, watched_step
     assert run.train()
-    assert [values.kd_alpha for values in seen] == [0.7, 0.7, 0.5, 0.5, 0.5, 0.5]
-    assert [values.kd_temperature for values in seen] == [1.2, 1.2, 1.2, 1.2, 1.0, 1.0]
+    assert [one.alpha for one in seen] == [0.7, 0.7, 0.5, 0.5, 0.5, 0.5]
+    assert [one.temperature for one in seen] == [1.2, 1.2, 1.2, 1.2, 1.0, 1.0]
     assert rates == [[pytest.approx(SCHEDULES.lr.value(number))] * 2 for number in range(6)]
 
 

@@ -20,9 +20,10 @@ from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
 from liquid_llm.formatting import format_bytes, format_seconds
 from liquid_llm.runtime import process_peak_memory_bytes
+from liquid_llm.schedules import StepSchedules
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import print_facts
-from liquid_llm.training import StepResult, StepSchedules
+from liquid_llm.training import StepResult
 from liquid_llm.wiring.fitting import Fit
 from liquid_llm.wiring.inputs import Inputs
 from liquid_llm.wiring.places import Place
@@ -93,7 +94,7 @@ def estimate(config: RunConfig, student: nn.Module, teachers: Sequence[nn.Module
 
 def schedule_values(schedules: StepSchedules, first: int) -> list[dict[str, float]]:
     """What the schedules say for the first steps."""
-    return [{"step": step, **vars(schedules.at(step))} for step in range(first, first + _SHOWN_STEPS)]
+    return [{"step": step, **schedules.at(step).as_row()} for step in range(first, first + _SHOWN_STEPS)]
 
 
 def one_step(result: StepResult) -> dict[str, Any]:

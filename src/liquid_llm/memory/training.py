@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.fused import fused_loss
+from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal, SparseSignal
 from liquid_llm.memory.counter import StorageCounter
@@ -40,7 +41,7 @@ from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.student import enable_gradient_checkpointing
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.training import StepValues, Student, build_optimizer
+from liquid_llm.training import Student, build_optimizer
 
 _ALPHA, _GAMMA, _LR = 0.5, 0.1, 1e-3  # any values at which every term is computed
 
@@ -146,7 +147,7 @@ class TrainingMemory:
         self._teacher = None if teacher is None else online_teacher(teacher, vocab_size, teacher_pass_tokens)
         self._accumulates, self._vocab_size = accumulates, vocab_size
         gamma = _GAMMA if student.reference is not None else 0.0
-        self._values = StepValues(_ALPHA, temperature, gamma, _LR)
+        self._objective = Objective(_ALPHA, temperature, gamma)
         self._optimizer = build_optimizer(student.model, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
         self._counter = StorageCounter()
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -178,11 +179,11 @@ class TrainingMemory:
             batch = self._batch(shape, "teacher")
             if self._accumulates:
                 self._zero_gradients()
-            signal = self._signal(batch, shape, self._values.kd_temperature, "teacher")
+            signal = self._signal(batch, shape, self._objective.temperature, "teacher")
             with self._counter.stage("forward and loss", LOSS):
-                output = self._student.loss(batch, signal, self._values)
+                output = self._student(batch, signal, self._objective)
             with self._counter.stage("backward", ACTIVATIONS):
-                (output.loss / batch.num_positions).backward()  # type: ignore[no-untyped-call]
+                (output.loss / batch.num_positions).backward()
             self._update()
             del batch, signal, output
         return self._found(shape)
@@ -190,14 +191,13 @@ class TrainingMemory:
     def evaluate(self, shape: BatchShape) -> Peaks:
         """Count the evaluation of one batch."""
         model = self._student.model
-        plain = StepValues(kd_alpha=_ALPHA, kd_temperature=1.0, l2_gamma=0.0, lr=0.0)
         training = model.training
         model.eval()
         with self._counter, torch.no_grad():
             batch = self._batch(shape, "evaluation")
             signal = self._signal(batch, shape, 1.0, "evaluation")
             with self._counter.stage("evaluation", LOSS):
-                self._student.loss(batch, signal, plain)
+                self._student(batch, signal, Objective(_ALPHA))
                 if isinstance(signal, DenseSignal):
                     fused_loss(signal.hidden, signal.head, batch.targets, plan=self._student.plan, all_labelled=True)
             del batch, signal

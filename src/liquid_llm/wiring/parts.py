@@ -29,9 +29,9 @@ from liquid_llm.runtime import (
     set_random_state,
     torch_dtype,
 )
-from liquid_llm.schedules import WarmupCosine
+from liquid_llm.schedules import StepSchedules
 from liquid_llm.terminal import Stage
-from liquid_llm.training import Progress, StepSchedules, Student, build_optimizer, load_optimizer
+from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.places import cache_dir
@@ -171,9 +171,7 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries:
 def _schedules(config: RunConfig, start: Start) -> StepSchedules:
     for remark in schedule_remarks(config, start.step):
         log.warning("%s", remark)
-    parts = build_schedules(config)
-    lr = WarmupCosine(config.optimizer.peak, config.optimizer.warmup_steps, config.optimizer.steps)
-    return StepSchedules(parts.alpha, parts.temperature, parts.l2, lr)
+    return build_schedules(config)
 
 
 def _evaluator(config: RunConfig, inputs: Inputs, text: TextTools, teachers: RunTeachers) -> Evaluator:
@@ -184,7 +182,7 @@ def _evaluator(config: RunConfig, inputs: Inputs, text: TextTools, teachers: Run
 
 def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules) -> nn.Module | None:
     """The frozen student of the keep-old-logits term: the weights the run began with, even when it is continued."""
-    if schedules.l2.value(start.step) == 0:
+    if schedules.gamma.value(start.step) == 0:
         return None
     reference = copy.deepcopy(model)
     if start.kind == "continue":
@@ -225,7 +223,7 @@ class BatchFeed:
         def fetch(index: int) -> tuple[MicroBatch, Any]:
             batch = stream.micro_batch(index)
             step = first_step + (index - first_index) // grad_accum
-            prepared = router.prepare(batch, schedules.temperature.value(step))
+            prepared = router.prepare(batch, schedules.at(step).objective(batch.type).temperature)
             # Not moved yet: memory that runs out is seen to where the batch is computed.
             return batch.pinned(device), None if prepared is None else prepared.pinned(device)
 

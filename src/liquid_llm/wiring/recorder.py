@@ -87,10 +87,7 @@ class Recorder:
         now, waited = self.clock(), self.waited()
         row = self.parts.accumulator.row(
             seconds=now - self._row_started,
-            kd_alpha=result.values.kd_alpha,
-            kd_temperature=result.values.kd_temperature,
-            l2_gamma=result.values.l2_gamma,
-            lr=result.values.lr,
+            **result.values.as_row(),
             grad_norm=result.grad_norm,
             tokens_seen=self.parts.progress.tokens_seen,
             signal_wait_seconds=waited - self._row_waited,
@@ -107,8 +104,8 @@ class Recorder:
             row["loss"],
             row["ce"],
             "-" if written.get("kd") is None else f"{written['kd']:.4f}",
-            result.values.kd_alpha,
-            result.values.kd_temperature,
+            result.values.default.alpha,
+            result.values.default.temperature,
             result.values.lr,
             row["tokens_per_second"],
         )
@@ -196,8 +193,8 @@ class Recorder:
             step=progress.step,
             tokens_seen=progress.tokens_seen,
             block_size=config.data.block_size,
-            kd_alpha=values.kd_alpha,
-            kd_temperature=values.kd_temperature,
+            kd_alpha=values.default.alpha,
+            kd_temperature=values.default.temperature,
             alpha_schedule=config.objective.alpha_schedule,
             temp_schedule=config.objective.temp_schedule,
             schedule_state=pending,

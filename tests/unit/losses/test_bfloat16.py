@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 
 import pytest
 import torch
+from tests.support.distillation import fused_loss, reference_loss
 from tests.support.products import MixedProducts
 from tests.support.texts import article, word_problem
 from torch import Tensor
@@ -27,8 +28,6 @@ from liquid_llm.losses import (
     Signal,
     SparseSignal,
     choose_plan,
-    fused_loss,
-    reference_loss,
 )
 
 SLOTS = 64
@@ -119,7 +118,7 @@ def truth(name: str, nats: float, temperature: float, kind: str) -> Answer:
     signal = signal_of(kind, teacher, temperature)
     hidden, weight = student.double().requires_grad_(), teacher.weight.double().requires_grad_()
     output = reference_loss(
-        hidden, OutputHead(weight), labels_of(student), signal=signal, kd_alpha=1.0, kd_temperature=temperature
+        hidden, OutputHead(weight), labels_of(student), signal=signal, alpha=1.0, temperature=temperature
     )
     return output.kd.item(), *torch.autograd.grad(output.loss, [hidden, weight])
 
@@ -138,8 +137,8 @@ def answer(name: str, nats: float, temperature: float, kind: str, plan: LossPlan
         OutputHead(weight),
         labels_of(student),
         signal=signal,
-        kd_alpha=1.0,
-        kd_temperature=temperature,
+        alpha=1.0,
+        temperature=temperature,
         plan=plan,
         all_labelled=True,
     )

@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.distillation import SIGNALS, Problem, answer, assert_same, make_dense, make_problem, make_signal
+from tests.support.distillation import (
+    SIGNALS,
+    Problem,
+    answer,
+    assert_same,
+    fused_loss,
+    make_dense,
+    make_problem,
+    make_signal,
+    reference_loss,
+)
 from tests.support.products import MixedProducts
 from torch import Tensor
 
@@ -20,10 +30,8 @@ from liquid_llm.losses import (
     LossPlan,
     OutputHead,
     SparseSignal,
-    fused_loss,
     plan,
     products,
-    reference_loss,
 )
 
 TEMPERATURES = (1.0, 2.0, 0.7)
@@ -41,18 +49,18 @@ def both(problem: Problem, *, rtol: float = 1e-9, atol: float = 1e-11, chunk_tok
     assert_same(answer(fused_loss, problem, chunk_tokens=chunk_tokens, **arguments), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("l2_gamma", [None, 0.0, 0.4])
-@pytest.mark.parametrize("kd_alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", [None, 0.0, 0.4])
+@pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("kind", SIGNALS)
-def test_every_signal(kind: str, temperature: float, kd_alpha: float, l2_gamma: float | None) -> None:
+def test_every_signal(kind: str, temperature: float, alpha: float, gamma: float | None) -> None:
     both(
         make_problem(bias=True),
         signal=make_signal(kind, 13, 29, temperature),
-        kd_alpha=kd_alpha,
-        kd_temperature=temperature,
-        reference=None if l2_gamma is None else make_dense(13, 29, seed=3),
-        l2_gamma=l2_gamma or 0.0,
+        alpha=alpha,
+        temperature=temperature,
+        reference=None if gamma is None else make_dense(13, 29, seed=3),
+        gamma=gamma or 0.0,
     )
 
 
@@ -63,10 +71,10 @@ def test_every_kind_of_head(kind: str, temperature: float, head: str) -> None:
     both(
         make_problem(**HEADS[head]),
         signal=make_signal(kind, 13, 29, temperature),
-        kd_alpha=0.3,
-        kd_temperature=temperature,
+        alpha=0.3,
+        temperature=temperature,
         reference=make_dense(13, 29, seed=3),
-        l2_gamma=0.4,
+        gamma=0.4,
     )
 
 
@@ -75,7 +83,7 @@ def test_every_kind_of_head(kind: str, temperature: float, head: str) -> None:
 @pytest.mark.parametrize("kind", ["dense", "logits"])
 def test_a_vocabulary_that_differs_by_padding(kind: str, temperature: float, vocab_size: int) -> None:
     signal = make_signal(kind, 13, vocab_size, temperature)
-    both(make_problem(), signal=signal, kd_alpha=0.6, kd_temperature=temperature)
+    both(make_problem(), signal=signal, alpha=0.6, temperature=temperature)
 
 
 @given(
@@ -91,7 +99,7 @@ def test_sizes_that_are_no_multiple_of_anything(
 ) -> None:
     problem = make_problem(positions, vocab_size=vocab_size, ignored=ignored, bias=True)
     signal = make_signal(kind, positions, vocab_size, temperature)
-    both(problem, signal=signal, kd_alpha=0.3, kd_temperature=temperature, chunk_tokens=chunk_tokens)
+    both(problem, signal=signal, alpha=0.3, temperature=temperature, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("kind", SIGNALS)
@@ -101,10 +109,10 @@ def test_slices_of_a_chunk(kind: str, elements: int, monkeypatch: pytest.MonkeyP
     both(
         make_problem(),
         signal=make_signal(kind, 13, 29, 2.0),
-        kd_alpha=0.3,
-        kd_temperature=2.0,
+        alpha=0.3,
+        temperature=2.0,
         reference=make_dense(13, 29, seed=3),
-        l2_gamma=0.1,
+        gamma=0.1,
         chunk_tokens=7,
     )
 
@@ -120,10 +128,10 @@ def test_gradients_by_finite_differences(kind: str) -> None:
             OutputHead(weight, bias, problem.scale, problem.soft_cap),
             problem.labels,
             signal=signal,
-            kd_alpha=0.3,
-            kd_temperature=2.0,
+            alpha=0.3,
+            temperature=2.0,
             reference=make_dense(5, 9),
-            l2_gamma=0.4,
+            gamma=0.4,
             chunk_tokens=2,
         ).loss
 
@@ -137,7 +145,7 @@ def test_temperature_squared_is_in_value_and_gradient(temperature: float) -> Non
     identity = OutputHead(torch.eye(8, dtype=torch.float64))
     labels = torch.zeros(5, dtype=torch.int64)
     signal = DenseSignal(teacher, identity)
-    output = fused_loss(logits, identity, labels, signal=signal, kd_alpha=1.0, kd_temperature=temperature)
+    output = fused_loss(logits, identity, labels, signal=signal, alpha=1.0, temperature=temperature)
     p, q = torch.softmax(logits / temperature, dim=1).detach(), torch.softmax(teacher / temperature, dim=1)
     torch.testing.assert_close(output.loss.detach(), temperature**2 * (q * (q / p).log()).sum())
     torch.testing.assert_close(torch.autograd.grad(output.loss, [logits])[0], temperature * (p - q))
@@ -149,7 +157,7 @@ def test_equal_models_have_no_divergence(temperature: float, dtype: torch.dtype)
     problem = make_problem(dtype=dtype, soft_cap=5.0)
     same = DenseSignal(problem.hidden.detach(), problem.head)
     output, gradients = answer(
-        fused_loss, problem, signal=same, kd_alpha=1.0, kd_temperature=temperature, reference=same, l2_gamma=1.0
+        fused_loss, problem, signal=same, alpha=1.0, temperature=temperature, reference=same, gamma=1.0
     )
     assert output.kd == 0
     assert output.l2 == 0
@@ -166,7 +174,7 @@ def test_logits_far_from_zero(kind: str, temperature: float, shift: float) -> No
     signal = make_signal(kind, 13, 29, temperature)
     if isinstance(signal, DenseSignal):
         signal = DenseSignal(signal.hidden, OutputHead(signal.head.weight, signal.head.bias + shift))
-    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.3, "kd_temperature": temperature}
+    arguments: dict[str, Any] = {"signal": signal, "alpha": 0.3, "temperature": temperature}
     got = answer(fused_loss, far.to(torch.float32), chunk_tokens=4, **arguments)
     assert_same(got, answer(reference_loss, far, **arguments), rtol=2e-4, atol=2e-4)
 
@@ -177,16 +185,16 @@ def test_exponentials_close_to_overflow() -> None:
     student = torch.tensor([[67.0, 66.0, 65.0]], requires_grad=True)
     signal = DenseSignal(torch.tensor([[87.0, 86.0, 86.5]]), identity)
     problem = Problem(student, identity.weight.requires_grad_(), None, torch.tensor([0]))
-    got = answer(fused_loss, problem, signal=signal, kd_alpha=1.0)
-    expected = answer(reference_loss, problem.to(torch.float64), signal=signal, kd_alpha=1.0)
+    got = answer(fused_loss, problem, signal=signal, alpha=1.0)
+    expected = answer(reference_loss, problem.to(torch.float64), signal=signal, alpha=1.0)
     assert_same(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_far_apart() -> None:
     problem = make_problem(ignored=0, scale=100.0)
     signal = DenseSignal(problem.hidden.detach().flip(0), OutputHead(problem.weight.detach(), scale=100.0))
-    got = answer(fused_loss, problem.to(torch.float32), signal=signal, kd_alpha=0.5)
-    assert_same(got, answer(reference_loss, problem, signal=signal, kd_alpha=0.5), rtol=1e-4, atol=1e-4)
+    got = answer(fused_loss, problem.to(torch.float32), signal=signal, alpha=0.5)
+    assert_same(got, answer(reference_loss, problem, signal=signal, alpha=0.5), rtol=1e-4, atol=1e-4)
 
 
 def test_a_thin_student_tail_is_exact() -> None:
@@ -197,7 +205,7 @@ def test_a_thin_student_tail_is_exact() -> None:
     signal = SparseSignal(
         torch.tensor([[0, 1]]), weights, weights.log(), torch.tensor([0.3]), torch.tensor([True]), 1.0
     )
-    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.8}
+    arguments: dict[str, Any] = {"signal": signal, "alpha": 0.8}
     problem = Problem(logits, identity.weight, None, torch.tensor([3]))
     output = fused_loss(logits, identity, problem.labels, **arguments)
     exact = logits.detach().double().requires_grad_()
@@ -216,10 +224,10 @@ def test_float32(kind: str, temperature: float) -> None:
     problem = make_problem(57, vocab_size=301, width=16, bias=True)
     arguments: dict[str, Any] = {
         "signal": make_signal(kind, 57, 301, temperature),
-        "kd_alpha": 0.3,
-        "kd_temperature": temperature,
+        "alpha": 0.3,
+        "temperature": temperature,
         "reference": make_dense(57, 301),
-        "l2_gamma": 0.2,
+        "gamma": 0.2,
     }
     got = answer(fused_loss, problem.to(torch.float32), chunk_tokens=10, **arguments)
     assert all(gradient.dtype == torch.float32 for gradient in got[1])
@@ -237,10 +245,10 @@ def test_sixteen_bits(kind: str, dtype: torch.dtype, product: str, monkeypatch: 
     teacher = make_dense(57, 301, dtype=dtype)
     arguments: dict[str, Any] = {
         "signal": teacher if kind == "dense" else make_signal(kind, 57, 301, 2.0),
-        "kd_alpha": 0.3,
-        "kd_temperature": 2.0,
+        "alpha": 0.3,
+        "temperature": 2.0,
         "reference": make_dense(57, 301, dtype=dtype, seed=3),
-        "l2_gamma": 0.2,
+        "gamma": 0.2,
     }
     with MixedProducts():
         got = answer(fused_loss, problem, plan=LossPlan(10, 10, product, looks=True), **arguments)
@@ -297,24 +305,24 @@ def test_under_autocast(product: str) -> None:
     mixed = Problem(hidden, problem.weight, problem.bias, problem.labels)
     signal = make_dense(33, 65, dtype=torch.float32)
     chunks = LossPlan(8, 8, product, looks=True)
-    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.5, "plan": chunks}
+    arguments: dict[str, Any] = {"signal": signal, "alpha": 0.5, "plan": chunks}
     with MixedProducts():
         outside = answer(fused_loss, mixed, **arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with MixedProducts():
             inside = answer(fused_loss, mixed, **arguments)
-        specified = reference_loss(hidden, mixed.head, mixed.labels, signal=signal, kd_alpha=0.5)
+        specified = reference_loss(hidden, mixed.head, mixed.labels, signal=signal, alpha=0.5)
     assert [gradient.dtype for gradient in inside[1]] == [torch.bfloat16, torch.float32, torch.float32]
     assert_same(inside, outside, rtol=0.0, atol=0.0)
     rounding = 1e-2 if product == "mixed" else 1e-6  # the head is narrowed for mixed products
     torch.testing.assert_close(inside[0].loss, specified.loss, rtol=rounding, atol=0.0)
-    assert_same(inside, answer(reference_loss, mixed, signal=signal, kd_alpha=0.5), rtol=1e-2, atol=1e-2)
+    assert_same(inside, answer(reference_loss, mixed, signal=signal, alpha=0.5), rtol=1e-2, atol=1e-2)
 
 
 def test_errors_are_those_of_the_reference() -> None:
     problem = make_problem()
     with pytest.raises(UsageError, match="one temperature only"):
-        answer(fused_loss, problem, signal=make_signal("sparse", 13, 29, 2.0), kd_alpha=0.5)
+        answer(fused_loss, problem, signal=make_signal("sparse", 13, 29, 2.0), alpha=0.5)
     with pytest.raises(ValueError, match="signal has 12 rows"):
         answer(fused_loss, problem, signal=make_dense(12, 29))
     with pytest.raises(ValueError, match="chunk_tokens"):
@@ -329,7 +337,7 @@ def test_the_callers_tensors_are_left_alone() -> None:
     reference = make_dense(13, 29, dtype=torch.float32)
     given_tensors = [*problem.parameters, problem.labels, rows, reference.hidden, reference.head.weight]
     before = [tensor.detach().clone() for tensor in given_tensors]
-    answer(fused_loss, problem, signal=signal, kd_alpha=0.5, kd_temperature=2.0, reference=reference, l2_gamma=1.0)
+    answer(fused_loss, problem, signal=signal, alpha=0.5, temperature=2.0, reference=reference, gamma=1.0)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given_tensors, before, strict=True))
 
 
@@ -339,6 +347,6 @@ def test_rows_without_a_label_may_hold_anything() -> None:
     hidden[problem.labels == IGNORE_INDEX] = torch.nan
     dirty = Problem(hidden.requires_grad_(), problem.weight, None, problem.labels)
     signal = make_dense(13, 29)
-    got = answer(fused_loss, dirty, signal=signal, kd_alpha=0.5)
-    assert_same(got, answer(reference_loss, problem, signal=signal, kd_alpha=0.5), rtol=1e-9, atol=1e-9)
+    got = answer(fused_loss, dirty, signal=signal, alpha=0.5)
+    assert_same(got, answer(reference_loss, problem, signal=signal, alpha=0.5), rtol=1e-9, atol=1e-9)
     assert not got[1][0][problem.labels == IGNORE_INDEX].any()

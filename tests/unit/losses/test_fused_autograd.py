@@ -9,28 +9,34 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.distillation import SIGNALS, Problem, answer, assert_same, make_dense, make_problem, make_signal
+from tests.support.distillation import (
+    SIGNALS,
+    Problem,
+    answer,
+    assert_same,
+    fused_loss,
+    make_dense,
+    make_problem,
+    make_signal,
+    reference_loss,
+)
 from tests.support.products import MixedProducts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.losses import (
     DenseSignal,
-    LogitsSignal,
     LossPlan,
     OutputHead,
-    Signal,
     SparseSignal,
-    fused_loss,
     products,
-    reference_loss,
 )
 
-ARGUMENTS: dict[str, Any] = {"kd_alpha": 0.3, "kd_temperature": 2.0, "l2_gamma": 0.2}
+ARGUMENTS: dict[str, Any] = {"alpha": 0.3, "temperature": 2.0, "gamma": 0.2}
 
 
 def arguments_for(kind: str, positions: int = 13, vocab_size: int = 29) -> dict[str, Any]:
-    signal = make_signal(kind, positions, vocab_size, ARGUMENTS["kd_temperature"])
+    signal = make_signal(kind, positions, vocab_size, ARGUMENTS["temperature"])
     return {**ARGUMENTS, "signal": signal, "reference": make_dense(positions, vocab_size, seed=3)}
 
 
@@ -70,7 +76,7 @@ def test_a_tied_head_gets_both_parts_of_its_gradient() -> None:
     gradients = []
     for loss in (fused_loss, reference_loss):
         hidden = torch.tanh(problem.weight[inputs] * 1.7)
-        output = loss(hidden, problem.head, problem.labels, signal=make_dense(13, 29), kd_alpha=0.5)
+        output = loss(hidden, problem.head, problem.labels, signal=make_dense(13, 29), alpha=0.5)
         gradients.append(torch.autograd.grad(output.loss, [problem.weight]))
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -83,17 +89,6 @@ def test_the_chunk_size_does_not_matter(kind: str, chunk_tokens: int | None) -> 
     assert_same(got, answer(fused_loss, problem, chunk_tokens=7, **arguments_for(kind)), rtol=1e-12, atol=1e-12)
 
 
-def rows_of(signal: Signal | None, rows: slice) -> Signal | None:
-    if isinstance(signal, DenseSignal):
-        return DenseSignal(signal.hidden[rows], signal.head)
-    if isinstance(signal, LogitsSignal):
-        return LogitsSignal(signal.rows[rows], signal.mask[rows])
-    if isinstance(signal, SparseSignal):
-        tensors = (signal.ids, signal.weights, signal.log_probs, signal.tail_mass, signal.mask)
-        return SparseSignal(*(tensor[rows] for tensor in tensors), signal.temperature)
-    return None
-
-
 @pytest.mark.parametrize("kind", SIGNALS)
 @pytest.mark.parametrize("cuts", [(0, 6, 13), (0, 1, 2, 12, 13), (0, 0, 13)])
 def test_micro_batches_add_up(kind: str, cuts: tuple[int, ...]) -> None:
@@ -103,7 +98,8 @@ def test_micro_batches_add_up(kind: str, cuts: tuple[int, ...]) -> None:
     parts = []
     for start, stop in itertools.pairwise(cuts):
         rows = slice(start, stop)
-        piece = {"signal": rows_of(arguments["signal"], rows), "reference": rows_of(arguments["reference"], rows)}
+        signal, reference = arguments["signal"], arguments["reference"]
+        piece = {"signal": None if signal is None else signal.part(rows), "reference": reference.part(rows)}
         hidden, labels = problem.hidden[rows], problem.labels[rows]
         parts.append(fused_loss(hidden, problem.head, labels, **{**arguments, **piece}))
     gradients = torch.autograd.grad(sum(part.loss for part in parts), problem.parameters)
@@ -148,7 +144,7 @@ def test_teacher_and_reference_student_get_no_gradient() -> None:
     problem = make_problem()
     dense = make_dense(13, 29)
     teacher = DenseSignal(dense.hidden.requires_grad_(), OutputHead(dense.head.weight.requires_grad_()))
-    output = fused_loss(problem.hidden, problem.head, problem.labels, signal=teacher, kd_alpha=0.5, reference=teacher)
+    output = fused_loss(problem.hidden, problem.head, problem.labels, signal=teacher, alpha=0.5, reference=teacher)
     output.loss.backward()
     assert teacher.hidden.grad is None
     assert teacher.head.weight.grad is None
@@ -280,7 +276,7 @@ def assert_average_is_full(
     problem: Problem, dense: DenseSignal, log_q: Tensor, outcomes: list[tuple[Tensor, Tensor, float]]
 ) -> None:
     """``outcomes`` are (ids, weights, probability) of a sparse signal for the one position there is."""
-    arguments: dict[str, Any] = {"kd_alpha": 1.0, "kd_temperature": 2.0}
+    arguments: dict[str, Any] = {"alpha": 1.0, "temperature": 2.0}
     average_kd, average = 0.0, [torch.zeros_like(tensor) for tensor in problem.parameters]
     for ids, weights, probability in outcomes:
         one = torch.ones(1, dtype=torch.bool)

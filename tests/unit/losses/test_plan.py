@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.distillation import SIGNALS, Problem, answer, assert_same, make_dense, make_problem, make_signal
+from tests.support.distillation import (
+    SIGNALS,
+    Problem,
+    answer,
+    assert_same,
+    fused_loss,
+    make_dense,
+    make_problem,
+    make_signal,
+    reference_loss,
+)
 from tests.support.products import MixedProducts
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -22,8 +32,6 @@ from liquid_llm.losses import (
     Signal,
     SparseSignal,
     choose_plan,
-    fused_loss,
-    reference_loss,
 )
 
 MIB = 2**20
@@ -85,9 +93,9 @@ def arguments_for(kind: str, temperature: float, positions: int = 57, **more: An
     return {
         "signal": make_signal(kind, positions, 301, temperature, dtype=torch.bfloat16),
         "reference": make_dense(positions, 301, dtype=torch.bfloat16, seed=3),
-        "kd_alpha": 0.3,
-        "kd_temperature": temperature,
-        "l2_gamma": 0.2,
+        "alpha": 0.3,
+        "temperature": temperature,
+        "gamma": 0.2,
         **more,
     }
 
@@ -228,7 +236,7 @@ def test_a_signal_that_was_never_counted_gives_the_same_answer(kind: str) -> Non
     for name in ("num_signal", "any_tail"):
         if hasattr(uncounted, name):
             object.__setattr__(uncounted, name, None)
-    arguments: dict[str, Any] = {"kd_alpha": 0.5, "plan": replace(choose_plan("cuda", 301)), "all_labelled": True}
+    arguments: dict[str, Any] = {"alpha": 0.5, "plan": replace(choose_plan("cuda", 301)), "all_labelled": True}
     with MixedProducts():
         expected = answer(fused_loss, problem, signal=signal, **arguments)
         assert_same(answer(fused_loss, problem, signal=uncounted, **arguments), expected, rtol=1e-6, atol=1e-6)

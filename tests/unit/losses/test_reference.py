@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.distillation import SIGNALS, answer, make_dense, make_problem, make_signal
+from tests.support.distillation import SIGNALS, answer, make_dense, make_problem, make_signal, reference_loss
 from torch import Tensor
 from torch.nn import functional as F
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.errors import UsageError
-from liquid_llm.losses import DenseSignal, LogitsSignal, OutputHead, SparseSignal, reference_loss
+from liquid_llm.losses import DenseSignal, LogitsSignal, OutputHead, SparseSignal
 
 TEMPERATURES = (1.0, 2.0, 0.7)
 
@@ -48,7 +48,7 @@ def test_value_against_sums_in_python(temperature: float, alpha: float) -> None:
     problem = make_problem(ignored=0)
     signal = make_dense(13, 29)
     output = reference_loss(
-        problem.hidden, problem.head, problem.labels, signal=signal, kd_alpha=alpha, kd_temperature=temperature
+        problem.hidden, problem.head, problem.labels, signal=signal, alpha=alpha, temperature=temperature
     )
     student = F.linear(problem.hidden, problem.weight).detach()
     kd = exact_kl(signal.head.logits(signal.hidden), student, temperature)
@@ -65,7 +65,7 @@ def test_temperature_squared_is_in_the_gradient_too(temperature: float) -> None:
     identity = OutputHead(torch.eye(8, dtype=torch.float64))
     labels = torch.zeros(5, dtype=torch.int64)
     output = reference_loss(
-        logits, identity, labels, signal=DenseSignal(teacher, identity), kd_alpha=1.0, kd_temperature=temperature
+        logits, identity, labels, signal=DenseSignal(teacher, identity), alpha=1.0, temperature=temperature
     )
     (gradient,) = torch.autograd.grad(output.loss, [logits])
     p, q = torch.softmax(logits / temperature, dim=1), torch.softmax(teacher / temperature, dim=1)
@@ -77,7 +77,7 @@ def test_equal_models_have_no_divergence(temperature: float) -> None:
     problem = make_problem(bias=True, scale=1.3, soft_cap=4.0)
     same = DenseSignal(problem.hidden.detach(), problem.head)
     output, gradients = answer(
-        reference_loss, problem, signal=same, kd_alpha=1.0, kd_temperature=temperature, reference=same, l2_gamma=1.0
+        reference_loss, problem, signal=same, alpha=1.0, temperature=temperature, reference=same, gamma=1.0
     )
     assert abs(output.kd.item()) < 1e-12
     assert output.l2 == 0
@@ -96,7 +96,7 @@ def test_a_padded_teacher_is_cut(temperature: float) -> None:
     problem = make_problem()
     wide = make_dense(13, 40)
     cut = DenseSignal(wide.hidden, wide.head.cut(29))
-    arguments: dict[str, Any] = {"kd_alpha": 0.3, "kd_temperature": temperature}
+    arguments: dict[str, Any] = {"alpha": 0.3, "temperature": temperature}
     got, expected = (answer(reference_loss, problem, signal=signal, **arguments)[0] for signal in (wide, cut))
     assert got.loss == expected.loss
     rows = wide.head.logits(wide.hidden)
@@ -109,7 +109,7 @@ def test_a_padded_teacher_is_cut(temperature: float) -> None:
 def test_a_narrower_teacher_says_zero_on_the_rest(temperature: float) -> None:
     problem = make_problem(ignored=0)
     narrow = make_dense(13, 20)
-    output = answer(reference_loss, problem, signal=narrow, kd_alpha=1.0, kd_temperature=temperature)[0]
+    output = answer(reference_loss, problem, signal=narrow, alpha=1.0, temperature=temperature)[0]
     q = torch.softmax(narrow.head.logits(narrow.hidden) / temperature, dim=1)
     p = torch.softmax(problem.head.logits(problem.hidden) / temperature, dim=1).detach()
     torch.testing.assert_close(output.kd, (q * (q / p[:, :20]).log()).sum())
@@ -122,7 +122,7 @@ def test_a_sparse_signal_of_the_whole_vocabulary_is_dense(temperature: float) ->
     log_probs, ids = torch.log_softmax(dense.head.logits(dense.hidden) / temperature, dim=1).sort(dim=1)
     none, every = torch.zeros(13, dtype=torch.float64), torch.ones(13, dtype=torch.bool)
     sparse = SparseSignal(ids, log_probs.exp(), log_probs, none, every, temperature)
-    arguments: dict[str, Any] = {"kd_alpha": 0.3, "kd_temperature": temperature}
+    arguments: dict[str, Any] = {"alpha": 0.3, "temperature": temperature}
     got, expected = (answer(reference_loss, problem, signal=signal, **arguments) for signal in (sparse, dense))
     torch.testing.assert_close(got[0].loss, expected[0].loss)
     torch.testing.assert_close(got[1], expected[1])
@@ -133,7 +133,7 @@ def test_a_tail_is_one_bucket_more() -> None:
     problem = make_problem(ignored=0)
     signal = make_signal("sparse with tail", 13, 29, 2.0)
     assert isinstance(signal, SparseSignal)
-    output = answer(reference_loss, problem, signal=signal, kd_alpha=1.0, kd_temperature=2.0)[0]
+    output = answer(reference_loss, problem, signal=signal, alpha=1.0, temperature=2.0)[0]
     student = torch.softmax(problem.head.logits(problem.hidden) / 2.0, dim=1).tolist()
     total = 0.0
     for row in range(13):
@@ -156,7 +156,7 @@ def test_rows_without_a_record_get_plain_cross_entropy(kind: str) -> None:
     signal = make_signal(kind, 13, 29, 2.0)
     assert isinstance(signal, LogitsSignal | SparseSignal)
     labels = torch.where(signal.mask, IGNORE_INDEX, problem.labels)
-    arguments: dict[str, Any] = {"signal": signal, "kd_alpha": 0.9, "kd_temperature": 2.0}
+    arguments: dict[str, Any] = {"signal": signal, "alpha": 0.9, "temperature": 2.0}
     output = reference_loss(problem.hidden, problem.head, labels, **arguments)
     plain = reference_loss(problem.hidden, problem.head, labels)
     got = torch.autograd.grad(output.loss, problem.parameters)
@@ -177,10 +177,10 @@ def test_finite_differences(kind: str, temperature: float) -> None:
             OutputHead(weight, bias, problem.scale, problem.soft_cap),
             problem.labels,
             signal=signal,
-            kd_alpha=0.3,
-            kd_temperature=temperature,
+            alpha=0.3,
+            temperature=temperature,
             reference=make_dense(5, 9),
-            l2_gamma=0.4,
+            gamma=0.4,
         ).loss
 
     assert torch.autograd.gradcheck(loss, problem.parameters)
@@ -189,7 +189,7 @@ def test_finite_differences(kind: str, temperature: float) -> None:
 def test_a_sparse_signal_at_another_temperature_is_refused() -> None:
     problem = make_problem()
     with pytest.raises(UsageError, match=r"one temperature only; got 1; expected 2\."):
-        answer(reference_loss, problem, signal=make_signal("sparse", 13, 29, 2.0), kd_alpha=0.5)
+        answer(reference_loss, problem, signal=make_signal("sparse", 13, 29, 2.0), alpha=0.5)
 
 
 def sparse_of(**changed: Any) -> SparseSignal:
@@ -206,9 +206,9 @@ def sparse_of(**changed: Any) -> SparseSignal:
 
 MASK = torch.ones(13, dtype=torch.bool)
 BAD_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "alpha must": lambda: {"kd_alpha": 1.5},
-    "temperature must": lambda: {"kd_temperature": 0.0},
-    "gamma must": lambda: {"l2_gamma": -0.1},
+    "alpha must": lambda: {"alpha": 1.5},
+    "temperature must": lambda: {"temperature": 0.0},
+    "gamma must": lambda: {"gamma": -0.1},
     "signal has 12 rows": lambda: {"signal": make_dense(12, 29)},
     "reference has 12 rows": lambda: {"reference": make_dense(12, 29)},
     "the reference student has 30 logits": lambda: {"reference": make_dense(13, 30)},

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.distillation import reference_loss
 from tests.support.teachers import random_logits
 
-from liquid_llm.losses.reference import reference_loss
 from liquid_llm.losses.signals import LogitsSignal, OutputHead, SparseSignal
 from liquid_llm.signal_store.codecs import Payload, PayloadError
 from liquid_llm.signal_store.codecs.tail import TailCodec
@@ -105,7 +105,7 @@ def test_the_divergence_and_its_gradient_are_unbiased(shape: str, temperature: f
     def outcome(signal: SparseSignal | LogitsSignal) -> torch.Tensor:
         leaf = hidden.clone().requires_grad_()
         labels = torch.zeros(3, dtype=torch.int64)
-        output = reference_loss(leaf, head, labels, signal=signal, kd_alpha=1.0, kd_temperature=temperature)
+        output = reference_loss(leaf, head, labels, signal=signal, alpha=1.0, temperature=temperature)
         output.loss.backward()
         assert leaf.grad is not None
         return torch.cat([output.kd[None], leaf.grad.flatten()]).double()

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.distillation import fused_loss, reference_loss
 from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher
 
 from liquid_llm.capture.job import capture
 from liquid_llm.data.types import IGNORE_INDEX
-from liquid_llm.losses.fused import fused_loss
-from liquid_llm.losses.reference import reference_loss
 from liquid_llm.losses.signals import OutputHead, Signal
 from liquid_llm.signal_store.codecs import Codec
 from liquid_llm.signal_store.codecs.full import FullCodec
@@ -43,7 +42,7 @@ def scored(signal: Signal, temperature: float, loss: str) -> tuple[float, torch.
     head = OutputHead(torch.randn(VOCAB, 24, generator=generator) * 0.5)
     labels = BATCH.labels[BATCH.labels != IGNORE_INDEX]
     function = reference_loss if loss == "reference" else fused_loss
-    output = function(hidden, head, labels, signal=signal, kd_alpha=0.7, kd_temperature=temperature)
+    output = function(hidden, head, labels, signal=signal, alpha=0.7, temperature=temperature)
     output.loss.backward()
     assert output.num_signal == BATCH.num_positions
     assert hidden.grad is not None

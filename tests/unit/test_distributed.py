@@ -1,0 +1,214 @@
+"""The seam for several processes, proved with a pretend world: two engines in threads of one process, each with half of
+the micro-batches, take the steps, write the rows and evaluate as one process does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support.datasets import token_dataset
+from tests.support.models import tiny_model
+
+from liquid_llm.data.loader import Source, TrainingStream
+from liquid_llm.data.types import MicroBatch
+from liquid_llm.distributed import Engine, start_engine
+from liquid_llm.errors import NumericalError, UsageError
+from liquid_llm.evaluation import Evaluator
+from liquid_llm.metrics import StepAccumulator
+from liquid_llm.schedules import Constant, StepSchedules
+from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+
+VOCAB, STEPS, GRAD_ACCUM = 512, 3, 4
+SCHEDULES = StepSchedules(Constant(0.5), Constant(1.0), Constant(0.0), Constant(1e-2))
+
+
+class World:
+    """Ranks in threads. What they exchange, they exchange here; one that fails lets the others go."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.given: list[torch.Tensor | None] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+
+    def run(self, work: Callable[[Engine], Any]) -> list[Any]:
+        """``work`` on every rank; what each returned."""
+        with ThreadPoolExecutor(self.size) as threads:
+            return [one.result() for one in [threads.submit(self._run, work, rank) for rank in range(self.size)]]
+
+    def _run(self, work: Callable[[Engine], Any], rank: int) -> Any:
+        try:
+            return work(ThreadEngine(rank, self))
+        except BaseException:
+            self.barrier.abort()
+            raise
+
+
+class ThreadEngine(Engine):
+    """All that an engine must bring of its own: its place, and a sum."""
+
+    def __init__(self, rank: int, world: World) -> None:
+        self.rank, self.world_size, self.world = rank, world.size, world
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.world.given[self.rank] = tensor.clone()
+        self.world.barrier.wait()
+        total = torch.stack(self.world.given).sum(0)
+        self.world.barrier.wait()
+        return total
+
+
+def sources() -> list[Source]:
+    """Whole samples and blocks, of unequal numbers of tokens."""
+    random = np.random.default_rng(0)
+    texts = {
+        type: [random.integers(1, VOCAB, n).tolist() for n in random.integers(2, 40, 30)] for type in ("lm", "code")
+    }
+    names = {type: [f"{type}-{n}" for n in range(30)] for type in texts}
+    return [Source(token_dataset(samples, type, names[type]), 1.0) for type, samples in texts.items()]
+
+
+def stream(engine: Engine) -> TrainingStream:
+    return TrainingStream(
+        sources(), block_size=16, batch_size=2, seed=3, eos_id=0, rank=engine.rank, world_size=engine.world_size
+    )
+
+
+def train(engine: Engine) -> dict[str, Any]:
+    """Some steps of a rank: what a run would keep of them."""
+    model = tiny_model("llama")
+    order, types, rows = stream(engine), [], []
+    accumulator = StepAccumulator(("lm", "code"), reduce=engine.sum)
+
+    def batches():
+        position = 0
+        while True:
+            batch = order.micro_batch(position)
+            types.append(batch.type)
+            yield batch, None
+            position += 1
+
+    def count(result):
+        for one in result.scored:
+            accumulator.add(one.batch.type, one.output, tokens=one.batch.num_tokens)
+        rows.append(accumulator.row(seconds=1.0, grad_norm=result.grad_norm))
+
+    progress = Progress()
+    trainer = Trainer(
+        Student(model, torch.float32),
+        build_optimizer(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)),
+        SCHEDULES,
+        batches(),
+        progress,
+        STEPS,
+        GRAD_ACCUM,
+        1.0,
+        hooks=[(count, 1)],
+        engine=engine,
+    )
+    assert trainer.train()
+    weights = [parameter.detach() for parameter in model.parameters()]
+    return {"weights": weights, "rows": rows, "types": types, "progress": vars(progress)}
+
+
+def assert_equal_rows(got: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key in expected:
+            assert_equal_rows(got[key], expected[key])
+    else:
+        assert got == (pytest.approx(expected, rel=1e-5) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_take_the_steps_of_one_process(size: int) -> None:
+    one, ranks = train(Engine()), World(size).run(train)
+    assert len(set(one["types"])) == 2, "else this shows nothing of types"
+    for rank, found in enumerate(ranks):
+        assert found["types"] == one["types"][rank::size][: len(found["types"])], "one order between them"
+        assert found["progress"] | {"passes": None} == one["progress"] | {"passes": None}
+        assert_equal_rows(dict(enumerate(found["rows"])), dict(enumerate(one["rows"])))
+        for mine, theirs, first in zip(found["weights"], one["weights"], ranks[0]["weights"], strict=True):
+            assert torch.equal(mine, first), "ranks never drift apart"
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_evaluate_as_one_process(size: int) -> None:
+    def evaluate(engine: Engine) -> dict[str, object]:
+        order = stream(Engine())
+        found: dict[str, list[MicroBatch]] = {"lm": [], "code": []}
+        for position in range(9):
+            batch = order.micro_batch(position)
+            found[batch.type].append(batch)
+        return Evaluator({16: found}, 16, (16,), None, engine=engine)(Student(tiny_model("llama"), torch.float32))
+
+    expected = evaluate(Engine())
+    for found in World(size).run(evaluate):
+        assert_equal_rows(found, expected)
+
+
+def test_all_ranks_stop_when_one_cannot_go_on() -> None:
+    def fail_on_rank_1(engine: Engine) -> str:
+        model = tiny_model("llama")
+        student = Student(model, torch.float32)
+        optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+        order = stream(engine)
+        batches = ((order.micro_batch(position), None) for position in range(9))
+        trainer = Trainer(student, optimizer, SCHEDULES, batches, Progress(), 1, 2, 0.0, engine=engine)
+        if engine.rank == 1:  # its loss alone is not a number; its gradient is
+            forward = student.forward
+            student.forward = lambda *given: _with_nan(forward(*given))
+        with pytest.raises(NumericalError):
+            trainer.step()
+        return "raised"
+
+    assert World(2).run(fail_on_rank_1) == ["raised", "raised"]
+
+
+def _with_nan(output: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(output, loss=output.loss + (torch.tensor(float("nan")) - output.loss.detach()))
+
+
+def test_a_stop_that_one_rank_was_asked_for_stops_all() -> None:
+    assert World(2).run(lambda engine: engine.agree(engine.rank == 1)) == [True, True]
+    assert World(2).run(lambda engine: engine.agree(False)) == [False, False]
+
+
+def test_a_gradient_that_no_rank_has_is_none_and_one_that_some_have_is_their_sum() -> None:
+    def work(engine: Engine) -> list[Any]:
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        parameters[0].grad = torch.full((2,), 1.0 + engine.rank)
+        if engine.rank == 1:
+            parameters[1].grad = torch.ones(2)
+        engine.sum_gradients(parameters)
+        return [None if one.grad is None else one.grad.tolist() for one in parameters]
+
+    assert World(2).run(work) == [[[3.0, 3.0], [1.0, 1.0], None]] * 2
+    assert Engine().is_main
+    assert [ThreadEngine(rank, World(2)).is_main for rank in (0, 1)] == [True, False]
+
+
+def test_micro_batches_that_do_not_divide_among_the_ranks_are_refused() -> None:
+    student = Student(tiny_model("llama"), torch.float32)
+    with pytest.raises(ValueError, match="3 micro-batches cannot be dealt out among 2 ranks"):
+        Trainer(student, None, SCHEDULES, iter(()), Progress(), 1, 3, 1.0, engine=ThreadEngine(0, World(2)))
+
+
+@pytest.mark.parametrize("value", ["1", "", " 1 "])
+def test_one_process_started_by_a_launcher_is_a_world_of_one(value: str) -> None:
+    engine = start_engine({"WORLD_SIZE": value, "RANK": "0"})
+    assert (engine.rank, engine.world_size, engine.is_main) == (0, 1, True)
+    assert start_engine({}).world_size == 1
+
+
+def test_several_processes_are_refused_in_words() -> None:
+    with pytest.raises(UsageError, match=r"several processes.*WORLD_SIZE.*got 2.*torchrun") as caught:
+        start_engine({"WORLD_SIZE": "2"})
+    assert caught.value.exit_code == 2
