@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from liquid_llm.trackers import Tracker
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from liquid_llm.distributed import Engine
     from liquid_llm.losses.signals import LossOutput
 
 FILE_NAME = "metrics.jsonl"
@@ -204,9 +205,11 @@ class StepAccumulator:
 
     Args:
         types: all types the run draws from, in the order in which rows name them; the same on every rank.
+        engine: adds the sums up over all ranks; None: this process is alone.
     """
 
-    def __init__(self, types: Iterable[str]) -> None:
+    def __init__(self, types: Iterable[str], engine: Engine | None = None) -> None:
+        self._engine = engine
         self._sums = {type: dict.fromkeys(_SUMS, 0.0) for type in types}
         self._pending: list[tuple[str, Tensor]] = []
 
@@ -232,7 +235,7 @@ class StepAccumulator:
         values = [getattr(output, name).detach().reshape(()).to(exact) for name in _LOSSES]
         self._pending.append((type, torch.stack(values)))
 
-    def row(self, *, seconds: float, reduce: Callable[[Tensor], Tensor] | None = None, **values: Any) -> Row:
+    def row(self, *, seconds: float, **values: Any) -> Row:
         """The values of a ``train`` row over all that was added since the last one; starts anew.
 
         Means of ``loss``, ``ce`` and ``l2`` are over labelled positions; ``kd`` is over positions with a signal and
@@ -240,21 +243,13 @@ class StepAccumulator:
 
         Args:
             seconds: wall time the micro-batches added by this process took.
-            reduce: adds a float64 tensor up over all ranks (an engine's ``sum``); None: this process is alone.
             values: what else the row says (``kd_alpha``, ``kd_temperature``, ``lr``, ``grad_norm``, ...).
 
         Raises:
             ValueError: nothing was added on any rank.
         """
-        self._read_pending()
-        sums, self._sums = self._sums, {type: dict.fromkeys(_SUMS, 0.0) for type in self._sums}
-        if reduce is not None:
-            import torch
-
-            own = torch.tensor([list(one.values()) for one in sums.values()], dtype=torch.float64)
-            sums = {
-                type: dict(zip(_SUMS, one, strict=True)) for type, one in zip(sums, reduce(own).tolist(), strict=True)
-            }
+        sums = self._over_ranks()
+        self._sums = {type: dict.fromkeys(_SUMS, 0.0) for type in sums}
         total = {name: sum(one[name] for one in sums.values()) for name in _SUMS}
         if total["positions"] == 0:
             raise ValueError("a train row needs at least one labelled position")
@@ -265,6 +260,17 @@ class StepAccumulator:
         seen = {type: _means(one) for type, one in sums.items() if one["positions"] > 0}
         row["by_type"] = {type: {key: one[key] for key in _OF_TYPE} for type, one in seen.items()}
         return row
+
+    def _over_ranks(self) -> dict[str, _Sums]:
+        """The sums of all ranks so far."""
+        self._read_pending()
+        if self._engine is None:
+            return self._sums
+        import torch
+
+        own = torch.tensor([list(one.values()) for one in self._sums.values()], dtype=torch.float64)
+        total = self._engine.sum(own).tolist()
+        return {type: dict(zip(_SUMS, one, strict=True)) for type, one in zip(self._sums, total, strict=True)}
 
     def _read_pending(self) -> None:
         if self._pending:
@@ -277,17 +283,17 @@ class StepAccumulator:
             self._pending.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as plain values."""
-        self._read_pending()
+        """What a checkpoint keeps, as plain values: the sums of all ranks, which each of them asks for."""
         # The seconds of the tokens so far are not the next process's.
-        sums = [list({**one, "timed_tokens": 0.0}.values()) for one in self._sums.values()]
-        return {"types": list(self._sums), "sums": sums}
+        sums = {type: {**one, "timed_tokens": 0.0} for type, one in self._over_ranks().items()}
+        return {"types": list(sums), "sums": [list(one.values()) for one in sums.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``; types that this run does not draw from keep what was counted of them."""
+        share = 1.0 if self._engine is None or self._engine.is_main else 0.0  # the main rank has what all had
         for type, sums in zip(state["types"], state["sums"], strict=True):
             if type in self._sums or any(sums):
-                self._sums[type] = dict(zip(_SUMS, map(float, sums), strict=True))
+                self._sums[type] = {name: share * float(one) for name, one in zip(_SUMS, sums, strict=True)}
         self._pending.clear()
 
 

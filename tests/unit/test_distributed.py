@@ -3,9 +3,12 @@ the micro-batches, take the steps, write the rows and evaluate as one process do
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,14 @@ VOCAB, STEPS, GRAD_ACCUM = 512, 3, 4
 SCHEDULES = StepSchedules(Constant(0.5), Constant(1.0), Constant(0.0), Constant(1e-2))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def model() -> Any:
+    """Made before any thread begins: making one is no matter for several threads at once."""
+    model = tiny_model("llama")
+    model(torch.zeros(1, 2, dtype=torch.int64))
+    return model
+
+
 class World:
     """Ranks in threads. What they exchange, they exchange here; one that fails lets the others go."""
 
@@ -38,7 +49,12 @@ class World:
     def run(self, work: Callable[[Engine], Any]) -> list[Any]:
         """``work`` on every rank; what each returned."""
         with ThreadPoolExecutor(self.size) as threads:
-            return [one.result() for one in [threads.submit(self._run, work, rank) for rank in range(self.size)]]
+            every = [threads.submit(self._run, work, rank) for rank in range(self.size)]
+        # One rank's failure breaks the barrier of the others.
+        failures = [one.exception() for one in every if one.exception() is not None]
+        for failure in sorted(failures, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
+            raise failure
+        return [one.result() for one in every]
 
     def _run(self, work: Callable[[Engine], Any], rank: int) -> Any:
         try:
@@ -78,11 +94,11 @@ def stream(engine: Engine) -> TrainingStream:
     )
 
 
-def train(engine: Engine) -> dict[str, Any]:
+def train(model: Any, engine: Engine) -> dict[str, Any]:
     """Some steps of a rank: what a run would keep of them."""
-    model = tiny_model("llama")
+    model = copy.deepcopy(model)
     order, types, rows = stream(engine), [], []
-    accumulator = StepAccumulator(("lm", "code"), reduce=engine.sum)
+    accumulator = StepAccumulator(("lm", "code"), engine)
 
     def batches():
         position = 0
@@ -125,8 +141,8 @@ def assert_equal_rows(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_take_the_steps_of_one_process(size: int) -> None:
-    one, ranks = train(Engine()), World(size).run(train)
+def test_ranks_take_the_steps_of_one_process(size: int, model: Any) -> None:
+    one, ranks = train(model, Engine()), World(size).run(partial(train, model))
     assert len(set(one["types"])) == 2, "else this shows nothing of types"
     for rank, found in enumerate(ranks):
         assert found["types"] == one["types"][rank::size][: len(found["types"])], "one order between them"
@@ -138,25 +154,24 @@ def test_ranks_take_the_steps_of_one_process(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_evaluate_as_one_process(size: int) -> None:
+def test_ranks_evaluate_as_one_process(size: int, model: Any) -> None:
     def evaluate(engine: Engine) -> dict[str, object]:
         order = stream(Engine())
         found: dict[str, list[MicroBatch]] = {"lm": [], "code": []}
         for position in range(9):
             batch = order.micro_batch(position)
             found[batch.type].append(batch)
-        return Evaluator({16: found}, 16, (16,), None, engine=engine)(Student(tiny_model("llama"), torch.float32))
+        return Evaluator({16: found}, 16, (16,), None, engine=engine)(Student(copy.deepcopy(model), torch.float32))
 
     expected = evaluate(Engine())
     for found in World(size).run(evaluate):
         assert_equal_rows(found, expected)
 
 
-def test_all_ranks_stop_when_one_cannot_go_on() -> None:
+def test_all_ranks_stop_when_one_cannot_go_on(model: Any) -> None:
     def fail_on_rank_1(engine: Engine) -> str:
-        model = tiny_model("llama")
-        student = Student(model, torch.float32)
-        optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+        student = Student(copy.deepcopy(model), torch.float32)
+        optimizer = build_optimizer(student.model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
         order = stream(engine)
         batches = ((order.micro_batch(position), None) for position in range(9))
         trainer = Trainer(student, optimizer, SCHEDULES, batches, Progress(), 1, 2, 0.0, engine=engine)
@@ -171,8 +186,6 @@ def test_all_ranks_stop_when_one_cannot_go_on() -> None:
 
 
 def _with_nan(output: Any) -> Any:
-    from dataclasses import replace
-
     return replace(output, loss=output.loss + (torch.tensor(float("nan")) - output.loss.detach()))
 
 
@@ -195,8 +208,8 @@ def test_a_gradient_that_no_rank_has_is_none_and_one_that_some_have_is_their_sum
     assert [ThreadEngine(rank, World(2)).is_main for rank in (0, 1)] == [True, False]
 
 
-def test_micro_batches_that_do_not_divide_among_the_ranks_are_refused() -> None:
-    student = Student(tiny_model("llama"), torch.float32)
+def test_micro_batches_that_do_not_divide_among_the_ranks_are_refused(model: Any) -> None:
+    student = Student(model, torch.float32)
     with pytest.raises(ValueError, match="3 micro-batches cannot be dealt out among 2 ranks"):
         Trainer(student, None, SCHEDULES, iter(()), Progress(), 1, 3, 1.0, engine=ThreadEngine(0, World(2)))
 
@@ -209,6 +222,6 @@ def test_one_process_started_by_a_launcher_is_a_world_of_one(value: str) -> None
 
 
 def test_several_processes_are_refused_in_words() -> None:
-    with pytest.raises(UsageError, match=r"several processes.*WORLD_SIZE.*got 2.*torchrun") as caught:
+    with pytest.raises(UsageError, match=r"WORLD_SIZE.*several processes.*got 2.*torchrun") as caught:
         start_engine({"WORLD_SIZE": "2"})
     assert caught.value.exit_code == 2

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from liquid_llm.distributed import Engine
 from liquid_llm.errors import StorageError
 from liquid_llm.losses.signals import LossOutput
 from liquid_llm.metrics import (
@@ -256,25 +257,42 @@ def test_the_rate_after_a_resume_counts_only_what_was_timed() -> None:
     assert row["tokens_per_second"] == 10
 
 
+class Rank(Engine):
+    """One of two ranks: what it is given it keeps, and adds what the other had."""
+
+    world_size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.others = rank, torch.zeros(())
+        self.given = self.others
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.given = tensor
+        return tensor + self.others
+
+
 @given(micro_batches, micro_batches)
 def test_ranks_add_up(
     mine: list[tuple[str, float, float, int, int, int]], theirs: list[tuple[str, float, float, int, int, int]]
 ) -> None:
-    together, rank0, rank1 = StepAccumulator(TYPES), StepAccumulator(TYPES), StepAccumulator(TYPES)
+    """Rank 1 asks first, and its sums are what rank 0's engine adds."""
+    other, main = Rank(1), Rank(0)
+    together, rank0, rank1 = StepAccumulator(TYPES), StepAccumulator(TYPES, main), StepAccumulator(TYPES, other)
     for batch in mine:
         add(together, batch)
         add(rank0, batch)
     for batch in theirs:
         add(together, batch)
         add(rank1, batch)
-    sent: list[torch.Tensor] = []
-
-    def send(sums: torch.Tensor) -> torch.Tensor:
-        sent.append(sums)
-        return sums
-
-    rank1.row(seconds=1.0, reduce=send)
-    row = rank0.row(seconds=1.0, reduce=lambda sums: sums + sent[0])
+    rank1.state_dict()
+    main.others = other.given
+    kept = rank0.state_dict()
+    continued = StepAccumulator(TYPES, Rank(0)), StepAccumulator(TYPES, Rank(1))
+    for one in continued:
+        one.load_state_dict(kept)
+    assert continued[1].state_dict()["sums"] == [[0.0] * len(sums) for sums in kept["sums"]]
+    assert continued[0].state_dict() == kept
+    row = rank0.row(seconds=1.0)
     expected = together.row(seconds=1.0)
     assert row["by_type"].keys() == expected["by_type"].keys()
     for key in ("loss", "ce", "kd", "l2", "tokens", "kd_coverage", "tokens_per_second"):
