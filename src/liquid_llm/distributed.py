@@ -57,13 +57,14 @@ class Engine:
         self.agree(False)
 
 
-def start_engine(environment: Mapping[str, str] = os.environ) -> Engine:
+def start_engine(environment: Mapping[str, str] | None = None) -> Engine:
     """The engine for the processes that a launcher has started, as it says in the environment.
 
     Raises:
         UsageError: there are several.
     """
-    world_size = environment.get("WORLD_SIZE", "1").strip() or "1"
+    given = os.environ if environment is None else environment
+    world_size = given.get("WORLD_SIZE", "1").strip() or "1"
     if world_size != "1":
         raise UsageError(
             "training with several processes is not supported yet",

@@ -17,7 +17,7 @@ import torch
 from tests.support.datasets import token_dataset
 from tests.support.models import tiny_model
 
-from liquid_llm.data.loader import Source, TrainingStream
+from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.distributed import Engine, start_engine
 from liquid_llm.errors import NumericalError, UsageError
@@ -78,19 +78,19 @@ class ThreadEngine(Engine):
         return total
 
 
-def sources() -> list[Source]:
+def mixture() -> list[WeightedDataset]:
     """Whole samples and blocks, of unequal numbers of tokens."""
     random = np.random.default_rng(0)
     texts = {
         type: [random.integers(1, VOCAB, n).tolist() for n in random.integers(2, 40, 30)] for type in ("lm", "code")
     }
     names = {type: [f"{type}-{n}" for n in range(30)] for type in texts}
-    return [Source(token_dataset(samples, type, names[type]), 1.0) for type, samples in texts.items()]
+    return [WeightedDataset(token_dataset(samples, type, names[type]), 1.0) for type, samples in texts.items()]
 
 
 def stream(engine: Engine) -> TrainingStream:
     return TrainingStream(
-        sources(), block_size=16, batch_size=2, seed=3, eos_id=0, rank=engine.rank, world_size=engine.world_size
+        mixture(), block_size=16, batch_size=2, seed=3, eos_id=0, rank=engine.rank, world_size=engine.world_size
     )
 
 

@@ -14,6 +14,7 @@ from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
+from liquid_llm.distributed import Engine, start_engine
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, estimate, measured, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, find_run_data, prepare_run_data
@@ -45,17 +46,18 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
         Interrupted: the process was asked to stop and the state is saved.
     """
     setup_logging("INFO")
+    engine = start_engine()
     prepare_allocator()
     config = build_run_config(face, given)
     choose_device(config.device)  # before anything is read or made
     with deterministic_algorithms(config.deterministic):
         place = resolve_place(config)
         if config.dry_run:
-            return _dry_run(config, place)
+            return _dry_run(config, place, engine)
         with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
             config, start = _take_up(config, find_start(config, place, store))
             if not _nothing_to_do(config, start, store):
-                _train(config, place, store, start)
+                _train(config, place, store, start, engine)
             elif config.optimizer.steps > 0 and start.kind == "continue":
                 send_what_is_lacking(place)
     return 0
@@ -85,10 +87,10 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
     return True
 
 
-def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start) -> None:
+def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start, engine: Engine) -> None:
     basis = build_basis(config, start)
     data = prepare_run_data(config.data)
-    parts = build_parts(basis, start, data.entries)
+    parts = build_parts(basis, start, data.entries, engine)
     config = parts.config
     fit = check_fit(config, parts)
     say_fit(fit, parts.device)
@@ -145,7 +147,8 @@ def _make_trainer(
         config.optimizer.steps,
         config.optimizer.grad_accum,
         config.optimizer.grad_clip,
-        hooks=list(hooks),
+        engine=parts.engine,
+        hooks=hooks,
         stopping=stopping,
         consumers=fit.largest,
     )
@@ -190,7 +193,7 @@ def _would_start(config: RunConfig, place: Place, nowhere: Place, store: Checkpo
     return find_start(config, replace(nowhere, remote=place.remote), store)
 
 
-def _dry_run(config: RunConfig, place: Place) -> int:
+def _dry_run(config: RunConfig, place: Place, engine: Engine) -> int:
     """Look at everything, take two steps on real data in a folder that is thrown away, print what was found."""
     findings: dict[str, Any] = {"place": check_place(place)}
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +201,7 @@ def _dry_run(config: RunConfig, place: Place) -> int:
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
             config, start = _take_up(config, _would_start(config, place, nowhere, store))
         basis = build_basis(config, start)
-        parts = build_parts(basis, start, find_run_data(config.data).entries)
+        parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
         config = parts.config
         fit = check_fit(config, parts, keep=False)
         parts.evaluator.consumers = fit.largest

@@ -17,6 +17,7 @@ from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.device import forget_peak
+from liquid_llm.distributed import Engine
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.passes import SignalOf
@@ -68,6 +69,7 @@ class Basis:
 class Parts(Basis):
     """What a training job is made of; see each class."""
 
+    engine: Engine
     inputs: Inputs
     teachers: RunTeachers
     student: Student
@@ -110,7 +112,7 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     )
 
 
-def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry]) -> Parts:
+def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], engine: Engine) -> Parts:
     """Build the rest of what a run needs, with the entries of its manifest (none where its data is a named dataset).
 
     Raises:
@@ -120,7 +122,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry]) ->
     inputs = _read_inputs(config, text, basis.token, entries)
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     schedules = _schedules(config, start)
-    evaluator = _evaluator(config, inputs, text, teachers)
+    evaluator = _evaluator(config, inputs, text, teachers, engine)
     optimizer = build_optimizer(
         built.model,
         lr=config.optimizer.peak,
@@ -129,6 +131,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry]) ->
     )
     parts = Parts(
         **{**vars(basis), "choices": {**basis.choices, **teachers.choices}},
+        engine=engine,
         inputs=inputs,
         teachers=teachers,
         student=Student(built.model, basis.dtype, _reference(config, start, built.model, schedules)),
@@ -142,9 +145,11 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry]) ->
             seed=config.seed,
             eos_id=text.eos_id,
             sample_tokens=config.data.seq_len,
+            rank=engine.rank,
+            world_size=engine.world_size,
         ),
         progress=Progress(),
-        accumulator=StepAccumulator(inputs.types),
+        accumulator=StepAccumulator(inputs.types, engine),
     )
     _restore(parts, start)
     return parts
@@ -174,10 +179,10 @@ def _schedules(config: RunConfig, start: Start) -> StepSchedules:
     return build_schedules(config)
 
 
-def _evaluator(config: RunConfig, inputs: Inputs, text: TextTools, teachers: RunTeachers) -> Evaluator:
+def _evaluator(config: RunConfig, inputs: Inputs, text: TextTools, teachers: RunTeachers, engine: Engine) -> Evaluator:
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
     sets = validation_sets(inputs, lengths, config.data, text.eos_id, config.evaluation.max_tokens)
-    return Evaluator(sets, config.data.block_size, config.evaluation.context_lengths, teachers.router)
+    return Evaluator(sets, config.data.block_size, config.evaluation.context_lengths, teachers.router, engine=engine)
 
 
 def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules) -> nn.Module | None:
@@ -218,18 +223,19 @@ class BatchFeed:
     def __init__(self, parts: Parts, grad_accum: int, num_workers: int) -> None:
         stream, schedules, device = parts.stream, parts.schedules, parts.device
         router = parts.teachers.router
-        first_step, first_index = parts.progress.step, parts.progress.data_position
+        first_step, ranks = parts.progress.step, parts.engine.world_size
+        first_index, per_step = parts.progress.data_position // ranks, grad_accum // ranks
 
         def fetch(index: int) -> tuple[MicroBatch, Any]:
             batch = stream.micro_batch(index)
-            step = first_step + (index - first_index) // grad_accum
+            step = first_step + (index - first_index) // per_step
             prepared = router.prepare(batch, schedules.at(step).objective(batch.type).temperature)
             # Not moved yet: memory that runs out is seen to where the batch is computed.
             return batch.pinned(device), None if prepared is None else prepared.pinned(device)
 
         self._router = router
         workers = max(1, num_workers)
-        self._prefetcher = Prefetcher(fetch, first_index, depth=max(2 * workers, grad_accum), workers=workers)
+        self._prefetcher = Prefetcher(fetch, first_index, depth=max(2 * workers, per_step), workers=workers)
 
     @property
     def waited(self) -> float:

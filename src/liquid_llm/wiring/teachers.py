@@ -15,6 +15,7 @@ from torch import nn
 from liquid_llm.config import RunConfig, TeacherConfig
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
+from liquid_llm.losses.divergences import check_sparse
 from liquid_llm.models.loading import LoadedModel, open_config
 from liquid_llm.models.positions import configured_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
@@ -127,6 +128,8 @@ def make_teachers(
         log.warning("no teacher is named: plain cross-entropy")
     for type in router:
         router.check_temperature(type, config.source(type).temperature or config.objective.temperature)
+        if router[type].most_ids:
+            check_sparse(config.source(type).divergence or config.objective.divergence, type)
         if not router.answers(type, 1.0):
             log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
     datasets = {type: [one.dataset for one in inputs.mixture if one.dataset.type == type] for type in router}
