@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from liquid_llm.errors import first_line
 from liquid_llm.masking import Masker, secret_values
 from liquid_llm.storage import write_bytes
 
@@ -89,7 +91,7 @@ def write_provenance(
         "earlier_sessions": _earlier_sessions(folder / ENVIRONMENT),
     }
     _write(folder / CONFIG, _json(masker.value(config)))
-    _write(folder / MANIFEST, "".join(_json_line(masker.value(line)) for line in manifest))
+    _write(folder / MANIFEST, "".join(_json(masker.value(line), None) for line in manifest))
     _write(folder / READINESS, _json(masker.value(readiness)))
     _write(folder / DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
     _write(folder / ENVIRONMENT, _json(masker.value(environment)))
@@ -114,13 +116,13 @@ def describe_environment(
 
 def package_versions(names: Sequence[str] = tuple(PACKAGES.split())) -> dict[str, str | None]:
     """Installed versions of the packages that decide a run's numbers; None for one that is not installed."""
-    versions: dict[str, str | None] = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+
+    def version(name: str) -> str | None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+        return None
+
+    return {name: version(name) for name in names}
 
 
 def git_state(folder: Path) -> dict[str, Any]:
@@ -129,23 +131,18 @@ def git_state(folder: Path) -> dict[str, Any]:
     A folder that merely lies inside somebody's repository (a virtual environment, say) is not tracked by it.
     """
     try:
-        tracked = _git(folder, "ls-files", "--", ".")
-        if not tracked.strip():
-            return _no_commit("the code is not tracked by a git checkout")
-        commit = _git(folder, "rev-parse", "HEAD").strip()
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no").splitlines()
+        if _git(folder, "ls-files", "--", "."):
+            commit = _git(folder, "rev-parse", "HEAD").strip()
+            changes = _git(folder, "status", "--porcelain", "--untracked-files=no").splitlines()
+            reason = f"{len(changes)} tracked files differ from the commit" if changes else "clean checkout"
+            return {"commit": commit, "modified": bool(changes), "reason": reason}
+        reason = "the code is not tracked by a git checkout"
     except FileNotFoundError:
-        return _no_commit("git is not installed")
+        reason = "git is not installed"
     except subprocess.TimeoutExpired:
-        return _no_commit(f"git took longer than {_GIT_TIMEOUT_SECONDS:.0f} s")
+        reason = f"git took longer than {_GIT_TIMEOUT_SECONDS:.0f} s"
     except subprocess.CalledProcessError as error:
-        words = (error.stderr or "").strip().splitlines()
-        return _no_commit(words[0] if words else f"git ended with {error.returncode}")
-    reason = f"{len(changes)} tracked files differ from the commit" if changes else "clean checkout"
-    return {"commit": commit, "modified": bool(changes), "reason": reason}
-
-
-def _no_commit(reason: str) -> dict[str, Any]:
+        reason = first_line(error.stderr or f"git ended with {error.returncode}")
     return {"commit": None, "modified": None, "reason": reason}
 
 
@@ -153,41 +150,34 @@ def _git(folder: Path, *words: str) -> str:
     # Inside a git hook GIT_DIR names another repository; and a look must not take the repository's lock.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environ |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=_GIT_TIMEOUT_SECONDS,
-        env=environ,
-    )
-    return done.stdout
+    words = ("git", "-C", str(folder), *words)
+    return subprocess.run(
+        words, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_SECONDS, env=environ
+    ).stdout
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores, memory in bytes, and GPUs of this machine."""
+    """CPU model, cores, memory in bytes (and the container's limit, where it has one), and GPUs of this machine."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    built = torch.version.cuda
+    missing = "torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but sees no device"
+    cpu = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)  # Linux only
+    limits = [_read(f"/sys/fs/cgroup/{name}").strip() for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    # cgroup v1 writes "no limit" as a huge number, v2 as a word
+    limit = next((int(text) for text in limits if text.isdigit() and int(text) < 2**60), None)
     return {
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": cpu[1].strip() if cpu else platform.processor() or None,
         "num_cores": os.cpu_count(),
-        "num_usable_cores": _usable_cores(),
+        "num_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
-        "memory_limit_bytes": _memory_limit_bytes(),
-        **_gpus(),
+        "memory_limit_bytes": limit,
+        "gpus": [{"name": one.name, "memory_bytes": int(one.total_memory)} for one in found],
+        "gpus_reason": f"CUDA {built}" if found else missing,
     }
-
-
-def _cpu_model() -> str | None:
-    with contextlib.suppress(OSError):  # Linux only
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _memory_bytes() -> int | None:
@@ -197,30 +187,10 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _memory_limit_bytes() -> int | None:
-    """The container's own limit, where there is one."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = int(Path(name).read_text())
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-        if limit < 2**60:  # cgroup v1 writes "no limit" as a huge number
-            return limit
-    return None
-
-
-def _gpus() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        reason = (
-            "torch is built without CUDA" if built is None else f"torch is built for CUDA {built} but sees no device"
-        )
-        return {"gpus": [], "gpus_reason": reason}
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    gpus = [{"name": one.name, "memory_bytes": int(one.total_memory)} for one in found]
-    return {"gpus": gpus, "gpus_reason": f"CUDA {torch.version.cuda}"}
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def _earlier_sessions(path: Path) -> list[dict[str, Any]]:
@@ -239,14 +209,9 @@ def _earlier_sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, text: str) -> None:
-    write_bytes(
-        str(path), text.encode("utf-8", errors="backslashreplace")
-    )  # undecodable file names hold lone surrogates
+    # undecodable file names hold lone surrogates
+    write_bytes(str(path), text.encode("utf-8", errors="backslashreplace"))
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _json_line(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+def _json(value: object, indent: int | None = 2) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"

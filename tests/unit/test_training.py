@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from liquid_llm.data.loader import collate
 from liquid_llm.errors import CheckpointError, NumericalError
-from liquid_llm.models.positions import fit_positions, planned_stretch
+from liquid_llm.models.positions import fit_positions, plan_stretch
 from liquid_llm.models.student import PRESETS
 from liquid_llm.schedules import Constant, Piecewise, StepSchedules, WarmupCosine
 from liquid_llm.training import Progress, Student, Trainer, build_optimizer, load_optimizer
@@ -93,7 +93,7 @@ def test_moments_of_learned_positions_go_where_their_rows_go(block_size, trained
     optimizer = stepped(model)
     saved = optimizer.state_dict()
     averages = {name: optimizer.state[table][name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    stretch = planned_stretch(model, block_size, trained)
+    stretch = plan_stretch(model, block_size, trained)
     fit_positions(model, block_size, trained_positions=trained)
     new = model.get_parameter(stretch.parameter)
     other = build_optimizer(model, **OPTIONS)

@@ -135,6 +135,20 @@ def sidecars(folder: Path, log: Log = _log.warning) -> dict[str, CheckpointMetad
     return found
 
 
+def remote_sidecars(uri: str, log: Log) -> tuple[dict[str, CheckpointMetadata], set[str]]:
+    """As :func:`sidecars`, of a folder behind a URL, and the names of all files below it. Raises StorageError."""
+    present = {info.name for info in storage.list_files(uri)}
+    found = {}
+    for sidecar in sorted(one for one in present if one.endswith(SIDECAR_SUFFIX) and "/" not in one):
+        name, where = sidecar.removesuffix(SIDECAR_SUFFIX), storage.join(uri, sidecar)
+        if is_known(name) and name + DATA_SUFFIX in present:
+            try:
+                found[name] = parse_sidecar(storage.read_bytes(where), where)
+            except CheckpointError as error:
+                log(f"skipped a checkpoint: {error}")
+    return found, present
+
+
 def latest_checkpoint(folder: Path, log: Log = _log.warning) -> CheckpointInfo | None:
     """The complete checkpoint with the highest step, or None; a damaged one is reported and an older one taken."""
     found = sidecars(folder, log)
@@ -173,7 +187,7 @@ def read_checkpoint(
             where=path,
             remedy="give it as --resume_gcs_uri to take its weights only",
         )
-    return take_apart(content, path, expected or verified_sidecar(path))
+    return take_apart(content, path, expected or verify_sidecar(path))
 
 
 def is_checkpoint(content: object) -> bool:
@@ -182,7 +196,7 @@ def is_checkpoint(content: object) -> bool:
     return isinstance(metadata, dict) and "format_version" in metadata
 
 
-def verified_sidecar(path: Path, where: object = None) -> CheckpointMetadata | None:
+def verify_sidecar(path: Path, where: object = None) -> CheckpointMetadata | None:
     """The sidecar beside a data file, None without one. Raises CheckpointError where the file has another sha256."""
     name = path.name.removesuffix(DATA_SUFFIX)
     if not sidecar_path(path.parent, name).is_file():

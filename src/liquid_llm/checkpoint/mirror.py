@@ -16,14 +16,12 @@ from liquid_llm.checkpoint.discovery import (
     DATA_SUFFIX,
     SIDECAR_SUFFIX,
     data_path,
-    is_known,
     is_snapshot,
-    parse_sidecar,
+    remote_sidecars,
     sidecar_text,
     sidecars,
 )
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
-from liquid_llm.errors import CheckpointError
 from liquid_llm.storage import translate_errors
 
 _SMALL_BYTES = 32 * 2**20
@@ -45,15 +43,10 @@ class Mirror:
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def take_stock(self) -> dict[str, CheckpointMetadata]:
+    def find_lacking(self) -> dict[str, CheckpointMetadata]:
         """Look at what the mirror has; returns the complete local checkpoints it lacks or has differently."""
-        present = {info.name for info in storage.list_files(self.uri)}
-        for sidecar in sorted(name for name in present if name.endswith(SIDECAR_SUFFIX) and "/" not in name):
-            name = sidecar.removesuffix(SIDECAR_SUFFIX)
-            if is_known(name) and name + DATA_SUFFIX in present and name not in self._complete:
-                uri = storage.join(self.uri, sidecar)
-                with contextlib.suppress(CheckpointError):  # not readable means not complete: it will be overwritten
-                    self._complete[name] = parse_sidecar(storage.read_bytes(uri), uri)
+        # what cannot be read is not complete: it will be overwritten
+        self._complete |= remote_sidecars(self.uri, log=lambda _: None)[0]
         return {
             name: metadata
             for name, metadata in sidecars(self._dir).items()

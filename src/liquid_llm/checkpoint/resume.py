@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX, is_checkpoint, take_apart, verified_sidecar
+from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX, is_checkpoint, take_apart, verify_sidecar
 from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.errors import CheckpointError, StorageError
@@ -87,7 +87,7 @@ def read_student_weights(uri: str, work_dir: Path) -> ResumeSource:
     if path.suffix == ".safetensors":
         return ResumeSource(_read_safetensors(path, uri), f"weights of {uri}")
     if _is_folder_archive(path, uri):
-        return _read_folder(_unpacked(path, found, work_dir), uri)
+        return _read_folder(_unpack(path, found, work_dir), uri)
     return _read_torch_file(path, uri)
 
 
@@ -139,7 +139,7 @@ def _is_folder_archive(path: Path, uri: str) -> bool:
     return not any(name.rsplit("/", 1)[-1] == "data.pkl" for name in names)
 
 
-def _unpacked(path: Path, found: FileInfo, work_dir: Path) -> Path:
+def _unpack(path: Path, found: FileInfo, work_dir: Path) -> Path:
     """The model folder of an archive, unpacked once for each version of it."""
     folder = work_dir / found.key[:16]
     if not folder.is_dir():
@@ -157,7 +157,7 @@ def _read_torch_file(path: Path, uri: str) -> ResumeSource:
     content = read_archive(path, uri)
     if not is_checkpoint(content):
         return ResumeSource(_bare_state_dict(content, uri), f"weights of {uri}", config=_config_beside(content))
-    state, metadata = take_apart(content, uri, verified_sidecar(path, uri))
+    state, metadata = take_apart(content, uri, verify_sidecar(path, uri))
     state = {**state, "student": _bare_state_dict(state["student"], uri)}
     return ResumeSource.of_checkpoint(state, metadata, f"checkpoint {uri} of step {metadata.step}")
 

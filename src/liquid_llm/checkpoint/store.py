@@ -35,13 +35,12 @@ from liquid_llm.checkpoint.discovery import (
     Log,
     data_path,
     is_checkpoint,
-    is_known,
     is_snapshot,
     known_names,
     latest_checkpoint,
     newest_first,
-    parse_sidecar,
     read_checkpoint,
+    remote_sidecars,
     sidecar_path,
     sidecar_text,
     sidecars,
@@ -277,19 +276,8 @@ def fetch_latest(
     Raises:
         StorageError: the mirror cannot be read or the disk is full.
     """
-    present = {info.name for info in storage.list_files(remote_uri) if "/" not in info.name}
-    found = {}
-    for name in sorted(one.removesuffix(SIDECAR_SUFFIX) for one in present if one.endswith(SIDECAR_SUFFIX)):
-        if not is_known(name) or name + DATA_SUFFIX not in present:
-            continue
-        uri = storage.join(remote_uri, name + SIDECAR_SUFFIX)
-        try:
-            metadata = parse_sidecar(storage.read_bytes(uri), uri)
-        except CheckpointError as error:
-            log(f"skipped a checkpoint: {error}")
-            continue
-        if metadata.step > newer_than:
-            found[name] = metadata
+    found, present = remote_sidecars(remote_uri, log)
+    found = {name: metadata for name, metadata in found.items() if metadata.step > newer_than}
     fetched = run_dir / f".fetched{TEMPORARY_SUFFIX}"
     for name in newest_first(found):
         storage.download(storage.join(remote_uri, name + DATA_SUFFIX), fetched)

@@ -36,7 +36,7 @@ from liquid_llm.errors import StorageError
 _log = logging.getLogger(__name__)
 WATCHED = ("metrics.jsonl", "tb", "provenance", "report.html", "student")
 _STAGE = ".upload"
-_STOCK = "the list of what is there"
+_LISTING = "the list of what is there"
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ class Uploader:
             self._say(str(unsent))
 
     def _checkpoint_job(self, name: str, metadata: CheckpointMetadata) -> _Job:
-        data = self._staged(name, metadata)
+        data = self._stage(name, metadata)
         return _Job(lambda: self._send(name, data, metadata), data)
 
-    def _staged(self, name: str, metadata: CheckpointMetadata) -> Path:
+    def _stage(self, name: str, metadata: CheckpointMetadata) -> Path:
         staged = self._dir / _STAGE / f"{metadata.sha256}{DATA_SUFFIX}"
         staged.parent.mkdir(exist_ok=True)
         try:
@@ -164,7 +164,7 @@ class Uploader:
     # ----------------------------------------------------------------------------------------------- the thread's side
 
     def _run(self) -> None:
-        self._attempt(_STOCK, _Job(self._take_stock))
+        self._attempt(_LISTING, _Job(self._find_lacking))
         retry_at = time.monotonic() + self._retry_after
         closing = False
         while not closing:
@@ -180,8 +180,8 @@ class Uploader:
                 self._send_everything()
                 retry_at = time.monotonic() + self._retry_after
 
-    def _take_stock(self) -> None:
-        lacking = self._mirror.take_stock()
+    def _find_lacking(self) -> None:
+        lacking = self._mirror.find_lacking()
         with self._changed:
             for name, metadata in lacking.items():
                 if name not in self._waiting:

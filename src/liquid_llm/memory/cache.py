@@ -12,12 +12,14 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.runtime import has_amx
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,6 @@ _SOURCES = (
     "capture/scoring.py",
     "signal_store/codecs",
 )
-
-
 _SAID: dict[tuple[Path | None, str], MemoryPrediction] = {}
 
 
@@ -42,27 +42,19 @@ def remember(
     """``answer()``, or what it said to the same question before; ``folder`` of None keeps nothing on disk."""
     name = f"{kind}-{_key(question)}.json"
     if (folder, name) not in _SAID:
-        _SAID[folder, name] = answer() if folder is None else _on_disk(folder / name, answer)
+        path = None if folder is None else folder / name
+        _SAID[folder, name] = _keep(path, answer, MemoryPrediction.from_dict, MemoryPrediction.as_dict)
     return _SAID[folder, name]
 
 
 def remember_config(folder: Path | None, revision: str, read: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """A model's configuration that is slow to read (a GGUF file holds it beside its tokenizer), kept by revision."""
+
+    def check(found: Any) -> Mapping[str, Any]:
+        return {**found, "model_type": found["model_type"]}
+
     path = None if folder is None else folder / f"config-{_key({'revision': revision})}.json"
-    if path is not None:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and "model_type" in found:
-                return found
-        except (OSError, ValueError):
-            pass
-    config = read()
-    if path is not None:
-        try:
-            storage.write_bytes(str(path), json.dumps(config).encode())
-        except (StorageError, TypeError) as error:
-            log.debug("%s is not kept: %s", path, error)
-    return config
+    return _keep(path, read, check, dict)
 
 
 def forget() -> None:
@@ -70,17 +62,20 @@ def forget() -> None:
     _SAID.clear()
 
 
-def _on_disk(path: Path, answer: Callable[[], MemoryPrediction]) -> MemoryPrediction:
+def _keep(
+    path: Path | None, answer: Callable[[], T], parse: Callable[[Any], T], as_plain: Callable[[T], dict[str, Any]]
+) -> T:
+    """What ``path`` holds, or else the answer, which it then holds where it can be written."""
+    if path is None:
+        return answer()
     try:
-        return MemoryPrediction.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        pass
+        return parse(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.debug("%s is made again: %s", path, error)
+        log.debug("%s is made: %s", path, error)
     found = answer()
     try:
-        storage.write_bytes(str(path), json.dumps(found.as_dict()).encode())
-    except StorageError as error:
+        storage.write_bytes(str(path), json.dumps(as_plain(found)).encode())
+    except (StorageError, TypeError) as error:
         log.debug("%s is not kept: %s", path, error)
     return found
 

@@ -8,7 +8,7 @@ allowance   what a device takes beside tensors: kept apart from the peak in ever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from liquid_llm.formatting import format_bytes
@@ -83,16 +83,7 @@ class MemoryPrediction:
         Raises:
             KeyError, TypeError, ValueError: it is not one.
         """
-        found = MemoryPrediction(
-            peak_bytes=int(plain["peak_bytes"]),
-            rest_bytes=int(plain["rest_bytes"]),
-            stages={str(name): int(size) for name, size in plain["stages"].items()},
-            consumers={str(name): int(size) for name, size in plain["consumers"].items()},
-            peak_stage=str(plain["peak_stage"]),
-            peak_batch=str(plain["peak_batch"]),
-            device=str(plain["device"]),
-            measured_part=str(plain["measured_part"]),
-        )
+        found = MemoryPrediction(**{one.name: plain[one.name] for one in fields(MemoryPrediction)})
         if sum(found.consumers.values()) != found.peak_bytes:
             raise ValueError("the consumers do not add up to the peak")
         return found

@@ -10,15 +10,24 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from liquid_llm.errors import ModelError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import CaptureShape, TrainingShape
 
-_MOST_HALVINGS = 12
 PATIENCE_SECONDS = 15.0  # for options; those that are left then are not looked for
+
+
+class Need(Protocol):
+    """Something with a price in memory."""
+
+    @property
+    def needed_bytes(self) -> int: ...
+
+
+N = TypeVar("N", bound=Need)
 
 
 @dataclass(frozen=True)
@@ -163,9 +172,7 @@ def _smaller_batch(
     return ("" if size == batch_size else f"--batch_size={size} --grad_accum={accumulation(size)}"), prediction
 
 
-def largest_that_fits(
-    sizes: Sequence[int], needs: Callable[[int], MemoryPrediction], free_bytes: int
-) -> tuple[int, MemoryPrediction] | None:
+def largest_that_fits(sizes: Sequence[int], needs: Callable[[int], N], free_bytes: int) -> tuple[int, N] | None:
     """The first of ``sizes``, which fall, whose needs fit, by halving; None, after one question, if the last does not.
 
     A smaller size is taken to need no more than a larger one.
@@ -246,21 +253,13 @@ def largest_batch(
         needed = predict(build(size, accumulation, checkpoint)).needed_bytes
         return BatchChoice(size, accumulation, checkpoint, needed)
 
-    sizes = [one for one in divisors(blocks_per_step)[::-1] if most_blocks is None or one <= most_blocks]
+    sizes = [one for one in divisors(blocks_per_step) if most_blocks is None or one <= most_blocks]
     for checkpoint in checkpointing:
-        whole = attempt(sizes[-1], checkpoint)
+        # Memory grows with the batch, but for the whole step at once, where no gradients are kept beside a loss.
+        whole = attempt(sizes[0], checkpoint)
         if whole.needed_bytes <= free_bytes:
             return whole
-        # Memory grows with the batch (but for the whole step at once, where no gradients are kept beside a loss), so
-        # the largest that fits is found by halving the range.
-        best, low, high = None, 0, len(sizes) - 2
-        while low <= high:
-            middle = (low + high) // 2
-            found = attempt(sizes[middle], checkpoint)
-            if found.needed_bytes <= free_bytes:
-                best, low = found, middle + 1
-            else:
-                high = middle - 1
-        if best is not None:
-            return best
+        found = largest_that_fits(sizes[1:], lambda size, tried=checkpoint: attempt(size, tried), free_bytes)  # type: ignore[misc]
+        if found is not None:
+            return found[1]
     return None

@@ -120,7 +120,7 @@ def resize_learned_positions(table: Tensor, new_len: int) -> Tensor:
     return torch.lerp(work[below], work[above], share).to(table.dtype)
 
 
-def planned_stretch(model: Any, block_size: int, trained_positions: int | None = None) -> Stretch | None:
+def plan_stretch(model: Any, block_size: int, trained_positions: int | None = None) -> Stretch | None:
     """What ``fit_positions`` with the same arguments would do to a learned table; None where it is left alone."""
     table = _learned_table(model)
     if table is None:
@@ -191,7 +191,7 @@ def match_table(model: Any, weights: Mapping[str, Tensor]) -> None:
 def _fit_learned(model: Any, block_size: int, trained: int | None) -> str:
     table = _learned_table(model)
     rows = int(table.weight.shape[0]) - _offset(table)
-    stretch = planned_stretch(model, block_size, trained)
+    stretch = plan_stretch(model, block_size, trained)
     if stretch is None:
         return f"learned positions: {rows} rows cover block_size {block_size}"
     with torch.no_grad():

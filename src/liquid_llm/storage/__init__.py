@@ -31,7 +31,7 @@ from liquid_llm.storage.backends import SCHEME, RemoteReader, scheme_of, with_ba
 from liquid_llm.storage.failures import RetryPolicy, describe, failure_types, set_retry_policy
 from liquid_llm.storage.local import (
     TEMPORARY_SUFFIX,
-    borrowed_folder,
+    borrow_folder,
     files_below,
     locked,
     matching_files,
@@ -389,6 +389,6 @@ def check_writable(uri: str) -> None:
         write_bytes(probe, b"write check")
         remove(probe, missing_ok=False)
         return
-    with borrowed_folder(local_path(uri)):
+    with borrow_folder(local_path(uri)):
         write_bytes(probe, b"write check")
         remove(probe)

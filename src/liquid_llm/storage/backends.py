@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from liquid_llm.errors import StorageError
-from liquid_llm.storage.failures import announced_pause, describe, failure_types, retry_policy, retrying
+from liquid_llm.storage.failures import announce_pause, describe, failure_types, retry_policy, retrying
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def with_backend(
             cause = describe(error, writing=writing)
             if not cause.passing or failures >= attempts:
                 raise cause.as_error(where or uri) from error
-            time.sleep(announced_pause(uri, cause, failures))
+            time.sleep(announce_pause(uri, cause, failures))
 
 
 def filesystem(uri: str) -> tuple[Any, str]:

@@ -206,12 +206,12 @@ def retrying(method: Callable[..., Awaitable[T]], where: str) -> Callable[..., A
                 cause = describe(error, writing=False)
                 if not cause.passing or failures >= _retry_policy.attempts:
                     raise
-                await asyncio.sleep(announced_pause(where, cause, failures))
+                await asyncio.sleep(announce_pause(where, cause, failures))
 
     return request
 
 
-def announced_pause(where: str, cause: Cause, failures: int) -> float:
+def announce_pause(where: str, cause: Cause, failures: int) -> float:
     """Seconds to wait after that many failures, logged as a warning so that a waiting run does not look dead."""
     seconds = _retry_policy.pause_seconds(failures)
     _log.warning(

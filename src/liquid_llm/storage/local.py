@@ -173,7 +173,7 @@ def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 @contextlib.contextmanager
-def borrowed_folder(folder: Path) -> Iterator[None]:
+def borrow_folder(folder: Path) -> Iterator[None]:
     """Make ``folder`` for the time of the block where it is missing; remove again what was made and is still empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -64,7 +64,7 @@ def send_what_is_lacking(place: Place) -> None:
         if uri is None or not folder.is_dir():
             continue
         mirror = Mirror(folder, uri)
-        mirror.take_stock()
+        mirror.find_lacking()
         lacking = mirror.missing(watched)
         if lacking:
             log.info("%s lacks %d files of this finished run: they are sent now", uri, len(lacking))

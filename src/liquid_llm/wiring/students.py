@@ -20,7 +20,7 @@ from liquid_llm.models.positions import (
     fit_positions,
     match_table,
     max_positions,
-    planned_stretch,
+    plan_stretch,
     positional_embedding,
 )
 from liquid_llm.models.student import build_student, enable_gradient_checkpointing
@@ -63,7 +63,7 @@ def make_student(
     metadata = start.origin.metadata
     trained = None if metadata is None else metadata.student.get("trained_positions")
     longest = max(config.data.block_size, config.data.seq_len)
-    stretch = planned_stretch(model, longest, trained)
+    stretch = plan_stretch(model, longest, trained)
     log.info("%s", fit_positions(model, longest, config.student.rope_scale, trained_positions=trained))
     _require_positions(model, config.evaluation.context_lengths)
     if config.student.grad_checkpoint is True:
