@@ -54,7 +54,15 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.BitOr: ast.BitAnd,
     ast.BitXor: ast.BitOr,
 }
-WORDS = {"logger", "logging", "warnings"}  # calls on these only say something
+WORDS = {
+    "logger",
+    "logging",
+    "log",
+    "_log",
+    "warnings",
+    "say",
+    "_say",
+}  # what calls of these are given is read by people
 FOR_READERS = {"__repr__", "__str__"}
 # Calls whose first two arguments may change places: no mistake at all.
 NOT_SWAPPED = {"min", "max", "zip", "add", "add_", "mul", "mul_", "minimum", "maximum", "logaddexp", "equal", "gcd"}
@@ -227,10 +235,7 @@ def _says(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):
         node = node.value
     if isinstance(node, ast.Call):
-        function = node.func
-        while isinstance(function, ast.Attribute):
-            function = function.value
-        return isinstance(function, ast.Name) and function.id in WORDS
+        return not WORDS.isdisjoint(ast.unparse(node.func).split("."))
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 

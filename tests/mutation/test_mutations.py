@@ -35,6 +35,7 @@ MADE = {
     "x = max(a, b)": set(),
     "x = a + '.pt'": set(),
     "logger.info('%d', a + b)": set(),
+    "self._say(a, b)": set(),
     "x = f'{a + b}'": set(),
     "'words'": set(),
     "assert a == b": set(),
