@@ -235,7 +235,7 @@ def _says(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):
         node = node.value
     if isinstance(node, ast.Call):
-        return not WORDS.isdisjoint(ast.unparse(node.func).split("."))
+        return ast.unparse(node.func).removeprefix("self.").split(".")[0] in WORDS
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 

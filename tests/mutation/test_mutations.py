@@ -36,6 +36,7 @@ MADE = {
     "x = a + '.pt'": set(),
     "logger.info('%d', a + b)": set(),
     "self._say(a, b)": set(),
+    "x = math.log(a + b)": {"x = math.log((a - b))"},
     "x = f'{a + b}'": set(),
     "'words'": set(),
     "assert a == b": set(),
