@@ -172,6 +172,15 @@ def test_every_plot_has_a_sentence_for_those_who_cannot_see_it(tmp_path: Path) -
         assert re.search(line, words[1])
 
 
+def test_a_sentence_says_where_a_line_begins_and_ends_and_its_extremes(tmp_path: Path) -> None:
+    losses = [(1, 3.0), (2, 5.25), (2, 5.5), (3, 0.5), (4, 2.0)]  # a step written twice: the later row counts
+    write_rows(tmp_path, [{"kind": "train", "step": step, "loss": loss, "ce": 0.0, "l2": 0} for step, loss in losses])
+    page = page_of(tmp_path)
+    said = "training objective: from 3 at step 1 to 2 at step 4, lowest 0.5 at step 3, highest 5.5 at step 2; "
+    assert f"{said}training cross-entropy: from 0 at step 1 to 0 at step 4" in page.words
+    assert page.plots == {"loss"}, "nothing but zeros is no plot"
+
+
 def test_lines_of_a_plot_have_colours_of_their_own_and_a_legend(tmp_path: Path) -> None:
     html = build_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     for figure in re.findall(r"<figure.*?</figure>", html, flags=re.DOTALL):
