@@ -27,7 +27,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "codecs": (
         [f"{CODE}/signal_store/codecs/**/*.py"],
-        [f"{UNIT}/signal_store/test_codec*.py", f"{UNIT}/signal_store/test_partition.py"],
+        [f"{UNIT}/signal_store/test_codec*.py", f"{UNIT}/signal_store/test_sizes.py"],
     ),
     "checkpoints": (
         [f"{CODE}/checkpoint/{name}.py" for name in ("store", "discovery", "files")],

@@ -75,8 +75,8 @@ def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperatur
     """``liquid store stats``; with a teacher and a manifest in ``given`` the fidelity is measured too."""
     setup_logging("WARNING" if as_json else "INFO")
     store = _open(uri)
-    at, moved = _temperature([store], temperature, "--temperature")
-    assert at is not None  # one store has a range
+    asked = None if temperature is None else [temperature]
+    (at,), moved = _choose_temperatures([store], "--temperature", asked, [_TEMPERATURE])
     seed = int(str(given.get("seed", 1234)))
     found = survey(store, samples=samples, temperature=at, seed=seed)
     report = {**store.describe(), "temperature": at, **found}
@@ -98,14 +98,9 @@ def run_verify(
     setup_logging("WARNING" if as_json else "INFO")
     config = build_capture_config(given)
     store = _open(uri, teacher_id=stored_name(config.teacher.stored_id))
-    if temperatures is None:
-        tried = [_temperature([store], None, "--temperatures", usual) for usual in _TEMPERATURES]
-    else:
-        tried = [_temperature([store], one, "--temperatures") for one in temperatures]
-    chosen = tuple(dict.fromkeys(at for at, _ in tried if at is not None))
-    report, code = _verify(store, config, samples, chosen)
+    chosen, moved = _choose_temperatures([store], "--temperatures", temperatures, _TEMPERATURES)
+    report, code = _verify(store, config, samples, tuple(chosen))
     store.close()
-    moved = [line for _, lines in tried for line in lines]
     report["temperatures"] = chosen
     _show({**store.describe(), **report}, as_json, [("store", uri), *moved, *_verify_lines(report)])
     return code
@@ -115,7 +110,9 @@ def run_diff(first: str, second: str, *, temperature: float | None, as_json: boo
     """``liquid store diff``: 3 unless both hold the same signal of the same samples."""
     setup_logging("WARNING" if as_json else "INFO")
     stores = _open(first), _open(second)
-    at, moved = _temperature(stores, temperature, "--temperature")
+    asked = None if temperature is None else [temperature]
+    chosen, moved = _choose_temperatures(stores, "--temperature", asked, [_TEMPERATURE])
+    at = chosen[0] if chosen else None
     found = compare(*stores, at)
     for store in stores:
         store.close()
@@ -124,36 +121,41 @@ def run_diff(first: str, second: str, *, temperature: float | None, as_json: boo
     return 0 if found.same else _LEFT_OUT
 
 
-def _temperature(
-    stores: Sequence[StoreReader], asked: float | None, option: str, usual: float = _TEMPERATURE
-) -> tuple[float | None, list[tuple[str, str]]]:
-    """The temperature to decode at, and a line of output where it is not the usual one.
+def _choose_temperatures(
+    stores: Sequence[StoreReader], option: str, asked: Sequence[float] | None, usual: Sequence[float]
+) -> tuple[list[float], list[tuple[str, str]]]:
+    """The temperatures to decode at, and lines of output about those that are not the usual ones.
 
-    Where none is ``asked`` for it is the ``usual`` one, moved into what the codecs of all ``stores`` can be read at;
-    None where they have nothing in common.
+    Where none is ``asked`` for, the ``usual`` ones are moved into what the codecs of all ``stores`` can be read at;
+    none is left where they have nothing in common.
 
     Raises:
         UsageError: one asked for that a store cannot be read at.
     """
     ranges = [store.codec.temperature_range for store in stores]
-    if asked is not None:
-        for store, (lowest, highest) in zip(stores, ranges, strict=True):
-            if not lowest <= asked <= highest:
+    for store, (lowest, highest) in zip(stores, ranges, strict=True):
+        for one in asked or ():
+            if not lowest <= one <= highest:
                 raise UsageError(
                     f"signal stored with codec {store.codec.name!r} cannot be read at this temperature",
                     where=f"{option}, store {store.uri}",
-                    got=f"{asked:g}",
+                    got=f"{one:g}",
                     expected=_range_words(lowest, highest),
                     remedy=f"choose {option} in this range, or leave it out",
                 )
-        return asked, []
+    if asked is not None:
+        return list(dict.fromkeys(asked)), []
     low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
     if low > high:
-        return None, [("temperature", "none that both can be read at: nothing was decoded")]
-    at = min(max(usual, low), high)
-    names = " and ".join(dict.fromkeys(repr(store.codec.name) for store in stores))
-    why = f"{at:g} instead of {usual:g}: codec {names} is read at {_range_words(low, high)}"
-    return at, [] if at == usual else [("temperature", why)]
+        return [], [("temperature", "none that both can be read at: nothing was decoded")]
+    moved = {one: min(max(one, low), high) for one in usual}
+    why = f"codec {' and '.join(dict.fromkeys(repr(one.codec.name) for one in stores))} is read at"
+    lines = [
+        ("temperature", f"{at:g} instead of {one:g}: {why} {_range_words(low, high)}")
+        for one, at in moved.items()
+        if at != one
+    ]
+    return list(dict.fromkeys(moved.values())), lines
 
 
 def _range_words(lowest: float, highest: float) -> str:
@@ -270,12 +272,12 @@ def _stats_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"  {name}", f"{size:.2f}") for name, size in report["parts_bytes_per_token"].items()),
         ("looked at", f"{report['sampled']:,}: {report['corrupt']} corrupt, {report['stale']} stale"),
     ]
-    for kind, row in report["types"].items():
+    for type, row in report["types"].items():
         size = f"{row['records']:,} records, {_or_dash(row['payload_bytes_per_token'])} bytes a token of payload"
         mass = "none decoded"
         if row["mass"] is not None:
             mass = f"mass {row['mass']:.4f}, tail share {row['tail_share']:.3f}, mass error {row['mass_error']:.3f}"
-        lines.append((kind, f"{size}; {mass} at T={report['temperature']:g}"))
+        lines.append((type, f"{size}; {mass} at T={report['temperature']:g}"))
     lines += list(report["examples"].items())
     return lines + [("problem", problem) for problem in report["problems"]]
 
@@ -293,7 +295,7 @@ def _diff_lines(found: Difference, first: str, second: str) -> list[tuple[str, s
         "only_second": f"only in {second}",
         "unreadable": "unreadable",
     }
-    lines = [(words[kind], f"{count:,}") for kind, count in found.counts.items()]
+    lines = [(words[outcome], f"{count:,}") for outcome, count in found.counts.items()]
     if found.identity is not None:
         name, mine, theirs = found.identity
         lines.append((f"the {name} differs", f"{mine} and {theirs}"))
@@ -302,13 +304,13 @@ def _diff_lines(found: Difference, first: str, second: str) -> list[tuple[str, s
         lines.append(
             ("decoded difference", f"mean {fmean(found.decoded):.3g}, largest {max(found.decoded):.3g} ({what})")
         )
-    return lines + [(words[kind], name) for kind, names in found.examples.items() for name in names]
+    return lines + [(words[outcome], name) for outcome, names in found.examples.items() for name in names]
 
 
 def _verify_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = ", ".join(f"{report[name]} {name}" for name in ("usable", "stale", "corrupt", "identical", "differing"))
     by_type = ", ".join(
-        f"{kind} {row['with_record']:,} of {row['samples']:,}" for kind, row in report["coverage"].items()
+        f"{type} {row['with_record']:,} of {row['samples']:,}" for type, row in report["coverage"].items()
     )
     covered = f"{report['with_record']:,} of {report['samples']:,} samples of the manifest have a record"
     lines = [

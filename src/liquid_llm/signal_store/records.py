@@ -124,11 +124,12 @@ def tokens_agreeing(header: RecordHeader, input_ids: np.ndarray) -> int:
         data = np.ascontiguousarray(input_ids[:n], dtype="<i4")
         if hashlib.blake2b(data.data, digest_size=WHOLE_BYTES).digest() == header.token_hashes[:WHOLE_BYTES]:
             return n
-    now, then = token_hashes(input_ids[:n])[WHOLE_BYTES:], header.token_hashes[WHOLE_BYTES:]
-    places = range(0, min(len(now), len(then)), MARK_BYTES)
-    pieces = slice(0, MARK_BYTES)
-    agreeing = next((at for at in places if now[at:][pieces] != then[at:][pieces]), len(places) * MARK_BYTES)
-    return agreeing // MARK_BYTES * PREFIX_TOKENS
+    now, then = (
+        np.frombuffer(hashes[WHOLE_BYTES:], np.dtype((np.void, MARK_BYTES)))
+        for hashes in (token_hashes(input_ids[:n]), header.token_hashes)
+    )
+    shared = min(now.size, then.size)
+    return int(np.argmin(np.append(now[:shared] == then[:shared], False))) * PREFIX_TOKENS
 
 
 def first_difference(header: RecordHeader, input_ids: np.ndarray, window: int) -> str | None:

@@ -262,8 +262,8 @@ def open_store(
     infos = storage.list_files(uri)
     names = {info.name for info in infos}
     if STORE_FILE not in names:
-        kind = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
-        raise SignalError(kind, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
+        problem = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
+        raise SignalError(problem, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
     identity, layout_name, versions = read_store_file(uri)
     for what, stored, expected in (
         ("teacher", identity.teacher_id, teacher_id),

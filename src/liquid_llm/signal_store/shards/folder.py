@@ -488,8 +488,8 @@ class ShardsLayout:
     def replaceable(self, left_out: set[str]) -> list[FileInfo]:
         """See ``Layout``: shards that hold nothing of what was left out, and empty files."""
         index, kept = self.listing.index, set(left_out)
-        for place in map(index.find, map(sample_key, left_out)):
-            kept |= set() if place is None else {index.shards[place[0]].name}
+        for found in map(index.find, map(sample_key, left_out)):
+            kept |= set() if found is None else {index.shards[found[0]].name}
         known = [entry.name for entry in index.shards if entry.name not in kept]
         empty = [name for name in self.listing.damaged if not self.listing.files[name].size]
         return [self.listing.files[name] for name in known + empty if name in self.listing.files]

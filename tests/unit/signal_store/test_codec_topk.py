@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.teachers import random_logits
 
-from liquid_llm.signal_store.codecs import topk as partition
+from liquid_llm.signal_store.codecs import topk
 
 
 def exact(logits: torch.Tensor, ids: torch.Tensor, edge: torch.Tensor, u: float) -> torch.Tensor:
@@ -28,8 +28,8 @@ def exact(logits: torch.Tensor, ids: torch.Tensor, edge: torch.Tensor, u: float)
 def test_grid_values(rows: int, vocab: int, k: int, seed: int, spread: float) -> None:
     logits = random_logits(rows, vocab, seed=seed, spread=spread)
     values, ids = logits.topk(min(k, vocab - 1), dim=1)
-    found = partition.tail_log_partition(logits, ids, values[:, -1:])
-    for place, u in enumerate(partition.GRID):
+    found = topk.tail_log_partition(logits, ids, values[:, -1:])
+    for place, u in enumerate(topk.GRID):
         expected = exact(logits, ids, values[:, -1:], u)
         torch.testing.assert_close(found[:, place].double(), expected, rtol=1e-4, atol=1e-3)
 
@@ -37,33 +37,33 @@ def test_grid_values(rows: int, vocab: int, k: int, seed: int, spread: float) ->
 def test_an_empty_tail_is_minus_infinity() -> None:
     logits = random_logits(2, 5)
     values, ids = logits.topk(5, dim=1)
-    assert partition.tail_log_partition(logits, ids, values[:, -1:]).eq(-math.inf).all()
+    assert topk.tail_log_partition(logits, ids, values[:, -1:]).eq(-math.inf).all()
 
 
 @given(level=st.floats(-19.0, 10.8), vocab=st.sampled_from([49_152, 128_256, 262_144]))
 def test_quantised_within_half_a_step(level: float, vocab: int) -> None:
     value = torch.tensor([[level]])
-    again = partition.dequantise(partition.quantise(value, vocab), vocab)
+    again = topk.dequantise(topk.quantise(value, vocab), vocab)
     assert abs(float(again) - level) < 2.6e-4
 
 
 @pytest.mark.parametrize("value", [-math.inf, -40.0])
 def test_a_tail_of_nothing_is_stored_as_the_lowest_value(value: float) -> None:
-    again = partition.dequantise(partition.quantise(torch.tensor([value]), 1000), 1000)
-    assert float(again) == partition.LOWEST
+    again = topk.dequantise(topk.quantise(torch.tensor([value]), 1000), 1000)
+    assert float(again) == topk.LOWEST
 
 
-@pytest.mark.parametrize("u", partition.GRID)
+@pytest.mark.parametrize("u", topk.GRID)
 def test_interpolation_goes_through_the_grid(u: float) -> None:
-    values = torch.randn(4, len(partition.GRID), generator=torch.Generator().manual_seed(0))
-    found = partition.interpolate(values, 1 / u)
-    torch.testing.assert_close(found, values[:, partition.GRID.index(u)], rtol=1e-4, atol=1e-4)
+    values = torch.randn(4, len(topk.GRID), generator=torch.Generator().manual_seed(0))
+    found = topk.interpolate(values, 1 / u)
+    torch.testing.assert_close(found, values[:, topk.GRID.index(u)], rtol=1e-4, atol=1e-4)
 
 
 @given(degree=st.integers(0, 6), temperature=st.floats(2 / 3, 4.0))
 def test_interpolation_is_exact_for_polynomials_in_one_over_t(degree: int, temperature: float) -> None:
-    values = torch.tensor([[u**degree for u in partition.GRID]], dtype=torch.float64)
-    assert float(partition.interpolate(values, temperature)) == pytest.approx(temperature**-degree, rel=1e-9)
+    values = torch.tensor([[u**degree for u in topk.GRID]], dtype=torch.float64)
+    assert float(topk.interpolate(values, temperature)) == pytest.approx(temperature**-degree, rel=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 0.9, 1.2, 1.5, 1.8, 2.3, 3.0, 3.5])
@@ -74,5 +74,5 @@ def test_between_grid_temperatures(temperature: float) -> None:
     logits = (-1.1 * ranks.log() + 0.7 * noise).float()
     values, ids = logits.topk(64, dim=1)
     edge = values[:, -1:]
-    found = partition.interpolate(partition.tail_log_partition(logits, ids, edge), temperature)
+    found = topk.interpolate(topk.tail_log_partition(logits, ids, edge), temperature)
     torch.testing.assert_close(found.double(), exact(logits, ids, edge, 1 / temperature), rtol=0, atol=2e-3)
