@@ -20,8 +20,9 @@ from torch import Tensor
 
 from liquid_llm.capture.scoring import Scratch, chunk_rows, record_seed
 from liquid_llm.data.types import Sample
-from liquid_llm.losses.signals import SparseSignal
-from liquid_llm.signal_store.codecs import PayloadError, Rows, StoredSignal
+from liquid_llm.losses.objective import Objective
+from liquid_llm.losses.reference import measure
+from liquid_llm.signal_store.codecs import PayloadError, Rows
 from liquid_llm.signal_store.compare import is_same_payload, to_dense
 from liquid_llm.signal_store.records import Record, RecordError
 from liquid_llm.signal_store.store import StoreReader
@@ -120,13 +121,13 @@ class Verifier:
             for temperature in self._temperatures:
                 signals = [codec.decode(each, 0, rows, temperature, vocab_size) for each in (record.payload, payload)]
                 one = self._measured.setdefault((record.header.type, temperature), _Measured(vocab_size))
-                found = [0.0, 0.0]
+                found, objective = [0.0, 0.0], Objective(temperature=temperature)
                 for start, logits in self._logits(hidden):
                     log_probs = torch.log_softmax(logits.div_(temperature), dim=1).cpu()
                     part = slice(start, start + log_probs.shape[0])
                     one.sums[0] += log_probs.exp().sum(0, dtype=torch.float64)
                     for number, signal in enumerate(signals):
-                        found[number] += float(divergence(signal, part, temperature, log_probs).sum())
+                        found[number] += float(measure(log_probs, signal, part, objective)[0].sum())
                         dense = to_dense(signal, part, temperature, vocab_size)
                         one.sums[1 + number] += dense.sum(0, dtype=torch.float64)
                 one.records.append((found[0], found[1], rows))
@@ -170,18 +171,6 @@ class _Measured:
             found[f"{name}_divergence_p95"] = float(divergences.abs().quantile(0.95))
             found[f"{name}_error"] = float((mean - exact).norm() / exact.norm())
         return found
-
-
-def divergence(signal: StoredSignal, rows: slice, temperature: float, log_probs: Tensor) -> Tensor:
-    """The loss's estimate of KL(stored || teacher) for some rows [rows], given the teacher's ``log_probs`` there."""
-    if not isinstance(signal, SparseSignal):
-        stored = torch.log_softmax(signal.rows[rows].float() / temperature, dim=1)
-        return (stored.exp() * (stored - log_probs)).sum(1)
-    ids, weights, tail = signal.ids[rows], signal.weights[rows], signal.tail_mass[rows]
-    theirs = log_probs.gather(1, ids)
-    found = (weights * (signal.log_probs[rows] - theirs)).sum(1)
-    rest = 1 - (theirs.exp() * (weights > 0)).sum(1)
-    return found + torch.where(tail > 0, tail * (tail.clamp(min=1e-12).log() - rest.clamp(min=1e-12).log()), 0.0)
 
 
 def _too_far(stored: float, fresh: float, rows: int) -> bool:
