@@ -112,8 +112,9 @@ def test_strict_skips_a_batch_with_any_record_missing(
 def test_strict_warns_once_for_each_type(
     tmp_path: Path, teacher: LoadedModel, samples: list[Sample], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One teacher may stand for several types."""
+    """Whatever is wrong with their records; one teacher may stand for several types."""
     stored(tmp_path, teacher, samples[1:])
+    (tmp_path / file_name(samples[1].sample_id)).write_bytes(b"cut")
     code = make_samples(4, type="code", prefix="c")
     reader = StoredTeacher(stored(tmp_path, teacher, code[1:]), strict=True)
     with caplog.at_level(logging.WARNING):

@@ -78,13 +78,14 @@ def test_each_type_gets_the_teacher_that_is_named_for_it(
 ) -> None:
     sources = {"code": {"teacher": f"online:{tiny.teacher}"}}
     config = hybrid(lm_teacher_id=str(tiny.teacher), math_logits_dir=str(store), sources=sources)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         made = teachers_of(config, text, "lm", "math_tool", "code")
     assert list(made.router) == ["lm", "math_tool", "code"]
     assert isinstance(made.router["math_tool"], StoredTeacher)
     assert isinstance(made.router["lm"], OnlineTeacher)
     assert made.router["lm"] is made.router["code"]  # one model for both
     assert len(made.models) == 1
+    assert sum(one.getMessage().startswith("teacher ") for one in caplog.records) == 1  # opened once
     assert set(made.choices) == {"teacher_dtype", "attention"}
     assert made.identities["online"]["types"] == ["lm", "code"]
     assert made.identities["math_tool"]["uri"] == str(store)
