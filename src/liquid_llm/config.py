@@ -392,6 +392,12 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
     return remarks
 
 
+def options_as_plain(config: RunConfig) -> dict[str, Any]:
+    """What was given, as a configuration file gives it: option name -> value."""
+    given = {name: value for name, value in config.given.items() if value is not None}
+    return {name: "none" if value == () else value for name, value in given.items()}
+
+
 def as_plain(config: RunConfig | CaptureConfig) -> dict[str, Any]:
     """The configuration as nested plain values, for provenance."""
     plain = dataclasses.asdict(config)

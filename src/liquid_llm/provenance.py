@@ -1,5 +1,6 @@
 """What a run was: its configuration, data, software and machine, written before step one.
 
+    provenance/options.yaml              the options that were given: --config with this file runs the same again
     provenance/config.json               the configuration as it was understood
     provenance/manifest_snapshot.jsonl   the manifest's lines at that moment
     provenance/data_readiness.json       samples, tokens and stored signal found, by type
@@ -33,6 +34,7 @@ from liquid_llm.masking import Masker, secret_values
 from liquid_llm.storage import write_bytes
 
 FOLDER = "provenance"
+OPTIONS = "options.yaml"
 CONFIG, MANIFEST, READINESS = "config.json", "manifest_snapshot.jsonl", "data_readiness.json"
 DATASETS, ENVIRONMENT = "datasets_snapshot.yaml", "environment.json"
 
@@ -58,12 +60,13 @@ def write_provenance(
     readiness: Mapping[str, Any],
     datasets: Mapping[str, Any],
     choices: Mapping[str, Mapping[str, str]],
+    options: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     argv: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
     now: datetime | None = None,
 ) -> None:
-    """Write the five files, each atomically, with secrets masked.
+    """Write the six files, each atomically, with secrets masked.
 
     Args:
         run_dir: the run directory.
@@ -72,6 +75,7 @@ def write_provenance(
         readiness: what was found of data and stored signal.
         datasets: named datasets with configuration, revision, splits.
         choices: automatic decisions, ``{"device": {"value": "cpu", "reason": "no GPU"}}``.
+        options: option name -> value, as a person gave them.
         extra: further keys of ``environment.json`` (where the student came from, teachers, parameters).
         argv: the command line; this process's if None.
         environ: the environment variables; this process's if None.
@@ -90,11 +94,21 @@ def write_provenance(
         **(extra or {}),
         "earlier_sessions": _earlier_sessions(folder / ENVIRONMENT),
     }
+    _write(folder / OPTIONS, yaml.safe_dump(_mask_words(options or {}, masker), sort_keys=False, allow_unicode=True))
     _write(folder / CONFIG, _json(masker.value(config)))
     _write(folder / MANIFEST, "".join(_json(masker.value(line), None) for line in manifest))
     _write(folder / READINESS, _json(masker.value(readiness)))
     _write(folder / DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
     _write(folder / ENVIRONMENT, _json(masker.value(environment)))
+
+
+def _mask_words(value: Any, masker: Masker) -> Any:
+    """Masked by what a word looks like, not by its option's name: ``--hf_token_secret`` names a place."""
+    if isinstance(value, Mapping):
+        return {name: _mask_words(one, masker) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mask_words(one, masker) for one in value]
+    return masker.text(value) if isinstance(value, str) else value
 
 
 def describe_environment(

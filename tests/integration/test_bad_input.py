@@ -130,6 +130,52 @@ def test_an_output_that_is_a_file_is_a_storage_error(captured, tmp_path, capsys)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+CHEAP = [
+    ({"student": "no-such-preset"}, 2, "no-such-preset"),
+    ({"student": "/no/such.json"}, 2, "/no/such.json"),
+    ({"lm_teacher_id": "/no/such/teacher"}, 2, "/no/such/teacher"),
+    ({"signal": "code=online:/no/such/teacher", "code_logits_dir": None}, 2, "/no/such/teacher"),
+    ({"device": "nonsense"}, 2, "--device"),
+    ({"hf_token_file": "/no/such/token"}, 2, "/no/such/token"),
+    ({"block_size": 512}, 2, "--block_size=512"),
+    ({"eval_ctx_lens": "64,100000"}, 2, "--eval_ctx_lens=64,100000"),
+    ({"batch_size": "auto", "tokens_per_step": 1000}, 2, "--tokens_per_step=1000"),
+    ({"divergence": "sideways"}, 2, "--divergence"),
+    ({"resume_gcs_uri": "/no/such.pt"}, 4, "/no/such.pt"),
+    ({"output_gcs_uri": "{tmp}/manifest.jsonl"}, 4, "manifest.jsonl"),
+]
+CHEAP_OF_CAPTURE = [
+    ({"mc_teacher_id": "/no/such/teacher"}, 2, "/no/such/teacher"),
+    ({"codec": "topk", "topk": 100_000}, 2, "--topk"),
+    ({"codec_options": "draws=1"}, 2, "--codec_options"),
+    ({"device": "nonsense"}, 2, "--device"),
+    ({"hf_token_file": "/no/such/token"}, 2, "/no/such/token"),
+    ({"math_logits_dir": "{tmp}/manifest.jsonl"}, 4, "manifest.jsonl"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "code", "part"),
+    [*(("train", *case) for case in CHEAP), *(("capture", *case) for case in CHEAP_OF_CAPTURE)],
+)
+def test_what_is_cheap_to_refuse_is_refused_before_data_is_touched(
+    captured, tmp_path, capsys, command, options, code, part
+):
+    """The data is wrong too, so that whoever looked at it first would say so; nothing is left behind."""
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text('{"path": "nowhere-*.jsonl", "type": "lm"}\n{"path": "nowhere.jsonl", "type": "code"}\n')
+    options = {name: str(value).format(tmp=tmp_path) if value else value for name, value in options.items()}
+    make = captured.train_words if command == "train" else captured.capture_words
+    place = {"output": tmp_path / "out" / "deep"} if command == "train" else {}
+    assert main([command, *make(**place, **{"dataset_manifest": manifest, **options})]) == code
+    err = capsys.readouterr().err
+    message = err[err.rindex("error: ") :]
+    assert part in message
+    assert "nowhere" not in message
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == [manifest]
+
+
 def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(captured, tmp_path):
     # No file may grow past 200 kB: the first checkpoint does not fit.
     code = (

@@ -1,6 +1,7 @@
 """Killed at any moment and started again, a run ends with the losses and weights of one that was never killed."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tests.support.tiny import Tiny, build, run, start
 
+from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics, without_timings
 
 pytestmark = pytest.mark.slow
@@ -99,3 +101,20 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
     for key, moments in a["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(value, b["optimizer"]["state"][key][name]), (key, name)
+
+
+def test_the_options_a_run_keeps_run_it_again(captured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = "sources: {math_tool: {teacher: none}, code: {alpha: 0.25}}"
+    Path("more.yaml").write_text(sources)
+    given = ["--config=more.yaml", "--no-restart", "--eval-ctx-lens=32,64", "--trackers=none"]
+    words = captured.train_words("out", max_steps=3, math_logits_dir=None)
+    assert main(["train", *words, *given]) == 0
+    first, kept = read_metrics(Path("out/run")), Path("out/run/provenance/options.yaml").read_bytes()
+    assert not Path("out/run/tb").exists()
+    shutil.move("out", "before")
+    Path("again.yaml").write_bytes(kept)
+    assert main(["train", "--config=again.yaml"]) == 0
+    again = read_metrics(Path("out/run"))
+    assert [without_timings(row) for row in again] == [without_timings(row) for row in first]
+    assert Path("out/run/provenance/options.yaml").read_bytes() == kept

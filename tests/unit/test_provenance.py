@@ -1,4 +1,4 @@
-"""The five provenance files: complete, parseable, atomic, and without a secret wherever one is planted."""
+"""The six provenance files: complete, parseable, atomic, and without a secret wherever one is planted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from liquid_llm.provenance import describe_environment, git_state, hardware, pac
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 FILES = {
+    "options.yaml",
     "config.json",
     "manifest_snapshot.jsonl",
     "data_readiness.json",
@@ -51,9 +52,11 @@ def everything(folder: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
 
 
-def test_the_five_files_say_what_was_given(tmp_path: Path) -> None:
-    folder = write(tmp_path, extra={"parameters": 16_000_000})
+def test_the_six_files_say_what_was_given(tmp_path: Path) -> None:
+    options = {"lr": 1e-5, "betas": (0.9, 0.95), "hf_token_secret": "projects/p/secrets/s", "student": "null"}
+    folder = write(tmp_path, extra={"parameters": 16_000_000}, options=options)
     assert {path.name for path in folder.iterdir()} == FILES
+    assert yaml.safe_load((folder / "options.yaml").read_text()) == {**options, "betas": [0.9, 0.95]}
     config = json.loads((folder / "config.json").read_text())
     assert config == {"student": {"spec": "liquid-16m", "rope_scale": None}, "betas": [0.9, 0.95]}
     manifest = [json.loads(line) for line in (folder / "manifest_snapshot.jsonl").read_text().splitlines()]

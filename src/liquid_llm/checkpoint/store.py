@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,6 +55,7 @@ from liquid_llm.storage import TEMPORARY_SUFFIX, sync, translate_errors
 __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 _log = logging.getLogger(__name__)
 
 
@@ -74,11 +75,12 @@ class CheckpointStore:
         self.run_dir = run_dir
         self._keep_last = keep_last
         self._say = log
-        with translate_errors(run_dir, writing=True):
+        with translate_errors(run_dir, writing=True), ExitStack() as stack:
+            stack.enter_context(storage.borrowed_folder(run_dir))
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = ExitStack()
-            self._lock.enter_context(storage.locked(run_dir / ".lock", on_wait=self._refuse))
+            stack.enter_context(storage.locked(run_dir / LOCK_FILE, on_wait=self._refuse))
             self._tidy()
+            self._held = stack.pop_all()
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -89,8 +91,10 @@ class CheckpointStore:
         self.close()
 
     def close(self) -> None:
-        """Let another process have the directory."""
-        self._lock.close()
+        """Let another process have the directory; of one that holds nothing, nothing is left behind."""
+        with self._held, suppress(FileNotFoundError):
+            if [path.name for path in self.run_dir.iterdir()] == [LOCK_FILE]:
+                (self.run_dir / LOCK_FILE).unlink()
 
     def save(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
-from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
+from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit, options_as_plain
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.distributed import Engine, start_engine
 from liquid_llm.errors import Interrupted
@@ -161,6 +161,7 @@ def _describe_start(start: Start) -> dict[str, Any]:
 def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Parts, data: RunData, fit: Fit) -> None:
     write_provenance(
         place.run_dir,
+        options=options_as_plain(config),
         config=as_plain(config),
         manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in parts.inputs.entries],
         readiness={

@@ -46,6 +46,7 @@ __all__ = [
     "TEMPORARY_SUFFIX",
     "FileInfo",
     "RetryPolicy",
+    "borrowed_folder",
     "check_writable",
     "copy",
     "download",

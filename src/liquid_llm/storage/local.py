@@ -119,23 +119,31 @@ def locked(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Itera
         path: an existing folder, or a file, which is made where it is missing and names the process that holds it.
         on_wait: told which process holds the lock before it is waited for; what it raises is raised here.
     """
-    is_folder = path.is_dir()
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is not None:
-                on_wait("" if is_folder else os.read(descriptor, 32).decode(errors="replace").strip() or "unknown")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            _log.warning("%s: this file system has no locks (%s): do not start two runs here", path, error)
+    with contextlib.ExitStack() as stack:
+        while True:
+            is_folder = path.is_dir()
+            descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            _hold(descriptor, path, on_wait)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break
+            stack.close()  # whoever held it took the file away meanwhile: another may hold the one that is there now
         if not is_folder:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _hold(descriptor: int, path: Path, on_wait: Callable[[str], None] | None) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if on_wait is not None:
+            on_wait("" if path.is_dir() else os.read(descriptor, 32).decode(errors="replace").strip() or "unknown")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        _log.warning("%s: this file system has no locks (%s): do not start two runs here", path, error)
 
 
 def sha256(path: Path) -> str:

@@ -299,6 +299,14 @@ def test_closing_lets_the_next_one_in(tmp_path: Path) -> None:
     CheckpointStore(tmp_path, 1).close()
 
 
+def test_a_store_that_was_given_nothing_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for folder in ("made/deep", "there"):
+        with CheckpointStore(tmp_path / folder, 1):
+            assert (tmp_path / folder / ".lock").exists()
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
 # ----------------------------------------------------------------------------------------------------------- bad disks
 
 

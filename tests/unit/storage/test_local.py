@@ -172,6 +172,31 @@ def test_one_at_a_time_gets_in(tmp_path: Path) -> None:
     assert set(waited) == {str(os.getpid())}
 
 
+def test_a_lock_that_was_taken_away_meanwhile_is_not_the_one_that_is_held(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    waiting, entered, done = threading.Event(), threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        with storage.locked(path, on_wait=lambda _: waiting.set()):
+            entered.set()
+            done.wait(20)
+
+    with storage.locked(path):
+        waiter = threading.Thread(target=wait_for_it)
+        waiter.start()
+        assert waiting.wait(20)
+        path.unlink()
+    assert entered.wait(20)
+
+    def refuse(_: str) -> None:
+        raise StorageError("held")
+
+    with pytest.raises(StorageError, match="held"), storage.locked(path, on_wait=refuse):
+        pass
+    done.set()
+    waiter.join()
+
+
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
