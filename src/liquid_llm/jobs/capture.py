@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from liquid_llm import storage
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
@@ -79,6 +80,9 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     assert teacher_id is not None
     codec = codec_of(config.store)
     device = torch.device(choose_device(config.device).value)
+    for source in config.source.named.values():
+        if source.store is not None and not storage.is_remote(source.store):
+            storage.check_writable(source.store)
     token = read_token(config.teacher)
     text = TextTools.of(load_tokenizer(teacher_id, token=token))
     if int(codec.options.get("k", 0)) > text.vocab_size:
