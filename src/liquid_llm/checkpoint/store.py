@@ -76,7 +76,7 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._say = log
         with translate_errors(run_dir, writing=True), ExitStack() as stack:
-            stack.enter_context(storage.borrowed_folder(run_dir))
+            stack.enter_context(storage.borrow_folder(run_dir))
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(storage.locked(run_dir / LOCK_FILE, on_wait=self._refuse))
             self._tidy()

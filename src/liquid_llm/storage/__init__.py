@@ -46,7 +46,7 @@ __all__ = [
     "TEMPORARY_SUFFIX",
     "FileInfo",
     "RetryPolicy",
-    "borrowed_folder",
+    "borrow_folder",
     "check_writable",
     "copy",
     "download",
