@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.support.models import tiny_model
 
+from liquid_llm import evaluation
 from liquid_llm.data.loader import collate
 from liquid_llm.errors import DeviceError
 from liquid_llm.evaluation import Evaluator
@@ -129,6 +130,26 @@ def test_what_the_teacher_said_is_kept_on_the_cpu(models):
     evaluator(Student(student, torch.float32))
     assert len(evaluator._kept) == len(evaluator.sets[16]["lm"])
     assert {signal.hidden.device.type for signal in evaluator._kept.values()} == {"cpu"}
+
+
+def test_no_more_of_it_is_kept_than_the_bound_and_the_rest_is_asked_again(models, row, monkeypatch):
+    student, teacher = models
+    asked = []
+    handle = teacher.base_model.register_forward_pre_hook(lambda *_: asked.append(1))
+    sets = {length: {"lm": cut(length, 3)} for length in LENGTHS}
+    batches = sum(len(one["lm"]) for one in sets.values())
+    one_row = 16 * teacher.config.hidden_size * 4
+    monkeypatch.setattr(evaluation, "CACHE_BYTES", 10 * one_row)
+    evaluator = Evaluator(sets, 16, LENGTHS, router_of(teacher))
+    try:
+        found = [evaluator(Student(student, torch.float32)) for _ in range(2)]
+    finally:
+        handle.remove()
+    held = sum(signal.nbytes for signal in evaluator._kept.values())
+    assert 8 * one_row < held <= 10 * one_row
+    assert 0 < len(evaluator._kept) < batches
+    assert len(asked) == 2 * batches - len(evaluator._kept)
+    assert found == [row, row]
 
 
 def test_a_batch_that_does_not_fit_is_scored_in_parts_with_the_same_figures(models, row):

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liquid_llm.errors import UsageError
-from liquid_llm.schedules import Piecewise, Ramp, WarmupCosine, level_from, parse_piecewise
+from liquid_llm.losses.objective import Objective
+from liquid_llm.schedules import (
+    Constant,
+    Piecewise,
+    Ramp,
+    StepSchedules,
+    WarmupCosine,
+    level_from,
+    parse_piecewise,
+)
 
 ALPHA = parse_piecewise("0:0.7,400:0.5,800:0.3", option="--alpha_schedule", maximum=1.0)
 
@@ -108,3 +117,14 @@ def test_learning_rate_never_exceeds_the_peak_nor_falls_below_the_floor_after_wa
     assert all(value >= 0.1 - 1e-12 for value in values[warmup:])
     assert values[:warmup] == sorted(values[:warmup])
     assert values[warmup:] == sorted(values[warmup:], reverse=True)
+
+
+def test_what_a_type_has_for_itself_stays_and_the_rest_follows_the_run():
+    schedules = StepSchedules(
+        Piecewise(0.9, ALPHA), Constant(2.0), Ramp(0.5, 0.0, 100), Constant(1e-3), overrides={"code": {"alpha": 0.1}}
+    )
+    for step, alpha, gamma in ((0, 0.7, 0.5), (50, 0.7, 0.25), (400, 0.5, 0.0)):
+        values = schedules.at(step)
+        assert values.objective() == values.objective("lm") == values.default == Objective(alpha, 2.0, gamma)
+        assert values.objective("code") == Objective(0.1, 2.0, gamma)
+        assert values.as_row() == {"kd_alpha": alpha, "kd_temperature": 2.0, "l2_gamma": gamma, "lr": 1e-3}

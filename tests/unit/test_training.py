@@ -1,5 +1,10 @@
 """The optimizer's groups, what a loaded optimizer keeps, and what is applied before each step."""
 
+import gc
+import itertools
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -8,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from liquid_llm.data.loader import collate
 from liquid_llm.errors import CheckpointError, NumericalError
+from liquid_llm.losses.objective import Objective
 from liquid_llm.models.positions import fit_positions, plan_stretch
 from liquid_llm.models.student import PRESETS
-from liquid_llm.schedules import Constant, Piecewise, StepSchedules, WarmupCosine
+from liquid_llm.schedules import Constant, Piecewise, Ramp, StepSchedules, WarmupCosine
 from liquid_llm.training import Progress, Student, Trainer, build_optimizer, load_optimizer
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
@@ -174,6 +180,65 @@ def test_accumulating_gives_the_step_of_one_large_batch():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert (many.progress.data_position, one.progress.data_position) == (4, 1)
     assert many.progress.tokens_seen == one.progress.tokens_seen == 96
+
+
+def test_padding_counts_neither_as_seen_nor_in_the_mean():
+    """Rows of 12, 5 and 2 tokens padded to 12 are 19 tokens and 16 labelled positions."""
+    lengths = (12, 5, 2)
+    rows = [torch.arange(1, n + 1).numpy() for n in lengths]
+    run = trainer(SCHEDULES, grad_accum=2)
+    run.batches = itertools.repeat((collate("code", rows), None))
+    padded = run.step()
+    assert run.progress.tokens_seen == 2 * sum(lengths)
+    run.step()
+    assert run.progress.tokens_seen == 4 * sum(lengths)
+    alone = trainer(SCHEDULES, grad_accum=3)
+    alone.batches = ((collate("code", [row]), None) for row in rows)
+    assert padded.grad_norm == pytest.approx(alone.step().grad_norm, rel=1e-4)
+    assert alone.progress.tokens_seen == sum(lengths)
+
+
+def test_each_type_is_taught_by_its_own_objective():
+    own = {"code": {"alpha": 0.1, "temperature": 3.0}}
+    run = trainer(replace(SCHEDULES, overrides=own), grad_accum=3)
+    ids = torch.arange(1, 9).numpy()
+    run.batches = iter([(collate(type, [ids]), None) for type in ("lm", "code", "math_tool")])
+    seen = {}
+
+    def watch(module, given):
+        batch, _, objective = given
+        seen[batch.type] = (objective.alpha, objective.temperature)
+
+    run.student.register_forward_pre_hook(watch)
+    assert run.step().values.as_row() == {"kd_alpha": 0.7, "kd_temperature": 1.2, "l2_gamma": 0.0, "lr": 1e-2 / 3}
+    assert seen == {"lm": (0.7, 1.2), "code": (0.1, 3.0), "math_tool": (0.7, 1.2)}
+
+
+def test_the_student_is_a_module_of_the_trained_model_alone():
+    model, reference = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    student = Student(model, torch.float32, reference)
+    assert list(map(id, student.parameters())) == list(map(id, model.parameters()))
+    assert list(student.state_dict()) == [f"model.{name}" for name in model.state_dict()]
+    student.train()
+    assert model.training
+    assert not reference.training
+    batch = collate("lm", [torch.arange(1, 9).numpy()])
+    with_old = student(batch, None, Objective(gamma=0.5))
+    assert with_old.l2 > 0
+    student.reference = None
+    assert student(batch, None, Objective()).loss == with_old.ce
+    with pytest.raises(ValueError, match="needs a reference student"):
+        student(batch, None, Objective(gamma=0.5))
+
+
+def test_the_reference_student_is_let_go_when_gamma_has_come_to_zero():
+    run = trainer(replace(SCHEDULES, gamma=Ramp(0.5, 0.0, 2)))
+    run.student = Student(run.student.model, torch.float32, tiny_model("gpt2"))
+    held = weakref.ref(run.student.reference)
+    for expected in (True, True, False):
+        run.step()
+        gc.collect()
+        assert (held() is not None) == expected
 
 
 def test_hooks_run_every_so_many_steps_and_a_stop_is_heeded_between_steps():
