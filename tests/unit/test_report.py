@@ -115,7 +115,8 @@ def test_a_whole_run_shows_everything(tmp_path: Path) -> None:
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     html = build_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     page = Page(html)
-    assert "default-src 'none'" in str(page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"])
+    policy = str(page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"])
+    assert {"default-src 'none'", "base-uri 'none'", "form-action 'none'"} <= set(policy.split("; "))
     for _, attributes in page.elements:
         assert "src" not in attributes
         assert "style" not in attributes  # the policy forbids it
@@ -207,6 +208,9 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, changes: dict[str, Any], a
     assert "loss" in page.plots
     assert not absent & page.plots
     assert "None" not in page.words
+    headings = page.text["h2"]
+    assert ("Provenance" in headings) == ("Configuration" in headings) == changes.get("with_provenance", True)
+    assert ("Result" in headings) == changes.get("with_summary", True)
     if changes.get("finished") is False:
         assert "not finished" in page.words
 

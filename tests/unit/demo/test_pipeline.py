@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_the_summary_has_every_figure_and_goes_to_stdout(capsys: pytest.CaptureF
     assert err == ""
     for words in ("−50.0 %", "−75.0 %", "+50.0 %", "[b]odd", "48.7 bytes a token", "413 real tokens a second"):
         assert words in out
+    assert re.search(r"lm +10\.800 +5\.400 +−50\.0 % +8\.000 +2\.000 +−75\.0 %", out)
     for words in ("2.42 GiB", "5 min 00 s", "Q: [/x] <<1+1=2>>", f"{path}/report.html\n"):
         assert words in out
     assert max(len(line) for line in out.splitlines() if "/a/a" not in line) <= 80

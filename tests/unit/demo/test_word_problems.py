@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.demo.word_problems import TEMPLATES, Answer, word_problems
+from liquid_llm.demo.word_problems import TEMPLATES, Answer, Template, word_problems
 
 TRACE = re.compile(r"(\d+(?:\.\d\d)?)([-+*/])(\d+(?:\.\d\d)?)=(\$?)<<\1\2\3=(\d+(?:\.\d\d)?)>>\5(?!\d)")
 SIGNS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}
@@ -37,14 +37,37 @@ def test_every_trace_is_right_and_leads_to_the_answer(seed: int) -> None:
         assert "_" not in text
 
 
+# What a question asks for, worked out anew from the numbers in it, in the order in which they stand.
+ASKED = {
+    "shopping": lambda price, other, many, few, paid: paid - many * price - few * other,
+    "wages": lambda rate, hours, days, spent: rate * hours * days - spent,
+    "overtime": lambda rate, hours, higher, worked: rate * (hours + higher * (worked - hours)),
+    "fuel": lambda per, price, distance: 2 * distance / per * price,
+    "discount": lambda price, percent, count: price * (1 - percent / 100) * count,
+    "sharing": lambda total, kept, friends: (total - kept) / friends,
+    "tiles": lambda side, _, long, wide, __, metre: long * wide * (metre / side) ** 2,
+    "tank": lambda into, out, litres: litres / (into - out),
+}
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.__name__.strip("_"))
-def test_steps_use_what_is_told_or_worked_out(template: object) -> None:
+def test_the_answer_is_what_the_question_asks_for(template: Template) -> None:
+    rng = random.Random(2)
+    for _ in range(50):
+        answer = Answer()
+        question = template(rng, answer)
+        numbers = [Fraction(number) for number in re.findall(r"\d+(?:\.\d+)?", question)]
+        assert answer.value == ASKED[template.__name__.strip("_")](*numbers), question
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.__name__.strip("_"))
+def test_steps_use_what_is_told_or_worked_out(template: Template) -> None:
     """Every number in a step is in the question, comes from an earlier step, or is implied."""
     implied = {2, 100} | {Fraction(n, 100) for n in range(101)}
     rng = random.Random(1)
     for _ in range(200):
         answer = Answer()
-        question = template(rng, answer)  # type: ignore[operator]
+        question = template(rng, answer)
         known = {Fraction(number) for number in re.findall(r"\d+(?:\.\d+)?", question)} | implied
         for left, _, right, _, value in TRACE.findall(" ".join(answer.sentences)):
             assert {Fraction(left), Fraction(right)} <= known, question
