@@ -15,8 +15,8 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import Any, Literal
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -225,14 +225,11 @@ class StopSignal:
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> Literal[False]:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             # None: a handler that was not set from Python and so cannot be given back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
-        return False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.request()

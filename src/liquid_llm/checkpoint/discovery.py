@@ -98,15 +98,13 @@ def newest_first(found: Mapping[str, CheckpointMetadata]) -> list[str]:
 
 def parse_sidecar(text: bytes, where: object) -> CheckpointMetadata:
     """The metadata in a sidecar. Raises CheckpointError where it is none, or has no hash."""
+    remedy = "choose another checkpoint"
     try:
-        values = json.loads(text)
+        metadata = CheckpointMetadata.from_dict(json.loads(text), where)
     except ValueError as error:
-        raise CheckpointError("this sidecar is no JSON", where=where, remedy="choose another checkpoint") from error
-    metadata = CheckpointMetadata.from_dict(values, where)
+        raise CheckpointError("this sidecar is no JSON", where=where, remedy=remedy) from error
     if metadata.sha256 is None:
-        raise CheckpointError(
-            "this sidecar has no sha256", where=where, expected="text", remedy="choose another checkpoint"
-        )
+        raise CheckpointError("this sidecar has no sha256", where=where, expected="text", remedy=remedy)
     return metadata
 
 

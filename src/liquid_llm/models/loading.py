@@ -62,7 +62,7 @@ def identify(model_id: str, hash_of_tokenizer: str, *, token: str | None = None)
     return ModelIdentity(source.id, source.revision, hash_of_tokenizer)
 
 
-def load_model(
+def load_teacher(
     model_id: str,
     *,
     dtype: torch.dtype,
@@ -70,7 +70,7 @@ def load_model(
     attention: str = "sdpa",
     token: str | None = None,
 ) -> LoadedModel:
-    """Open a model with its tokenizer, in evaluation mode.
+    """Open a model with its tokenizer, in evaluation mode and with every parameter frozen.
 
     Args:
         model_id: see the module's words.
@@ -95,21 +95,8 @@ def load_model(
             got=num_tokens,
             expected=f"at most {vocab_size}",
         )
+    model.requires_grad_(False)
     return LoadedModel(model, tokenizer, ModelIdentity(source.id, source.revision, tokenizer_hash(tokenizer)))
-
-
-def load_teacher(
-    model_id: str,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    attention: str = "sdpa",
-    token: str | None = None,
-) -> LoadedModel:
-    """As :func:`load_model`, with every parameter frozen."""
-    loaded = load_model(model_id, dtype=dtype, device=device, attention=attention, token=token)
-    loaded.model.requires_grad_(False)
-    return loaded
 
 
 def unpack(model_id: str, folder: str | Path, dtype: torch.dtype, *, token: str | None = None) -> Path:
@@ -119,7 +106,7 @@ def unpack(model_id: str, folder: str | Path, dtype: torch.dtype, *, token: str 
     left from another model, revision or dtype, or damaged since, is made anew; it appears complete or not at all.
 
     Raises:
-        ModelError: as :func:`load_model`; or ``folder`` holds something that this function did not make.
+        ModelError: as :func:`load_teacher`; or ``folder`` holds something that this function did not make.
     """
     folder = Path(folder)
     source = resolve(model_id, token=token)

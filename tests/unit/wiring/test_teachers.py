@@ -16,7 +16,7 @@ from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.data.loader import WeightedDataset
 from liquid_llm.errors import SignalError, UsageError
-from liquid_llm.models.loading import load_model, load_tokenizer
+from liquid_llm.models.loading import load_teacher, load_tokenizer
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.store import StoreWriter
@@ -53,7 +53,7 @@ def text(tiny: Tiny) -> TextTools:
 @pytest.fixture(scope="module")
 def store(tiny: Tiny, text: TextTools) -> Path:
     """Signal of the maths samples, in draws that are read at one temperature alone."""
-    loaded = load_model(str(tiny.teacher), dtype=torch.float32, device=CPU)
+    loaded = load_teacher(str(tiny.teacher), dtype=torch.float32, device=CPU)
     writer = StoreWriter(
         str(tiny.root / "maths"),
         loaded.identity,
