@@ -45,7 +45,7 @@ ASKED = {
     "fuel": lambda per, price, distance: 2 * distance / per * price,
     "discount": lambda price, percent, count: price * (1 - percent / 100) * count,
     "sharing": lambda total, kept, friends: (total - kept) / friends,
-    "tiles": lambda side, _, long, wide, __, metre: long * wide * (metre / side) ** 2,
+    "tiles": lambda side, _, long, wide, metre: long * wide * (metre / side) ** 2,
     "tank": lambda into, out, litres: litres / (into - out),
 }
 
