@@ -4,11 +4,9 @@ the micro-batches, take the steps, write the rows and evaluate as one process do
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,9 @@ import pytest
 import torch
 from tests.support.datasets import token_dataset
 from tests.support.models import tiny_model
+from tests.support.ranks import ThreadEngine, World
 
+from liquid_llm.cli.main import main
 from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.distributed import Engine, start_engine
@@ -36,46 +36,6 @@ def model() -> Any:
     model = tiny_model("llama")
     model(torch.zeros(1, 2, dtype=torch.int64))
     return model
-
-
-class World:
-    """Ranks in threads. What they exchange, they exchange here; one that fails lets the others go."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.given: list[torch.Tensor | None] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
-
-    def run(self, work: Callable[[Engine], Any]) -> list[Any]:
-        """``work`` on every rank; what each returned."""
-        with ThreadPoolExecutor(self.size) as threads:
-            every = [threads.submit(self._run, work, rank) for rank in range(self.size)]
-        # One rank's failure breaks the barrier of the others.
-        failures = [one.exception() for one in every if one.exception() is not None]
-        for failure in sorted(failures, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
-            raise failure
-        return [one.result() for one in every]
-
-    def _run(self, work: Callable[[Engine], Any], rank: int) -> Any:
-        try:
-            return work(ThreadEngine(rank, self))
-        except BaseException:
-            self.barrier.abort()
-            raise
-
-
-class ThreadEngine(Engine):
-    """All that an engine must bring of its own: its place, and a sum."""
-
-    def __init__(self, rank: int, world: World) -> None:
-        self.rank, self.world_size, self.world = rank, world.size, world
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.world.given[self.rank] = tensor.clone()
-        self.world.barrier.wait()
-        total = torch.stack(self.world.given).sum(0)
-        self.world.barrier.wait()
-        return total
 
 
 def mixture() -> list[WeightedDataset]:
@@ -225,3 +185,14 @@ def test_several_processes_are_refused_in_words() -> None:
     with pytest.raises(UsageError, match=r"WORLD_SIZE.*several processes.*got 2.*torchrun") as caught:
         start_engine({"WORLD_SIZE": "2"})
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("face", ["train", "anneal"])
+def test_a_job_of_several_processes_ends_before_anything_is_made(
+    face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main([face, f"--output_gcs_uri={tmp_path / 'run'}"]) == 2
+    assert "training with several processes is not supported yet" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

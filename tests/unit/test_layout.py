@@ -23,7 +23,6 @@ WALKED = {
     "jobs/train": "integration/test_hybrid_run.py",
     "wiring/inputs": "integration/test_prepare.py",
     "wiring/parts": "integration/test_hybrid_run.py",
-    "wiring/recorder": "integration/test_hybrid_run.py",
     "wiring/shapes": "integration/test_memory_command.py",
     "wiring/start": "integration/test_annealing_resume.py",
     "wiring/students": "integration/test_annealing.py",

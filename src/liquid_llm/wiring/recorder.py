@@ -33,7 +33,8 @@ class Recorder:
     """Writes a run's metrics and checkpoints.
 
     Rows are written before the checkpoint of the same step, and evaluation comes before the snapshot it may name
-    best, so that a run continued from any checkpoint writes what an uninterrupted one writes.
+    best, so that a run continued from any checkpoint writes what an uninterrupted one writes. Each rank of a run has
+    one, as all of them add up and evaluate; the main rank's alone writes.
     """
 
     config: RunConfig
@@ -48,6 +49,7 @@ class Recorder:
     _last_time_save: float = field(default=0.0, init=False)
     _evaluated_at: int = field(default=-1, init=False)
     _saved: CheckpointInfo | None = field(default=None, init=False)
+    _saved_at: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         self._row_started = self._last_time_save = self.clock()
@@ -95,6 +97,8 @@ class Recorder:
             **self._device_memory(),
         )
         self._row_started, self._row_waited = now, waited
+        if not self.parts.engine.is_main:
+            return
         written = self.metrics.write("train", result.step, row)
         stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
         log.info(
@@ -131,7 +135,8 @@ class Recorder:
         began = self.clock()
         row = self.parts.evaluator(self.parts.student)
         row["eval_seconds"] = self.clock() - began
-        self.metrics.write("eval", progress.step, row)
+        if self.parts.engine.is_main:
+            self.metrics.write("eval", progress.step, row)
         self._evaluated_at = progress.step
         self._row_started += self.clock() - began  # a row's rate is that of training
         loss = float(row["val_loss_student"])  # type: ignore[arg-type]
@@ -144,25 +149,25 @@ class Recorder:
 
     def save(self, *, snapshot: bool) -> None:
         """Write a checkpoint of this step, unless there is one."""
-        if self._saved is None or self._saved.step != self.parts.progress.step:
+        if self._saved_at != self.parts.progress.step:
             self._save(names=(), snapshot=snapshot)
 
     def finish(self) -> None:
         """Last evaluation, final checkpoint."""
         self.evaluate()
-        if self._saved is None or self._saved.step != self.parts.progress.step:
+        if self._saved_at != self.parts.progress.step:
             self._save(names=("final",), snapshot=True)
-        else:
+        elif self._saved is not None:
             self.uploader.enqueue_checkpoint(self.store.publish_as(self._saved, ("final",)))
 
     def _save_by_time(self) -> None:
-        if self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes:
+        due = self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes
+        if self.parts.engine.agree(due):
             self._last_time_save = self.clock()
             self._save(names=(), snapshot=False)
 
     def _save(self, *, names: tuple[str, ...], snapshot: bool) -> None:
         began = self.clock()
-        self.metrics.sync()
         metadata = self.metadata()
         state = {
             "student": self.parts.student.model.state_dict(),
@@ -171,6 +176,10 @@ class Recorder:
             "random": random_state(),
             "accumulator": self.parts.accumulator.state_dict(),
         }
+        self._saved_at = metadata.step
+        if not self.parts.engine.is_main:
+            return
+        self.metrics.sync()
         info = self.store.save(state, metadata, kind="step" if snapshot else "time", also_as=("last", *names))
         self.uploader.enqueue_checkpoint(info)
         self._saved = info
