@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from liquid_llm.config_checks import capture_problems, parsed, run_problems, toolkit_problems
@@ -18,6 +18,8 @@ from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule, StepSchedu
 from liquid_llm.sources import SPELLINGS, SourceConfig, default_layout, read_given, spellings
 
 T = TypeVar("T")
+
+NOWHERE = "-"  # for a file that a job needs and its memory does not depend on
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,6 @@ class TeacherConfig:
     hybrid: bool
     hybrid_strict: bool
     mode: str
-    math_dir: str | None
-    code_dir: str | None
     fa_wheel_uri: str | None
     fa_wheel_sha256: str | None
 
@@ -233,19 +233,18 @@ def build_run_config(
         data["batch_size"] = AUTO_BATCH
     data["seq_len"] = data["seq_len"] or data["block_size"]
     teacher = _make(TeacherConfig, values["teacher"])
-    source = _build_sources(given, teacher)
     config = RunConfig(
         face=face,
         continues_resumed=face == ANNEAL,
         below_output=face == TRAIN,
         student=_make(StudentConfig, values["student"]),
-        teacher=_with_stores(teacher, source),
+        teacher=teacher,
         data=_make(DataConfig, data),
         objective=_make(ObjectiveConfig, values["objective"]),
         optimizer=_make(OptimizerConfig, values["optimizer"]),
         evaluation=_make(EvaluationConfig, values["evaluation"]),
         output=_make(OutputConfig, values["output"]),
-        source=source,
+        source=_build_sources(given, teacher),
         given=dict(given),
         **values["run"],
     )
@@ -267,17 +266,32 @@ def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
     values = _by_group(CAPTURE, given)
     data = values["data"]
     teacher = _make(TeacherConfig, values["teacher"])
-    source = _build_sources(given, teacher)
     config = CaptureConfig(
         seed=values["run"]["seed"],
         device=values["run"]["device"],
-        teacher=_with_stores(teacher, source),
+        teacher=teacher,
         data=_make(DataConfig, {**data, "block_size": data["seq_len"]}),
         store=_make(StoreConfig, values["store"]),
-        source=source,
+        source=_build_sources(given, teacher),
     )
     _raise_all(capture_problems(config))
     return config
+
+
+def build_config_to_measure(face: str, given: Mapping[str, object]) -> RunConfig | CaptureConfig:
+    """The configuration of a job that is not going to be run: files and folders that it needs may be left out.
+
+    Raises:
+        UsageError: every other problem found, one a line.
+    """
+    if face == CAPTURE:
+        named = any(given.get(name) for name in (*SPELLINGS, "sources"))
+        needed = ["dataset_manifest", *([] if named else SPELLINGS)]
+    else:
+        needed = ["dataset_name" if face == ANNEAL else "dataset_manifest"]
+        needed += ["resume_gcs_uri"] if given.get("keep_old_logit_l2") else []
+    options = {**dict.fromkeys(needed, NOWHERE), **given}
+    return build_capture_config(options) if face == CAPTURE else build_run_config(face, options)
 
 
 def build_prepare_config(given: Mapping[str, object]) -> PrepareConfig:
@@ -302,8 +316,7 @@ def _build_sources(given: Mapping[str, object], teacher: TeacherConfig) -> Sourc
         UsageError: one type's teacher is named twice, differently.
     """
     online = f"online:{teacher.online_id}" if teacher.online_id is not None else None
-    folders = {"math_logits_dir": teacher.math_dir, "code_logits_dir": teacher.code_dir}
-    stored = {SPELLINGS[option]: f"store:{folder}" for option, folder in folders.items() if folder is not None}
+    stored = {type: f"store:{given[option]}" for option, type in SPELLINGS.items() if given.get(option) is not None}
     if teacher.mode == "online" and not teacher.hybrid:
         spelled, other = {}, online
     else:
@@ -324,11 +337,6 @@ def _build_sources(given: Mapping[str, object], teacher: TeacherConfig) -> Sourc
         },
         other,
     )
-
-
-def _with_stores(teacher: TeacherConfig, source: Sources) -> TeacherConfig:
-    math, code = source("math_tool").store, source("code").store
-    return replace(teacher, math_dir=math or teacher.math_dir, code_dir=code or teacher.code_dir)
 
 
 def _by_group(face: str, given: Mapping[str, object]) -> dict[str, dict[str, Any]]:

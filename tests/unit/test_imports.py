@@ -137,6 +137,28 @@ def test_allowed_acquaintances_are_needed() -> None:
     assert not allowed - used
 
 
+def face_branches(module: str) -> list[str]:
+    """Where a module compares a face, or knows the name of one."""
+    found = []
+    for node in ast.walk(parse(FILES[module])):
+        if isinstance(node, ast.Compare):
+            sides = (node.left, *node.comparators)
+            seen = "face" in {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+        elif isinstance(node, ast.ImportFrom) and node.module == "liquid_llm.options":
+            seen = not {"ANNEAL", "TRAIN", "CAPTURE", "PREPARE"}.isdisjoint(name.name for name in node.names)
+        else:
+            continue
+        found += [f"{module}:{node.lineno}"] if seen else []
+    return found
+
+
+def test_what_a_face_stands_for_is_decided_in_configuration_alone() -> None:
+    """Jobs and parts ask the configuration for what it can do; faces, commands and the demo name which they are."""
+    allowed = {"config", "options", "cli", "demo", "trainer", "stage1_hybrid"}
+    assert not [where for module in FILES if component(module) not in allowed for where in face_branches(module)]
+    assert face_branches("liquid_llm.config"), "or the rule sees nothing"
+
+
 SEAMS = {"storage": {"fsspec", "gcsfs", "aiohttp"}, "distributed": {"torch.distributed"}}
 """Packages that one component alone may import."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from liquid_llm import storage
-from liquid_llm.config import CaptureConfig, RunConfig, build_capture_config, build_run_config
+from liquid_llm.config import NOWHERE, CaptureConfig, RunConfig, build_config_to_measure
 from liquid_llm.errors import DeviceError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.jobs.capture import codec_of
@@ -29,7 +29,6 @@ from liquid_llm.memory import (
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import PRESETS, file_config, student_config
-from liquid_llm.options import ANNEAL, CAPTURE
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
 from liquid_llm.wiring.fitting import judge, judge_capture, memory_cache, resolve_auto
@@ -37,7 +36,6 @@ from liquid_llm.wiring.shapes import Models, nominal_shape, stored_codec, with_p
 from liquid_llm.wiring.tokens import read_token
 
 _L4_BYTES = 22 * 2**30  # 24 GB less what the context takes
-_NOWHERE = "-"  # for options that a job needs and its memory does not depend on
 
 
 @dataclass(frozen=True)
@@ -61,25 +59,13 @@ def run_memory(face: str, given: Mapping[str, object]) -> int:
     setup_logging("WARNING")
     options = dict(given)
     asked = options.pop("gpu_memory", None)
-    if face == CAPTURE:
-        capture = build_capture_config(_with_places(options, "dataset_manifest", "math_logits_dir", "code_logits_dir"))
-        card = _card(capture.device, asked)
-        found = _capture(capture, card)
-    else:
-        needed = ["dataset_name"] if face == ANNEAL else ["dataset_manifest"]
-        if options.get("keep_old_logit_l2"):
-            needed.append("resume_gcs_uri")
-        price = options.pop("price_per_hour", None)
-        config = build_run_config(face, _with_places(options, *needed))
-        card = _card(config.device, asked)
-        found = _training(config, card, price)
+    price = options.pop("price_per_hour", None)
+    config = build_config_to_measure(face, options)
+    card = _card(config.device, asked)
+    found = _capture(config, card) if isinstance(config, CaptureConfig) else _training(config, card, price)
     print_facts("memory, worked out from configurations, not measured", _lines(found, card))
     print(json.dumps(found.as_dict(card), indent=2))
     return 0 if found.verdict.fits else DeviceError.exit_code
-
-
-def _with_places(options: Mapping[str, object], *names: str) -> dict[str, object]:
-    return {**dict.fromkeys(names, _NOWHERE), **options}
 
 
 def _card(requested: str, asked: object) -> Card:
@@ -193,7 +179,7 @@ def _vocab_of(student: ModelShape) -> int:
 def _student(config: RunConfig, teacher: Any, token: str | None) -> ModelShape:
     """The student that is named, else the one that is resumed."""
     uri = config.student.resume_uri
-    if uri not in (None, _NOWHERE) and "student" not in config.given:
+    if uri not in (None, NOWHERE) and "student" not in config.given:
         return ModelShape(_resumed(str(uri)))
     spec = config.student.spec
     if teacher is None and spec in PRESETS:
