@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from liquid_llm.config import RunConfig, TeacherConfig
+from liquid_llm.config_checks import parsed
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
 from liquid_llm.losses.divergences import check_sparse
@@ -127,7 +128,8 @@ def make_teachers(
     if not router:
         log.warning("no teacher is named: plain cross-entropy")
     for type in router:
-        router.check_temperature(type, config.source(type).temperature or config.objective.temperature)
+        for temperature in _temperatures(config, type):
+            router.check_temperature(type, temperature)
         if router[type].most_ids:
             check_sparse(config.source(type).divergence or config.objective.divergence, type)
         if not router.answers(type, 1.0):
@@ -160,6 +162,15 @@ def make_teacher(spec: str, setup: TeacherSetup) -> Teacher:
         )
     teacher: Teacher = load(TEACHERS, name)(rest, setup)
     return teacher
+
+
+def _temperatures(config: RunConfig, type: str) -> set[float]:
+    """Those that the teacher of ``type`` is asked at in the course of the run."""
+    own = config.source(type).temperature
+    if own is not None:
+        return {own}
+    scheduled = dict(parsed(config.objective.temp_schedule, "--temp_schedule", None))
+    return {*scheduled.values(), scheduled.get(0, config.objective.temperature)}
 
 
 def _identities(specs: Mapping[str, str], router: TeacherRouter) -> dict[str, Any]:

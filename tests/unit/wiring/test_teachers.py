@@ -15,7 +15,7 @@ from liquid_llm.capture.job import capture
 from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.data.loader import WeightedDataset
-from liquid_llm.errors import SignalError, UsageError
+from liquid_llm.errors import LiquidError, SignalError, UsageError
 from liquid_llm.models.loading import load_teacher, load_tokenizer
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.signal_store.codecs import get_codec
@@ -126,6 +126,23 @@ def test_a_temperature_that_a_teacher_cannot_be_asked_at_is_refused_before_the_r
     own = {"math_tool": {"temperature": 2.0}}
     config = hybrid(lm_teacher_id=str(tiny.teacher), math_logits_dir=str(store), kd_temperature=4.0, sources=own)
     assert set(teachers_of(config, text, "lm", "math_tool").router) == {"lm", "math_tool"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "refused"), [("0:2,50:2", None), ("50:2", "1"), ("0:2,50:4", "4"), ("0:2,50:2.5", "2.5")]
+)
+def test_every_temperature_of_a_schedule_is_looked_at(
+    tiny: Tiny, text: TextTools, store: Path, schedule: str, refused: str | None
+) -> None:
+    """The store is read at 2 alone; the level itself counts until the first entry."""
+    source = {"lm": {"teacher": f"store:{store}", "layout": "samples"}}
+    given = {"dataset_name": "d", "block_size": 64, "T": 1.0, "temp_schedule": schedule, "sources": source}
+    config = build_run_config(ANNEAL, given)
+    expected = (
+        "no sample of this run has usable stored signal" if refused is None else f"at this temperature; got {refused};"
+    )
+    with pytest.raises(LiquidError, match=expected):  # there is maths in it, no plain text
+        teachers_of(config, text, "lm")
 
 
 def test_a_kind_that_nobody_registered_is_refused_with_those_that_are(tmp_path: Path) -> None:
