@@ -154,7 +154,7 @@ def test_golden_losses(card: torch.device, tmp_path, record_property) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the recorded losses were
     try:
-        tiny = build(tmp_path / "tiny")
+        tiny = build(tmp_path / "tiny", teacher_steps=150)
         assert main(["capture", *tiny.capture_words(teacher_precision="float32", codec="topk", device="cpu")]) == 0
         given = {"precision": "float32", "teacher_precision": "float32", "eval_every": 0, "save_every": 0}
         rows = {}

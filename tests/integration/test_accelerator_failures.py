@@ -36,7 +36,7 @@ GIVEN: dict[str, object] = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    made = build(tmp_path_factory.mktemp("tiny"), teacher_steps=10)
+    made = build(tmp_path_factory.mktemp("tiny"))
     assert main(["capture", *made.capture_words(device="cpu", teacher_precision="float32")]) == 0
     return made
 

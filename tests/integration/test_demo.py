@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
-    tiny = build(tmp_path / "tiny")
+    tiny = build(tmp_path / "tiny", teacher_steps=150)
     words = ["demo", "--dir", str(tmp_path / "demo"), "--teacher", str(tiny.teacher), "--student", "liquid-test"]
     words += ["--scale", "0.6"]
     assert main(words) == 0

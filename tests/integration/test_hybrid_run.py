@@ -21,7 +21,7 @@ LONGER = {"max_steps": 60, "eval_every": 30, "kd_alpha_start": 0.9, "kd_alpha_en
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory) -> Tiny:
-    tiny = build(tmp_path_factory.mktemp("tiny"))
+    tiny = build(tmp_path_factory.mktemp("tiny"), teacher_steps=150)
     assert main(["capture", *tiny.capture_words()]) == 0
     return tiny
 

@@ -84,8 +84,11 @@ def words(options: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
-def build(root: Path, teacher_steps: int = 150) -> Tiny:
-    """Write teacher, student configuration and data below ``root``; nothing is captured yet."""
+def build(root: Path, teacher_steps: int = 10) -> Tiny:
+    """Write teacher, student configuration and data below ``root``; nothing is captured yet.
+
+    A teacher of 150 steps has something to teach that shows in figures; one of few is made in a blink.
+    """
     tiny = Tiny(root)
     root.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(VOCAB_SIZE)
