@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.gcs import Bucket
@@ -23,6 +24,13 @@ def captured(tmp_path_factory) -> Tiny:
     tiny = build(tmp_path_factory.mktemp("tiny"))
     assert main(["capture", *tiny.capture_words()]) == 0
     return tiny
+
+
+def capture(capsys, words: list[str], code: int = 0) -> dict[str, Any]:
+    """A capture in this process; what it says of itself at the end."""
+    capsys.readouterr()
+    assert main(["capture", *words]) == code
+    return json.loads(capsys.readouterr().out)
 
 
 def names(uri: str) -> set[str]:
@@ -76,7 +84,7 @@ def test_a_finished_run_started_again_sends_what_a_mirror_lacks(captured: Tiny, 
     assert names(vertex) == whole
 
 
-def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tiny, tmp_path: Path) -> None:
+def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tiny, tmp_path: Path, capsys) -> None:
     words = captured.capture_words(
         math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code", batch_size=1, logits_format="pt"
     )
@@ -90,47 +98,49 @@ def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tin
     stopped = json.loads(out)
     assert stopped["interrupted"]
     assert "Run the same command again" in err
-    again = run(CAPTURE, words)
-    assert again.returncode == 0, again.stderr
-    summary = json.loads(again.stdout)
+    summary = capture(capsys, words)
     assert stopped["written"] > 0
     assert stopped["written"] + summary["written"] == 80
     assert summary["skipped"] == stopped["written"]
 
 
 def test_a_sample_that_cannot_be_captured_is_reported_by_the_exit_code_and_the_rest_goes_on(
-    captured: Tiny, tmp_path: Path
+    captured: Tiny, tmp_path: Path, capsys
 ) -> None:
     words = captured.capture_words(
         math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code", logits_format="pt"
     )
-    assert main(["capture", *words]) == 0
+    capture(capsys, words)
     victim = sorted((tmp_path / "math").glob("*.pt"))[0]
     victim.unlink()
     victim.mkdir()
-    done = run(CAPTURE, [*words, "--overwrite=true"])
-    assert done.returncode == 3, done.stderr
-    summary = json.loads(done.stdout)
+    summary = capture(capsys, [*words, "--overwrite=true"], code=3)
     assert (summary["failed"], summary["written"]) == (1, 79)
     assert summary["failures"][0]["reason"]
 
 
-def test_ranks_take_disjoint_samples_and_another_world_completes_the_store(captured: Tiny, tmp_path: Path) -> None:
+def test_ranks_take_disjoint_samples_and_another_world_completes_the_store(
+    captured: Tiny, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = captured.capture_words(math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code")
     first = run(CAPTURE, words, RANK="1", WORLD_SIZE="3")
     assert first.returncode == 0, first.stderr
     one = json.loads(first.stdout)["written"]
     assert 0 < one < 80
-    ranks = [run(CAPTURE, words, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    rest = [json.loads(done.stdout) for done in ranks]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rest = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        rest.append(capture(capsys, words))
     assert one + sum(summary["written"] for summary in rest) == 80
     assert sum(summary["skipped"] for summary in rest) == one
 
 
-def test_a_rank_outside_its_world_is_refused(captured: Tiny) -> None:
-    done = run(CAPTURE, captured.capture_words(), RANK="2", WORLD_SIZE="2")
-    assert done.returncode == 2
-    assert "RANK=2 WORLD_SIZE=2" in done.stderr
+def test_a_rank_outside_its_world_is_refused(captured: Tiny, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["capture", *captured.capture_words()]) == 2
+    assert "RANK=2 WORLD_SIZE=2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
