@@ -31,7 +31,7 @@ def present(codec: str) -> Rows:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            tiny = build(Path(folder))
+            tiny = build(Path(folder), teacher_steps=150)
             assert main(["capture", *tiny.capture_words(teacher_precision="float32", codec=codec)]) == 0
             precise = {"precision": "float32", "teacher_precision": "float32", "eval_every": 0, "save_every": 0}
             assert main(["train", *tiny.train_words(folder, max_steps=STEPS, **precise)]) == 0

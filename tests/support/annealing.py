@@ -18,7 +18,7 @@ SCHEDULES = {"alpha_schedule": "0:0.7,4:0.5,20:0.3", "temp_schedule": "0:1.2,6:1
 
 def make_world(root: Path) -> Tiny:
     """Teacher, texts in two splits and configurations of students (``gpt2.json``, ``llama.json``)."""
-    tiny = build(root)
+    tiny = build(root, teacher_steps=150)
     rows = (root / "lm.jsonl").read_text().splitlines(keepends=True)
     (root / "texts").mkdir()
     (root / "texts" / "train.jsonl").write_text("".join(rows[:48]))
