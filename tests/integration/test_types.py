@@ -71,7 +71,8 @@ def test_a_type_without_a_named_signal_is_refused_with_what_to_say(
 ) -> None:
     assert main(["capture", *tiny.capture_words()]) == 2
     assert "the manifest has chat-2 samples but --signal chat-2=URI is not given" in capsys.readouterr().err
-    assert main(["train", *tiny.train_words(tmp_path / "out")]) == 2
+    (tmp_path / "m.jsonl").write_text('{"path": "not-there.jsonl", "type": "chat-2"}')  # no file of it is opened
+    assert main(["train", *tiny.train_words(tmp_path / "out", dataset_manifest=tmp_path / "m.jsonl")]) == 2
     said = capsys.readouterr().err
     assert "the manifest has chat-2 samples but nothing names their signal" in said
     assert "--signal chat-2=none" in said

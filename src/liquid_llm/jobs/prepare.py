@@ -131,9 +131,7 @@ def prepare_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda 
 
 def find_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda type: True) -> RunData:
     """What a run reads as it stands: nothing is prepared. Raises as ``prepare_run_data`` does."""
-    if config.manifest is None:
-        return RunData()
-    return RunData(_read_entries(config.manifest, wanted, _find_catalog(config), {}))
+    return prepare_run_data(replace(config, prepare="skip", toolkit_uri=None), wanted)
 
 
 def _find_catalog(config: DataConfig) -> Catalog | None:
@@ -255,7 +253,9 @@ def _locked(datasets: Sequence[Dataset]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for shards in sorted(dataset.shards for dataset in datasets):  # one order for all: nobody waits in a circle
-            stack.enter_context(storage.locked(folder / hashlib.sha256(shards.encode()).hexdigest()[:16]))
+            path = folder / hashlib.sha256(shards.encode()).hexdigest()[:16]
+            waiting = f"waiting for process %s, which prepares {shards}"
+            stack.enter_context(storage.locked(path, on_wait=lambda holder, said=waiting: log.info(said, holder)))
         yield
 
 

@@ -31,6 +31,7 @@ from liquid_llm.runtime import (
     torch_dtype,
 )
 from liquid_llm.schedules import StepSchedules
+from liquid_llm.sources import order_types
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
@@ -38,7 +39,7 @@ from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student
-from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers
+from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers, teacher_spec
 from liquid_llm.wiring.tokenizers import TextTools, choose_tokenizer
 from liquid_llm.wiring.tokens import read_token
 
@@ -119,6 +120,8 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         LiquidError: any problem a user can cause.
     """
     config, text, built = basis.config, basis.text, basis.built
+    for type in order_types(entry.type for entry in entries):
+        teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = _read_inputs(config, text, basis.token, entries)
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     schedules = _schedules(config, start)

@@ -122,7 +122,7 @@ def make_teachers(
         strict=config.teacher.hybrid_strict,
         deterministic=config.deterministic,
     )
-    specs = {type: spec for type in inputs.types if (spec := _spec(config, type)) != NONE}
+    specs = {type: spec for type in inputs.types if (spec := teacher_spec(config, type)) != NONE}
     made = {spec: make_teacher(spec, setup) for spec in dict.fromkeys(specs.values())}
     router = TeacherRouter({type: made[spec] for type, spec in specs.items()})
     if not router:
@@ -188,7 +188,7 @@ def _identities(specs: Mapping[str, str], router: TeacherRouter) -> dict[str, An
     return found
 
 
-def _spec(config: RunConfig, type: str) -> str:
+def teacher_spec(config: RunConfig, type: str) -> str:
     """What names the teacher of ``type``; a type beside plain text is not left without one in silence."""
     spec = config.source(type).teacher
     if spec is not None:
