@@ -18,6 +18,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +255,7 @@ def _locked(datasets: Sequence[Dataset]) -> Iterator[None]:
     with ExitStack() as stack:
         for shards in sorted(dataset.shards for dataset in datasets):  # one order for all: nobody waits in a circle
             path = folder / hashlib.sha256(shards.encode()).hexdigest()[:16]
-            waiting = f"waiting for process %s, which prepares {shards}"
-            stack.enter_context(storage.locked(path, on_wait=lambda holder, said=waiting: log.info(said, holder)))
+            stack.enter_context(storage.locked(path, on_wait=partial(log.info, "waiting for process %s to prepare")))
         yield
 
 

@@ -5,9 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liquid_llm.data.texts import (
-    ARTICLE_CHARACTERS,
-    DOCUMENT_CHARACTERS,
-    MAX_DOCUMENT_CHARACTERS,
     text_documents,
     wikitext_articles,
 )
@@ -27,7 +24,7 @@ def test_no_line_of_wikitext_is_lost_or_moved(lines: list[str | None]) -> None:
         if text is not None:
             assert text.startswith(lines[start] or "")
             assert " = A = \n" not in text[1:]
-            assert len(text) < ARTICLE_CHARACTERS + 20_002
+            assert len(text) < 32_768 + 20_002
 
 
 @pytest.mark.parametrize("wikitext", [True, False])
@@ -43,7 +40,7 @@ def test_no_word_of_plain_text_is_lost_and_cuts_are_at_empty_lines(lines: list[s
     made = [text or "" for _, text in text_documents(lines)]
     whole = [line.rstrip() for line in lines]
     assert [line for text in made for line in text.split("\n") if line] == [line for line in whole if line]
-    assert all(len(text) >= DOCUMENT_CHARACTERS - 1 for text in made[:-1])
+    assert all(len(text) >= 8_191 for text in made[:-1])
     for (start, _), (following, _) in zip(
         list(text_documents(lines))[:-1], list(text_documents(lines))[1:], strict=True
     ):
@@ -53,5 +50,5 @@ def test_no_word_of_plain_text_is_lost_and_cuts_are_at_empty_lines(lines: list[s
 def test_a_text_without_any_empty_line_is_still_cut() -> None:
     made = [text or "" for _, text in text_documents(["a line of words\n"] * 200_000)]
     assert len(made) == 4
-    assert all(len(text) <= MAX_DOCUMENT_CHARACTERS + 16 for text in made)
+    assert all(len(text) <= 2**20 + 16 for text in made)
     assert "\n".join(made) + "\n" == "a line of words\n" * 200_000

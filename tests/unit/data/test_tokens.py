@@ -20,6 +20,7 @@ from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm.data.records import RecordFiles, stable_sample_id
 from liquid_llm.data.tokens import TokenDataset, build_token_dataset, is_held_out, split, tokenize
+from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, StorageError
 
 TOKENIZER = tiny_tokenizer()
@@ -226,6 +227,29 @@ def test_the_layout_a_type_has_by_itself_is_not_said(tmp_path: Path) -> None:
         metas = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob(f"{type}-*/meta.json")]
         assert [meta.get("layout") for meta in metas].count(None) == 1
         assert {meta.get("layout") for meta in metas} <= {None, "samples" if type == "lm" else "blocks"}
+
+
+class Fixed:
+    """Two records that are known by plain values alone."""
+
+    type: str = "lm"
+    identity: object = ["file", 3]
+    fraction_read = 1.0
+
+    def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
+        return enumerate(TextRecord(text, "lm", text) for text in ("one two", "three four"))
+
+    def location(self, number: int) -> str:
+        return str(number)
+
+
+def test_the_names_of_caches_are_pinned(tmp_path: Path) -> None:
+    # caches of earlier releases are found by them
+    for framing, layout in ((1, None), (1, "blocks"), (2, None), (1, "samples")):
+        tokenize(Fixed(), TOKENIZER, "hash", tmp_path, eos_id=0, framing=framing, layout=layout)
+    names = sorted(path.name for path in tmp_path.glob("lm-*"))
+    first, second, samples = "de4c04dff003484d38b8c014", "f231b21a83ccab57cd1bd491", "9967f4069e8d449e7aef8581"
+    assert names == sorted(f"lm-{digest}" for digest in (first, second, samples))
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:

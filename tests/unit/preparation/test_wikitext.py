@@ -12,13 +12,14 @@ from tests.support.tokenizers import tiny_tokenizer
 from liquid_llm.data.blocks import TokenStream
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.records import read_records
-from liquid_llm.data.texts import ARTICLE_CHARACTERS
 from liquid_llm.data.tokens import build_token_dataset
 from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.preparation.dataset import input_files, prepare
 
 TOKENIZER = tiny_tokenizer()
-LONG = " \n = Long article = \n \n" + " A line of an article that goes on . \n" * (3 * ARTICLE_CHARACTERS // 38)
+LONG = (
+    " \n = Long article = \n \n" + " A line of an article that goes on . \n" * 2600
+)  # 98,800 characters: three articles
 
 
 def as_published(raw: str) -> list[str]:
