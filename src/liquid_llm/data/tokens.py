@@ -197,7 +197,7 @@ def tokenize(
                 with storage.publish_folder(directory, alone=True) as fresh:
                     token_dtype = "<u2" if max(eos_id, *tokenizer.get_vocab().values()) < 2**16 else "<u4"
                     with TokenWriter(fresh, source.type, token_dtype, source.location, framing, layout) as writer:
-                        _write(writer, source, tokenizer, eos_id if source.type != "lm" else None, progress)
+                        _write(writer, source, tokenizer, eos_id if layout == "samples" else None, progress)
                         meta = writer.finish()
                 left_out = "%s: left out %d records under two tokens and %d that repeat another"
                 if meta.num_short or meta.num_repeated:

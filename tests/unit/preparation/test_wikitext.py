@@ -17,9 +17,8 @@ from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.preparation.dataset import input_files, prepare
 
 TOKENIZER = tiny_tokenizer()
-LONG = (
-    " \n = Long article = \n \n" + " A line of an article that goes on . \n" * 2600
-)  # 98,800 characters: three articles
+LINES = "".join(f" Line {n:04} of an article that goes on . \n" for n in range(2600))  # 101,400 characters
+LONG = f" \n = Long article = \n \n{LINES}"
 
 
 def as_published(raw: str) -> list[str]:
@@ -49,6 +48,7 @@ def test_a_named_dataset_and_a_download_give_the_same_token_stream(
         assert "".join(texts) == "".join(row or "\n" for row in as_published(raw)).lstrip("\n")
         streams = [TokenStream(one, 0) for one in (named, prepared)]
         assert streams[0].read(0, 10**6).tolist() == streams[1].read(0, 10**6).tolist()
+        assert len(texts) == {WIKITEXT: 2, LONG: 4}[raw]
     else:
         kept = list(dict.fromkeys(TOKENIZER.decode(named.input_ids(n)) for n in range(len(named))))
         assert [TOKENIZER.decode(prepared.input_ids(n)) for n in range(len(prepared))] == kept
