@@ -109,9 +109,8 @@ class _Found:
 
 def _training(config: RunConfig, card: Card, price: object) -> _Found:
     token = read_token(config.teacher)
-    teacher = None
-    if config.teacher.online_id is not None:
-        teacher = _configuration(config.teacher.online_id, token)
+    asked = next(iter(config.source.online), config.teacher.online_id)
+    teacher = None if asked is None else _configuration(asked, token)
     student = _student(config, teacher, token)
     models = Models(
         student,
