@@ -14,64 +14,13 @@ Gradients, with p = softmax of the student, m = 1 where there is a signal and u 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from liquid_llm.data.types import IGNORE_INDEX
+from liquid_llm.losses._sources import DenseRows
 from liquid_llm.losses.divergences import SliceGradient, Softmax, SparseRows, get_divergence
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import OutputHead
-
-
-class LabelledRows:
-    """The rows with a label.
-
-    Args:
-        labels: [rows] int64.
-        all_labelled: the caller knows that each row has one. Otherwise the host waits for the device to count them.
-
-    Attributes:
-        count: how many there are.
-        labels: theirs, [count].
-        indices: their places, [count]; None where all rows are labelled, which are then taken as they lie.
-    """
-
-    def __init__(self, labels: Tensor, *, all_labelled: bool) -> None:
-        self.indices: Tensor | None = None
-        if not all_labelled:
-            indices = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-            self.indices = None if indices.shape[0] == labels.shape[0] else indices
-        self.labels = self.take(labels)
-        self.count = self.labels.shape[0]
-
-    def take(self, tensor: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Labelled rows ``start`` to ``stop`` of ``tensor`` [rows, ...]: a view where all are labelled."""
-        return tensor[start:stop] if self.indices is None else tensor[self.indices[start:stop]]
-
-    def put(self, values: Tensor, into: Tensor, start: int, stop: int) -> None:
-        """Write labelled rows ``start`` to ``stop`` of ``into`` [rows, ...]."""
-        if self.indices is None:
-            into[start:stop] = values
-        else:
-            into[self.indices[start:stop]] = values
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """A teacher's logits for a slice: raw ones with the head that finishes them, or stored ones with ``head`` None.
-
-    Attributes:
-        raw: [rows, shared vocab]; overwritten when it is in the dtype of the softmax.
-        head: whose scale and soft-cap apply, or None.
-        mask: [rows] bool, or None where every row has a signal.
-    """
-
-    raw: Tensor
-    head: OutputHead | None
-    mask: Tensor | None
-
 
 # Sums of exponentials between these are exact enough without a shift, in float32 too: what underflows is below 1e-18 of
 # the sum, and products with differences of logits do not overflow.

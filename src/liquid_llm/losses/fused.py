@@ -19,12 +19,12 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses._rows import LabelledRows, RowLoss
-from liquid_llm.losses._sources import DenseSource, LogitsSource, SparseSource, TeacherSource
+from liquid_llm.losses._rows import RowLoss
+from liquid_llm.losses._sources import DenseSource, LabelledRows, open_source
 from liquid_llm.losses.objective import CROSS_ENTROPY, Objective
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.products import HeadGradient, HeadProducts
-from liquid_llm.losses.signals import DenseSignal, LogitsSignal, LossOutput, OutputHead, Signal
+from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal
 
 
 def fused_loss(
@@ -114,9 +114,6 @@ class _Job:
     plan: LossPlan
     all_labelled: bool
 
-    def products(self, head: OutputHead, hidden: Tensor) -> HeadProducts:
-        return HeadProducts(head, hidden.dtype, self.plan.product)
-
 
 @dataclass(frozen=True)
 class _Result:
@@ -168,7 +165,7 @@ def _compute(job: _Job, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> _Res
     """Value and wanted gradients (of hidden, weight and bias) of the loss; that of ``hidden`` is still float32."""
     rows = LabelledRows(job.labels, all_labelled=job.all_labelled)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        student = job.products(job.head, hidden)
+        student = HeadProducts(job.head, hidden.dtype, job.plan.product)
         hidden_gradient = None
         if wanted[0]:
             make = torch.empty_like if rows.indices is None else torch.zeros_like
@@ -192,23 +189,24 @@ def _run_chunks(
     """Sums [4] of loss, CE, KL and L2; the gradients given are filled."""
     plan, dtype = job.plan, student.dtype
     with_grad = hidden_gradient is not None or head_gradient is not None
-    teacher = _source(job, job.signal, rows, dtype)
-    old = None if job.reference is None else _dense_source(job, job.reference, rows)
+    vocab_size = job.head.vocab_size
+    teacher = open_source(job.signal, rows, vocab_size, plan, dtype)
+    old = None if job.reference is None else DenseSource(job.reference, rows, vocab_size, plan)
     row_loss = RowLoss(job.head, job.objective, dtype=dtype, with_grad=with_grad, looks=plan.looks)
-    raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), job.head.vocab_size, dtype=dtype)
+    raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), vocab_size, dtype=dtype)
     values = hidden.new_empty(4, rows.count, dtype=dtype)
     for start in range(0, rows.count, plan.chunk_tokens):
         stop = min(start + plan.chunk_tokens, rows.count)
         states = rows.take(hidden, start, stop).to(student.operand_dtype)
         logits = student.raw_logits(states, out=raw[: stop - start])
         for source in (teacher, old):
-            if source is not None:
+            if isinstance(source, DenseSource):
                 source.load(start, stop)
-        for first in range(0, stop - start, plan.slice_tokens):
-            last = min(first + plan.slice_tokens, stop - start)
-            values[:, start + first : start + last] = row_loss(
-                logits[first:last],
-                rows.labels[start + first : start + last],
+        for first in range(start, stop, plan.slice_tokens):
+            last = min(first + plan.slice_tokens, stop)
+            values[:, first:last] = row_loss(
+                logits[first - start : last - start],
+                rows.labels[first:last],
                 None if teacher is None else teacher.slice(first, last),
                 None if old is None else old.slice(first, last),
             )
@@ -221,24 +219,3 @@ def _run_chunks(
         if head_gradient is not None:
             head_gradient.add(logits, operand, states)
     return values.sum(dim=1)
-
-
-def _dense_source(job: _Job, signal: DenseSignal, rows: LabelledRows) -> DenseSource:
-    return DenseSource(
-        signal,
-        rows,
-        chunk_tokens=job.plan.chunk_tokens,
-        vocab_size=job.head.vocab_size,
-        product=job.plan.product,
-    )
-
-
-def _source(job: _Job, signal: Signal | None, rows: LabelledRows, dtype: torch.dtype) -> TeacherSource | None:
-    """Where the teacher's rows come from, its vocabulary cut to the student's; None without a signal."""
-    if signal is None:
-        return None
-    if isinstance(signal, DenseSignal):
-        return _dense_source(job, signal, rows)
-    if isinstance(signal, LogitsSignal):
-        return LogitsSource(signal, rows, job.head.vocab_size)
-    return SparseSource(signal, rows, dtype)

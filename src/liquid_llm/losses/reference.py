@@ -35,17 +35,7 @@ def reference_loss(
 ) -> LossOutput:
     """Composite distillation loss, summed over labelled positions.
 
-    Args:
-        hidden: [positions, hidden], the student's states right before its output head.
-        head: the student's output head.
-        labels: [positions] int64, already shifted; rows with ``IGNORE_INDEX`` contribute nothing.
-        signal: what the teacher says of each row of ``hidden``, or None for plain cross-entropy.
-        objective: alpha, T, gamma and the divergence.
-        reference: hidden states and head of the frozen student, aligned with ``hidden``, or None for no L2 term.
-
-    Raises:
-        ValueError: arguments that do not fit together.
-        UsageError: a sparse signal that holds at another temperature.
+    Arguments and what they raise are those of ``fused_loss``.
     """
     check_arguments(hidden, head, labels, signal=signal, objective=objective, reference=reference)
     alpha, temperature = objective.alpha, objective.temperature
@@ -95,16 +85,7 @@ def measure(
         has_signal = signal.mask[rows]
     # Rows without a record may hold anything: not even a NaN of theirs may reach the sum or a gradient.
     if isinstance(signal, SparseSignal):
-        weights = torch.where(has_signal.unsqueeze(1), signal.weights[rows].to(dtype), 0.0)
-        used = weights > 0
-        clean = SparseRows(
-            ids=torch.where(used, signal.ids[rows], 0),
-            weights=torch.where(used, weights, 0.0),
-            log_probs=torch.where(used, signal.log_probs[rows].to(dtype), 0.0),
-            tail_mass=torch.where(has_signal, signal.tail_mass[rows].to(dtype), 0.0),
-            mask=has_signal,
-            any_tail=True,
-        )
+        clean = SparseRows.of(signal, lambda tensor: tensor[rows], dtype)
         return divergence.plain_sparse(student_log_probs, clean), has_signal
     if isinstance(signal, DenseSignal):
         logits = _logits(signal.hidden[rows], signal.head, dtype).detach()

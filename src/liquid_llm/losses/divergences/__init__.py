@@ -9,6 +9,7 @@ without a signal are not its business.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from liquid_llm import registry
 from liquid_llm.errors import UsageError
+from liquid_llm.losses.signals import SparseSignal
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,21 @@ class SparseRows:
     tail_mass: Tensor
     mask: Tensor | None
     any_tail: bool
+
+    @staticmethod
+    def of(signal: SparseSignal, take: Callable[[Tensor], Tensor], dtype: torch.dtype) -> SparseRows:
+        """The rows of ``signal`` that ``take`` chooses of each of its tensors, floating numbers in ``dtype``."""
+        mask = take(signal.mask)
+        weights = torch.where(mask.unsqueeze(1), take(signal.weights).to(dtype), 0.0)
+        used = weights > 0
+        return SparseRows(
+            ids=torch.where(used, take(signal.ids), 0),
+            weights=torch.where(used, weights, 0.0),
+            log_probs=torch.where(used, take(signal.log_probs).to(dtype), 0.0),
+            tail_mass=torch.where(mask, take(signal.tail_mass).to(dtype), 0.0),
+            mask=None if signal.num_signal == signal.num_positions else mask,
+            any_tail=signal.any_tail is not False,
+        )
 
     def slice(self, start: int, stop: int) -> SparseRows:
         """Rows ``start`` to ``stop``."""
