@@ -8,13 +8,13 @@ is what a teacher computed for them: a GPU's memory is for training.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
 import torch
 
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.device import is_out_of_memory, release_memory
 from liquid_llm.distributed import Engine
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import Signal
@@ -38,10 +38,8 @@ class Score:
     num_signal: int = 0
     num_teacher: int = 0
 
-    def __iadd__(self, other: Score) -> Score:
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        return self
+    def __add__(self, other: Score) -> Score:
+        return Score(*map(operator.add, astuple(self), astuple(other)))
 
     def sum_over(self, engine: Engine) -> Score:
         """The same of all ranks together."""
@@ -101,15 +99,15 @@ class Evaluator:
         }
         scores = {
             length: {type: score.sum_over(self.engine) for type, score in by_type.items()}
-            for length, by_type in self._scores(student, own).items()
+            for length, by_type in self._score(student, own).items()
         }
-        row = self._summary(scores[self.block_size], "")
+        row = _summarise(scores[self.block_size], "")
         row["by_type"] = {
-            kind: _without_none({"val_loss": one.val_loss, "val_kd": one.val_kd, "positions": one.num_positions})
-            for kind, one in scores[self.block_size].items()
+            type: _without_none({"val_loss": one.val_loss, "val_kd": one.val_kd, "positions": one.num_positions})
+            for type, one in scores[self.block_size].items()
         }
         for length in self.context_lengths:
-            row.update(self._summary(scores[length], f"@{length}"))
+            row.update(_summarise(scores[length], f"@{length}"))
         return row
 
     def probe(self, student: Student) -> None:
@@ -119,59 +117,53 @@ class Evaluator:
             LiquidError: whatever an evaluation would have ended with, hours later.
         """
         largest = {
-            length: {kind: [max(batches, key=lambda one: one.padded_tokens)] for kind, batches in by_type.items()}
+            length: {type: [max(batches, key=lambda one: one.padded_tokens)] for type, batches in by_type.items()}
             for length, by_type in self.sets.items()
         }
-        self._scores(student, largest)
+        self._score(student, largest)
 
-    def _scores(
+    def _score(
         self, student: Student, sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
     ) -> dict[int, dict[str, Score]]:
+        """The sums of each length and type, without dropout or gradients."""
         training = student.model.training
         student.model.eval()
         try:
             with torch.no_grad():
-                return {length: self._score_types(student, by_type) for length, by_type in sets.items()}
+                return {
+                    length: {
+                        type: sum((self._score_batch(student, one) for one in batches), Score())
+                        for type, batches in by_type.items()
+                    }
+                    for length, by_type in sets.items()
+                }
         finally:
             student.model.train(training)
 
-    def _score_types(self, student: Student, by_type: Mapping[str, Sequence[MicroBatch]]) -> dict[str, Score]:
-        scores = {}
-        for kind, batches in by_type.items():
-            total = Score()
-            for batch in batches:
-                total += self._score_batch(student, batch)
-            scores[kind] = total
-        return scores
-
     def _score_batch(self, student: Student, batch: MicroBatch) -> Score:
         """Score a batch in as many passes as its memory asks for."""
-        prepared = self._prepare(batch)
-        while True:
-            total = Score()
-            for part, positions in self.passes.parts(batch):
-                try:
-                    # The batches live as long as the evaluator, so their identity is a safe key.
-                    key = (id(batch), positions.start, positions.stop)
-                    part_prepared = None if prepared is None else prepared.part(positions)
-                    total += self._score_part(student, key, part, part_prepared)
-                    continue
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                break
-            else:
-                return total
-            for key in [one for one in self._kept if one[0] == id(batch)]:  # of passes that will not come again
-                self._cached_bytes -= self._kept.pop(key).nbytes
-            release_memory(student.device)
-            self.passes.cut(part, where="evaluation", consumers=self.consumers())
+        passes = self.passes.run(
+            [(batch, self._prepare(batch))],
+            lambda part, positions, prepared: self._score_part(student, batch, part, positions, prepared),
+            lambda: self._forget(batch),
+            device=student.device,
+            where="evaluation",
+            consumers=self.consumers,
+        )
+        return sum(passes, Score())
+
+    def _forget(self, batch: MicroBatch) -> None:
+        """Give up what was kept of a batch: its passes will not come again."""
+        for key in [one for one in self._kept if one[0] == id(batch)]:
+            self._cached_bytes -= self._kept.pop(key).nbytes
 
     def _score_part(
-        self, student: Student, key: tuple[int, int, int], part: MicroBatch, prepared: Prepared | None
+        self, student: Student, batch: MicroBatch, part: MicroBatch, positions: slice, prepared: Prepared | None
     ) -> Score:
+        # The batches live as long as the evaluator, so their identity is a safe key.
+        key = (id(batch), positions.start, positions.stop)
         part = part.to(student.device)
-        signal = self._signal(key, part, prepared)
+        signal = self._signal(key, part, None if prepared is None else prepared.part(positions))
         output = student(part, signal, MEASURED)
         score = Score(float(output.ce), float(output.kd), 0.0, output.num_positions, output.num_signal, 0)
         teacher_ce = None if signal is None else self._teacher_loss(key, part, signal)
@@ -180,7 +172,7 @@ class Evaluator:
         return score
 
     def _prepare(self, batch: MicroBatch) -> Prepared | None:
-        """What the teacher's word on a batch is made from; None where it is not asked."""
+        """What the teacher's answer for a batch is made from; None where it is not asked."""
         if self.router is None or not self.router.answers(batch.type, MEASURED.temperature):
             return None
         return self.router.prepare(batch, MEASURED.temperature)
@@ -205,18 +197,18 @@ class Evaluator:
             self._teacher_ce[key] = self.router[part.type].own_loss(part, signal)
         return self._teacher_ce[key]
 
-    def _summary(self, scores: Mapping[str, Score], suffix: str) -> dict[str, object]:
-        total = Score()
-        for one in scores.values():
-            total += one
-        return _without_none(
-            {
-                f"val_loss_student{suffix}": total.val_loss,
-                f"val_ppl_student{suffix}": math.exp(min(total.val_loss, 700.0)),
-                f"val_kd{suffix}": total.val_kd,
-                f"val_loss_teacher{suffix}": total.val_loss_teacher,
-            }
-        )
+
+def _summarise(scores: Mapping[str, Score], suffix: str) -> dict[str, object]:
+    """The figures of one length over all types, their names with ``suffix``."""
+    total = sum(scores.values(), Score())
+    return _without_none(
+        {
+            f"val_loss_student{suffix}": total.val_loss,
+            f"val_ppl_student{suffix}": math.exp(min(total.val_loss, 700.0)),
+            f"val_kd{suffix}": total.val_kd,
+            f"val_loss_teacher{suffix}": total.val_loss_teacher,
+        }
+    )
 
 
 def _without_none(row: dict[str, object]) -> dict[str, object]:

@@ -10,14 +10,21 @@ rounding. Cuts are remembered (``max_tokens`` is kept in checkpoints), so that a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 
 from liquid_llm.data.types import MicroBatch
+from liquid_llm.device import is_out_of_memory, release_memory
 from liquid_llm.errors import DeviceError
 from liquid_llm.losses.signals import Signal
 
 log = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 SignalOf = Callable[[MicroBatch, slice], "Signal | None"]
 """The teacher signal of a part of a micro-batch: its rows, and which labelled positions of the whole they hold."""
@@ -42,6 +49,46 @@ class PassLimit:
         passes = -(-num_rows // max(1, self.max_tokens // time))
         for number in range(passes):
             yield batch.rows(number * num_rows // passes, (number + 1) * num_rows // passes)
+
+    def run(
+        self,
+        batches: Sequence[tuple[MicroBatch, Given]],
+        compute: Callable[[MicroBatch, slice, Given], Result],
+        undo: Callable[[], None],
+        *,
+        device: torch.device,
+        where: str,
+        consumers: Callable[[], str],
+    ) -> list[Result]:
+        """What ``compute`` makes of each pass of ``batches``, in order; passes are cut until they fit into memory.
+
+        One that failed may have left part of its work behind, so after a cut all passes are computed anew.
+
+        Args:
+            batches: each with what ``compute`` is given beside the pass and its labelled positions.
+            undo: takes back what was computed.
+            device: where the memory ran out.
+            where, consumers: as for ``cut``.
+
+        Raises:
+            DeviceError: a single row does not fit.
+        """
+        while True:
+            done: list[Result] = []
+            for part, positions, given in ((*one, given) for batch, given in batches for one in self.parts(batch)):
+                try:
+                    done.append(compute(part, positions, given))
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                break
+            else:
+                return done
+            done.clear()
+            undo()
+            release_memory(device)
+            self.cut(part, where=where, consumers=consumers())
 
     def cut(self, part: MicroBatch, *, where: str, consumers: str) -> None:
         """Halve the passes as large as ``part``, which ran out of memory.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.device import is_out_of_memory, release_memory
+from liquid_llm.device import is_out_of_memory
 from liquid_llm.distributed import Engine
 from liquid_llm.errors import CheckpointError, DeviceError, NumericalError
 from liquid_llm.losses.fused import fused_loss
@@ -212,46 +212,27 @@ class Trainer:
     def _add_gradients(
         self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues, num_positions: int
     ) -> list[ScoredBatch]:
-        """Losses of this rank's micro-batches, their gradients added up; passes are cut until they fit into memory.
-
-        A pass that failed may have left part of its gradient behind, so the step's gradients are formed anew.
+        """Losses of this rank's micro-batches, their gradients added up.
 
         Args:
             num_positions: labelled positions of the whole step.
         """
-        while True:
-            scored: list[ScoredBatch] = []
-            for part, signal_of, positions in self._passes(drawn):
-                try:
-                    output = self._pass(part, signal_of, positions, values, num_positions)
-                    scored.append(ScoredBatch(part, output))
-                    continue
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                break
-            else:
-                return scored
-            scored.clear()
-            self.optimizer.zero_grad(set_to_none=True)
-            release_memory(self.student.device)
-            self.progress.passes.cut(part, where=f"step {self.progress.step}", consumers=self.consumers())
 
-    def _pass(
-        self, part: MicroBatch, signal_of: SignalOf | None, positions: slice, values: StepValues, num_positions: int
-    ) -> LossOutput:
-        part = part.to(self.student.device)
-        signal = None if signal_of is None else signal_of(part, positions)
-        output: LossOutput = self.student(part, signal, values.objective(part.type))
-        (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]
-        return output
+        def compute(part: MicroBatch, positions: slice, signal_of: SignalOf | None) -> ScoredBatch:
+            on_device = part.to(self.student.device)
+            signal = None if signal_of is None else signal_of(on_device, positions)
+            output: LossOutput = self.student(on_device, signal, values.objective(part.type))
+            (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]
+            return ScoredBatch(part, output)
 
-    def _passes(
-        self, drawn: list[tuple[MicroBatch, SignalOf | None]]
-    ) -> Iterator[tuple[MicroBatch, SignalOf | None, slice]]:
-        for batch, signal_of in drawn:
-            for part, positions in self.progress.passes.parts(batch):
-                yield part, signal_of, positions
+        return self.progress.passes.run(
+            drawn,
+            compute,
+            lambda: self.optimizer.zero_grad(set_to_none=True),
+            device=self.student.device,
+            where=f"step {self.progress.step}",
+            consumers=self.consumers,
+        )
 
     def _update(self) -> None:
         try:
