@@ -198,6 +198,19 @@ def test_a_new_input_at_the_end_costs_only_itself(three: Dataset, tmp_path: Path
     assert marker["counts"]["repeated"] == 5 + 5 + 5
 
 
+def test_what_an_earlier_release_made_of_an_input_is_gone_on_from(three: Dataset, tmp_path: Path) -> None:
+    """Its markers count one thing more: pieces that were left out on purpose."""
+    run(three)
+    before = modified(tmp_path / "out")
+    for path in (tmp_path / "out/_prepared/a").glob("*.json"):
+        marker = json.loads(path.read_text())
+        path.write_text(json.dumps({**marker, "counts": {**marker["counts"], "left_out": 3}}))
+    assert (read_complete(three) or {})["counts"]["left_out"] == 3
+    put(tmp_path, **{"3_jsonl": jsonl(ROWS[55:60])})
+    assert run(three)["counts"]["records"] == 55
+    assert before.items() <= modified(tmp_path / "out").items()
+
+
 def test_a_changed_input_is_prepared_anew_and_nothing_stale_is_left(three: Dataset, tmp_path: Path) -> None:
     run(three)
     before = modified(tmp_path / "out")

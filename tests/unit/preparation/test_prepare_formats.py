@@ -184,10 +184,11 @@ def test_a_line_without_end_is_a_reject(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_zip_that_lies_about_its_members_is_refused(tmp_path: Path) -> None:
     good = zipped({"a.jsonl": jsonl([{"text": "words"}])})
-    offset = good.index(b"PK\x01\x02") + 42  # of the member, in the directory
-    for wrong in (b"\xf0\xff\xff\xff", b"\x07\x00\x00\x00"):
+    member, directory = good.index(b"PK\x01\x02") + 42, len(good) - 22 + 16  # where their offsets stand
+    for position, offset in ((member, 2**32 - 16), (member, 7), (directory, 2 * len(good))):
+        lying = good[:position] + offset.to_bytes(4, "little") + good[position + 4 :]
         with pytest.raises(DataError, match=r"a\.zip: the input cannot be read to its end"):
-            read(tmp_path / "a.zip", good[:offset] + wrong + good[offset + 4 :])
+            read(tmp_path / "a.zip", lying)
     nameless = zipped({"": b"x", "a.jsonl": jsonl([{"text": "words"}])})
     assert texts(read(tmp_path / "a.zip", nameless)) == ["words"]
 
