@@ -178,6 +178,11 @@ class RunConfig:
     source: Sources
     given: Mapping[str, object]
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest row that is trained or evaluated on."""
+        return max(self.data.block_size, *self.evaluation.context_lengths, 0)
+
 
 @dataclass(frozen=True)
 class StoreConfig:

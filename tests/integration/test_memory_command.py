@@ -189,6 +189,18 @@ def test_a_gpu_may_be_named_where_none_is(teacher: Path, capsys: pytest.CaptureF
         assert named["prediction"] == unnamed["prediction"]
 
 
+def test_a_teacher_counts_however_it_is_named(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--student=llama-test", "--block_size=64", "--gpu_memory=8GiB"]
+    _, without, _ = ask(capsys, *words, f"--student={teacher}")
+    code, named, _ = ask(capsys, *words, f"--lm_teacher_id={teacher}")
+    assert code == 0
+    for signal in (f"lm=online:{teacher}", f"essays=online:{teacher}"):
+        assert ask(capsys, *words, f"--signal={signal}")[1]["prediction"] == named["prediction"]
+    assert named["prediction"]["peak_bytes"] > without["prediction"]["peak_bytes"]
+    _, stored, _ = ask(capsys, "capture", f"--mc_teacher_id={teacher}", "--signal=essays=anywhere", "--gpu_memory=8GiB")
+    assert stored["prediction"]["peak_bytes"] > 0
+
+
 def test_a_micro_batch_beyond_reason_is_refused_at_once(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--student=llama-test", f"--lm_teacher_id={teacher}", "--batch_size=100000", "--block_size=512"]
     code, _, err = ask(capsys, *words)

@@ -26,13 +26,11 @@ from liquid_llm.memory import (
     available_bytes,
     predict_training,
 )
-from liquid_llm.models.loading import open_config
-from liquid_llm.models.sources import resolve
-from liquid_llm.models.student import PRESETS, file_config, student_config
+from liquid_llm.models.student import PRESETS, student_config
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
 from liquid_llm.wiring.fitting import judge, judge_capture, memory_cache, resolve_auto
-from liquid_llm.wiring.shapes import Models, nominal_shape, stored_codec, with_positions
+from liquid_llm.wiring.shapes import Models, nominal_shape, open_shape, open_teachers, stored_codec, with_positions
 from liquid_llm.wiring.tokens import read_token
 
 _L4_BYTES = 22 * 2**30  # 24 GB less what the context takes
@@ -109,21 +107,17 @@ class _Found:
 
 def _training(config: RunConfig, card: Card, price: object) -> _Found:
     token = read_token(config.teacher)
-    asked = next(iter(config.source.online), config.teacher.online_id)
-    teacher = None if asked is None else _configuration(asked, token)
-    student = _student(config, teacher, token)
-    models = Models(
-        student,
-        None if teacher is None else ModelShape.of(teacher, _dtype(config.teacher.precision, card)),
-        _dtype(config.student.precision, card),
-        _vocab_size(teacher) if teacher is not None else _vocab_of(student),
-        stored_codec(config),
-    )
-    cache = memory_cache()
-    settled, choices = resolve_auto(config, models, card.bytes, card.kind, cache=cache)
+    teacher, held_bytes = open_teachers(config, _dtype(config.teacher.precision, card), token, None)
+    named = config.teacher.online_id  # one that is asked nothing still says whose tokenizer it is
+    speaker = teacher if teacher is not None or named is None else open_shape(named, "float32", token)
+    student = _student(config, speaker, token)
+    compute_dtype, vocab_size = _dtype(config.student.precision, card), _vocab_size(speaker or student)
+    models = Models(student, teacher, compute_dtype, vocab_size, stored_codec(config), held_bytes)
+    cache, free = memory_cache(), card.bytes - held_bytes
+    settled, choices = resolve_auto(config, models, free, card.kind, cache=cache)
     shape = nominal_shape(settled, models, card.kind)
     prediction = predict_training(shape, cache)
-    fit = judge(settled, shape, prediction, card.bytes, cache)
+    fit = judge(settled, shape, prediction, free, cache)
     assert fit.verdict is not None
     notes = []
     if price is not None:
@@ -135,10 +129,10 @@ def _training(config: RunConfig, card: Card, price: object) -> _Found:
 def _capture(config: CaptureConfig, card: Card) -> _Found:
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
-    teacher = _configuration(teacher_id, read_token(config.teacher))
+    teacher = open_shape(teacher_id, _dtype(config.teacher.precision, card), read_token(config.teacher))
     codec = codec_of(config.store)
     shape = CaptureShape(
-        teacher=ModelShape.of(teacher, _dtype(config.teacher.precision, card)),
+        teacher=teacher,
         rows=config.data.batch_size,
         time=config.data.seq_len,
         vocab_size=_vocab_size(teacher),
@@ -161,21 +155,11 @@ def _dtype(requested: str, card: Card) -> str:
     return choose_dtype(requested, card.kind).value
 
 
-def _configuration(model_id: str, token: str | None) -> Any:
-    if model_id.endswith(".json"):
-        return file_config(model_id)
-    return open_config(resolve(model_id, token=token), model_id, token)
+def _vocab_size(model: ModelShape) -> int:
+    return int(model.config.get("vocab_size") or model.config["text_config"]["vocab_size"])
 
 
-def _vocab_size(config: Any) -> int:
-    return int(config.get_text_config(decoder=True).vocab_size)
-
-
-def _vocab_of(student: ModelShape) -> int:
-    return int(student.config.get("vocab_size") or student.config["text_config"]["vocab_size"])
-
-
-def _student(config: RunConfig, teacher: Any, token: str | None) -> ModelShape:
+def _student(config: RunConfig, teacher: ModelShape | None, token: str | None) -> ModelShape:
     """The student that is named, else the one that is resumed."""
     uri = config.student.resume_uri
     if uri not in (None, NOWHERE) and "student" not in config.given:
@@ -187,8 +171,7 @@ def _student(config: RunConfig, teacher: Any, token: str | None) -> ModelShape:
             where=f"--student={spec}",
             remedy="name a teacher, or a model or config.json as --student",
         )
-    own = 0 if teacher is not None else _vocab_size(_configuration(spec, token))
-    vocab_size = own or _vocab_size(teacher)
+    vocab_size = _vocab_size(teacher or open_shape(spec, "float32", token))
     made = student_config(spec, vocab_size=vocab_size, bos_id=0, eos_id=0, token=token)
     return ModelShape.of(with_positions(made, config))
 

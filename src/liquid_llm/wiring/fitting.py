@@ -206,14 +206,10 @@ def _take_decided(config: RunConfig, decided: Mapping[str, Any]) -> tuple[RunCon
 
 def _with(config: RunConfig, **values: Any) -> RunConfig:
     """``config`` with ``batch_size``, ``grad_accum`` or ``grad_checkpoint`` set."""
-    data, optimizer, student = config.data, config.optimizer, config.student
-    if "batch_size" in values:
-        data = replace(data, batch_size=values["batch_size"])
-    if "grad_accum" in values:
-        optimizer = replace(optimizer, grad_accum=values["grad_accum"])
-    if "grad_checkpoint" in values:
-        student = replace(student, grad_checkpoint=values["grad_checkpoint"])
-    return replace(config, data=data, optimizer=optimizer, student=student)
+    groups = {"batch_size": "data", "grad_accum": "optimizer", "grad_checkpoint": "student"}
+    for name, value in values.items():
+        config = replace(config, **{groups[name]: replace(getattr(config, groups[name]), **{name: value})})
+    return config
 
 
 def _choose_checkpointing(

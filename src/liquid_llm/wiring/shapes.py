@@ -22,7 +22,7 @@ from liquid_llm.memory.cache import remember_config
 from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
-from liquid_llm.models.student import student_config
+from liquid_llm.models.student import file_config, student_config
 from liquid_llm.runtime import choose_dtype
 from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import read_store_file
@@ -79,19 +79,30 @@ def known_models(
             token=token,
         )
         student = ModelShape.of(with_positions(made, config))
-    dtype = choose_dtype(config.teacher.precision, device).value
-    teachers = [_open_shape(model_id, dtype, token, cache) for model_id in config.source.online]
-    held_bytes = 0
-    if len(teachers) > 1:
-        sizes = [weight_bytes(teacher) for teacher in teachers]
-        teachers = [teachers[sizes.index(max(sizes))]]
-        held_bytes = sum(sizes) - max(sizes)
+    teacher, held_bytes = open_teachers(config, choose_dtype(config.teacher.precision, device).value, token, cache)
     compute_dtype = choose_dtype(config.student.precision, device).value
-    teacher = teachers[0] if teachers else None
     return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config), held_bytes)
 
 
-def _open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None) -> ModelShape:
+def open_teachers(
+    config: RunConfig, dtype: str, token: str | None, cache: Path | None
+) -> tuple[ModelShape | None, int]:
+    """The largest online teacher, or None, and the bytes of the others' weights.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    teachers = [open_shape(model_id, dtype, token, cache) for model_id in config.source.online]
+    if len(teachers) < 2:
+        return next(iter(teachers), None), 0
+    sizes = [weight_bytes(teacher) for teacher in teachers]
+    return teachers[sizes.index(max(sizes))], sum(sizes) - max(sizes)
+
+
+def open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None = None) -> ModelShape:
+    """A model from its configuration: that of its id, or a ``.json`` file itself."""
+    if model_id.endswith(".json"):
+        return ModelShape.of(file_config(model_id), dtype)
     source = resolve(model_id, token=token)
 
     def read() -> Mapping[str, Any]:
@@ -103,7 +114,7 @@ def _open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None
 
 def with_positions(student: Any, config: RunConfig) -> Any:
     """A student's configuration with the positions that it is going to be given: a learned table has a row for each."""
-    longest = max(config.data.block_size, *config.evaluation.context_lengths, 0)
+    longest = config.longest_context
     text = student.get_text_config(decoder=True)
     if (getattr(text, "max_position_embeddings", None) or longest) < longest:
         text.max_position_embeddings = longest

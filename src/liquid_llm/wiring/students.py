@@ -86,7 +86,7 @@ def _spec(config: RunConfig, start: Start) -> str:
 
 def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:
     """The architecture: the checkpoint's own where it says, else ``--student`` with the tokenizer's vocabulary."""
-    longest = max(config.data.block_size, *config.evaluation.context_lengths, 0)
+    longest = config.longest_context
     bos_id = text.tokenizer.bos_token_id
 
     def build(spec: str, vocab_size: int, block_size: int) -> Any:

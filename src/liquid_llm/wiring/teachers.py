@@ -85,16 +85,11 @@ def check_teachers(config: RunConfig, token: str | None) -> None:
         if source.gguf_file is not None:
             continue  # a packed file's configuration takes seconds to read
         limit = configured_positions(open_config(source, model_id, token))
-        longest = longest_context(config)
+        longest = config.longest_context
         block = config.data.block_size
         lengths = ",".join(map(str, config.evaluation.context_lengths))
         where = f"--block_size={block}" if longest == block else f"--eval_ctx_lens={lengths}"
         online.require_context(limit, longest, model_id, where)
-
-
-def longest_context(config: RunConfig) -> int:
-    """Tokens of the longest row that is trained or evaluated on."""
-    return max(config.data.block_size, *config.evaluation.context_lengths, 0)
 
 
 def make_teachers(
@@ -112,7 +107,7 @@ def make_teachers(
         tokenizer=text.tokenizer,
         tokenizer_hash=text.hash,
         vocab_size=text.vocab_size,
-        context=longest_context(config),
+        context=config.longest_context,
         device=device,
         cache=cache_dir(),
         precision=config.teacher.precision,
