@@ -74,8 +74,7 @@ def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None
         vocab_size: of the student.
         amx: whether the CPU has bfloat16 tiles; None looks.
     """
-    kind = torch.device(device).type
-    if kind == "cpu":
+    if torch.device(device).type == "cpu":
         fitting = max(_MIN_CHUNK_TOKENS, _CPU_CHUNK_BYTES // (4 * vocab_size))
         return LossPlan(
             chunk_tokens=min(fitting, _MAX_CPU_CHUNK_TOKENS),
@@ -89,10 +88,10 @@ def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None
 
 def choose_product(device: torch.device | str, *, amx: bool | None = None) -> str:
     """The fastest product of bfloat16 operands on ``device`` whose result is float32; a key of ``PRODUCTS``."""
-    kind = torch.device(device).type
-    if kind in ("mps", "xpu"):  # torch has such a product for CUDA and HIP
+    device_type = torch.device(device).type
+    if device_type in ("mps", "xpu"):  # torch has such a product for CUDA and HIP
         return "widen"
-    if kind != "cpu":
+    if device_type != "cpu":
         return "mixed"
     tiles = (has_amx() if amx is None else amx) and _tile_switch() is not None
     return "tiles" if tiles else "widen"

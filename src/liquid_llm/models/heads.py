@@ -110,16 +110,16 @@ def _text_config(model: Any) -> Any:
 
 def _scale(config: Any) -> float:
     """The factor on the logits. Who multiplies and who divides by a configured number differs between architectures."""
-    kind = config.model_type
-    if kind in _COHERE:
+    model_type = config.model_type
+    if model_type in _COHERE:
         return float(config.logit_scale)
-    if kind in _GRANITE:
+    if model_type in _GRANITE:
         return 1.0 / float(config.logits_scaling)
-    if kind == "minicpm3":  # divides the hidden states: the same, as its head has no bias
+    if model_type == "minicpm3":  # divides the hidden states: the same, as its head has no bias
         return 1.0 / float(config.logits_scaling)
-    if kind == "hyperclovax":
+    if model_type == "hyperclovax":
         return float(config.logits_scaling)
-    if kind == "falcon_h1":
+    if model_type == "falcon_h1":
         return float(config.lm_head_multiplier)
     return 1.0
 
