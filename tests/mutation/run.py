@@ -240,12 +240,13 @@ def main() -> int:
     import transformers  # noqa: F401
 
     began = time.monotonic()
+    differences = {mutant: difference(mutant) for mutant in chosen}  # now: somebody may go on writing meanwhile
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         alive = _try_all(Path(folder), chosen, near, arguments.workers)
     killed = len(chosen) - len(alive)
     print(f"\n{killed} of {len(chosen)} noticed ({killed / len(chosen):.1%}), {time.monotonic() - began:.0f} s")
     for mutant in alive:
-        print(f"\n{mutant.name} survived: {mutant.operator}\n{difference(mutant)}")
+        print(f"\n{mutant.name} survived: {mutant.operator}\n{differences[mutant]}")
     return 0 if killed >= arguments.least * len(chosen) else 1
 
 
