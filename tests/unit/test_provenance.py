@@ -105,7 +105,7 @@ def _plain_write(path: Path, data: bytes) -> None:
     secret=secrets,
     around=plain_values,
     place=st.sampled_from(
-        ["config", "manifest", "readiness", "datasets", "argv", "environ", "choices", "extra", "key"]
+        ["config", "manifest", "readiness", "datasets", "argv", "environ", "choices", "extra", "key", "options"]
     ),
     variable=st.sampled_from(["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "AIP_PASSWORD", "HF_TOKEN_2"]),
     inside=st.booleans(),
@@ -126,11 +126,12 @@ def test_a_planted_token_reaches_no_file(
         "choices": {"choices": {"device": {"value": "cpu", "reason": text}}},
         "extra": {"extra": nested},
         "key": {"config": {text: 1}},
+        "options": {"options": {"data_cache": text, "sources": {"lm": {"teacher": text}}}},
     }[place]
     folder = write(tmp_path, environ={variable: secret, "HF_HOME": f"/x/{secret}/y", "OMP_X": text}, **changes)
     written = everything(folder)
     parsed = [json.loads((folder / name).read_text()) for name in FILES if name.endswith(".json")]
-    parsed.append(yaml.safe_load((folder / "datasets_snapshot.yaml").read_text()))
+    parsed += [yaml.safe_load((folder / name).read_text()) for name in FILES if name.endswith(".yaml")]
     for spelling in (secret, json.dumps(secret)[1:-1]):
         assert spelling not in written
     assert not any(secret in found for value in parsed for found in strings(value))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from liquid_llm.cli.memory import memory
-from liquid_llm.cli.parse import HELP, Place, choose, overview, parse
+from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
 from liquid_llm.errors import LiquidError
 from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of
@@ -113,16 +113,20 @@ def _demo(words: list[str]) -> int:
 
 
 def _inspect(words: list[str]) -> int:
-    path = Place("path", "PATH", "run directory, .pt, signal store folder or manifest; local or URL")
-    given = parse((), words, "liquid inspect", "Say what a run, checkpoint, store or manifest holds.", places=[path])
+    path = Positional("path", "PATH", "run directory, .pt, signal store folder or manifest; local or URL")
+    given = parse(
+        (), words, "liquid inspect", "Say what a run, checkpoint, store or manifest holds.", positionals=[path]
+    )
     from liquid_llm.jobs.inspect import inspect
 
     return inspect(str(given["path"]))
 
 
 def _report(words: list[str]) -> int:
-    run = Place("run", "RUN", "run directory")
-    given = parse((), words, "liquid report", "Make report.html of a run again from its files alone.", places=[run])
+    run = Positional("run", "RUN", "run directory")
+    given = parse(
+        (), words, "liquid report", "Make report.html of a run again from its files alone.", positionals=[run]
+    )
     from liquid_llm.report import build_report
 
     print(build_report(str(given["run"])))

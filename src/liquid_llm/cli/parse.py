@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @dataclass(frozen=True)
-class Place:
+class Positional:
     """A word of a command line that is no option: a file, folder or URL."""
 
     name: str
@@ -42,11 +42,13 @@ class Place:
     help: str
 
 
-def build_parser(options: Sequence[Option], prog: str, description: str, face: str, places: Sequence[Place]) -> Parser:
+def build_parser(
+    options: Sequence[Option], prog: str, description: str, face: str, positionals: Sequence[Positional]
+) -> Parser:
     """The parser of one command; values not given stay absent from the namespace."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for place in places:
-        parser.add_argument(place.name, metavar=place.metavar, type=_place, help=place.help)
+    for one in positionals:
+        parser.add_argument(one.name, metavar=one.metavar, type=_path, help=one.help)
     if options:
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -75,19 +77,19 @@ def parse(
     description: str,
     *,
     face: str = "",
-    places: Sequence[Place] = (),
+    positionals: Sequence[Positional] = (),
 ) -> dict[str, object]:
     """What is given, by name, from the command line and (behind it) from ``--config FILE``.
 
     Args:
         options: those of the command.
         face: whose defaults the help shows.
-        places: words it takes beside options; all must be there.
+        positionals: words it takes beside options; all must be there.
 
     Raises:
         UsageError: an unknown option or a value that cannot be used.
     """
-    parser = build_parser(options, prog, description, face, places)
+    parser = build_parser(options, prog, description, face, positionals)
     namespace, unknown = parser.parse_known_args(normalise(argv))
     if unknown:
         raise unknown_option(unknown[0], [*(option.name for option in options), *(["config"] if options else [])], prog)
@@ -128,7 +130,7 @@ def choose(what: str, known: Mapping[str, str], words: Sequence[str], prog: str,
     return words[0]
 
 
-def _place(text: str) -> str:
+def _path(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a folder, file or URL")
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from liquid_llm.cli.parse import Place, choose, parse
+from liquid_llm.cli.parse import Positional, choose, parse
 from liquid_llm.errors import UsageError
 from liquid_llm.options import CAPTURE, RUN, Option, options_of
 
@@ -22,7 +22,7 @@ _TEACHER = (
     Option("manifest", "str", RUN, "manifest", None, "manifest with its texts"),
     *(option for option in options_of(CAPTURE) if option.name in _SHARED.split()),
 )
-_STORE = Place("store", "STORE", "the store")
+_STORE = Positional("store", "STORE", "the store")
 
 
 def _samples(default: int) -> Option:
@@ -30,12 +30,12 @@ def _samples(default: int) -> Option:
 
 
 # action -> what it does, its folders, its options
-_ACTIONS: dict[str, tuple[str, tuple[Place, ...], tuple[Option, ...]]] = {
+_ACTIONS: dict[str, tuple[str, tuple[Positional, ...], tuple[Option, ...]]] = {
     "pack": (
         "copy a store's records into full shards; shards also in place, when SRC and DST are the same",
         (
-            Place("source", "SRC", "store of any layout"),
-            Place("target", "DST", "folder for the shards; not that of a .pt store"),
+            Positional("source", "SRC", "store of any layout"),
+            Positional("target", "DST", "folder for the shards; not that of a .pt store"),
         ),
         (_JSON,),
     ),
@@ -51,7 +51,7 @@ _ACTIONS: dict[str, tuple[str, tuple[Place, ...], tuple[Option, ...]]] = {
     ),
     "diff": (
         "which records differ, are missing or were made from other tokens",
-        (Place("first", "A", "a store"), Place("second", "B", "another")),
+        (Positional("first", "A", "a store"), Positional("second", "B", "another")),
         (_TEMPERATURE, _JSON),
     ),
 }
@@ -65,8 +65,8 @@ def store(words: list[str]) -> int:
     """
     known = {name: text for name, (text, _, _) in _ACTIONS.items()}
     action = choose("action", known, words, "liquid store", _DESCRIPTION)
-    text, places, options = _ACTIONS[action]
-    given = parse(options, words[1:], f"liquid store {action}", text, places=places)
+    text, positionals, options = _ACTIONS[action]
+    given = parse(options, words[1:], f"liquid store {action}", text, positionals=positionals)
     values: dict[str, Any] = {option.name: given.get(option.name, option.default) for option in options} | given
     from liquid_llm.jobs import store as storing
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.cli.parse import Place, converter, expand_date, normalise, parse
+from liquid_llm.cli.parse import Positional, converter, expand_date, normalise, parse
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, Option, options_of
 
@@ -108,11 +108,11 @@ def test_a_command_may_take_more_than_its_face(tmp_path):
 
 
 def test_places_must_all_be_there_and_are_no_options():
-    places = [Place("source", "SRC", "from"), Place("target", "DST", "to")]
-    assert parse((), ["a-b", "c"], "prog", "", places=places) == {"source": "a-b", "target": "c"}
+    positionals = [Positional("source", "SRC", "from"), Positional("target", "DST", "to")]
+    assert parse((), ["a-b", "c"], "prog", "", positionals=positionals) == {"source": "a-b", "target": "c"}
     for words, message in (([], "SRC, DST"), (["a", ""], "DST: got ''"), (["a", "b", "c"], "unexpected word")):
         with pytest.raises(UsageError, match=message):
-            parse((), words, "prog", "", places=places)
+            parse((), words, "prog", "", positionals=positionals)
 
 
 def test_lists_are_comma_separated():
