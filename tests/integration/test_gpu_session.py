@@ -61,7 +61,7 @@ def test_a_part_that_hangs_or_dies_takes_no_other_with_it(tmp_path: Path) -> Non
     for path in (ROOT / "benchmarks" / "gpu").glob("*.py"):
         (copy / path.name).write_text(path.read_text())
     script = copy.parent / "gpu_session.py"
-    script.write_text(SCRIPT.read_text().replace('Part("ceilings", 20', 'Part("ceilings", 9'))
+    script.write_text(SCRIPT.read_text().replace('Part("ceilings", 20', 'Part("ceilings", 15'))
     (copy / "ceilings.py").write_text("import time\ndef run(context):\n    context.ran('one')\n    time.sleep(600)\n")
     (copy / "memory.py").write_text(
         "import os\ndef run(context):\n    context.ran('two')\n    os.kill(os.getpid(), 9)\n"
