@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -94,11 +95,19 @@ def endless(folder: Path, first: int, acks: int) -> None:
             os.write(acks, f"ACK {step}\n".encode())
 
 
+def seconds_of_a_save(folder: Path) -> float:
+    """Of a save in a process of its own, here and now: a busy machine takes its time, and is given it."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as elsewhere:
+        begun = time.monotonic()
+        os.waitpid(in_child(lambda: save(Path(elsewhere), 1, ("last",))), 0)
+        return time.monotonic() - begun
+
+
 def random_moments(folder: Path, rounds: int) -> None:
-    first = 1
+    first, one_save = 1, seconds_of_a_save(folder)
     for _ in range(rounds):
         pid = in_child(lambda first=first: endless(folder, first, 1))  # type: ignore[misc]
-        time.sleep(random.uniform(0.01, 0.12))
+        time.sleep(random.uniform(0.2, 4.0) * one_save)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.write(1, b"KILLED\n")
