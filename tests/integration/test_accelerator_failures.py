@@ -119,19 +119,24 @@ def test_a_cut_is_kept_so_that_a_continued_run_has_the_same_bits_on_a_larger_dev
 
 
 def _stop_after(step: int, words: list[str]) -> None:
+    from liquid_llm.jobs import train
     from liquid_llm.runtime import StopSignal
     from liquid_llm.wiring.recorder import Recorder
 
-    original, requested = Recorder.hooks, StopSignal.requested
+    original = Recorder.hooks
+    signals: list[StopSignal] = []
 
-    stopped: list[int] = []
+    class Watched(StopSignal):
+        def __init__(self) -> None:
+            super().__init__()
+            signals.append(self)
 
-    def hooks(self: Recorder) -> Any:
-        return [*original(self), (lambda result: stopped.append(result.step) if result.step == step else None, 1)]
+    def hooks(self: Recorder, *given: Any) -> Any:
+        return [*original(self, *given), (lambda result: signals[0].request() if result.step == step else None, 1)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "hooks", hooks)
-        patch.setattr(StopSignal, "requested", property(lambda self: bool(stopped) or requested.fget(self)))
+        patch.setattr(train, "StopSignal", Watched)
         assert main(["train", *words]) == 75
 
 

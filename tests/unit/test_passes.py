@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.models import tiny_model
 from tests.support.teachers import VOCAB, batch_of, make_samples, random_logits, tiny_teacher
 
+from liquid_llm import passes
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.errors import DeviceError
 from liquid_llm.losses.objective import Objective
@@ -183,6 +184,34 @@ def test_nothing_of_the_failed_pass_is_alive_when_it_is_tried_again() -> None:
     gc.collect()
     assert len(small._results) > 0
     assert set(small.alive_when_cut) == {0}
+
+
+def test_what_earlier_passes_made_is_let_go_before_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref] = []
+    alive_when_given_back: list[int] = []
+
+    def compute(part: MicroBatch, positions: slice, name: str) -> torch.Tensor:
+        if name == "large" and part.padded_tokens > 130:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result = torch.zeros(1)
+        made.append(weakref.ref(result))
+        return result
+
+    def give_back(_: torch.device) -> None:
+        alive_when_given_back.append(sum(one() is not None for one in made))
+
+    monkeypatch.setattr(passes, "release_memory", give_back)
+    batch = batch_of(make_samples(5, low=20, high=60))
+    PassLimit().run(
+        [(batch, "small"), (batch, "large")],
+        compute,
+        lambda: None,
+        device=torch.device("cpu"),
+        where="here",
+        consumers=lambda: "",
+    )
+    assert alive_when_given_back[0] == 0
+    assert len(alive_when_given_back) > 1
 
 
 def test_one_row_that_does_not_fit_ends_it_with_the_largest_consumers() -> None:

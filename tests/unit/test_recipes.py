@@ -85,7 +85,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return build(tmp_path_factory.mktemp("tiny"))
+    return build(tmp_path_factory.mktemp("tiny"), teacher_steps=150)
 
 
 def liquid(sources: Path, *words: str) -> subprocess.CompletedProcess[str]:
