@@ -179,6 +179,11 @@ class RunConfig:
     given: Mapping[str, object]
 
     @property
+    def teacher_option(self) -> str:
+        """The option of the command that names its online teacher, for messages."""
+        return "teacher_name" if self.face == ANNEAL else "lm_teacher_id"
+
+    @property
     def longest_context(self) -> int:
         """Tokens of the longest row that is trained or evaluated on."""
         return max(self.data.block_size, *self.evaluation.context_lengths, 0)

@@ -51,7 +51,7 @@ def peak_of(device: torch.device, work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("kind", ["online", "stored", "L2"])
 def test_a_batch_that_does_not_fit_is_cut_and_gives_the_same_gradient(device, scale, kind, record_property):
     teacher = shapes.build_teacher(scale.teacher, scale, device)
-    teacher._model.float()  # with bfloat16 its word on a row depends on the rows beside it
+    teacher.model.float()  # with bfloat16 its word on a row depends on the rows beside it
     large, small = (shapes.lm_batch(scale, device, rows) for rows in (scale.rows, scale.rows // 4))
 
     def feed() -> Iterator[Any]:
@@ -102,7 +102,7 @@ class FirstStep(torch.optim.SGD):
 
 
 def test_capture_halves_its_batches_and_finishes(device, scale, tmp_path, record_property):
-    teacher = shapes.build_teacher(scale.teacher, scale, device)._model
+    teacher = shapes.build_teacher(scale.teacher, scale, device).model
     loaded = LoadedModel(teacher, None, ModelIdentity("made-up", "0", "0"))
     samples = Samples(64 if device.type == "cuda" else 32, scale.time, scale.vocab_size)
 

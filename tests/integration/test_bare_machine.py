@@ -78,7 +78,7 @@ def manifest_of(folder: Path, name: str, content: bytes) -> Path:
 def test_what_needs_an_absent_package_says_so(package: str, tiny: Tiny, tmp_path: Path) -> None:
     if package == "datasets":
         done = bare(["anneal", f"--student={tiny.student}", f"--dataset_name={tiny.root / 'texts'}", "--train_steps=1",
-                     f"--teacher_name={tiny.teacher}", f"--output_gcs_uri={tmp_path}"])  # fmt: skip
+                     "--block_size=64", f"--teacher_name={tiny.teacher}", f"--output_gcs_uri={tmp_path}"])  # fmt: skip
         expected, code = "pip install datasets", 2
     elif package == "zstandard":
         manifest = manifest_of(tmp_path, "lm.jsonl.zst", b"\x28\xb5\x2f\xfd")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.oauth2.service_account import Credentials
 
-from liquid_llm.config import TeacherConfig
+from liquid_llm.config import build_run_config
 from liquid_llm.errors import StorageError, UsageError
 from liquid_llm.wiring.tokens import read_token
 
@@ -100,7 +100,8 @@ def service_account(base: str) -> dict[str, str]:
 
 
 def read(**sources: str) -> str | None:
-    return read_token(TeacherConfig("auto", *(sources.get(name) for name in ("file", "uri", "secret"))))
+    given = {f"token_{name}": sources.get(name) for name in ("file", "uri", "secret")}
+    return read_token(replace(build_run_config("anneal", {"dataset_name": "wikitext"}).teacher, **given))
 
 
 def test_the_environment_the_file_the_object_and_the_secret(cloud, gcs, tmp_path, monkeypatch):

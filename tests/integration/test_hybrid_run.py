@@ -84,6 +84,7 @@ def test_the_run_directory_is_complete(finished):
         "data_readiness.json",
         "datasets_snapshot.yaml",
         "environment.json",
+        "options.yaml",
     }
     environment = json.loads((finished / "provenance" / "environment.json").read_text())
     assert environment["choices"]["student_dtype"]["reason"]

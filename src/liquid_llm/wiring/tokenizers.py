@@ -48,7 +48,7 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
                 "nothing says which tokenizer to use",
                 where=f"--student={config.student.spec}",
                 got="a shape without a tokenizer, and no teacher",
-                remedy="name an online teacher, or give a Hugging Face model or folder as --student",
+                remedy=f"give --{config.teacher_option}, or a Hugging Face model or folder as --student",
             )
         sources.append((f"--student={config.student.spec}", config.student.spec))
     first_name, first_id = sources[0]
