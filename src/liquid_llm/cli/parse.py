@@ -166,7 +166,8 @@ def converter(option: Option) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {_KIND_WORDS[kind]}") from None
         missed = [one for one in (value if isinstance(value, tuple) else (value,)) if choices and one not in choices]
         if missed:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(choices)}")
+            known = (*choices, f"or {NONE} alone") if kind == "names" else choices
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(known)}")
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, bool) or not isinstance(one, (int, float)):
                 continue

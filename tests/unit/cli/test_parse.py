@@ -168,8 +168,8 @@ def test_trackers_are_names_or_none():
         (TRAIN, "--signal=code=", "expected a URI"),
         (TRAIN, "--signal=code=online:", "expected a URI"),
         (TRAIN, "--signal=code=a,code=b", "'code' is named twice"),
-        (TRAIN, "--trackers=tensorbord", "one of tensorboard"),
-        (TRAIN, "--trackers=none,tensorboard", "one of tensorboard"),
+        (TRAIN, "--trackers=tensorbord", "one of tensorboard, or none alone"),
+        (TRAIN, "--trackers=none,tensorboard", "one of tensorboard, or none alone"),
         (ANNEAL, "--divergence=reverse", "one of forward_kl"),
     ],
 )
