@@ -65,7 +65,7 @@ def tokenise_child(tokenizer_id: str, place: str, cache: str) -> None:
         import datasets  # noqa: F401  # measured is what is held while tokenising, not the library
     before, began = resident_bytes(), time.perf_counter()
     if Path(place).is_dir():
-        dataset = load_hub_dataset(place, None, tokenizer, "bench", cache, eos_id=0)[0]
+        dataset = load_hub_dataset(place, None, tokenizer, "bench", cache, eos_id=0, validation_fraction=0.05)[0]
     else:
         dataset = build_token_dataset([place], "lm", tokenizer, "bench", cache, eos_id=0)
     seconds = time.perf_counter() - began

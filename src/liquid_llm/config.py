@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from liquid_llm.config_checks import capture_problems, parsed, run_problems, toolkit_problems
+from liquid_llm.config_checks import capture_problems, parse_schedule, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, OPTIONS, PREPARE, TRAIN
 from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule, StepSchedules, WarmupCosine
@@ -372,9 +372,9 @@ def build_schedules(config: RunConfig) -> StepSchedules:
     """What changes from step to step, with what the sources have for themselves."""
     objective, optimizer = config.objective, config.optimizer
     if config.face == ANNEAL:
-        alpha: Schedule = Piecewise(objective.alpha, parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
+        alpha: Schedule = Piecewise(objective.alpha, parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
         temperature: Schedule = Piecewise(
-            objective.temperature, parsed(objective.temp_schedule, "--temp_schedule", None)
+            objective.temperature, parse_schedule(objective.temp_schedule, "--temp_schedule", None)
         )
         gamma: Schedule = Constant(0.0)
     else:
@@ -400,7 +400,7 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
         ("alpha", "alpha_schedule", objective.alpha, objective.alpha_schedule),
         ("T", "temp_schedule", objective.temperature, objective.temp_schedule),
     ):
-        entries = parsed(text, f"--{name}", None) if text is not None else ()
+        entries = parse_schedule(text, f"--{name}", None) if text is not None else ()
         late = [f"{step}:{entry:g}" for step, entry in entries if step >= steps]
         if late:
             remarks.append(f"--{name} has entries that are never reached with --train_steps={steps}: {', '.join(late)}")

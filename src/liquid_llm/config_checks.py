@@ -51,8 +51,8 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
         problems.append(
             f"--eval_ctx_lens takes lengths of at least 2; got {','.join(map(str, config.evaluation.context_lengths))}"
         )
-    problems += _collect(lambda: parsed(objective.alpha_schedule, "--alpha_schedule", 1.0))
-    problems += _collect(lambda: parsed(objective.temp_schedule, "--temp_schedule", None))
+    problems += _collect(lambda: parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
+    problems += _collect(lambda: parse_schedule(objective.temp_schedule, "--temp_schedule", None))
     return problems + _batch_problems(config, block_size_known) + _token_problems(teacher) + toolkit_problems(data)
 
 
@@ -115,7 +115,7 @@ def _collect(parse: Callable[[], object]) -> list[str]:
     return []
 
 
-def parsed(text: str | None, option: str, maximum: float | None) -> tuple[tuple[int, float], ...]:
+def parse_schedule(text: str | None, option: str, maximum: float | None) -> tuple[tuple[int, float], ...]:
     """The entries of a schedule as it was written; none without one. Raises ``UsageError`` for one that is none."""
     return parse_piecewise(text, option=option, maximum=maximum) if text is not None else ()
 

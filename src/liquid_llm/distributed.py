@@ -52,9 +52,23 @@ class Engine:
         """Whether any rank says so."""
         return bool(self.sum(torch.tensor(int(flag))))
 
-    def wait(self) -> None:
-        """Return when all ranks have come here."""
-        self.agree(False)
+
+def read_rank() -> tuple[int, int]:
+    """Rank and world size as a launcher such as torchrun sets them; (0, 1) without one.
+
+    Raises:
+        UsageError: they are set to something else.
+    """
+    rank, world_size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
+        raise UsageError(
+            "not a rank of a world",
+            where="environment",
+            got=f"RANK={rank} WORLD_SIZE={world_size}",
+            expected="0 <= RANK < WORLD_SIZE",
+            remedy="unset both, or use torchrun",
+        )
+    return int(rank), int(world_size)
 
 
 def start_engine(environment: Mapping[str, str] | None = None) -> Engine:

@@ -69,7 +69,7 @@ class Evaluator:
     Attributes:
         sets: context length -> type -> micro-batches.
         block_size: the training length, whose figures carry no ``@length``.
-        router: gives the teacher's signal; None evaluates the student alone.
+        router: gives the teacher's signal; an empty one evaluates the student alone.
         passes: how much of a batch is scored at a time; evaluation has its own limit, as it needs less than training.
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
         engine: the ranks among which the batches are dealt out.
@@ -78,7 +78,7 @@ class Evaluator:
     sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
     block_size: int
     context_lengths: Sequence[int]
-    router: TeacherRouter | None
+    router: TeacherRouter
     passes: PassLimit = field(default_factory=PassLimit)
     consumers: Callable[[], str] = lambda: ""
     engine: Engine = field(default_factory=Engine)
@@ -173,12 +173,12 @@ class Evaluator:
 
     def _prepare(self, batch: MicroBatch) -> Prepared | None:
         """What the teacher's answer for a batch is made from; None where it is not asked."""
-        if self.router is None or not self.router.answers(batch.type, MEASURED.temperature):
+        if not self.router.answers(batch.type, MEASURED.temperature):
             return None
         return self.router.prepare(batch, MEASURED.temperature)
 
     def _signal(self, key: tuple[int, int, int], part: MicroBatch, prepared: Prepared | None) -> Signal | None:
-        if self.router is None or prepared is None:
+        if prepared is None:
             return None
         if key in self._kept:
             return self._kept[key].to(part.input_ids.device)
@@ -192,7 +192,6 @@ class Evaluator:
         return signal
 
     def _teacher_loss(self, key: tuple[int, int, int], part: MicroBatch, signal: Signal) -> float | None:
-        assert self.router is not None
         if key not in self._teacher_ce:
             self._teacher_ce[key] = self.router[part.type].own_loss(part, signal)
         return self._teacher_ce[key]

@@ -1,4 +1,4 @@
-"""Every option of every command, once.
+"""Every option of the commands that run a job, once.
 
 A *face* is a command that takes options: ``anneal`` (``python -m trainer.entrypoint``), ``train``
 (``python -m stage1_hybrid.cli``), ``capture`` (``python -m stage1_hybrid.precompute_hybrid_logits``) and ``prepare`` (no

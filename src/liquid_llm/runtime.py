@@ -122,29 +122,16 @@ def choose_dtype(requested: str, device: str | torch.device) -> Choice:
     return Choice("float32", "no AMX: bfloat16 products are slower than float32 on this CPU")
 
 
-def choose_attention(device: str | torch.device, requested: str = "auto", dtype: str | None = None) -> Choice:
+def choose_attention(device: str | torch.device, dtype: str | None = None) -> Choice:
     """The attention implementation to ask transformers for.
 
     Args:
         device: where the model will be.
-        requested: ``auto``, ``sdpa``, ``eager`` or ``flash_attention_2``.
         dtype: the dtype the model computes in, where known: FlashAttention has no float32 kernels.
-
-    Raises:
-        UsageError: ``requested`` is unknown, or is FlashAttention where it cannot run.
     """
-    known = ("auto", "sdpa", "eager", "flash_attention_2")
-    if requested not in known:
-        raise UsageError("unknown attention implementation", got=repr(requested), expected=", ".join(known))
-    if requested in ("sdpa", "eager"):
-        return Choice(requested, "requested")
     obstacle = _flash_attention_obstacle(torch.device(device), dtype)
     if obstacle is None:
-        return Choice(
-            "flash_attention_2", "requested" if requested != "auto" else "CUDA device with flash_attn installed"
-        )
-    if requested == "flash_attention_2":
-        raise UsageError("FlashAttention cannot run here", got=obstacle, remedy="ask for sdpa or auto instead")
+        return Choice("flash_attention_2", "CUDA device with flash_attn installed")
     return Choice("sdpa", obstacle)
 
 
@@ -237,24 +224,6 @@ class StopSignal:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
-
-
-def launched_as() -> tuple[int, int]:
-    """Rank and world size as a launcher such as torchrun sets them; (0, 1) without one.
-
-    Raises:
-        UsageError: they are set to something else.
-    """
-    rank, world_size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
-        raise UsageError(
-            "not a rank of a world",
-            where="environment",
-            got=f"RANK={rank} WORLD_SIZE={world_size}",
-            expected="0 <= RANK < WORLD_SIZE",
-            remedy="unset both, or use torchrun",
-        )
-    return int(rank), int(world_size)
 
 
 def keep_freed_memory() -> bool:

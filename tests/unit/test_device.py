@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from liquid_llm.cli.main import guarded
+from liquid_llm.cli.main import guard
 from liquid_llm.device import (
     deterministic_algorithms,
     device_error,
@@ -43,7 +43,7 @@ OTHER = [
 @pytest.mark.parametrize("error", NO_ROOM, ids=repr)
 def test_no_room(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_out_of_memory(error)
-    assert guarded(lambda: _raise(error)) == 6
+    assert guard(lambda: _raise(error)) == 6
     assert "memory does not suffice" in (message := capsys.readouterr().err)
     assert "--batch_size" in message
     assert "Traceback" not in message
@@ -53,7 +53,7 @@ def test_no_room(error: BaseException, capsys: pytest.CaptureFixture[str]) -> No
 def test_lost(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_lost(error)
     assert not is_out_of_memory(error)
-    assert guarded(lambda: _raise(error)) == 6
+    assert guard(lambda: _raise(error)) == 6
     message = capsys.readouterr().err
     assert "the device failed" in message
     assert "run the same command again" in message.lower()
@@ -65,7 +65,7 @@ def test_faults_of_the_program_stay_what_they_are(error: BaseException) -> None:
     assert not is_lost(error)
     assert device_error(error) is None
     with pytest.raises(type(error)):
-        guarded(lambda: _raise(error))
+        guard(lambda: _raise(error))
 
 
 def _raise(error: BaseException) -> int:

@@ -24,6 +24,7 @@ from liquid_llm.errors import NumericalError, UsageError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.schedules import Constant, StepSchedules
+from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.training import Progress, Student, Trainer, build_optimizer
 
 VOCAB, STEPS, GRAD_ACCUM = 512, 3, 4
@@ -121,7 +122,9 @@ def test_ranks_evaluate_as_one_process(size: int, model: Any) -> None:
         for position in range(9):
             batch = order.micro_batch(position)
             found[batch.type].append(batch)
-        return Evaluator({16: found}, 16, (16,), None, engine=engine)(Student(copy.deepcopy(model), torch.float32))
+        return Evaluator({16: found}, 16, (16,), TeacherRouter({}), engine=engine)(
+            Student(copy.deepcopy(model), torch.float32)
+        )
 
     expected = evaluate(Engine())
     for found in World(size).run(evaluate):

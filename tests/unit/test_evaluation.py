@@ -92,7 +92,7 @@ def test_plain_keys_are_those_of_the_training_length(row):
 
 
 def test_without_a_teacher_there_are_no_teacher_keys(models):
-    row = Evaluator({16: {"lm": cut(16, 3)}}, 16, (16,), None)(Student(models[0], torch.float32))
+    row = Evaluator({16: {"lm": cut(16, 3)}}, 16, (16,), TeacherRouter({}))(Student(models[0], torch.float32))
     assert {key for key in row if "teacher" in key or "kd" in key} == set()
     assert row["val_loss_student"] == row["val_loss_student@16"]
 
@@ -180,7 +180,9 @@ def test_one_row_that_does_not_fit_ends_the_evaluation_in_words(models):
 
     student = models[0]
     handle = student.base_model.register_forward_pre_hook(hold, with_kwargs=True)
-    evaluator = Evaluator({16: {"lm": cut(16, 3)}}, 16, (), None, consumers=lambda: "teacher weights 6.0 GiB")
+    evaluator = Evaluator(
+        {16: {"lm": cut(16, 3)}}, 16, (), TeacherRouter({}), consumers=lambda: "teacher weights 6.0 GiB"
+    )
     try:
         with pytest.raises(DeviceError, match=r"evaluation: a single row of 16 tokens.*teacher weights"):
             evaluator(Student(student, torch.float32))

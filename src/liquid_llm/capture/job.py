@@ -24,12 +24,12 @@ from liquid_llm.capture.plan import Window, batches, plan
 from liquid_llm.capture.scoring import Scratch, score
 from liquid_llm.data.types import SampleSource
 from liquid_llm.device import is_lost, is_out_of_memory, release_memory
-from liquid_llm.errors import SignalError, StorageError, UsageError
+from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.positions import max_positions
 from liquid_llm.signal_store.codecs import Rows
 from liquid_llm.signal_store.store import StoreWriter
-from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.teachers.online import OnlineTeacher, require_context
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def capture(
         StorageError: existing records cannot be read, or writing failed three times in a row or for every sample.
     """
     started = time.monotonic()
-    _require_context(teacher, seq_len)
+    require_context(max_positions(teacher.model), seq_len, teacher.identity.id, "--seq_len")
     (vocab_size,) = {writer.identity.vocab_size for writer in writers.values()}
     with ThreadPoolExecutor(num_workers, "capture") as threads:
         job = _Job(OnlineTeacher(teacher, vocab_size), writers, threads, progress or (lambda tokens: None))
@@ -151,18 +151,6 @@ def capture(
             job.finish()
     job.summary.seconds = time.monotonic() - started
     return job.summary
-
-
-def _require_context(teacher: LoadedModel, seq_len: int) -> None:
-    limit = max_positions(teacher.model)
-    if limit is not None and seq_len > limit:
-        raise UsageError(
-            "the teacher cannot see so long a window",
-            where=teacher.identity.id,
-            got=f"{seq_len} tokens",
-            expected=f"at most {limit}",
-            remedy="capture with a smaller --seq-len",
-        )
 
 
 class _Job:

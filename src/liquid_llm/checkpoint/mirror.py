@@ -119,7 +119,7 @@ class Mirror:
             for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
                 with contextlib.suppress(FileNotFoundError):  # not there yet, or taken away meanwhile
                     status = path.stat()
-                    if path.is_file() and not path.name.endswith(".tmp"):
+                    if path.is_file() and not path.name.endswith(storage.TEMPORARY_SUFFIX):
                         yield path.relative_to(self._dir).as_posix(), (status.st_size, status.st_mtime_ns)
 
     # ----------------------------------------------------------------------------------------------------- verification

@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in HELP:
         print(overview("command", listed, "liquid", about))
         return 0 if words else 2
-    return guarded(lambda: commands[choose("command", listed, words, "liquid", about)][0](words[1:]))
+    return guard(lambda: commands[choose("command", listed, words, "liquid", about)][0](words[1:]))
 
 
 def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
     """Run one reference command with the given words (``sys.argv`` when None) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _face(face, words, prog, new_layout="pt"))
+    return guard(lambda: _face(face, words, prog, new_layout="pt"))
 
 
 def _face(face: str, words: list[str], prog: str | None = None, new_layout: str = "shards") -> int:
@@ -81,7 +81,7 @@ def _face(face: str, words: list[str], prog: str | None = None, new_layout: str 
     return run_training(face, given)
 
 
-def guarded(job: Callable[[], int]) -> int:
+def guard(job: Callable[[], int]) -> int:
     """Run a job; turn an error a user can cause into one message and its exit code."""
     try:
         return job()

@@ -36,7 +36,7 @@ def load_hub_dataset(
     cache_dir: str | Path,
     *,
     eos_id: int,
-    validation_fraction: float = 0.05,
+    validation_fraction: float,
     token: str | None = None,
     progress: TellProgress | None = None,
 ) -> tuple[TokenDataset, TokenDataset]:

@@ -95,10 +95,7 @@ class BlockOrder:
 
     Attributes:
         num_micro_batches: in one epoch, rounded up; the last one is filled up from the next epoch.
-        padding: share of padded tokens, none.
     """
-
-    padding = 0.0
 
     def __init__(
         self, dataset: TokenDataset, block_size: int, batch_size: int, eos_id: int, key: tuple[int, ...]
@@ -137,7 +134,6 @@ class SampleOrder:
 
     Attributes:
         num_micro_batches: in one epoch.
-        padding: share of padded tokens, an upper bound.
     """
 
     def __init__(
@@ -158,7 +154,6 @@ class SampleOrder:
         self._plan = plan_buckets(windows, batch_size, block_size)
         self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
         self.num_micro_batches = self._plan.num_micro_batches
-        self.padding = self._plan.padding
         self._longest = self._plan.longest(windows)
 
     def shapes(self) -> set[tuple[int, int]]:

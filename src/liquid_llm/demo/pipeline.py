@@ -19,7 +19,6 @@ from rich.text import Text
 
 from liquid_llm.config import build_capture_config, build_run_config
 from liquid_llm.demo.data import make_demo_data
-from liquid_llm.errors import UsageError
 from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
 from liquid_llm.jobs.capture import capture_signal, exit_code
 from liquid_llm.jobs.train import run_training
@@ -52,8 +51,6 @@ def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int
         LiquidError: any problem a user can cause.
     """
     setup_logging("INFO")
-    if not scale > 0:
-        raise UsageError("must be positive", where="--scale", got=scale)
     began = time.monotonic()
     base = Path(directory).resolve()
     log.info("1/5 teacher: %s", teacher)

@@ -13,10 +13,11 @@ from liquid_llm import storage
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
 from liquid_llm.jobs.prepare import prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
-from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory, launched_as
+from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory
 from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import present_layout, require_own
 from liquid_llm.signal_store.records import SignalIdentity
@@ -98,7 +99,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     if device.type == "cpu":
         keep_freed_memory()
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
-    rank, world_size = launched_as()
+    rank, world_size = read_rank()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
     writers = {}
     for type in datasets:

@@ -141,8 +141,8 @@ def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
         ("writes to", ", ".join(str(place[name]) for name in ("run_directory", "mirror") if place[name])),
         ("starts from", f"{findings['starts_from']['source']}, step {findings['starts_from']['step']}"),
     ]
-    lines += [(kind, _words_of_data(row)) for kind, row in findings["data"].items()]
-    lines += [(f"signal of {kind}", _words_of_signal(row)) for kind, row in findings["signal"].items()]
+    lines += [(type, _words_of_data(row)) for type, row in findings["data"].items()]
+    lines += [(f"signal of {type}", _words_of_signal(row)) for type, row in findings["signal"].items()]
     lines += [(name, f"{choice['value']} ({choice['reason']})") for name, choice in findings["choices"].items()]
     lines += [
         ("first step", f"loss {step['loss']:.4f}, {types}, {step['kd_coverage']:.0%} with signal"),

@@ -7,14 +7,12 @@ from collections import Counter
 from typing import Any
 
 from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.errors import UsageError
-from liquid_llm.metrics import read_metrics
+from liquid_llm.metrics import FILE_NAME, read_metrics
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.store import open_store
-
-_CHECKPOINT = ".pt"
-_SIDECAR = ".meta.json"
 
 
 def inspect(uri: str) -> int:
@@ -30,16 +28,16 @@ def inspect(uri: str) -> int:
 
 def describe(uri: str) -> dict[str, Any]:
     """The same as a mapping whose ``kind`` says what was found."""
-    if uri.endswith(_CHECKPOINT):
-        sidecar = uri[: -len(_CHECKPOINT)] + _SIDECAR
+    if uri.endswith(DATA_SUFFIX):
+        sidecar = uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX
         return {"kind": "checkpoint", **json.loads(storage.read_bytes(sidecar))}
     if uri.endswith((".jsonl", ".manifest")):
         return _manifest(uri)
     names = {info.name: info for info in storage.list_files(uri)}
     if STORE_FILE in names:
         return {"kind": "store", **open_store(uri).describe()}
-    sidecars = sorted(name for name in names if name.endswith(_SIDECAR) and "/" not in name)
-    if sidecars or "metrics.jsonl" in names:
+    sidecars = sorted(name for name in names if name.endswith(SIDECAR_SUFFIX) and "/" not in name)
+    if sidecars or FILE_NAME in names:
         return _run(uri, sidecars)
     raise UsageError(
         "nothing to inspect here",
@@ -59,7 +57,9 @@ def _run(uri: str, sidecars: list[str]) -> dict[str, Any]:
     checkpoints = {}
     for name in sidecars:
         metadata = json.loads(storage.read_bytes(storage.join(uri, name)))
-        checkpoints[name[: -len(_SIDECAR)]] = {key: metadata[key] for key in ("step", "tokens_seen", "block_size")}
+        checkpoints[name.removesuffix(SIDECAR_SUFFIX)] = {
+            key: metadata[key] for key in ("step", "tokens_seen", "block_size")
+        }
     found: dict[str, Any] = {"kind": "run", "checkpoints": checkpoints}
     if not storage.is_remote(uri):
         rows = read_metrics(storage.local_path(uri))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX
 from liquid_llm.config import NOWHERE, CaptureConfig, RunConfig, build_config_to_measure
 from liquid_llm.errors import DeviceError, UsageError
 from liquid_llm.formatting import format_bytes
@@ -179,13 +180,13 @@ def _student(config: RunConfig, teacher: ModelShape | None, token: str | None) -
 def _resumed(uri: str) -> Mapping[str, Any]:
     """The configuration of a checkpoint's student, from the small file beside the weights."""
     where = storage.join(uri, "config.json")
-    if uri.endswith(".pt"):
-        where = uri.removesuffix(".pt") + ".meta.json"
+    if uri.endswith(DATA_SUFFIX):
+        where = uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX
     elif uri.endswith(".zip"):
         raise UsageError("a zip is not opened for its configuration", where=uri, remedy="name its shape with --student")
     try:
         found = json.loads(storage.read_bytes(where))
-        config = found["student"]["config"] if uri.endswith(".pt") else found
+        config = found["student"]["config"] if uri.endswith(DATA_SUFFIX) else found
     except (ValueError, LookupError, TypeError):  # damaged, or of something else
         config = None
     if not isinstance(config, dict) or "model_type" not in config:

@@ -26,12 +26,12 @@ from liquid_llm import storage
 from liquid_llm.config import DataConfig, PrepareConfig, build_prepare_config
 from liquid_llm.data.manifest import read_manifest
 from liquid_llm.data.types import ManifestEntry
+from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, StorageError, UsageError
 from liquid_llm.preparation.catalog import TOOLKIT, Catalog, Dataset, choose, read_catalog, to_absolute
 from liquid_llm.preparation.dataset import fingerprints, input_files, prepare, read_complete, rejects_uri
 from liquid_llm.preparation.manifest_lines import write_line
 from liquid_llm.preparation.toolkit import Toolkit, ToolkitOptions, fetch
-from liquid_llm.runtime import launched_as
 from liquid_llm.sources import order_types
 from liquid_llm.storage import FileInfo
 from liquid_llm.terminal import Stage, setup_logging
@@ -102,7 +102,7 @@ def prepare_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda 
     """
     if config.manifest is None:
         return RunData()
-    if config.prepare == "force" and launched_as()[1] > 1:
+    if config.prepare == "force" and read_rank()[1] > 1:
         raise UsageError(
             "several processes cannot prepare anew at once",
             where="--prepare_data=force",

@@ -33,7 +33,7 @@ from liquid_llm.wiring.parts import BatchFeed, Parts, build_basis, build_parts
 from liquid_llm.wiring.places import Place, resolve_place
 from liquid_llm.wiring.recorder import Hooks, Recorder
 from liquid_llm.wiring.rehearsal import rehearse
-from liquid_llm.wiring.start import Start, continue_from, find_start, settle_context, shown_metadata
+from liquid_llm.wiring.start import Start, continue_from, describe_metadata, find_start, settle_context
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _take_up(config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
     """What goes on of a start, and the configuration with what it stands for behind what was given."""
     settled = settle_context(start, config)
     if start.origin.metadata is not None:
-        log.info("checkpoint metadata: %s", shown_metadata(start.origin.metadata))
+        log.info("checkpoint metadata: %s", describe_metadata(start.origin.metadata))
     log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.origin.description)
     return inherit(config, settled.options(config)), settled
 

@@ -22,8 +22,6 @@ from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape
 from liquid_llm.memory.training import work_out_training
 from liquid_llm.memory.verdict import (
-    BatchChoice,
-    Option,
     Verdict,
     capture_options,
     fits,
@@ -36,12 +34,10 @@ MOST_TOKENS = 2**21
 
 __all__ = [
     "MOST_TOKENS",
-    "BatchChoice",
     "BatchShape",
     "CaptureShape",
     "MemoryPrediction",
     "ModelShape",
-    "Option",
     "TrainingShape",
     "Verdict",
     "available_bytes",

@@ -241,7 +241,6 @@ def open_store(
     uri: str,
     *,
     teacher_id: str | None = None,
-    teacher_revision: str | None = None,
     tokenizer_hash: str | None = None,
     vocab_size: int | None = None,
     cache: ShardCache | None = None,
@@ -250,7 +249,7 @@ def open_store(
 
     Args:
         uri: the folder.
-        teacher_id, teacher_revision: the teacher expected, as its ``ModelIdentity`` says; None takes any.
+        teacher_id: the teacher expected, as its ``ModelIdentity`` says; None takes any.
         tokenizer_hash, vocab_size: likewise.
         cache: where whole shards of a remote store are kept; a temporary folder when None.
 
@@ -267,7 +266,6 @@ def open_store(
     identity, layout_name, versions = read_store_file(uri)
     for what, stored, expected in (
         ("teacher", identity.teacher_id, teacher_id),
-        ("revision of the teacher", identity.teacher_revision, teacher_revision),
         ("tokenizer", identity.tokenizer_hash, tokenizer_hash),
         ("vocabulary size", identity.vocab_size, vocab_size),
     ):

@@ -1,1 +1,1 @@
-"""The teacher side: online teachers, stored signal, the job that captures it, and the router between them."""
+"""What a training step asks: teachers in memory and in stores, and the router that says which type asks which."""

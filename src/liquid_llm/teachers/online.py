@@ -126,9 +126,7 @@ def load_online(
     return loaded, {"teacher_dtype": dtype, "attention": kernel}
 
 
-def require_context(
-    limit: int | None, context: int, model_id: str, where: str = "--block_size or --eval_ctx_lens"
-) -> None:
+def require_context(limit: int | None, context: int, model_id: str, where: str) -> None:
     """Raise UsageError where a teacher that sees ``limit`` tokens is to see ``context``."""
     if limit is not None and context > limit:
         raise UsageError(
@@ -148,7 +146,7 @@ def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
         UsageError: it cannot see so long a context.
     """
     loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token)
-    require_context(max_positions(loaded.model), setup.context, model_id)
+    require_context(max_positions(loaded.model), setup.context, model_id, "--block_size or --eval_ctx_lens")
     vocab_size = min(setup.vocab_size, loaded.model.config.vocab_size)
     max_tokens = None if setup.device.type == "cpu" else PASS_TOKENS
     return OnlineTeacher(loaded, vocab_size, max_tokens=max_tokens, choices=choices)

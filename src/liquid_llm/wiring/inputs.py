@@ -115,6 +115,7 @@ def read_dataset_inputs(
         text.hash,
         token_cache(config),
         eos_id=text.eos_id,
+        validation_fraction=config.val_fraction,
         token=token,
         progress=progress,
     )

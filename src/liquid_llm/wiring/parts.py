@@ -171,8 +171,8 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries:
             inputs = read_manifest_inputs(
                 config.data, text, entries, lambda type: config.source(type).layout, progress=progress
             )
-    for kind, row in inputs.readiness().items():
-        log.info("%s: %s", kind, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
+    for type, row in inputs.readiness().items():
+        log.info("%s: %s", type, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
     return inputs
 
 

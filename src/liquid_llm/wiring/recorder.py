@@ -20,7 +20,7 @@ from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
 from liquid_llm.wiring.parts import Parts
-from liquid_llm.wiring.start import shown_metadata
+from liquid_llm.wiring.start import describe_metadata
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class Recorder:
         self.uploader.enqueue_checkpoint(info)
         self._saved = info
         self._row_started += self.clock() - began
-        log.info("saved %s in %.2f s: %s", " ".join(info.names), self.clock() - began, shown_metadata(metadata))
+        log.info("saved %s in %.2f s: %s", " ".join(info.names), self.clock() - began, describe_metadata(metadata))
 
     def metadata(self) -> CheckpointMetadata:
         """What a checkpoint of the present moment says about itself."""

@@ -195,16 +195,16 @@ def real_evaluations(parts: Parts, batches: Iterable[BatchShape]) -> tuple[Batch
     for batch in batches:
         trained[batch.signal] = max(batch.tokens, trained.get(batch.signal, 0))
     found = _largest(
-        _with_signal(parts, kind, *batch.input_ids.shape)
+        _with_signal(parts, type, *batch.input_ids.shape)
         for by_type in parts.evaluator.sets.values()
-        for kind, those in by_type.items()
+        for type, those in by_type.items()
         for batch in those
     )
     return tuple(one for one in found if one.tokens > trained.get(one.signal, 0))
 
 
-def _with_signal(parts: Parts, kind: str, rows: int, time: int) -> BatchShape:
-    teacher = parts.teachers.router.get(kind)
+def _with_signal(parts: Parts, type: str, rows: int, time: int) -> BatchShape:
+    teacher = parts.teachers.router.get(type)
     if teacher is None:
         return BatchShape(rows, time, "none")
     if teacher.most_ids is None:

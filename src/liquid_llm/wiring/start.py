@@ -92,7 +92,7 @@ class Start:
         return level_from(text, self.step, float(str(given[level])))
 
 
-def shown_metadata(metadata: CheckpointMetadata) -> str:
+def describe_metadata(metadata: CheckpointMetadata) -> str:
     """Checkpoint metadata for the log: what a later job needs, on one line, without the model's configuration."""
     values = metadata.to_dict()
     values["student"] = metadata.student.get("spec")

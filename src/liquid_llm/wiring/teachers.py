@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from liquid_llm.config import RunConfig, TeacherConfig
-from liquid_llm.config_checks import parsed
+from liquid_llm.config_checks import parse_schedule
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
 from liquid_llm.losses.divergences import check_sparse
@@ -164,7 +164,7 @@ def _temperatures(config: RunConfig, type: str) -> set[float]:
     own = config.source(type).temperature
     if own is not None:
         return {own}
-    scheduled = dict(parsed(config.objective.temp_schedule, "--temp_schedule", None))
+    scheduled = dict(parse_schedule(config.objective.temp_schedule, "--temp_schedule", None))
     return {*scheduled.values(), scheduled.get(0, config.objective.temperature)}
 
 

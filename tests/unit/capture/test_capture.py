@@ -340,7 +340,9 @@ def contents_of_files(folder: Path) -> list[Path]:
 
 def test_a_window_longer_than_the_teacher_can_see(tmp_path: Path) -> None:
     teacher = tiny_teacher("gpt2", max_position_embeddings=64)
-    with pytest.raises(UsageError, match=r"cannot see so long a window; got 65 tokens; expected at most 64"):
+    with pytest.raises(
+        UsageError, match=r"seq_len: the teacher cannot see so long a context; got 65; expected at most 64"
+    ):
         run(tmp_path, make_samples(2), teacher, seq_len=65)
     assert run(tmp_path, make_samples(2, low=70), teacher, seq_len=64).written == 2
 

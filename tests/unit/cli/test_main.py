@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from liquid_llm.cli.main import guarded, main
+from liquid_llm.cli.main import guard, main
 from liquid_llm.errors import StorageError
 
 
@@ -39,7 +39,7 @@ def test_errors_never_show_a_secret_of_the_environment(capsys, monkeypatch):
     def job() -> int:
         raise StorageError("refused", where="gs://b?token=hf_planted0123456789abcdefXYZ")
 
-    assert guarded(job) == 4
+    assert guard(job) == 4
     assert "planted" not in capsys.readouterr().err
 
 

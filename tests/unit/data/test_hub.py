@@ -32,7 +32,8 @@ def folder(path: Path, **splits: list[Any]) -> str:
 
 
 def load(name: str, tmp_path: Path, config: str | None = None, **options: Any) -> tuple[TokenDataset, TokenDataset]:
-    return load_hub_dataset(name, config, TOKENIZER, "h", tmp_path / "tokens", eos_id=0, **options)
+    options = {"eos_id": 0, "validation_fraction": 0.05, **options}
+    return load_hub_dataset(name, config, TOKENIZER, "h", tmp_path / "tokens", **options)
 
 
 def texts(dataset: TokenDataset) -> list[str]:
@@ -244,7 +245,7 @@ from tests.support.tokenizers import tiny_tokenizer
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.errors import DataError
 try:
-    load_hub_dataset("nosuch/dataset", "plain", tiny_tokenizer(), "h", "tokens", eos_id=0)
+    load_hub_dataset("nosuch/dataset", "plain", tiny_tokenizer(), "h", "tokens", eos_id=0, validation_fraction=0.05)
 except DataError as error:
     print(error)
 """

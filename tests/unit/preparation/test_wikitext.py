@@ -33,7 +33,9 @@ def test_a_named_dataset_and_a_download_give_the_same_token_stream(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     table = datasets.Dataset.from_dict({"text": as_published(raw)})
     datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(tmp_path / "saved")
-    named, _ = load_hub_dataset(str(tmp_path / "saved"), None, TOKENIZER, "h", tmp_path / "tokens", eos_id=0)
+    named, _ = load_hub_dataset(
+        str(tmp_path / "saved"), None, TOKENIZER, "h", tmp_path / "tokens", eos_id=0, validation_fraction=0.05
+    )
 
     (tmp_path / "wikitext-2-raw-v1.zip").write_bytes(zipped({"wikitext-2-raw/wiki.train.raw": raw.encode()}))
     pattern, out = str(tmp_path / "*.zip"), str(tmp_path / "out")

@@ -276,10 +276,6 @@ def test_a_second_teacher_or_codec_is_refused(place: str, changes: dict[str, Any
     ("expected", "message"),
     [
         ({"teacher_id": "org/big"}, "another teacher; got org/teacher; expected org/big"),
-        (
-            {"teacher_revision": "c2"},
-            r"another revision of the teacher; got commit-1 \(of org/teacher@commit-1\); expected c2",
-        ),
         ({"tokenizer_hash": "t2"}, r"another tokenizer; got tokenizer-1 \(of org/teacher@commit-1\); expected t2"),
         ({"vocab_size": 512}, r"another vocabulary size; got 300 \(of org/teacher@commit-1\); expected 512"),
     ],

@@ -81,7 +81,7 @@ def recorder(engine: Engine, folder: Path, clock: Any) -> tuple[Plain, Written]:
 def test_the_main_rank_alone_writes_what_all_have_summed_and_one_clock_is_enough_to_save(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("liquid_llm.wiring.recorder.shown_metadata", lambda metadata: "")
+    monkeypatch.setattr("liquid_llm.wiring.recorder.describe_metadata", lambda metadata: "")
 
     def work(engine: Engine) -> tuple[list[Any], float]:
         now = [0.0]
