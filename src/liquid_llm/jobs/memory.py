@@ -25,12 +25,11 @@ from liquid_llm.memory import (
     ModelShape,
     Verdict,
     available_bytes,
-    predict_training,
 )
 from liquid_llm.models.student import PRESETS, student_config
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
-from liquid_llm.wiring.fitting import judge, judge_capture, memory_cache, resolve_auto
+from liquid_llm.wiring.fitting import Fit, judge, judge_capture, resolve_auto
 from liquid_llm.wiring.shapes import Models, nominal_shape, open_shape, open_teachers, stored_codec, with_positions
 from liquid_llm.wiring.tokens import read_token
 
@@ -62,9 +61,24 @@ def run_memory(face: str, given: Mapping[str, object]) -> int:
     config = build_config_to_measure(face, options)
     card = _card(config.device, asked)
     found = _capture(config, card) if isinstance(config, CaptureConfig) else _training(config, card, price)
-    print_facts("memory, worked out from configurations, not measured", _lines(found, card))
-    print(json.dumps(found.as_dict(card), indent=2))
-    return 0 if found.verdict.fits else DeviceError.exit_code
+    job, fit, choices, notes = found
+    prediction, verdict = fit.prediction, fit.verdict
+    assert prediction is not None
+    assert verdict is not None
+    lines = [("job", job), *((name, f"{choice.value} ({choice.reason})") for name, choice in choices.items())]
+    lines += [*_lines(prediction, verdict, card), *(("note", note) for note in notes)]
+    print_facts("memory, worked out from configurations, not measured", lines)
+    report = {
+        "job": job,
+        "measured": False,
+        "prediction": prediction.as_dict(),
+        "available": vars(card),
+        "verdict": verdict.as_dict(),
+        "choices": {name: vars(choice) for name, choice in choices.items()},
+        "notes": notes,
+    }
+    print(json.dumps(report, indent=2))
+    return 0 if verdict.fits else DeviceError.exit_code
 
 
 def _card(requested: str, asked: object) -> Card:
@@ -84,47 +98,26 @@ def _card(requested: str, asked: object) -> Card:
     return Card(device.type, free, f"free on {device} now")
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What is printed."""
-
-    what: str
-    prediction: MemoryPrediction
-    verdict: Verdict
-    choices: Mapping[str, Choice]
-    notes: tuple[str, ...] = ()
-
-    def as_dict(self, card: Card) -> dict[str, Any]:
-        return {
-            "job": self.what,
-            "measured": False,
-            "prediction": self.prediction.as_dict(),
-            "available": vars(card),
-            "verdict": self.verdict.as_dict(),
-            "choices": {name: vars(choice) for name, choice in self.choices.items()},
-            "notes": list(self.notes),
-        }
+# What is asked about in words, whether it fits, the choices made and what else there is to say.
+_Found = tuple[str, Fit, Mapping[str, Choice], list[str]]
 
 
 def _training(config: RunConfig, card: Card, price: object) -> _Found:
     token = read_token(config.teacher)
-    teacher, held_bytes = open_teachers(config, _dtype(config.teacher.precision, card), token, None)
+    teacher, held_bytes = open_teachers(config, _dtype(config.teacher.precision, card), token)
     named = config.teacher.online_id  # one that is asked nothing still says whose tokenizer it is
     speaker = teacher if teacher is not None or named is None else open_shape(named, "float32", token)
     student = _student(config, speaker, token)
     compute_dtype, vocab_size = _dtype(config.student.precision, card), _vocab_size(speaker or student)
     models = Models(student, teacher, compute_dtype, vocab_size, stored_codec(config), held_bytes)
-    cache, free = memory_cache(), card.bytes - held_bytes
-    settled, choices = resolve_auto(config, models, free, card.kind, cache=cache)
-    shape = nominal_shape(settled, models, card.kind)
-    prediction = predict_training(shape, cache)
-    fit = judge(settled, shape, prediction, free, cache)
-    assert fit.verdict is not None
+    free = card.bytes - held_bytes
+    settled, choices = resolve_auto(config, models, free, card.kind)
+    fit = judge(settled, nominal_shape(settled, models, card.kind), free)
     notes = []
     if price is not None:
         notes.append("the cost follows from the speed, which only a run on the card says: --dry_run --price_per_hour")
     words = f"{config.face}, {settled.data.batch_size} x {settled.data.block_size} tokens a micro-batch"
-    return _Found(words, prediction, fit.verdict, choices, tuple(notes))
+    return words, fit, choices, notes
 
 
 def _capture(config: CaptureConfig, card: Card) -> _Found:
@@ -142,11 +135,8 @@ def _capture(config: CaptureConfig, card: Card) -> _Found:
         device=card.kind,
     )
     fit = judge_capture(shape, config.data.batch_size, card.bytes)
-    prediction, verdict = fit.prediction, fit.verdict
-    assert prediction is not None
-    assert verdict is not None
-    notes = (prediction.measured_part,) if prediction.measured_part else ()
-    return _Found(f"capture, {shape.rows} x {shape.time} tokens a batch", prediction, verdict, {}, notes)
+    measured = "" if fit.prediction is None else fit.prediction.measured_part
+    return f"capture, {shape.rows} x {shape.time} tokens a batch", fit, {}, [measured] if measured else []
 
 
 def _dtype(requested: str, card: Card) -> str:
@@ -194,11 +184,8 @@ def _resumed(uri: str) -> Mapping[str, Any]:
     return config
 
 
-def _lines(found: _Found, card: Card) -> list[tuple[str, str]]:
-    prediction = found.prediction
-    lines = [("job", found.what)]
-    lines += [(name, f"{choice.value} ({choice.reason})") for name, choice in found.choices.items()]
-    lines += [(f"peak, {stage}", format_bytes(size)) for stage, size in prediction.stages.items() if stage]
+def _lines(prediction: MemoryPrediction, verdict: Verdict, card: Card) -> list[tuple[str, str]]:
+    lines = [(f"peak, {stage}", format_bytes(size)) for stage, size in prediction.stages.items() if stage]
     lines.append(("at rest", format_bytes(prediction.rest_bytes)))
     lines.append(("largest", f"{format_bytes(prediction.peak_bytes)} of tensors: {prediction.peak_batch}"))
     lines += [(f"  {name}", format_bytes(size)) for name, size in prediction.consumers.items()]
@@ -207,6 +194,5 @@ def _lines(found: _Found, card: Card) -> list[tuple[str, str]]:
         allowances.append(f"{format_bytes(prediction.workspace_bytes)} for libraries' workspaces")
     lines.append(("allowances", ", ".join(allowances)))
     lines.append(("available", f"{format_bytes(card.bytes)}, {card.origin}"))
-    lines.append(("fits", found.verdict.words))
-    lines += [("  with", f"{one.change}: {format_bytes(one.needed_bytes)}") for one in found.verdict.options]
-    return lines + [("note", note) for note in found.notes]
+    lines.append(("fits", verdict.words))
+    return lines + [("  with", f"{one.change}: {format_bytes(one.needed_bytes)}") for one in verdict.options]

@@ -204,7 +204,7 @@ def _dry_run(config: RunConfig, place: Place, engine: Engine) -> int:
         basis = build_basis(config, start)
         parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
         config = parts.config
-        fit = check_fit(config, parts, keep=False)
+        fit = check_fit(config, parts)
         parts.evaluator.consumers = fit.largest
         sizes = estimate(config, parts.built.model, parts.teachers.models)
         findings |= {

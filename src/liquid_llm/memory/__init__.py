@@ -5,32 +5,29 @@ counter      counts every storage alive, by what it is for
 training     a training step on tensors without memory
 capture      a capture batch likewise
 prediction   what is answered, and the allowances on top
-cache        answers kept on disk
 verdict      fits or not, the changes that make it fit, and the largest batch that does
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TypeVar
 
 from liquid_llm.errors import ModelError
-from liquid_llm.memory.cache import remember
 from liquid_llm.memory.capture import work_out_capture
 from liquid_llm.memory.free import available_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape
 from liquid_llm.memory.training import work_out_training
-from liquid_llm.memory.verdict import (
-    Verdict,
-    capture_options,
-    fits,
-    largest_batch,
-    training_options,
-)
+from liquid_llm.memory.verdict import Verdict, capture_options, fits, largest_batch, training_options
+
+S = TypeVar("S", TrainingShape, CaptureShape)
 
 # Time grows with the chunks of logits that are walked: 2 million tokens are a quarter of a minute.
 MOST_TOKENS = 2**21
+_ANSWERS: dict[str, MemoryPrediction] = {}
 
 __all__ = [
     "MOST_TOKENS",
@@ -50,20 +47,17 @@ __all__ = [
 ]
 
 
-def predict_training(shape: TrainingShape, cache: Path | None = None) -> MemoryPrediction:
+def predict_training(shape: TrainingShape) -> MemoryPrediction:
     """Memory of a training job: the second step's peak over its largest micro-batches, or evaluation's if that is more.
-
-    Args:
-        cache: folder for answers, or None.
 
     Raises:
         ModelError: a configuration that no model can be built from, or a micro-batch of more than ``MOST_TOKENS``.
     """
     _require_some_size(one.rows * one.time for one in (*shape.batches, *shape.evaluations))
-    return remember(cache, "training", shape.as_plain(), lambda: work_out_training(shape))
+    return _remember(shape, work_out_training)
 
 
-def predict_capture(shape: CaptureShape, cache: Path | None = None) -> MemoryPrediction:
+def predict_capture(shape: CaptureShape) -> MemoryPrediction:
     """Memory of a capture job.
 
     Raises:
@@ -71,7 +65,15 @@ def predict_capture(shape: CaptureShape, cache: Path | None = None) -> MemoryPre
         SignalError: a codec or an option that there is not.
     """
     _require_some_size([shape.rows * shape.time])
-    return remember(cache, "capture", shape.as_plain(), lambda: work_out_capture(shape))
+    return _remember(shape, work_out_capture)
+
+
+def _remember(shape: S, answer: Callable[[S], MemoryPrediction]) -> MemoryPrediction:
+    """``answer(shape)``, worked out once in a process: whoever chooses a batch asks for some shapes again."""
+    question = json.dumps([type(shape).__name__, asdict(shape)], sort_keys=True, default=str)
+    if question not in _ANSWERS:
+        _ANSWERS[question] = answer(shape)
+    return _ANSWERS[question]
 
 
 def _require_some_size(tokens: Iterable[int]) -> None:

@@ -8,7 +8,7 @@ allowance   what a device takes beside tensors: kept apart from the peak in ever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from liquid_llm.formatting import format_bytes
@@ -75,15 +75,3 @@ class MemoryPrediction:
             "fragmentation_bytes": self.fragmentation_bytes,
             "needed_bytes": self.needed_bytes,
         }
-
-    @staticmethod
-    def from_dict(plain: Mapping[str, Any]) -> MemoryPrediction:
-        """The inverse of :meth:`as_dict`.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is not one.
-        """
-        found = MemoryPrediction(**{one.name: plain[one.name] for one in fields(MemoryPrediction)})
-        if sum(found.consumers.values()) != found.peak_bytes:
-            raise ValueError("the consumers do not add up to the peak")
-        return found

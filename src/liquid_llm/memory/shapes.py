@@ -1,11 +1,10 @@
 """What decides how much memory a job takes, as plain values: configurations and the shapes of what is computed.
 
-A shape has everything the model of memory needs, and nothing else, so that it can name a cached answer.
+A shape has everything the model of memory needs, and nothing else, so that equal shapes have one answer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -98,10 +97,6 @@ class TrainingShape:
     temperature: float = 2.0
     device: str = "cuda"
 
-    def as_plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
-
     def with_rows(self, most: int, rows: int) -> TrainingShape:
         """The same with micro-batches of ``rows`` where they had ``most``: all are cut or grow in proportion."""
 
@@ -130,7 +125,3 @@ class CaptureShape:
     codec: str = "tail"
     options: Mapping[str, int | float | str] = field(default_factory=dict)
     device: str = "cuda"
-
-    def as_plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)

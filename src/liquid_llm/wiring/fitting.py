@@ -8,9 +8,9 @@ it began, on another card too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,8 +36,7 @@ from liquid_llm.memory import (
 from liquid_llm.options import AUTO, AUTO_BATCH
 from liquid_llm.runtime import Choice
 from liquid_llm.signal_store.codecs import Codec
-from liquid_llm.wiring.places import cache_dir
-from liquid_llm.wiring.shapes import Models, known_models, nominal_shape, real_batches, real_evaluations, shape_of
+from liquid_llm.wiring.shapes import Models, describe_models, nominal_shape, real_batches, real_evaluations, shape_of
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -90,11 +89,6 @@ class Fit:
         return {**known, "available_bytes": self.available_bytes, "verdict": verdict}
 
 
-def memory_cache() -> Path:
-    """Where answers of the model of memory are kept."""
-    return cache_dir() / "memory"
-
-
 # ------------------------------------------------------------------------------------------------------------- choices
 
 
@@ -113,13 +107,8 @@ class Settled:
     decided: dict[str, Any]
 
 
-def settle(
-    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, *, keep: bool = True
-) -> Settled:
+def settle(config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None) -> Settled:
     """Decide what is left to memory, before anything of size is built; a run that goes on keeps what it decided.
-
-    Args:
-        keep: whether answers of the model of memory may be kept on disk.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -129,17 +118,10 @@ def settle(
     # Wherever the step goes on: a place in the data is counted in micro-batches.
     metadata = start.origin.metadata
     decided = metadata.run.get("decided") if start.goes_on and metadata is not None else None
-    cache = memory_cache() if keep else None
-    models = known_models(config, start, text, device, token, cache)
+    models = describe_models(config, start, text, device, token)
     available = available_bytes(device)
-    settled, choices = resolve_auto(
-        config,
-        models,
-        None if available is None else available - models.held_bytes,
-        device.type,
-        decided=decided,
-        cache=cache,
-    )
+    free = None if available is None else available - models.held_bytes
+    settled, choices = resolve_auto(config, models, free, device.type, decided=decided)
     for name, choice in choices.items():
         log.info("%s %s: %s", name, choice.value, choice.reason)
     return Settled(settled, choices, decisions(config, settled))
@@ -152,15 +134,13 @@ def resolve_auto(
     device: str,
     *,
     decided: Mapping[str, Any] | None = None,
-    cache: Path | None = None,
 ) -> tuple[RunConfig, dict[str, Choice]]:
     """The configuration with every ``auto`` that memory decides replaced, and why.
 
     Args:
         available: bytes that the run can have; None where that is not known.
         device: its type.
-        decided: what :func:`decisions` kept when the run began; it wins over what would be decided today.
-        cache: folder of the model of memory.
+        decided: what ``decisions`` kept when the run began; it wins over what would be decided today.
 
     Raises:
         UsageError: no micro-batch fits, or tokens a step that no batch of this block size gives.
@@ -170,10 +150,10 @@ def resolve_auto(
     else:
         kept = {}
     if config.data.batch_size == AUTO_BATCH:
-        config, chosen = _choose_batch(config, models, available, device, cache)
+        config, chosen = _choose_batch(config, models, available, device)
         return config, {**kept, **chosen}
     if config.student.grad_checkpoint == AUTO:
-        choice = _choose_checkpointing(config, models, available, device, cache)
+        choice = _choose_checkpointing(config, models, available, device)
         return _with(config, grad_checkpoint=choice.value == "true"), {**kept, "grad_checkpoint": choice}
     return config, kept
 
@@ -212,21 +192,19 @@ def _with(config: RunConfig, **values: Any) -> RunConfig:
     return config
 
 
-def _choose_checkpointing(
-    config: RunConfig, models: Models, available: int | None, device: str, cache: Path | None
-) -> Choice:
+def _choose_checkpointing(config: RunConfig, models: Models, available: int | None, device: str) -> Choice:
     """Checkpointing where the nominal shape does not fit without it and takes less with it."""
     if available is None:
         return Choice("false", "what is free is not known")
     try:
-        without = predict_training(nominal_shape(_with(config, grad_checkpoint=False), models, device), cache)
+        without = predict_training(nominal_shape(_with(config, grad_checkpoint=False), models, device))
     except UNPREDICTABLE as error:
         return Choice("false", f"whether it fits is not known: {_in_words(error)}")
     figures = f"{format_bytes(without.needed_bytes)} of {format_bytes(available)}"
     if without.needed_bytes <= available:
         return Choice("false", f"it fits without: {figures}")
     try:
-        with_it = predict_training(nominal_shape(_with(config, grad_checkpoint=True), models, device), cache)
+        with_it = predict_training(nominal_shape(_with(config, grad_checkpoint=True), models, device))
     except ModelError as error:
         return Choice("false", f"it does not fit ({figures}), but {error.problem}")
     if with_it.needed_bytes >= without.needed_bytes:
@@ -235,7 +213,7 @@ def _choose_checkpointing(
 
 
 def _choose_batch(
-    config: RunConfig, models: Models, available: int | None, device: str, cache: Path | None
+    config: RunConfig, models: Models, available: int | None, device: str
 ) -> tuple[RunConfig, dict[str, Choice]]:
     tokens, block = config.optimizer.tokens_per_step, config.data.block_size
     assert tokens is not None
@@ -252,14 +230,14 @@ def _choose_batch(
 
     found = largest_batch(
         build,
-        lambda shape: predict_training(shape, cache),
+        predict_training,
         blocks_per_step=tokens // block,
         most_blocks=max(1, MOST_TOKENS // block),
         free_bytes=available,
         checkpointing=tried,
     )
     if found is None:
-        least = predict_training(build(1, tokens // block, tried[-1]), cache)
+        least = predict_training(build(1, tokens // block, tried[-1]))
         raise UsageError(
             "not even a single block fits into memory",
             where="--batch_size=auto",
@@ -282,14 +260,13 @@ def _choose_batch(
 # ----------------------------------------------------------------------------------------------------------- the check
 
 
-def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
+def check_fit(config: RunConfig, parts: Parts) -> Fit:
     """Work out the memory of the run's real shapes and compare it with what its device can give.
 
     Called when the models are on the device: what they take is part of both sides of the comparison.
 
     Args:
         config: with every ``auto`` decided.
-        keep: whether the answer may be kept on disk.
     """
     device = parts.device
     # Another teacher's weights are neither predicted nor given back: they lie on the device already.
@@ -304,12 +281,10 @@ def check_fit(config: RunConfig, parts: Parts, *, keep: bool = True) -> Fit:
     shape = shape_of(config, models, device.type, batches, real_evaluations(parts, batches))
     cut = parts.progress.passes.max_tokens is not None  # then a pass finds the gradients of the one before it
     shape = replace(shape, reference=parts.student.reference is not None, accumulates=shape.accumulates or cut)
-    cache = memory_cache() if keep else None
     held = [parts.built.model, parts.student.reference, teacher]
     available = available_bytes(device, sum(_size(model) for model in held if model is not None))
     try:
-        prediction = predict_training(shape, cache)
-        return judge(config, shape, prediction, available, cache)
+        return judge(config, shape, available)
     except UNPREDICTABLE as error:
         return Fit(None, available, None, _in_words(error))
 
@@ -345,34 +320,20 @@ def judge_capture(shape: CaptureShape, batch_size: int, available: int | None) -
     Raises:
         ModelError: it cannot be worked out.
     """
-    cache = memory_cache()
-    prediction = predict_capture(shape, cache)
+    prediction = predict_capture(shape)
     if available is None:
         return Fit(prediction, None, None)
-    found = fits(
-        prediction,
-        available,
-        lambda: capture_options(shape, batch_size, available, lambda one: predict_capture(one, cache)),
-    )
-    return Fit(prediction, available, found)
+    options = partial(capture_options, shape, batch_size, available, predict_capture)
+    return Fit(prediction, available, fits(prediction, available, options))
 
 
-def judge(
-    config: RunConfig, shape: TrainingShape, prediction: MemoryPrediction, available: int | None, cache: Path | None
-) -> Fit:
-    """The verdict on a prediction, with the options that make the job fit."""
+def judge(config: RunConfig, shape: TrainingShape, available: int | None) -> Fit:
+    """What a training job takes, and the verdict on it with the options that make it fit; raises likewise."""
+    prediction = predict_training(shape)
     if available is None:
         return Fit(prediction, None, None)
-
-    def options() -> Iterable[tuple[str, MemoryPrediction]]:
-        return training_options(
-            shape,
-            config.data.batch_size,
-            config.optimizer.grad_accum,
-            available,
-            lambda one: predict_training(one, cache),
-        )
-
+    batch_size, grad_accum = config.data.batch_size, config.optimizer.grad_accum
+    options = partial(training_options, shape, batch_size, grad_accum, available, predict_training)
     return Fit(prediction, available, fits(prediction, available, options))
 
 

@@ -98,7 +98,7 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     seed_everything(config.seed)
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
-    settled = settle(config, start, text, device, token, keep=not config.dry_run)
+    settled = settle(config, start, text, device, token)
     built = make_student(settled.config, start, text, device, token)
     check_teachers(settled.config, token)
     return Basis(

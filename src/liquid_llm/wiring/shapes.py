@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,6 @@ import torch
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import LiquidError
 from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
-from liquid_llm.memory.cache import remember_config
 from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
@@ -55,13 +53,10 @@ class Models:
     held_bytes: int = 0
 
 
-def known_models(
-    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, cache: Path | None
+def describe_models(
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None
 ) -> Models:
     """The models that a run is going to build, from their configurations.
-
-    Args:
-        cache: folder for configurations that are slow to read.
 
     Raises:
         ModelError: one of them cannot be read.
@@ -79,37 +74,29 @@ def known_models(
             token=token,
         )
         student = ModelShape.of(with_positions(made, config))
-    teacher, held_bytes = open_teachers(config, choose_dtype(config.teacher.precision, device).value, token, cache)
+    teacher, held_bytes = open_teachers(config, choose_dtype(config.teacher.precision, device).value, token)
     compute_dtype = choose_dtype(config.student.precision, device).value
     return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config), held_bytes)
 
 
-def open_teachers(
-    config: RunConfig, dtype: str, token: str | None, cache: Path | None
-) -> tuple[ModelShape | None, int]:
+def open_teachers(config: RunConfig, dtype: str, token: str | None) -> tuple[ModelShape | None, int]:
     """The largest online teacher, or None, and the bytes of the others' weights.
 
     Raises:
         ModelError: one of them cannot be read.
     """
-    teachers = [open_shape(model_id, dtype, token, cache) for model_id in config.source.online]
+    teachers = [open_shape(model_id, dtype, token) for model_id in config.source.online]
     if len(teachers) < 2:
         return next(iter(teachers), None), 0
     sizes = [weight_bytes(teacher) for teacher in teachers]
     return teachers[sizes.index(max(sizes))], sum(sizes) - max(sizes)
 
 
-def open_shape(model_id: str, dtype: str, token: str | None, cache: Path | None = None) -> ModelShape:
+def open_shape(model_id: str, dtype: str, token: str | None) -> ModelShape:
     """A model from its configuration: that of its id, or a ``.json`` file itself."""
     if model_id.endswith(".json"):
         return ModelShape.of(file_config(model_id), dtype)
-    source = resolve(model_id, token=token)
-
-    def read() -> Mapping[str, Any]:
-        return ModelShape.of(open_config(source, model_id, token), dtype).config
-
-    slow = source.gguf_file is not None
-    return ModelShape(remember_config(cache, source.revision, read) if slow else read(), dtype)
+    return ModelShape.of(open_config(resolve(model_id, token=token), model_id, token), dtype)
 
 
 def with_positions(student: Any, config: RunConfig) -> Any:

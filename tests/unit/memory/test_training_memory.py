@@ -19,8 +19,9 @@ from tests.support.memory import (
     shape_of,
 )
 
+from liquid_llm import memory
 from liquid_llm.errors import ModelError
-from liquid_llm.memory import BatchShape, ModelShape, TrainingShape, predict_training
+from liquid_llm.memory import BatchShape, MemoryPrediction, ModelShape, TrainingShape, predict_training
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
     FRAGMENTATION_SHARE,
@@ -216,3 +217,18 @@ def test_memory_at_real_sizes(name: str) -> None:
     if shape.teacher is not None:
         assert found.consumers[TEACHER_WEIGHTS] / GIB == pytest.approx(5.98, rel=0.01)
     assert found.consumers[STUDENT] / GIB == pytest.approx(1.56, rel=0.01)
+
+
+def test_a_shape_is_worked_out_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainingShape] = []
+
+    def work_out(shape: TrainingShape) -> MemoryPrediction:
+        asked.append(shape)
+        return replace(answer, rest_bytes=len(asked))
+
+    shape = shape_of("llama-test", BatchShape(1, 8))
+    answer = predict_training(shape)
+    monkeypatch.setattr(memory, "work_out_training", work_out)
+    monkeypatch.setattr(memory, "_ANSWERS", {})
+    other = replace(shape, batches=(BatchShape(2, 4),))  # as many tokens, another shape
+    assert [predict_training(one).rest_bytes for one in (shape, shape, other, shape)] == [1, 1, 2, 1]

@@ -74,10 +74,10 @@ def test_a_run_that_goes_on_keeps_its_choice_on_any_card(without: int) -> None:
 
 
 def test_checkpointing_that_saves_nothing_or_that_there_is_not_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    def same(shape: TrainingShape, cache: object) -> MemoryPrediction:
+    def same(shape: TrainingShape) -> MemoryPrediction:
         return predict_training(replace(shape, grad_checkpoint=False))
 
-    def unsupported(shape: TrainingShape, cache: object) -> MemoryPrediction:
+    def unsupported(shape: TrainingShape) -> MemoryPrediction:
         if shape.grad_checkpoint:
             raise ModelError("this architecture does not support gradient checkpointing")
         return predict_training(shape)
@@ -205,9 +205,8 @@ def test_a_temperature_that_is_scheduled_is_not_one() -> None:
 def test_the_line_says_yes_no_or_not_known(without: int) -> None:
     asked = config(grad_checkpoint=False)
     shape = nominal_shape(asked, MODELS, "cpu")
-    prediction = predict_training(shape)
-    yes = judge(asked, shape, prediction, without, None)
-    no = judge(asked, shape, prediction, without - 1, None)
+    yes = judge(asked, shape, without)
+    no = judge(asked, shape, without - 1)
     assert "8 x 64 tokens, online teacher take" in yes.line
     assert "worked out, not measured" in yes.line
     assert "yes, it fits" in yes.line
@@ -218,7 +217,7 @@ def test_the_line_says_yes_no_or_not_known(without: int) -> None:
         "--grad_checkpoint=true",
         "--batch_size=4 --grad_accum=2",
     ]
-    assert "not known" in judge(asked, shape, prediction, None, None).line
+    assert "not known" in judge(asked, shape, None).line
     unknown = Fit(None, GIB, None, "because")
     assert unknown.line.endswith("because")
     assert unknown.largest() == ""

@@ -24,7 +24,7 @@ from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.stored import StoredTeacher
 from liquid_llm.teachers.teacher import TeacherSetup
 from liquid_llm.wiring.inputs import Inputs
-from liquid_llm.wiring.shapes import known_models
+from liquid_llm.wiring.shapes import describe_models
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.teachers import RunTeachers, make_teacher, make_teachers
 from liquid_llm.wiring.tokenizers import TextTools
@@ -168,9 +168,9 @@ def test_of_two_online_teachers_the_larger_is_worked_out_and_the_other_is_held(t
         student="llama-test",
         sources={"code": {"teacher": f"online:{tiny.teacher}"}},
     )
-    found = known_models(config, Start("fresh", ResumeSource({}, "")), text, CPU, None, None)
+    found = describe_models(config, Start("fresh", ResumeSource({}, "")), text, CPU, None)
     assert found.teacher is not None
     assert found.teacher.config["model_type"] == "llama"
     assert found.held_bytes == 4 * sum(one.numel() for one in model.parameters())
     one = hybrid(lm_teacher_id=str(tiny.teacher), mc_teacher_id="t", student="llama-test", math_logits_dir="x")
-    assert known_models(one, Start("fresh", ResumeSource({}, "")), text, CPU, None, None).held_bytes == 0
+    assert describe_models(one, Start("fresh", ResumeSource({}, "")), text, CPU, None).held_bytes == 0
