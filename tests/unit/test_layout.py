@@ -24,7 +24,6 @@ WALKED = {
     "wiring/inputs": "integration/test_prepare.py",
     "wiring/parts": "integration/test_hybrid_run.py",
     "wiring/shapes": "integration/test_memory_command.py",
-    "wiring/start": "integration/test_annealing_resume.py",
     "wiring/students": "integration/test_annealing.py",
     "wiring/tokenizers": "integration/test_hybrid_run.py",
     "wiring/tokens": "integration/test_hf_token.py",
