@@ -50,7 +50,7 @@ _ACTIONS: dict[str, tuple[str, tuple[Positional, ...], tuple[Option, ...]]] = {
         (*_TEACHER, _samples(200), _TEMPERATURE, _JSON),
     ),
     "diff": (
-        "which records differ, are missing or were made from other tokens",
+        "which records are missing, hold other signal (payload) or are of another text or length (tokens)",
         (Positional("first", "A", "a store"), Positional("second", "B", "another")),
         (_TEMPERATURE, _JSON),
     ),

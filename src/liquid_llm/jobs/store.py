@@ -1,7 +1,7 @@
 """``liquid store``: pack, verify, stats and diff, from options to exit code.
 
-Each prints a table for people or, with ``--json``, one JSON object. ``verify`` and ``diff`` end with 3 where something
-is not as it should be, ``pack`` where a record had to be left out.
+Each prints a table for people or, with ``--json``, the same as one JSON object. ``verify`` and ``diff`` end with 3
+where something is not as it should be, ``pack`` where a record had to be left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from liquid_llm.capture.verify import Verifier
 from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.errors import DataError, SignalError, UsageError
-from liquid_llm.formatting import format_bytes
+from liquid_llm.formatting import format_bytes, format_count
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
-from liquid_llm.signal_store.compare import Difference, compare
+from liquid_llm.signal_store.compare import compare
 from liquid_llm.signal_store.description import present_layout
 from liquid_llm.signal_store.records import Record
 from liquid_llm.signal_store.shards.pack import pack
@@ -35,7 +34,7 @@ from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.inputs import read_manifest_inputs
 from liquid_llm.wiring.places import cache_dir
-from liquid_llm.wiring.teachers import load_online, stored_name
+from liquid_llm.wiring.teachers import load_online, name_in_store
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
 
@@ -56,18 +55,7 @@ def run_pack(source: str, target: str, *, as_json: bool) -> int:
     with Stage("pack", unit="records", total=len(store)) as stage:
         summary = pack(store, target, progress=stage.advance)
     store.close()
-    _show(
-        asdict(summary),
-        as_json,
-        [
-            ("records packed", f"{summary.packed:,}"),
-            ("already there", f"{summary.present:,}"),
-            ("left out", f"{summary.left_out_count:,}"),
-            ("files", f"{summary.files_before:,} before, {summary.files_after:,} now"),
-            ("size", f"{format_bytes(summary.bytes_before)} before, {format_bytes(summary.bytes_after)} now"),
-            *(("", f"{name}: {why}") for name, why in summary.left_out.items()),
-        ],
-    )
+    _show(asdict(summary), as_json)
     return _LEFT_OUT if summary.left_out_count else 0
 
 
@@ -80,14 +68,13 @@ def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperatur
     seed = int(str(given.get("seed", 1234)))
     found = survey(store, samples=samples, temperature=at, seed=seed)
     report = {**store.describe(), "temperature": at, **found}
-    lines = [*_stats_lines(report), *moved]
+    if report["superseded"]:
+        moved.append(("superseded", f"liquid store pack {uri} {uri} gives their room back"))
     code = 0
     if "mc_teacher_id" in given:
-        verified, code = _verify(store, build_capture_config(given), samples, (at,))
-        report["fidelity"] = verified
-        lines += _verify_lines(verified)
+        report["fidelity"], code = _verify(store, build_capture_config(given), samples, (at,))
     store.close()
-    _show(report, as_json, lines)
+    _show(report, as_json, moved)
     return code
 
 
@@ -97,12 +84,12 @@ def run_verify(
     """``liquid store verify``: 3 unless all records looked at are usable and say what the teacher says."""
     setup_logging("WARNING" if as_json else "INFO")
     config = build_capture_config(given)
-    store = _open(uri, teacher_id=stored_name(config.teacher.stored_id))
+    store = _open(uri, teacher_id=name_in_store(config.teacher.stored_id))
     chosen, moved = _choose_temperatures([store], "--temperatures", temperatures, _TEMPERATURES)
     report, code = _verify(store, config, samples, tuple(chosen))
     store.close()
     report["temperatures"] = chosen
-    _show({**store.describe(), **report}, as_json, [("store", uri), *moved, *_verify_lines(report)])
+    _show({**store.describe(), **report}, as_json, moved)
     return code
 
 
@@ -117,7 +104,7 @@ def run_diff(first: str, second: str, *, temperature: float | None, as_json: boo
     for store in stores:
         store.close()
     report = {"first": first, "second": second, "temperature": at, **found.as_dict()}
-    _show(report, as_json, [*moved, *_diff_lines(found, first, second)])
+    _show(report, as_json, moved)
     return 0 if found.same else _LEFT_OUT
 
 
@@ -242,91 +229,33 @@ def _require(store: StoreReader, what: str, stored: object, present: object) -> 
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-def _show(report: Mapping[str, Any], as_json: bool, lines: Iterable[tuple[str, str]]) -> None:
+def _show(report: Mapping[str, Any], as_json: bool, notes: Iterable[tuple[str, str]] = ()) -> None:
+    """One JSON object; or for people the same names and values, a line each, after what there is to say of them."""
     if as_json:
         print(json.dumps(report, sort_keys=True))
         return
-    rows = list(lines)
-    width = max((len(name) for name, _ in rows), default=0)
+    rows = [*notes, *_rows(report)]
+    width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}".rstrip())
 
 
-def _stats_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    positions = f"{report['positions']:,}" if report["positions"] else "-"
-    lines = [
-        ("store", f"{report['uri']}, layout {report['layout']}"),
-        ("teacher", f"{report['teacher_id']}@{report['teacher_revision'][:12]}"),
-        ("codec", f"{report['codec']} {report['codec_version']} {report['codec_options']}"),
-        ("records", f"{report['records']:,} in {report['files']:,} files, {positions} positions"),
-    ]
-    if report["unreadable"] or report["unreadable_bytes"]:
-        size = format_bytes(report["unreadable_bytes"])
-        lines.append(("unreadable", f"{report['unreadable']:,} of these records, {size}"))
-    if report["superseded"]:
-        room = f"liquid store pack {report['uri']} {report['uri']} gives the room back"
-        lines.append(("superseded", f"{report['superseded']:,} more, counted below; {room}"))
-    lines += [
-        ("size", format_bytes(report["bytes"])),
-        ("bytes a token", _or_dash(report["bytes_per_token"])),
-        *((f"  {name}", f"{size:.2f}") for name, size in report["parts_bytes_per_token"].items()),
-        ("looked at", f"{report['sampled']:,}: {report['corrupt']} corrupt, {report['stale']} stale"),
-    ]
-    for type, row in report["types"].items():
-        size = f"{row['records']:,} records, {_or_dash(row['payload_bytes_per_token'])} bytes a token of payload"
-        mass = "none decoded"
-        if row["mass"] is not None:
-            mass = f"mass {row['mass']:.4f}, tail share {row['tail_share']:.3f}, mass error {row['mass_error']:.3f}"
-        lines.append((type, f"{size}; {mass} at T={report['temperature']:g}"))
-    lines += list(report["examples"].items())
-    return lines + [("problem", problem) for problem in report["problems"]]
+def _rows(values: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        parts = value if isinstance(value, list) else [value]
+        if not any(isinstance(one, Mapping) for one in parts):
+            yield f"{indent}{name}", ", ".join(_in_words(name, one) for one in parts) or "-"
+            continue
+        for one in parts:
+            yield f"{indent}{name}", "" if one else "-"
+            yield from _rows(one, f"{indent}  ")
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _diff_lines(found: Difference, first: str, second: str) -> list[tuple[str, str]]:
-    words = {
-        "equal": "equal",
-        "payload": "same tokens, other signal",
-        "tokens": "of another text or length (stale in one of them)",
-        "only_first": f"only in {first}",
-        "only_second": f"only in {second}",
-        "unreadable": "unreadable",
-    }
-    lines = [(words[outcome], f"{count:,}") for outcome, count in found.counts.items()]
-    if found.identity is not None:
-        name, mine, theirs = found.identity
-        lines.append((f"the {name} differs", f"{mine} and {theirs}"))
-    if found.decoded:
-        what = "relative Euclidean distance of a record's distributions"
-        lines.append(
-            ("decoded difference", f"mean {fmean(found.decoded):.3g}, largest {max(found.decoded):.3g} ({what})")
-        )
-    return lines + [(words[outcome], name) for outcome, names in found.examples.items() for name in names]
-
-
-def _verify_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    counts = ", ".join(f"{report[name]} {name}" for name in ("usable", "stale", "corrupt", "identical", "differing"))
-    by_type = ", ".join(
-        f"{type} {row['with_record']:,} of {row['samples']:,}" for type, row in report["coverage"].items()
-    )
-    covered = f"{report['with_record']:,} of {report['samples']:,} samples of the manifest have a record"
-    lines = [
-        ("manifest", f"{covered} ({by_type})"),
-        ("re-scored", f"{report['looked_at']} records: {counts}"),
-    ]
-    for row in report["measured"]:
-        words = [
-            f"{words} {row[f'stored_{name}']:.5f} (fresh {row[f'fresh_{name}']:.5f})"
-            for name, words in (
-                ("divergence", "divergence"),
-                ("divergence_p95", "95th percentile"),
-                ("error", "error of the mean"),
-            )
-        ]
-        lines.append((f"{row['type']} at T={row['temperature']:g}", f"{'; '.join(words)}; {row['positions']:,} rows"))
-    lines += [(name, why) for name, why in report["examples"].items()]
-    lines += [(name, "not what the teacher says") for name in report["differing_samples"]]
-    return [*lines, ("verdict", report["verdict"])]
+def _in_words(name: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and "bytes" in name.split("_"):
+        return format_bytes(value)
+    return format_count(value) if isinstance(value, int | float) else str(value)

@@ -113,7 +113,7 @@ def make_teachers(
         precision=config.teacher.precision,
         attention=partial(choose_attention_of, config.teacher),
         token=token,
-        stored_id=stored_name(config.teacher.stored_id),
+        stored_id=name_in_store(config.teacher.stored_id),
         strict=config.teacher.hybrid_strict,
         deterministic=config.deterministic,
     )
@@ -199,7 +199,7 @@ def teacher_spec(config: RunConfig, type: str) -> str:
     )
 
 
-def stored_name(model_id: str | None) -> str | None:
+def name_in_store(model_id: str | None) -> str | None:
     """What a store calls the teacher named by an option; a hub is not asked, for the teacher itself is not needed."""
     if model_id is None or model_id.startswith(PACKAGE_PREFIX):
         return model_id
