@@ -13,8 +13,8 @@ from liquid_llm.data.types import MicroBatch
 from liquid_llm.evaluation import MEASURED
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
-from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
 from liquid_llm.memory.counter import StorageCounter
+from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
 from liquid_llm.memory.training import loss_plan
 from liquid_llm.models.loading import LoadedModel, quiet_transformers
 from liquid_llm.models.student import enable_gradient_checkpointing, student_config

@@ -19,13 +19,10 @@ from liquid_llm.config import NOWHERE, CaptureConfig, RunConfig, build_config_to
 from liquid_llm.errors import DeviceError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.jobs.capture import codec_of
-from liquid_llm.memory import (
-    CaptureShape,
-    MemoryPrediction,
-    ModelShape,
-    Verdict,
-    available_bytes,
-)
+from liquid_llm.memory.free import available_bytes
+from liquid_llm.memory.prediction import MemoryPrediction
+from liquid_llm.memory.shapes import CaptureShape, ModelShape
+from liquid_llm.memory.verdict import Verdict
 from liquid_llm.models.student import PRESETS, student_config
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
@@ -154,7 +151,7 @@ def _student(config: RunConfig, teacher: ModelShape | None, token: str | None) -
     """The student that is named, else the one that is resumed."""
     uri = config.student.resume_uri
     if uri not in (None, NOWHERE) and "student" not in config.given:
-        return ModelShape(_resumed(str(uri)))
+        return ModelShape(_read_resumed_config(str(uri)))
     spec = config.student.spec
     if teacher is None and spec in PRESETS:
         raise UsageError(
@@ -167,7 +164,7 @@ def _student(config: RunConfig, teacher: ModelShape | None, token: str | None) -
     return ModelShape.of(with_positions(made, config))
 
 
-def _resumed(uri: str) -> Mapping[str, Any]:
+def _read_resumed_config(uri: str) -> Mapping[str, Any]:
     """The configuration of a checkpoint's student, from the small file beside the weights."""
     where = storage.join(uri, "config.json")
     if uri.endswith(DATA_SUFFIX):

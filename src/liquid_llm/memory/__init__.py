@@ -17,34 +17,15 @@ from typing import TypeVar
 
 from liquid_llm.errors import ModelError
 from liquid_llm.memory.capture import work_out_capture
-from liquid_llm.memory.free import available_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
-from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape
+from liquid_llm.memory.shapes import CaptureShape, TrainingShape
 from liquid_llm.memory.training import work_out_training
-from liquid_llm.memory.verdict import Verdict, capture_options, fits, largest_batch, training_options
 
 S = TypeVar("S", TrainingShape, CaptureShape)
 
 # Time grows with the chunks of logits that are walked: 2 million tokens are a quarter of a minute.
 MOST_TOKENS = 2**21
 _ANSWERS: dict[str, MemoryPrediction] = {}
-
-__all__ = [
-    "MOST_TOKENS",
-    "BatchShape",
-    "CaptureShape",
-    "MemoryPrediction",
-    "ModelShape",
-    "TrainingShape",
-    "Verdict",
-    "available_bytes",
-    "capture_options",
-    "fits",
-    "largest_batch",
-    "predict_capture",
-    "predict_training",
-    "training_options",
-]
 
 
 def predict_training(shape: TrainingShape) -> MemoryPrediction:

@@ -16,7 +16,7 @@ from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.fake import build, fake_tensors
 from liquid_llm.memory.prediction import BATCH, CODEC, LOSS, TEACHER, TEACHER_WORK, MemoryPrediction
 from liquid_llm.memory.shapes import BatchShape, CaptureShape
-from liquid_llm.memory.training import Peaks, combine, make_batch, online_teacher
+from liquid_llm.memory.training import combine, make_batch, online_teacher, take_peaks
 from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.codecs.base import encode_as_on
 
@@ -52,11 +52,10 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
                 hidden = teacher.hidden(ids)
             with counter.stage("encode", LOSS):
                 scratch.logits(teacher.head, hidden.reshape(-1, hidden.shape[-1])[:chunk].clone())
-            found = [Peaks(batch, dict(counter.stages), dict(counter.peak), counter.peak_stage)]
-            counter.restart()
+            found = [take_peaks(counter, batch)]
             with counter.stage("encode", CODEC):
                 encoded = torch.empty(encoder_bytes, dtype=torch.uint8)
-            found.append(Peaks(batch, dict(counter.stages), dict(counter.peak), counter.peak_stage))
+            found.append(take_peaks(counter, batch))
             del encoded
     words = f"{shape.rows} x {shape.time} tokens"
     measured = f"the encoder {shape.codec!r} was measured on {num_rows} rows of {encoded_rows}"

@@ -33,8 +33,9 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         now: bytes alive by consumer.
         stages: the most bytes alive at the same time, by stage.
-        peak: bytes by consumer at the moment when most bytes were alive, since :meth:`restart`.
+        peak: bytes by consumer at the moment when most bytes were alive, since ``restart``.
         peak_stage: the stage of that moment.
+        current_stage: what is being done now.
     """
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
@@ -46,11 +47,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_stage = ""
         self._alive: dict[int, _Storage] = {}
         self._total = self._most = 0
-        self._stage = self._consumer = ""
-
-    @property
-    def current_stage(self) -> str:
-        return self._stage
+        self.current_stage = self._consumer = ""
 
     @property
     def total(self) -> int:
@@ -64,13 +61,13 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def stage(self, stage: str, consumer: str) -> Iterator[None]:
         """What is made inside is for ``consumer`` and belongs to ``stage``."""
-        before = self._stage, self._consumer
-        self._stage, self._consumer = stage, consumer
+        before = self.current_stage, self._consumer
+        self.current_stage, self._consumer = stage, consumer
         try:
             self._note()
             yield
         finally:
-            self._stage, self._consumer = before
+            self.current_stage, self._consumer = before
 
     def hold(self, tensors: Iterable[Tensor | None], consumer: str) -> None:
         """Count ``tensors``, whether or not they were seen before, as ``consumer``'s."""
@@ -102,10 +99,10 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self) -> None:
         if self._total > self._most:
-            self._most, self.peak_stage = self._total, self._stage
+            self._most, self.peak_stage = self._total, self.current_stage
             self.peak = {consumer: size for consumer, size in self.now.items() if size}
-        if self._total > self.stages.get(self._stage, 0):
-            self.stages[self._stage] = self._total
+        if self._total > self.stages.get(self.current_stage, 0):
+            self.stages[self.current_stage] = self._total
 
 
 class _Storage:

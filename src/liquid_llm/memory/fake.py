@@ -54,13 +54,13 @@ def fake_tensors() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def autocast_as_on_accelerators(model: nn.Module | None) -> None:
+def autocast_as_on_accelerators(model: nn.Module) -> None:
     """Let autocast on the CPU widen in ``model`` what it widens on a GPU: norms and powers are float32 and stay so.
 
     A LayerNorm keeps twice the bytes for the backward pass that way. It is done where a module has no parts of its own,
     so that it holds for what is recomputed too.
     """
-    for module in () if model is None else model.modules():
+    for module in model.modules():
         if next(module.children(), None) is None:
             entered: list[_Wide] = []
             module.register_forward_pre_hook(functools.partial(_enter, entered))
@@ -93,7 +93,7 @@ def _widen(value: Any) -> Any:
 
 
 def build(shape: ModelShape) -> Any:
-    """The model of ``shape`` in evaluation mode; to be called inside :func:`fake_tensors`.
+    """The model of ``shape`` in evaluation mode; to be called inside ``fake_tensors``.
 
     Raises:
         ModelError: transformers has no causal language model for this configuration.
@@ -113,6 +113,6 @@ def build(shape: ModelShape) -> Any:
 
 
 def weight_bytes(shape: ModelShape) -> int:
-    """Bytes of a model's weights; raises as :func:`build`."""
+    """Bytes of a model's weights; raises as ``build``."""
     with fake_tensors():
         return sum(one.numel() * one.element_size() for one in build(shape).parameters())

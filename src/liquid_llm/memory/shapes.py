@@ -111,11 +111,9 @@ class CaptureShape:
     """A capture job.
 
     Attributes:
-        teacher: the model that scores.
         rows, time: the largest batch, in padded tokens.
         vocab_size: tokens of its tokenizer; the head is cut to them.
         codec, options: how positions are encoded.
-        device: as in ``TrainingShape``.
     """
 
     teacher: ModelShape

@@ -53,27 +53,7 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
         ModelError: a configuration that no model can be built from.
     """
     with fake_tensors():
-        student = build(shape.student).train()
-        teacher = None if shape.teacher is None else build(shape.teacher)
-        reference = build(shape.student).requires_grad_(False) if shape.reference else None
-        if shape.device != "cpu":
-            for model in (student, reference):
-                autocast_as_on_accelerators(model)
-        if shape.grad_checkpoint:
-            enable_gradient_checkpointing(student)
-        job = TrainingMemory(
-            Student(
-                student,
-                torch_dtype(shape.compute_dtype),
-                reference,
-                plan=loss_plan(shape.device, output_head(student).vocab_size),
-            ),
-            teacher,
-            temperature=shape.temperature,
-            accumulates=shape.accumulates,
-            vocab_size=shape.vocab_size,
-            teacher_pass_tokens=shape.teacher_pass_tokens,
-        )
+        job = _Job(shape)
         job.warm_up()
         found = [job.step(batch) for batch in shape.batches]
         found += [job.evaluate(batch) for batch in shape.evaluations]
@@ -104,6 +84,13 @@ class Peaks:
         return sum(self.consumers.values())
 
 
+def take_peaks(counter: StorageCounter, batch: BatchShape) -> Peaks:
+    """What was counted since the last restart; counts anew."""
+    found = Peaks(batch, counter.stages, counter.peak, counter.peak_stage)
+    counter.restart()
+    return found
+
+
 def combine(found: Iterable[Peaks], rest_bytes: int, device: str, measured_part: str = "") -> MemoryPrediction:
     """The largest of what was found, and the largest of each stage."""
     found = list(found)
@@ -124,42 +111,36 @@ def combine(found: Iterable[Peaks], rest_bytes: int, device: str, measured_part:
     )
 
 
-class TrainingMemory:
-    """Counts what steps and evaluations of a student take, on fake tensors or on real ones.
+class _Job:
+    """The parts of a job on fake tensors, and what its steps and evaluations take."""
 
-    Args:
-        student: as a run has it, with its reference student.
-        teacher: answers for batches with a dense signal.
-        temperature, accumulates, vocab_size, teacher_pass_tokens: as in ``TrainingShape``.
-    """
-
-    def __init__(
-        self,
-        student: Student,
-        teacher: nn.Module | None,
-        *,
-        temperature: float,
-        accumulates: bool,
-        vocab_size: int,
-        teacher_pass_tokens: int | None = None,
-    ) -> None:
-        self._student = student
-        self._teacher = None if teacher is None else online_teacher(teacher, vocab_size, teacher_pass_tokens)
-        self._accumulates, self._vocab_size = accumulates, vocab_size
-        gamma = _GAMMA if student.reference is not None else 0.0
-        self._objective = Objective(_ALPHA, temperature, gamma)
-        self._optimizer = build_optimizer(student.model, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
+    def __init__(self, shape: TrainingShape) -> None:
+        self._accumulates, self._vocab_size = shape.accumulates, shape.vocab_size
+        self._objective = Objective(_ALPHA, shape.temperature, _GAMMA if shape.reference else 0.0)
         self._counter = StorageCounter()
-        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._counter.hold_model(student.model, STUDENT)
-        _tell(self._counter, student.model, ACTIVATIONS)
-        if teacher is not None:
+        student = self._build(shape, STUDENT, ACTIVATIONS).train()
+        if shape.grad_checkpoint:
+            enable_gradient_checkpointing(student)
+        reference = self._build(shape, REFERENCE, REFERENCE).requires_grad_(False) if shape.reference else None
+        plan = loss_plan(shape.device, output_head(student).vocab_size)
+        self._student = Student(student, torch_dtype(shape.compute_dtype), reference, plan=plan)
+        self._teacher = None
+        if shape.teacher is not None:
+            teacher = build(shape.teacher)
             self._counter.hold_model(teacher, TEACHER)
-        if student.reference is not None:
-            self._counter.hold_model(student.reference, REFERENCE)
-            _tell(self._counter, student.reference, REFERENCE)
+            self._teacher = online_teacher(teacher, shape.vocab_size, shape.teacher_pass_tokens)
+        self._optimizer = build_optimizer(student, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
+        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(lambda one: self._counter.hold([one.grad], GRADIENTS))
+
+    def _build(self, shape: TrainingShape, weights: str, activations: str) -> Any:
+        model = build(shape.student)
+        if shape.device != "cpu":
+            autocast_as_on_accelerators(model)
+        self._counter.hold_model(model, weights)
+        _tell(self._counter, model, activations)
+        return model
 
     @property
     def rest_bytes(self) -> int:
@@ -186,7 +167,7 @@ class TrainingMemory:
                 (output.loss / batch.num_positions).backward()
             self._update()
             del batch, signal, output
-        return self._found(shape)
+        return take_peaks(self._counter, shape)
 
     def evaluate(self, shape: BatchShape) -> Peaks:
         """Count the evaluation of one batch."""
@@ -202,12 +183,7 @@ class TrainingMemory:
                     fused_loss(signal.hidden, signal.head, batch.targets, plan=self._student.plan, all_labelled=True)
             del batch, signal
         model.train(training)
-        return self._found(shape)
-
-    def _found(self, shape: BatchShape) -> Peaks:
-        found = Peaks(shape, dict(self._counter.stages), dict(self._counter.peak), self._counter.peak_stage)
-        self._counter.restart()
-        return found
+        return take_peaks(self._counter, shape)
 
     def _batch(self, shape: BatchShape, stage: str) -> MicroBatch:
         with self._counter.stage(stage, BATCH):
@@ -262,8 +238,8 @@ def make_batch(shape: BatchShape) -> MicroBatch:
     del grid
     # What the host reads has numbers, and is of numpy: tensors made here have none.
     lengths: Any = np.full(shape.rows, shape.time)
-    kind = "lm" if shape.signal in ("dense", "none") else "math_tool"
-    return MicroBatch(kind, ids, labels, lengths, (), positions, torch.zeros_like(positions), lengths - 1)
+    type = "lm" if shape.signal in ("dense", "none") else "math_tool"
+    return MicroBatch(type, ids, labels, lengths, (), positions, torch.zeros_like(positions), lengths - 1)
 
 
 def stored_signal(shape: BatchShape, num_rows: int, vocab_size: int, temperature: float) -> Signal | None:

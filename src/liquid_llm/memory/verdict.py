@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from liquid_llm.errors import ModelError
@@ -101,13 +102,10 @@ def training_options(
     """Changes of a training job, the smallest first, each with what it needs.
 
     Of smaller batches only the largest that fits. Several changes at once are tried where no single one suffices.
-
-    Args:
-        batch_size, grad_accum: what the shape's micro-batches were made from.
-        predict: the model of memory.
     """
+    smaller = partial(_smaller_batch, batch_size, grad_accum, free_bytes, predict)
     enough = False
-    for change, found in _single_changes(shape, batch_size, grad_accum, free_bytes, predict):
+    for change, found in _single_changes(shape, predict, smaller):
         enough = enough or found.needed_bytes <= free_bytes
         yield change, found
     if enough:
@@ -116,32 +114,29 @@ def training_options(
     if not shape.grad_checkpoint:
         least, words = replace(least, grad_checkpoint=True), "--grad_checkpoint=true "
         try:
-            smaller = _smaller_batch(least, batch_size, grad_accum, free_bytes, predict)
+            found_smaller = smaller(least)
         except ModelError:
-            smaller, least, words = None, shape, ""
-        if smaller is not None:
-            yield words + smaller[0], smaller[1]
+            found_smaller, least, words = None, shape, ""
+        if found_smaller is not None:
+            yield words + found_smaller[0], found_smaller[1]
             return
     if shape.reference:
-        least = replace(least, reference=False)
-        smaller = _smaller_batch(least, batch_size, grad_accum, free_bytes, predict, with_itself=True)
-        if smaller is not None:
-            yield f"{words}--keep_old_logit_l2=0 {smaller[0]}".strip(), smaller[1]
+        found_smaller = smaller(replace(least, reference=False), with_itself=True)
+        if found_smaller is not None:
+            yield f"{words}--keep_old_logit_l2=0 {found_smaller[0]}".strip(), found_smaller[1]
 
 
 def _single_changes(
     shape: TrainingShape,
-    batch_size: int,
-    grad_accum: int,
-    free_bytes: int,
     predict: Callable[[TrainingShape], MemoryPrediction],
+    smaller: Callable[[TrainingShape], tuple[str, MemoryPrediction] | None],
 ) -> Iterator[tuple[str, MemoryPrediction]]:
     if not shape.grad_checkpoint:
         with contextlib.suppress(ModelError):  # an architecture that does not support it
             yield "--grad_checkpoint=true", predict(replace(shape, grad_checkpoint=True))
-    smaller = _smaller_batch(shape, batch_size, grad_accum, free_bytes, predict)
-    if smaller is not None:
-        yield smaller
+    found = smaller(shape)
+    if found is not None:
+        yield found
     if shape.reference:
         yield "--keep_old_logit_l2=0", predict(replace(shape, reference=False))
     if shape.compute_dtype == "float32" and shape.device != "cpu":
@@ -149,27 +144,25 @@ def _single_changes(
 
 
 def _smaller_batch(
-    shape: TrainingShape,
     batch_size: int,
     grad_accum: int,
     free_bytes: int,
     predict: Callable[[TrainingShape], MemoryPrediction],
+    shape: TrainingShape,
     *,
     with_itself: bool = False,
 ) -> tuple[str, MemoryPrediction] | None:
     """The largest divisor of ``batch_size`` that fits, with as many more micro-batches; None if not even 1 does."""
 
-    def accumulation(size: int) -> int:
-        return grad_accum * batch_size // size
-
     def needs(size: int) -> MemoryPrediction:
-        return predict(replace(shape.with_rows(batch_size, size), accumulates=accumulation(size) > 1))
+        return predict(replace(shape.with_rows(batch_size, size), accumulates=grad_accum * batch_size > size))
 
     found = largest_that_fits(divisors(batch_size)[0 if with_itself else 1 :], needs, free_bytes)
     if found is None:
         return None
     size, prediction = found
-    return ("" if size == batch_size else f"--batch_size={size} --grad_accum={accumulation(size)}"), prediction
+    words = "" if size == batch_size else f"--batch_size={size} --grad_accum={grad_accum * batch_size // size}"
+    return words, prediction
 
 
 def largest_that_fits(sizes: Sequence[int], needs: Callable[[int], N], free_bytes: int) -> tuple[int, N] | None:

@@ -18,21 +18,11 @@ import torch
 from liquid_llm.config import CaptureConfig, RunConfig
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.formatting import format_bytes
-from liquid_llm.memory import (
-    MOST_TOKENS,
-    CaptureShape,
-    MemoryPrediction,
-    ModelShape,
-    TrainingShape,
-    Verdict,
-    available_bytes,
-    capture_options,
-    fits,
-    largest_batch,
-    predict_capture,
-    predict_training,
-    training_options,
-)
+from liquid_llm.memory import MOST_TOKENS, predict_capture, predict_training
+from liquid_llm.memory.free import available_bytes
+from liquid_llm.memory.prediction import MemoryPrediction
+from liquid_llm.memory.shapes import CaptureShape, ModelShape, TrainingShape
+from liquid_llm.memory.verdict import Verdict, capture_options, fits, largest_batch, training_options
 from liquid_llm.options import AUTO, AUTO_BATCH
 from liquid_llm.runtime import Choice
 from liquid_llm.signal_store.codecs import Codec
@@ -264,9 +254,6 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
     """Work out the memory of the run's real shapes and compare it with what its device can give.
 
     Called when the models are on the device: what they take is part of both sides of the comparison.
-
-    Args:
-        config: with every ``auto`` decided.
     """
     device = parts.device
     # Another teacher's weights are neither predicted nor given back: they lie on the device already.
@@ -290,11 +277,7 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
 
 
 def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest: int, vocab_size: int) -> Fit:
-    """The same for a capture, whose teacher is on its device already.
-
-    Args:
-        longest: tokens of the longest window there is.
-    """
+    """The same for a capture, whose teacher is on its device already."""
     held = next(teacher.parameters())
     # Samples shorter than a window are more in a batch: padded tokens are what is limited.
     time = max(2, min(config.data.seq_len, longest))

@@ -16,8 +16,8 @@ import torch
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import LiquidError
-from liquid_llm.memory import BatchShape, ModelShape, TrainingShape
 from liquid_llm.memory.fake import weight_bytes
+from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import file_config, student_config

@@ -14,10 +14,11 @@ from transformers import LlamaConfig
 from liquid_llm import registry
 from liquid_llm.capture.scoring import Scratch
 from liquid_llm.errors import ModelError, SignalError
-from liquid_llm.memory import CaptureShape, ModelShape, predict_capture
+from liquid_llm.memory import predict_capture
 from liquid_llm.memory.capture import encoder_cost
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.prediction import CODEC, LOSS, TEACHER, TEACHER_WORK
+from liquid_llm.memory.shapes import CaptureShape, ModelShape
 from liquid_llm.memory.training import online_teacher
 from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.codecs.base import encode_as_on

@@ -21,7 +21,7 @@ from tests.support.memory import (
 
 from liquid_llm import memory
 from liquid_llm.errors import ModelError
-from liquid_llm.memory import BatchShape, MemoryPrediction, ModelShape, TrainingShape, predict_training
+from liquid_llm.memory import predict_training
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
     FRAGMENTATION_SHARE,
@@ -32,8 +32,10 @@ from liquid_llm.memory.prediction import (
     STUDENT,
     TEACHER_WORK,
     WORKSPACE_BYTES,
+    MemoryPrediction,
 )
 from liquid_llm.memory.prediction import TEACHER as TEACHER_WEIGHTS
+from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
 
 GIB = 2**30
 DENSE, SPARSE = BatchShape(4, 48, "dense"), BatchShape(3, 40, "sparse", slots=20)

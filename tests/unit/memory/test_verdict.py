@@ -11,18 +11,17 @@ from hypothesis import strategies as st
 from tests.support.memory import preset, shape_of
 
 from liquid_llm.errors import ModelError
-from liquid_llm.memory import (
-    BatchShape,
-    CaptureShape,
-    MemoryPrediction,
-    TrainingShape,
+from liquid_llm.memory import verdict as verdict_module
+from liquid_llm.memory.prediction import MemoryPrediction
+from liquid_llm.memory.shapes import BatchShape, CaptureShape, TrainingShape
+from liquid_llm.memory.verdict import (
     capture_options,
+    divisors,
     fits,
     largest_batch,
+    largest_that_fits,
     training_options,
 )
-from liquid_llm.memory import verdict as verdict_module
-from liquid_llm.memory.verdict import divisors, largest_that_fits
 
 MIB = 2**20
 BATCH = BatchShape(8, 64, "dense")

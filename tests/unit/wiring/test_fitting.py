@@ -11,7 +11,9 @@ from tests.support.memory import VOCAB_SIZE, preset, real_model
 
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.errors import ModelError, UsageError
-from liquid_llm.memory import MemoryPrediction, ModelShape, TrainingShape, predict_training
+from liquid_llm.memory import predict_training
+from liquid_llm.memory.prediction import MemoryPrediction
+from liquid_llm.memory.shapes import ModelShape, TrainingShape
 from liquid_llm.models.student import build_student, student_config
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.signal_store.codecs import get_codec
