@@ -83,7 +83,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let :func:`device_memory` count from now on."""
+    """Let ``device_memory`` count from now on."""
     module = _module(device)
     if module is None or not hasattr(module, "reset_peak_memory_stats"):
         return

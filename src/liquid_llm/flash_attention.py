@@ -98,11 +98,6 @@ def provide(
 ) -> str | None:
     """Make FlashAttention importable from the wheel at ``uri``; returns why it is not used, or None when it can be.
 
-    Args:
-        uri: the wheel, local or any URL.
-        sha256: expected hash of the file, or None.
-        work_dir: where it is downloaded to.
-
     Raises:
         UsageError: ``uri`` names no FlashAttention wheel, or the file's hash is not the expected one.
         StorageError: it fits and cannot be read, or cannot be installed.

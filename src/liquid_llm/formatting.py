@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def format_count(value: float) -> str:
     """Three digits below a hundred, whole numbers with commas above: ``7,473``, ``12.5``, ``0.31``."""
     if abs(value) >= 99.95 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Several counts with their names: ``1,024 train samples, 96 validation samples``."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def format_bytes(value: float) -> str:

@@ -67,8 +67,7 @@ class PassLimit:
         Args:
             batches: each with what ``compute`` is given beside the pass and its labelled positions.
             undo: takes back what was computed.
-            device: where the memory ran out.
-            where, consumers: as for ``cut``.
+            where, consumers: what was being done, and what takes most of the memory, in words.
 
         Raises:
             DeviceError: a single row does not fit.
@@ -92,10 +91,6 @@ class PassLimit:
 
     def cut(self, part: MicroBatch, *, where: str, consumers: str) -> None:
         """Halve the passes as large as ``part``, which ran out of memory.
-
-        Args:
-            where: what was being done, for messages.
-            consumers: what takes most of the memory, in words.
 
         Raises:
             DeviceError: it was a single row already.

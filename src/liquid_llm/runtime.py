@@ -99,7 +99,6 @@ def choose_dtype(requested: str, device: str | torch.device) -> Choice:
 
     Args:
         requested: ``auto`` or the name of a dtype, which is then taken as it is.
-        device: where the model will be.
 
     Raises:
         UsageError: ``requested`` is no known dtype.
@@ -126,7 +125,6 @@ def choose_attention(device: str | torch.device, dtype: str | None = None) -> Ch
     """The attention implementation to ask transformers for.
 
     Args:
-        device: where the model will be.
         dtype: the dtype the model computes in, where known: FlashAttention has no float32 kernels.
     """
     obstacle = _flash_attention_obstacle(torch.device(device), dtype)
@@ -172,7 +170,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue from what :func:`random_state` returned.
+    """Continue from what ``random_state`` returned.
 
     GPU generators are restored only where the number of devices is the same; otherwise they keep their own state.
     """
@@ -189,10 +187,7 @@ class StopSignal:
     """While entered, SIGTERM and SIGINT set a flag instead of ending the process; a second SIGINT interrupts at once.
 
     Handlers can only be set from the main thread; elsewhere entering changes nothing and the flag stays down unless
-    :meth:`request` is called. Earlier handlers return on exit.
-
-    Attributes:
-        requested: whether a stop was asked for since entering.
+    ``request`` is called. Earlier handlers return on exit.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)

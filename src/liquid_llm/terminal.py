@@ -173,7 +173,7 @@ class Stage:
 
     def status(self) -> str:
         """The state in one line: done, share, rate, time left, elapsed, note."""
-        return ", ".join([f"{self.name}: {self._counted()}", *self._pace(), *([self._note] if self._note else [])])
+        return ", ".join([f"{self.name}: {self._amount()}", *self._pace(), *([self._note] if self._note else [])])
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._progress is not None:
@@ -186,7 +186,7 @@ class Stage:
         line = f"{self.name}: {done} {format_seconds(seconds)}{rate}{ending}"
         self._console.print(Text(line), soft_wrap=True)
 
-    def _counted(self) -> str:
+    def _amount(self) -> str:
         if not self.total:
             return f"{format_count(self.done)} {self.unit}"
         share = min(1.0, self.done / self.total)

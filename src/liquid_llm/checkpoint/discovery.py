@@ -134,7 +134,7 @@ def sidecars(folder: Path, log: Log = _log.warning) -> dict[str, CheckpointMetad
 
 
 def remote_sidecars(uri: str, log: Log) -> tuple[dict[str, CheckpointMetadata], set[str]]:
-    """As :func:`sidecars`, of a folder behind a URL, and the names of all files below it. Raises StorageError."""
+    """As ``sidecars``, of a folder behind a URL, and the names of all files below it. Raises StorageError."""
     present = {info.name for info in storage.list_files(uri)}
     found = {}
     for sidecar in sorted(one for one in present if one.endswith(SIDECAR_SUFFIX) and "/" not in one):
@@ -170,7 +170,6 @@ def read_checkpoint(
     """State and metadata of a data file.
 
     Args:
-        path: the file.
         expected: metadata of a sidecar already compared with this file's hash; without it a sidecar beside the file is
             read and compared here, and a file without one is taken as it is.
 

@@ -94,10 +94,6 @@ class CheckpointMetadata:
     def from_dict(cls, values: object, where: object) -> CheckpointMetadata:
         """Metadata out of ``values``, checked field by field. Fields this version does not know are left out.
 
-        Args:
-            values: what a sidecar or a data file holds.
-            where: the file, for messages.
-
         Raises:
             CheckpointError: another format version, a missing field or a value of a wrong type.
         """
@@ -114,7 +110,7 @@ class CheckpointMetadata:
                 expected=FORMAT_VERSION,
                 remedy="use the release of liquid-llm that wrote it, or give the exported student/ folder instead",
             )
-        checked = {name: _checked(name, values, where) for name in _TYPES}
+        checked = {name: _check_field(name, values, where) for name in _TYPES}
         return cls(**checked, versions=_versions(values.get("versions"), where))
 
 
@@ -147,7 +143,7 @@ _TYPES = {
 }
 
 
-def _checked(name: str, values: Mapping[str, Any], where: object) -> Any:
+def _check_field(name: str, values: Mapping[str, Any], where: object) -> Any:
     types = _TYPES[name]
     expected = " or ".join(_EXPECTED[one][1] for one in types)
     if name not in values:

@@ -28,12 +28,7 @@ _SMALL_BYTES = 32 * 2**20
 
 
 class Mirror:
-    """What is known of one mirror. Used by one thread at a time.
-
-    Args:
-        run_dir: what is mirrored.
-        uri: where to.
-    """
+    """What is known of one mirror. Used by one thread at a time."""
 
     def __init__(self, run_dir: Path, uri: str) -> None:
         self._dir = run_dir

@@ -64,10 +64,6 @@ class ResumeSource:
 def read_student_weights(uri: str, work_dir: Path) -> ResumeSource:
     """Read the weights behind ``uri``.
 
-    Args:
-        uri: local path or any URL, of a file or of a folder.
-        work_dir: where downloads and unpacked archives are kept.
-
     Raises:
         CheckpointError: nothing there, truncated, disagreeing with its sidecar, of another format version, or of a kind
             that is not read.

@@ -54,8 +54,6 @@ class Uploader:
     and at the end.
 
     Args:
-        run_dir: what is mirrored.
-        remote_uri: where to, or None.
         every_seconds: how often watched files are looked at.
         watched: files and folders of ``run_dir``; an absent one is no trouble.
         retry_seconds: pause before what failed is tried again.

@@ -119,11 +119,11 @@ def _lm_records(library: Library, seed: int, count: int) -> list[TextRecord]:
 
     names = {text.strip(): name for name, text in sorted(topics.items(), reverse=True)}  # some pages go by two
     once = {name: text for text, name in names.items()}
-    pages = (TextRecord(f"{text}\n", "lm", f"lm-topic-{name}") for name, text in _shuffled(once, f"topics {seed}"))
+    pages = (TextRecord(f"{text}\n", "lm", f"lm-topic-{name}") for name, text in _shuffle(once, f"topics {seed}"))
     long = {name: text for name, text in library.docstrings.items() if len(text) >= _LONG_DOCSTRING}
     documents = (
         TextRecord(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}")
-        for name, text in _shuffled(long, f"docstrings {seed}")
+        for name, text in _shuffle(long, f"docstrings {seed}")
     )
     records = list(islice(chain(pages, documents), count))
     random.Random(f"order {seed}").shuffle(records)
@@ -132,7 +132,7 @@ def _lm_records(library: Library, seed: int, count: int) -> list[TextRecord]:
 
 def _code_records(library: Library, seed: int, count: int) -> list[TextRecord]:
     short: dict[str, str] = {}
-    for name, text in _shuffled(library.functions, f"functions {seed}"):
+    for name, text in _shuffle(library.functions, f"functions {seed}"):
         if len(text) <= _CODE_CHARACTERS and text.count("\n") in _CODE_LINES:
             short.setdefault(text, name)  # some stand in several modules
     records = [TextRecord(text, "code", f"code-{name}") for text, name in islice(short.items(), count)]
@@ -150,7 +150,7 @@ def _enough(records: list[TextRecord], count: int, what: str) -> list[TextRecord
     return records
 
 
-def _shuffled(table: Mapping[str, str], key: str) -> Iterator[tuple[str, str]]:
+def _shuffle(table: Mapping[str, str], key: str) -> Iterator[tuple[str, str]]:
     names = sorted(table)
     random.Random(key).shuffle(names)
     return ((name, table[name]) for name in names)

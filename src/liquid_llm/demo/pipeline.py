@@ -40,13 +40,6 @@ STEPS = 110
 def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int) -> int:
     """Run every stage; a second call goes on where the first stopped, or shows its result again.
 
-    Args:
-        directory: where the teacher, data, signal and run go.
-        teacher: model id of the teacher.
-        student: preset of the student.
-        scale: size of data and training against the usual.
-        seed: of data, initial weights and order.
-
     Raises:
         LiquidError: any problem a user can cause.
     """
@@ -59,53 +52,30 @@ def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int
     manifest = make_demo_data(
         base / "data",
         seed=seed,
-        num_lm=_scaled(NUM_LM, scale),
-        num_code=_scaled(NUM_CODE, scale),
-        num_math=_scaled(NUM_MATH, scale),
+        num_lm=_scale(NUM_LM, scale),
+        num_code=_scale(NUM_CODE, scale),
+        num_math=_scale(NUM_MATH, scale),
     )
     log.info("3/5 capture: the teacher's signal for maths and code")
-    captured = capture_signal(build_capture_config(_capture_options(base, teacher_dir, manifest)), "shards")
+    common: dict[str, object] = {
+        "mc_teacher_id": teacher_dir,
+        "dataset_manifest": manifest,
+        "math_logits_dir": str(base / "signal" / "math"),
+        "code_logits_dir": str(base / "signal" / "code"),
+        "data_cache": str(base / "tokens"),
+    }
+    captured = capture_signal(build_capture_config({**common, "seq_len": 256, "batch_size": 8}), "shards")
     if captured.written:
         (base / "capture.json").write_text(json.dumps(captured.as_dict(), indent=1), encoding="utf-8")
     if code := exit_code(captured):
         return code
     log.info("4/5 training and 5/5 evaluation: %s", student)
-    options = _train_options(base, teacher_dir, manifest, student, _scaled(STEPS, scale), seed)
-    if code := run_training(TRAIN, options):
-        return code
-    run_dir = resolve_place(build_run_config(TRAIN, options)).run_dir
-    summary = _summary(run_dir, base, time.monotonic() - began)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print_summary(summary, {"run": run_dir, "report": build_report(run_dir)})
-    return 0
-
-
-def _scaled(count: int, scale: float) -> int:
-    return max(8, round(count * scale))
-
-
-def _capture_options(base: Path, teacher: str, manifest: str) -> dict[str, object]:
-    return {
-        "mc_teacher_id": teacher,
-        "dataset_manifest": manifest,
-        "math_logits_dir": str(base / "signal" / "math"),
-        "code_logits_dir": str(base / "signal" / "code"),
-        "seq_len": 256,
-        "batch_size": 8,
-        "data_cache": str(base / "tokens"),
-    }
-
-
-def _train_options(base: Path, teacher: str, manifest: str, student: str, steps: int, seed: int) -> dict[str, object]:
-    return {
+    steps = _scale(STEPS, scale)
+    options = {
+        **common,
         "student": student,
-        "lm_teacher_id": teacher,
-        "mc_teacher_id": teacher,
-        "math_logits_dir": str(base / "signal" / "math"),
-        "code_logits_dir": str(base / "signal" / "code"),
-        "dataset_manifest": manifest,
+        "lm_teacher_id": teacher_dir,
         "output_gcs_uri": str(base / "runs"),
-        "data_cache": str(base / "tokens"),
         "block_size": 256,
         "batch_size": 3,
         "max_steps": steps,
@@ -117,6 +87,17 @@ def _train_options(base: Path, teacher: str, manifest: str, student: str, steps:
         "metrics_interval": max(1, steps // 30),
         "seed": seed,
     }
+    if code := run_training(TRAIN, options):
+        return code
+    run_dir = resolve_place(build_run_config(TRAIN, options)).run_dir
+    summary = _summary(run_dir, base, time.monotonic() - began)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print_summary(summary, {"run": run_dir, "report": build_report(run_dir)})
+    return 0
+
+
+def _scale(count: int, scale: float) -> int:
+    return max(8, round(count * scale))
 
 
 def _summary(run_dir: Path, base: Path, seconds: float) -> dict[str, Any]:

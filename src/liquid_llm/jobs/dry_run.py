@@ -18,7 +18,7 @@ from torch import nn
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
-from liquid_llm.formatting import format_bytes, format_seconds
+from liquid_llm.formatting import format_bytes, format_counts, format_seconds
 from liquid_llm.runtime import process_peak_memory_bytes
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.teachers.router import TeacherRouter
@@ -97,8 +97,7 @@ def schedule_values(schedules: StepSchedules, first: int) -> list[dict[str, floa
     return [{"step": step, **schedules.at(step).as_row()} for step in range(first, first + _SHOWN_STEPS)]
 
 
-def one_step(result: StepResult) -> dict[str, Any]:
-    """The first step as plain values."""
+def _describe_first(result: StepResult) -> dict[str, Any]:
     positions = sum(one.output.num_positions for one in result.scored)
     return {
         "types": [one.batch.type for one in result.scored],
@@ -110,13 +109,13 @@ def one_step(result: StepResult) -> dict[str, Any]:
     }
 
 
-def measured(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any]:
+def describe_pace(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any]:
     """What follows from the two steps: speed, time to the end, and what that costs where the price is known."""
     remaining = time_to_the_end(config, start.step, not start.goes_on, found)
     price = config.price_per_hour
     cost = None if price is None else {"price_per_hour": price, "whole_run": price * remaining["seconds"] / 3600}
     return {
-        "one_step": one_step(found.first),
+        "one_step": _describe_first(found.first),
         "timed_step": found.timed_step(),
         "evaluation_seconds": found.eval_seconds,
         "save_seconds": found.save_seconds,
@@ -135,21 +134,18 @@ def print_findings(findings: Mapping[str, Any], fit: Fit) -> None:
 def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
     place, step, timed = findings["place"], findings["one_step"], findings["timed_step"]
     types, timed_types = " ".join(step["types"]), " ".join(timed["types"])
-    speed = f"{timed['tokens_per_second']:,.0f} tokens/s"
     remaining, sizes, cost = findings["time_to_the_end"], findings["estimate"], findings["cost"]
+    times = {name: remaining[name] for name in ("steps", "evaluations", "saves")}
     lines = [
         ("writes to", ", ".join(str(place[name]) for name in ("run_directory", "mirror") if place[name])),
         ("starts from", f"{findings['starts_from']['source']}, step {findings['starts_from']['step']}"),
     ]
-    lines += [(type, _words_of_data(row)) for type, row in findings["data"].items()]
+    lines += [(type, format_counts(row)) for type, row in findings["data"].items()]
     lines += [(f"signal of {type}", _words_of_signal(row)) for type, row in findings["signal"].items()]
     lines += [(name, f"{choice['value']} ({choice['reason']})") for name, choice in findings["choices"].items()]
     lines += [
         ("first step", f"loss {step['loss']:.4f}, {types}, {step['kd_coverage']:.0%} with signal"),
-        (
-            "second step",
-            f"{timed['seconds']:.3g} s, {speed}, {timed_types}",
-        ),
+        ("second step", f"{timed['seconds']:.3g} s, {timed['tokens_per_second']:,.0f} tokens/s, {timed_types}"),
         ("memory", fit.line.removeprefix("memory: ")),
     ]
     if fit.prediction is not None:
@@ -160,15 +156,11 @@ def _lines(findings: Mapping[str, Any], fit: Fit) -> list[tuple[str, str]]:
     lines += [
         ("a checkpoint", format_bytes(sizes["checkpoint_bytes"])),
         ("disk, uploads", f"{format_bytes(sizes['disk_bytes'])}, {format_bytes(sizes['upload_bytes'])}"),
-        ("to the end", _words_of_time(remaining)),
+        ("to the end", f"{format_seconds(remaining['seconds'])}: {format_counts(times)}"),
     ]
     if cost is not None:
         lines.append(("cost", f"{cost['whole_run']:,.3g} at {cost['price_per_hour']:g} an hour"))
     return lines
-
-
-def _words_of_data(row: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items())
 
 
 def _words_of_signal(row: Mapping[str, Any]) -> str:
@@ -182,8 +174,3 @@ def _words_of_peak(findings: Mapping[str, Any], fit: Fit) -> str:
         return "no: this device does not count its tensors"
     predicted = "" if fit.prediction is None else f"; {format_bytes(fit.prediction.peak_bytes)} predicted"
     return f"{format_bytes(peak)} in two steps and an evaluation{predicted}"
-
-
-def _words_of_time(remaining: Mapping[str, float]) -> str:
-    counts = f"{remaining['steps']:,} steps, {remaining['evaluations']:,} evaluations, {remaining['saves']:,} saves"
-    return f"{format_seconds(remaining['seconds'])}: {counts}"

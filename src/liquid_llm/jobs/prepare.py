@@ -28,6 +28,7 @@ from liquid_llm.data.manifest import read_manifest
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, StorageError, UsageError
+from liquid_llm.formatting import format_counts
 from liquid_llm.preparation.catalog import TOOLKIT, Catalog, Dataset, choose, read_catalog, to_absolute
 from liquid_llm.preparation.dataset import fingerprints, input_files, prepare, read_complete, rejects_uri
 from liquid_llm.preparation.manifest_lines import write_line
@@ -227,7 +228,7 @@ def prepare_datasets(datasets: Sequence[Dataset], mode: str, options: ToolkitOpt
             expected=f"a dataset that states format: {TOOLKIT}",
         )
     with ExitStack() as stack:
-        stack.enter_context(_locked(datasets))
+        stack.enter_context(_lock(datasets))
         toolkit = stack.enter_context(fetch(options)) if options is not None else None
         of_toolkit = toolkit.sha256 if toolkit is not None else None
         states = {one.name: _find_state(one, of_toolkit if one.format == TOOLKIT else None) for one in datasets}
@@ -245,7 +246,7 @@ def prepare_datasets(datasets: Sequence[Dataset], mode: str, options: ToolkitOpt
 
 
 @contextlib.contextmanager
-def _locked(datasets: Sequence[Dataset]) -> Iterator[None]:
+def _lock(datasets: Sequence[Dataset]) -> Iterator[None]:
     """While entered, no other process of this user on this machine prepares one of ``datasets``: it waits its turn.
 
     Processes on several machines do the same work twice, which ends with the same shards.
@@ -325,7 +326,7 @@ def _prepare_one(
             note=stage.note,
         )
     counts = marker["counts"]
-    log.info("%s: %s", dataset.name, ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    log.info("%s: %s", dataset.name, format_counts(counts))
     if counts["rejected"]:
         log.warning("%s: %d malformed records, see %s", dataset.name, counts["rejected"], rejects_uri(dataset))
     return marker

@@ -16,7 +16,7 @@ from liquid_llm.config import RunConfig, as_plain, build_run_config, build_sched
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.distributed import Engine, start_engine
 from liquid_llm.errors import Interrupted
-from liquid_llm.jobs.dry_run import check_place, check_records, estimate, measured, print_findings, schedule_values
+from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, find_run_data, prepare_run_data
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.models.export import save_student
@@ -221,5 +221,5 @@ def _dry_run(config: RunConfig, place: Place, engine: Engine) -> int:
         with closing(parts.teachers.router), feed:
             trainer = _make_trainer(replace(config, optimizer=two_more), parts, feed, fit)
             found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])
-        print_findings({**findings, **measured(config, start, found)}, fit)
+        print_findings({**findings, **describe_pace(config, start, found)}, fit)
     return 0

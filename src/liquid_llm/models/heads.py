@@ -4,8 +4,8 @@
     output head   the linear map to the vocabulary, with the factor and soft cap some architectures put behind it
 
 The loss needs the two apart so that logits are never formed for a whole batch. What an architecture does between hidden
-states and logits is told by its configuration; :func:`check_output_head` compares the result with the model's own
-logits, so that an architecture this module does not know is refused and never silently wrong. :func:`check_causality`
+states and logits is told by its configuration; ``check_output_head`` compares the result with the model's own
+logits, so that an architecture this module does not know is refused and never silently wrong. ``check_causality``
 does the same for the promise that padding on the right cannot reach a real position.
 """
 
@@ -155,7 +155,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return math.inf if math.isnan(distance) else distance
 
 
-def check_output_head(model: Any, num_tokens: int = 16) -> None:
+def check_output_head(model: Any) -> None:
     """Compare ``output_head(model).logits(hidden_states(model, ids))`` with the model's own logits on random ids.
 
     It is done twice: as the model is, and with the head's input enlarged until its logits are in the hundreds, where a
@@ -164,7 +164,7 @@ def check_output_head(model: Any, num_tokens: int = 16) -> None:
     Raises:
         ModelError: they differ, naming the architecture; such a model must not be distilled with this head.
     """
-    module, ids = _head_module(model), _random_ids(model, 2, max(2, num_tokens // 2))
+    module, ids = _head_module(model), _random_ids(model, 2, 8)
     problem = None
     with _evaluating(model):
         head, hidden = output_head(model), hidden_states(model, ids)

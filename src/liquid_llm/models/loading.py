@@ -42,10 +42,6 @@ class LoadedModel:
 def load_tokenizer(model_id: str, *, token: str | None = None) -> Any:
     """The tokenizer of ``model_id``.
 
-    Args:
-        model_id: see the module's words.
-        token: Hugging Face token; None uses the environment's, as transformers does.
-
     Raises:
         ModelError: not found, not reachable, or no usable tokenizer in it.
     """
@@ -72,13 +68,6 @@ def load_teacher(
 ) -> LoadedModel:
     """Open a model with its tokenizer, in evaluation mode and with every parameter frozen.
 
-    Args:
-        model_id: see the module's words.
-        dtype: of the weights once loaded.
-        device: where they go.
-        attention: transformers' ``attn_implementation``.
-        token: Hugging Face token; None uses the environment's.
-
     Raises:
         ModelError: not found, not reachable, damaged, incomplete, or of an architecture that cannot be distilled.
     """
@@ -99,17 +88,17 @@ def load_teacher(
     return LoadedModel(model, tokenizer, ModelIdentity(source.id, source.revision, tokenizer_hash(tokenizer)))
 
 
-def unpack(model_id: str, folder: str | Path, dtype: torch.dtype, *, token: str | None = None) -> Path:
+def unpack(model_id: str, folder: str | Path, dtype: torch.dtype) -> Path:
     """Convert a model once into a Hugging Face folder with weights in ``dtype``; a second call finds it done.
 
     The folder keeps the identity of what it was made from, so a signal captured from one serves the other. A folder
     left from another model, revision or dtype, or damaged since, is made anew; it appears complete or not at all.
 
     Raises:
-        ModelError: as :func:`load_teacher`; or ``folder`` holds something that this function did not make.
+        ModelError: as ``load_teacher``; or ``folder`` holds something that this function did not make.
     """
     folder = Path(folder)
-    source = resolve(model_id, token=token)
+    source = resolve(model_id)
     name = str(dtype).removeprefix("torch.")
     origin = read_origin(folder)
     if (
@@ -124,8 +113,8 @@ def unpack(model_id: str, folder: str | Path, dtype: torch.dtype, *, token: str 
             where=folder,
             remedy="name a new or empty folder",
         )
-    tokenizer = _open_tokenizer(source, model_id, token)
-    model = open_weights(source, model_id, dtype=dtype, device="cpu", attention="sdpa", token=token)
+    tokenizer = _open_tokenizer(source, model_id, None)
+    model = open_weights(source, model_id, dtype=dtype, device="cpu", attention="sdpa")
 
     with quiet_transformers(), storage.publish_folder(folder) as fresh:
         model.save_pretrained(fresh)

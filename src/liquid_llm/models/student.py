@@ -38,50 +38,38 @@ class Preset:
 
     model_type: str
     settings: dict[str, Any]
-    about: str
+
+
+def _rotary(
+    model_type: str, num_layers: int, hidden: int, inner: int, kv_heads: int, head_dim: int, theta: float, **more: Any
+) -> Preset:
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden // head_dim,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": _DEFAULT_POSITIONS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+    return Preset(model_type, {**shape, **more})
 
 
 def _liquid(layers: str, hidden: int, inner: int, kv_heads: int, head_dim: int = _HEAD_DIM) -> Preset:
     """``layers``: one letter a layer, ``c`` for a short convolution and ``A`` for full attention."""
-    return Preset(
-        "lfm2",
-        {
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": len(layers),
-            "num_attention_heads": hidden // head_dim,
-            "num_key_value_heads": kv_heads,
-            "layer_types": ["full_attention" if letter == "A" else "conv" for letter in layers],
-            "block_auto_adjust_ff_dim": False,  # intermediate_size is meant as it stands
-            "max_position_embeddings": _DEFAULT_POSITIONS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-        },
-        f"LFM2-shaped, {len(layers)} layers ({layers}), width {hidden}",
-    )
+    kinds = ["full_attention" if letter == "A" else "conv" for letter in layers]
+    # intermediate_size is meant as it stands
+    more = {"layer_types": kinds, "block_auto_adjust_ff_dim": False}
+    return _rotary("lfm2", len(layers), hidden, inner, kv_heads, head_dim, 1_000_000.0, **more)
 
 
 def _llama(num_layers: int, hidden: int, inner: int, kv_heads: int, head_dim: int = _HEAD_DIM) -> Preset:
-    return Preset(
-        "llama",
-        {
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": hidden // head_dim,
-            "num_key_value_heads": kv_heads,
-            "max_position_embeddings": _DEFAULT_POSITIONS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-        },
-        f"Llama-shaped, {num_layers} layers, width {hidden}",
-    )
+    return _rotary("llama", num_layers, hidden, inner, kv_heads, head_dim, 100_000.0)
 
 
 def _gpt2(num_layers: int, hidden: int, head_dim: int = _HEAD_DIM) -> Preset:
-    return Preset(
-        "gpt2",
-        {"n_embd": hidden, "n_layer": num_layers, "n_head": hidden // head_dim, "n_positions": _LEARNED_POSITIONS},
-        f"GPT-2-shaped, {num_layers} layers, width {hidden}, learned positions",
-    )
+    shape = {"n_embd": hidden, "n_layer": num_layers, "n_head": hidden // head_dim, "n_positions": _LEARNED_POSITIONS}
+    return Preset("gpt2", shape)
 
 
 PRESETS: dict[str, Preset] = {
@@ -121,7 +109,6 @@ def build_student(
         bos_id, eos_id: kept in its configuration for generation.
         block_size: tokens in the longest sequence it will see.
         seed: of the random weights; the global generators are neither read nor moved.
-        token: Hugging Face token.
 
     Raises:
         ModelError: an unknown spec, a model that cannot be opened or distilled, a vocabulary that is too small, or
@@ -146,16 +133,22 @@ def _is_configuration(spec: str) -> bool:
 
 
 def student_config(spec: str, *, vocab_size: int, bos_id: int, eos_id: int, token: str | None = None) -> Any:
-    """The configuration :func:`build_student` builds from, before positions are fitted; no weights are read.
+    """The configuration ``build_student`` builds from, before positions are fitted; no weights are read.
 
     Raises:
         ModelError: an unknown spec, or a configuration that cannot be read.
     """
+    from transformers import AutoConfig
+
     if not _is_configuration(spec):
         config = open_config(_student_source(spec, token), spec, token)
         _prepare(config, bos_id, eos_id)
         return config
-    config = _preset_config(PRESETS[spec]) if spec in PRESETS else file_config(spec)
+    if spec in PRESETS:
+        preset = PRESETS[spec]
+        config = AutoConfig.for_model(preset.model_type, tie_word_embeddings=True, **preset.settings)
+    else:
+        config = file_config(spec)
     _prepare(config, bos_id, eos_id)
     config.get_text_config(decoder=True).vocab_size = vocab_size
     return config
@@ -174,12 +167,6 @@ def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, se
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     return model
-
-
-def _preset_config(preset: Preset) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(preset.model_type, tie_word_embeddings=True, **preset.settings)
 
 
 def file_config(spec: str) -> Any:

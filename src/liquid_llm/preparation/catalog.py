@@ -43,8 +43,6 @@ class Dataset:
     """One entry of the catalog; every path is absolute.
 
     Attributes:
-        name: as in the file.
-        type: of its texts.
         inputs: paths or globs of the raw inputs.
         out: folder of the shards.
         prefix, suffix: of a shard's name, around its numbers.

@@ -139,12 +139,9 @@ def prepare(
     """Write the dataset's shards and its completion marker; gives the marker.
 
     Args:
-        dataset: what and where to.
-        files: the raw inputs.
         toolkit: the hash of the toolkit that made ``outputs`` of them, which are then read in their place.
         force: nothing of an earlier preparation is used.
         advance: told of bytes of inputs as they are read, or found read by an earlier process.
-        note: told a few words now and then.
 
     Raises:
         DataError: an input of an unknown format, truncated, or with nothing usable in it.

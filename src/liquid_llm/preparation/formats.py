@@ -104,7 +104,7 @@ class _Input:
         start = stream.peek(8)
         packing = next((name for mark, name in _MAGIC.items() if start.startswith(mark)), None)
         if packing not in ("zip", "parquet"):
-            return self._unpacked(unpack(stream, packing))
+            return self._read_unpacked(unpack(stream, packing))
         if in_zip:
             self._refuse(f"a {packing} file inside a zip")
         if not stream.seekable():
@@ -112,7 +112,7 @@ class _Input:
             raise DataError(f"a {packing} file cannot be read from this place", where=self.where, remedy=remedy)
         return self._zip(stream) if packing == "zip" else self._parquet(stream)
 
-    def _unpacked(self, chunks: Iterator[bytes]) -> Iterator[Finding]:
+    def _read_unpacked(self, chunks: Iterator[bytes]) -> Iterator[Finding]:
         head, chunks = _with_head(chunks)
         cut = self._cut(head)
         self._require(cut)
@@ -167,13 +167,13 @@ class _Input:
     def _text(self, head: bytes, chunks: Iterator[bytes]) -> Iterator[Finding]:
         stated = self.reading.format
         is_wikitext = stated == "wikitext" or (stated is None and _TITLE_LINE.search(head[:4096]) is not None)
-        found = (wikitext_articles if is_wikitext else text_documents)(map(_decode, _numbered(chunks)))
+        found = (wikitext_articles if is_wikitext else text_documents)(map(_decode, _number_lines(chunks)))
         for number, text in found:
             location = f"{self.where}:{number + 1}"
             yield Reject(location, "not UTF-8 or far too long") if text is None else Document(text, location)
 
     def _lines(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any] | Reject]:
-        for number, line in _numbered(chunks):
+        for number, line in _number_lines(chunks):
             location = f"{self.where}:{number}"
             if line is None:
                 yield Reject(location, "the line is far too long")
@@ -303,7 +303,7 @@ def _with_head(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     return b"".join(taken), chain(taken, chunks)
 
 
-def _numbered(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
+def _number_lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
     return enumerate(lines(chunks, MAX_LINE_BYTES), start=1)
 
 

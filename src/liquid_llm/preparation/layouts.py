@@ -76,17 +76,17 @@ def _svamp(value: Mapping[str, Any]) -> str:
     equation = _plain(value, "Equation").replace(" ", "")
     if _OUTER_BRACKETS.fullmatch(equation):
         equation = equation[1:-1]
-    return _problem(f"{_plain(value, 'Body')} {_plain(value, 'Question')}", _worked(f"{equation}={result}", result))
+    return _problem(f"{_plain(value, 'Body')} {_plain(value, 'Question')}", _write_out(f"{equation}={result}", result))
 
 
 def _asdiv(value: Mapping[str, Any]) -> str:
     result, _, unit = _plain(value, "Answer").partition(" (")
     formula = _plain(value, "Formula").replace(" ", "")
     question = f"{_plain(value, 'Body')} {_plain(value, 'Question')}"
-    return _problem(question, _worked(formula, result, unit.rstrip(") ")))
+    return _problem(question, _write_out(formula, result, unit.rstrip(") ")))
 
 
-def _worked(formula: str, result: str, unit: str = "") -> str:
+def _write_out(formula: str, result: str, unit: str = "") -> str:
     """A formula as a trace where it is plain arithmetic that ends in the result, else as it stands."""
     left, _, right = formula.rpartition("=")
     words = f" {unit}" if unit else ""

@@ -60,14 +60,7 @@ _Datasets = Mapping[str, tuple[Dataset, Sequence[FileInfo]]]
 
 @dataclass(frozen=True)
 class ToolkitOptions:
-    """What a person said of a toolkit.
-
-    Attributes:
-        uri: the zip, local or any URL.
-        sha256: expected hash of it, or None.
-        folder: where it is unpacked, in a folder of its own that is removed afterwards.
-        timeout_seconds: longest it may run.
-    """
+    """What a person said of a toolkit."""
 
     uri: str
     sha256: str | None

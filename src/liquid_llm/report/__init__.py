@@ -21,9 +21,6 @@ FILE_NAME = "report.html"
 def build_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into a run directory and return its path.
 
-    Args:
-        run_dir: a local run directory, finished or not.
-
     Raises:
         UsageError: the directory is none, or no run's.
         StorageError: the page cannot be written.

@@ -27,7 +27,6 @@ class Line:
     """One series of a plot.
 
     Attributes:
-        label: its name in the legend.
         series: its points, one of them finite at least.
         colour: 0 is the ink colour, 1 to 6 are the palette's, 7 is grey.
     """

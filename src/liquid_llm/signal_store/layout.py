@@ -75,7 +75,7 @@ class Layout(Protocol):
         ...
 
     def draw(self, count: int, seed: int) -> Iterator[Found]:
-        """``count`` of :meth:`records` drawn at random, all where there are fewer."""
+        """``count`` of ``records`` drawn at random, all where there are fewer."""
         ...
 
     def contents(self) -> Contents:

@@ -65,12 +65,7 @@ _DISPENSABLE = (".format_version", ".storage_alignment", ".data/serialization_id
 
 
 class PtLayout:
-    """Records of one folder; see ``layout.Layout``.
-
-    Args:
-        uri: the folder.
-        infos: of the files in it.
-    """
+    """Records of one folder; see ``layout.Layout``."""
 
     name = "pt"
     superseded = 0

@@ -39,7 +39,6 @@ class SignalIdentity:
 
     Attributes:
         teacher_id, teacher_revision: the model's name, and its commit or the fingerprint of its weights.
-        tokenizer_hash: hash of the teacher's tokenizer.
         vocab_size: entries the codec was given, after cutting the embedding's padding.
         codec, codec_version, codec_options: enough to make the codec again.
     """
@@ -78,10 +77,8 @@ class RecordHeader:
     """What a record says about itself.
 
     Attributes:
-        sample_id, type: of the sample.
-        identity: teacher, tokenizer, vocabulary and codec.
         num_tokens: tokens scored, a window from the sample's start; the payload has one row fewer.
-        token_hashes: see :func:`token_hashes`, of those tokens.
+        token_hashes: see ``token_hashes``, of those tokens.
     """
 
     format_version: int

@@ -71,15 +71,7 @@ class Lookup:
 
 
 class StoreReader:
-    """Reads one store; safe to use from several threads. Made by :func:`open_store`.
-
-    Attributes:
-        uri: the folder.
-        identity: whose signal it holds.
-        codec: that decodes it.
-        layout: how its records lie in the folder.
-        versions: of framing and numerics the store was begun with.
-    """
+    """Reads one store; safe to use from several threads. Made by ``open_store``."""
 
     def __init__(self, uri: str, identity: SignalIdentity, layout: Layout, versions: Mapping[str, int]) -> None:
         self.uri, self.versions = uri, versions
@@ -92,7 +84,7 @@ class StoreReader:
         return len(self.layout)
 
     def has(self, sample_id: str) -> bool:
-        """Whether there is a record of that name; whether it is usable only :meth:`check` knows."""
+        """Whether there is a record of that name; whether it is usable only ``check`` knows."""
         return self.layout.has(sample_id)
 
     def check(self, sample: Sample, window: int) -> Lookup:
@@ -121,7 +113,7 @@ class StoreReader:
         return Lookup("usable", signal=signal)
 
     def get_many(self, samples: Sequence[Sample], windows: Sequence[int], temperature: float) -> list[Lookup]:
-        """:meth:`get` for several samples; a remote store's records are fetched at the same time."""
+        """``get`` for several samples; a remote store's records are fetched at the same time."""
         get_all = map if self._threads is None else self._threads.map
         return list(get_all(self.get, samples, windows, [temperature] * len(samples)))
 
@@ -154,8 +146,6 @@ class StoreWriter:
 
     Args:
         uri: the folder; made when missing.
-        teacher: what the teacher is.
-        codec: that encodes the records.
         vocab_size: entries given to the codec.
         layout: ``pt`` or ``shards``.
         versions: that the records of a new store were made with, this release's if None.
@@ -212,14 +202,14 @@ class StoreWriter:
     def write(self, sample: Sample, num_tokens: int, payload: Payload) -> int:
         """Store the first ``num_tokens`` tokens of ``sample``, replacing any record; returns its bytes.
 
-        Layout ``pt`` publishes it at once, ``shards`` with others, all of them by :meth:`finish`.
+        Layout ``pt`` publishes it at once, ``shards`` with others, all of them by ``finish``.
         """
         hashes = token_hashes(sample.input_ids[:num_tokens])
         header = RecordHeader(FORMAT_VERSION, sample.sample_id, sample.type, self.identity, num_tokens, hashes)
         return self.put(Record(header, payload))
 
     def put(self, record: Record) -> int:
-        """Store a record that is made already, of this store's identity; otherwise as :meth:`write`."""
+        """Store a record that is made already, of this store's identity; otherwise as ``write``."""
         return self._writer.write(record)
 
     def finish(self) -> int:
@@ -248,7 +238,6 @@ def open_store(
     """Open a store for reading; the folder is listed once, so that a missing record costs no request.
 
     Args:
-        uri: the folder.
         teacher_id: the teacher expected, as its ``ModelIdentity`` says; None takes any.
         tokenizer_hash, vocab_size: likewise.
         cache: where whole shards of a remote store are kept; a temporary folder when None.

@@ -19,7 +19,6 @@ import io
 import json
 import re
 import shutil
-import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,19 +350,11 @@ def fetch_once(uri: str, folder: Path, found: FileInfo | None = None) -> Path:
 
 
 def copy(source: str, target: str) -> None:
-    """Publish a copy of a file elsewhere; within one object store the data does not pass through this machine."""
+    """Publish a copy of a file within one store: the data of an object does not pass through this machine."""
     if not is_remote(source):
         _publish_copy(local_path(source), source, target)
-    elif not is_remote(target):
-        download(source, local_path(target))
-    elif scheme_of(source) == scheme_of(target):
-        with_backend(
-            target, lambda fs, path: fs.cp_file(fs._strip_protocol(source), path), where=f"{source} -> {target}"
-        )
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            download(source, Path(folder, "file"))
-            upload(Path(folder, "file"), target)
+        return
+    with_backend(target, lambda fs, path: fs.cp_file(fs._strip_protocol(source), path), where=f"{source} -> {target}")
 
 
 def remove(uri: str, missing_ok: bool = True) -> None:

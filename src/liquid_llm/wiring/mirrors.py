@@ -16,7 +16,7 @@ _EVERYTHING = (".",)
 
 
 class Mirrors:
-    """The uploaders of a run; a context manager that treats them as one, as :class:`Uploader` does itself.
+    """The uploaders of a run; a context manager that treats them as one, as ``Uploader`` does itself.
 
     Attributes:
         checkpoints: of the run directory; checkpoints are given to it.
@@ -35,7 +35,7 @@ class Mirrors:
         self.checkpoints.close()
 
     def finish(self) -> None:
-        """:meth:`close`, with the finished student sent where it is wanted too."""
+        """``close``, with the finished student sent where it is wanted too."""
         with Uploader(self._place.run_dir / "student", self._place.model, watched=_EVERYTHING):
             self.close()
 

@@ -19,6 +19,7 @@ from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.device import forget_peak
 from liquid_llm.distributed import Engine
 from liquid_llm.evaluation import Evaluator
+from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
@@ -124,8 +125,11 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = _read_inputs(config, text, basis.token, entries)
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
-    schedules = _schedules(config, start)
-    evaluator = _evaluator(config, inputs, text, teachers, engine)
+    for remark in schedule_remarks(config, start.step):
+        log.warning("%s", remark)
+    schedules = build_schedules(config)
+    lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
+    sets = validation_sets(inputs, lengths, config.data, text.eos_id, config.evaluation.max_tokens)
     optimizer = build_optimizer(
         built.model,
         lr=config.optimizer.peak,
@@ -140,7 +144,9 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         student=Student(built.model, basis.dtype, _reference(config, start, built.model, schedules)),
         optimizer=optimizer,
         schedules=schedules,
-        evaluator=evaluator,
+        evaluator=Evaluator(
+            sets, config.data.block_size, config.evaluation.context_lengths, teachers.router, engine=engine
+        ),
         stream=TrainingStream(
             inputs.mixture,
             block_size=config.data.block_size,
@@ -172,20 +178,8 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries:
                 config.data, text, entries, lambda type: config.source(type).layout, progress=progress
             )
     for type, row in inputs.readiness().items():
-        log.info("%s: %s", type, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in row.items()))
+        log.info("%s: %s", type, format_counts(row))
     return inputs
-
-
-def _schedules(config: RunConfig, start: Start) -> StepSchedules:
-    for remark in schedule_remarks(config, start.step):
-        log.warning("%s", remark)
-    return build_schedules(config)
-
-
-def _evaluator(config: RunConfig, inputs: Inputs, text: TextTools, teachers: RunTeachers, engine: Engine) -> Evaluator:
-    lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
-    sets = validation_sets(inputs, lengths, config.data, text.eos_id, config.evaluation.max_tokens)
-    return Evaluator(sets, config.data.block_size, config.evaluation.context_lengths, teachers.router, engine=engine)
 
 
 def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules) -> nn.Module | None:

@@ -23,7 +23,6 @@ class Place:
     """A run directory.
 
     Attributes:
-        run_dir: local folder.
         remote: URL it is mirrored to while training, or None when the output is local.
         tensorboard: where its TensorBoard events go as well, path or URL, or None.
         model: where the finished student goes as well, path or URL, or None.

@@ -22,19 +22,19 @@ def read_token(config: TeacherConfig) -> str | None:
     """
     if config.token_file is not None:
         try:
-            return _stripped(Path(config.token_file).read_bytes(), "--hf_token_file")
+            return _strip(Path(config.token_file).read_bytes(), "--hf_token_file")
         except OSError as error:
             raise UsageError(
                 "cannot read the token file", where=f"--hf_token_file={config.token_file}", got=error.strerror
             ) from None
     if config.token_uri is not None:
-        return _stripped(storage.read_bytes(config.token_uri), "--hf_token_uri")
+        return _strip(storage.read_bytes(config.token_uri), "--hf_token_uri")
     if config.token_secret is not None:
-        return _stripped(_read_secret(config.token_secret), "--hf_token_secret")
+        return _strip(_read_secret(config.token_secret), "--hf_token_secret")
     return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), None)
 
 
-def _stripped(content: bytes, option: str) -> str:
+def _strip(content: bytes, option: str) -> str:
     try:
         token = content.decode("utf-8").strip()
     except UnicodeDecodeError:

@@ -20,7 +20,6 @@ from liquid_llm.signal_store.codecs import Payload
 from liquid_llm.signal_store.records import Record, RecordError, RecordHeader, SignalIdentity, token_hashes
 from liquid_llm.signal_store.shards.file import (
     RECORD_VERSION,
-    NewerShardError,
     PackedRecord,
     ShardHeader,
     Tables,
@@ -190,7 +189,7 @@ def test_a_shard_of_a_newer_format_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("liquid_llm.signal_store.shards.file.SHARD_VERSION", 2)
     data = shard_of(record())
     monkeypatch.undo()
-    with pytest.raises(NewerShardError, match="shard format 2, this program reads 1"):
+    with pytest.raises(RecordError, match="shard format 2, this program reads 1"):
         opened(data)
 
 

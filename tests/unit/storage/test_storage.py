@@ -246,15 +246,6 @@ def test_what_is_not_there_is_named(place: str, reader: Callable[[str, Path], An
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_copying_between_kinds_of_places(bucket: Bucket, tmp_path: Path) -> None:
-    memory = f"memory://{uuid.uuid4().hex}/x"
-    (tmp_path / "x").write_bytes(b"data")
-    storage.copy(str(tmp_path / "x"), f"{bucket.uri}/x")
-    storage.copy(f"{bucket.uri}/x", memory)
-    storage.copy(memory, f"file://{tmp_path}/y")
-    assert (tmp_path / "y").read_bytes() == b"data"
-
-
 def test_many_threads_share_a_place(place: str) -> None:
     def work(number: int) -> bool:
         uri, data = f"{place}/{number % 5}/{number}", bytes([number]) * 5000

@@ -112,7 +112,7 @@ def row_maximum(logits: Tensor) -> Tensor:
 
 
 def require_finite(top: Tensor) -> None:
-    """As :func:`row_maximum`, for rows whose largest logits [n, 1] are known: a NaN counts as larger than anything."""
+    """As ``row_maximum``, for rows whose largest logits [n, 1] are known: a NaN counts as larger than anything."""
     bad = ~torch.isfinite(top)
     if bool(bad.any()):
         position = int(bad.nonzero()[0, 0])

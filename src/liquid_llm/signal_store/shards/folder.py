@@ -375,16 +375,7 @@ class _Open(NamedTuple):
 
 
 class ShardsLayout:
-    """Records of one folder of shards, local or behind any URL; see ``layout.Layout``.
-
-    Args:
-        uri: the folder.
-        infos: of the files in it.
-        cache: where whole remote shards go.
-
-    Attributes:
-        listing: what is in the folder.
-    """
+    """Records of one folder of shards, local or behind any URL; see ``layout.Layout``."""
 
     name = "shards"
 

@@ -125,12 +125,7 @@ class ShardCache:
 
 
 class RemoteShard:
-    """A shard in a bucket: ranges first, the whole once that is cheaper. Safe to use from several threads.
-
-    Args:
-        info: of the file.
-        cache: where whole shards go.
-    """
+    """A shard in a bucket: ranges first, the whole once that is cheaper. Safe to use from several threads."""
 
     def __init__(self, info: FileInfo, cache: ShardCache) -> None:
         self.info = info

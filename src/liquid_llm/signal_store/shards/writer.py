@@ -35,11 +35,9 @@ class ShardsWriter:
     """Writes records into a folder; safe to use from several threads, beside any number of other writers.
 
     Args:
-        uri: the folder.
-        identity: of all records.
         names: of the shards in it.
         publish_index: publishes the index of what is in the folder, given its name.
-        index_due: the index file is missing or out of date, so that :meth:`finish` publishes it in any case.
+        index_due: the index file is missing or out of date, so that ``finish`` publishes it in any case.
         shard_bytes: of records in a full shard; a longer record has one of its own.
         part_seconds: the longest that records are held back.
     """
@@ -77,7 +75,7 @@ class ShardsWriter:
         self._overhead = 0
 
     def write(self, record: Record) -> int:
-        """Take a record; returns its bytes. It is certain to be in the folder after :meth:`finish` only.
+        """Take a record; returns its bytes. It is certain to be in the folder after ``finish`` only.
 
         Raises:
             StorageError: publishing failed three times in a row, here or behind the timer. The record is kept and
