@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from liquid_llm.errors import DeviceError
+from liquid_llm.errors import DeviceError, first_line
 
 # What torch and the libraries under it say when there is no room; only the first is a type of its own.
 _NO_ROOM = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
@@ -130,7 +130,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 def device_error(error: BaseException) -> DeviceError | None:
     """What a user is told of a failure that is the device's; None where it is not."""
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if is_out_of_memory(error):
         return DeviceError(
             "the device's memory does not suffice",

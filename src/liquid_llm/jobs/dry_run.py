@@ -97,26 +97,30 @@ def schedule_values(schedules: StepSchedules, first: int) -> list[dict[str, floa
     return [{"step": step, **schedules.at(step).as_row()} for step in range(first, first + _SHOWN_STEPS)]
 
 
-def _describe_first(result: StepResult) -> dict[str, Any]:
-    positions = sum(one.output.num_positions for one in result.scored)
-    return {
-        "types": [one.batch.type for one in result.scored],
-        "tokens": sum(one.batch.num_tokens for one in result.scored),
-        "loss": sum(float(one.output.loss.detach()) for one in result.scored) / positions,
-        "kd_coverage": sum(one.output.num_signal for one in result.scored) / positions,
-        "grad_norm": result.grad_norm,
-        "peak_memory_bytes": process_peak_memory_bytes(),
-    }
+def _describe_step(result: StepResult) -> dict[str, Any]:
+    batches = [one.batch for one in result.scored]
+    return {"types": [one.type for one in batches], "tokens": sum(one.num_tokens for one in batches)}
 
 
 def describe_pace(config: RunConfig, start: Start, found: Rehearsal) -> dict[str, Any]:
     """What follows from the two steps: speed, time to the end, and what that costs where the price is known."""
     remaining = time_to_the_end(config, start.step, not start.goes_on, found)
+    timed, positions = _describe_step(found.second), sum(one.output.num_positions for one in found.first.scored)
     price = config.price_per_hour
     cost = None if price is None else {"price_per_hour": price, "whole_run": price * remaining["seconds"] / 3600}
     return {
-        "one_step": _describe_first(found.first),
-        "timed_step": found.timed_step(),
+        "one_step": {
+            **_describe_step(found.first),
+            "loss": sum(float(one.output.loss.detach()) for one in found.first.scored) / positions,
+            "kd_coverage": sum(one.output.num_signal for one in found.first.scored) / positions,
+            "grad_norm": found.first.grad_norm,
+            "peak_memory_bytes": process_peak_memory_bytes(),
+        },
+        "timed_step": {
+            **timed,
+            "seconds": found.step_seconds,
+            "tokens_per_second": timed["tokens"] / found.step_seconds,
+        },
         "evaluation_seconds": found.eval_seconds,
         "save_seconds": found.save_seconds,
         "time_to_the_end": remaining,

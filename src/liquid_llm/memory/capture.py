@@ -31,11 +31,11 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
         ModelError: a configuration that no model can be built from.
         SignalError: a codec or an option that there is not.
     """
-    codec = get_codec(shape.codec, options=shape.options)
+    options = tuple(sorted(get_codec(shape.codec, options=shape.options).options.items()))
     batch = BatchShape(shape.rows, shape.time)
     chunk = min(chunk_rows(shape.vocab_size, shape.device), max(1, shape.rows * (shape.time - 1)))
     encoded_rows = min(chunk, max(1, shape.time - 1))  # of one sample at a time
-    encoder_bytes, num_rows = encoder_cost(codec, encoded_rows, shape.vocab_size, shape.device)
+    encoder_bytes, num_rows = encoder_cost(shape.codec, options, encoded_rows, shape.vocab_size, shape.device)
     counter = StorageCounter()
     with fake_tensors():
         model = build(shape.teacher)
@@ -62,19 +62,15 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
     return replace(combine(found, rest_bytes, shape.device, measured), peak_batch=words)
 
 
-def encoder_cost(codec: Codec, rows: int, vocab_size: int, device: str) -> tuple[int, int]:
+@functools.cache
+def encoder_cost(
+    name: str, options: tuple[tuple[str, int | float | str], ...], rows: int, vocab_size: int, device: str
+) -> tuple[int, int]:
     """Most bytes that encoding ``rows`` rows on ``device`` takes beside the logits, and the rows that were measured.
 
     What an encoder makes is a part that is fixed or bounded, and a part in proportion to its rows: two sizes, beyond
     the bounds that there are, tell the one from the other.
     """
-    return _encoder_cost(codec.name, tuple(sorted(codec.options.items())), rows, vocab_size, device)
-
-
-@functools.cache
-def _encoder_cost(
-    name: str, options: tuple[tuple[str, int | float | str], ...], rows: int, vocab_size: int, device: str
-) -> tuple[int, int]:
     codec = get_codec(name, options=dict(options))
     first, second = (max(1, min(rows, size // (4 * vocab_size))) for size in _MEASURED_BYTES)
     least, most = (_measure(codec, count, vocab_size, device) for count in (first, second))

@@ -82,29 +82,20 @@ class Fit:
 # ------------------------------------------------------------------------------------------------------------- choices
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A configuration in which nothing is left to memory.
-
-    Attributes:
-        config: with every ``auto`` replaced.
-        choices: by what, and why.
-        decided: the same as plain values, for the checkpoint's ``run["decided"]``; empty where nothing was ``auto``.
-    """
-
-    config: RunConfig
-    choices: dict[str, Choice]
-    decided: dict[str, Any]
-
-
-def settle(config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None) -> Settled:
+def settle(
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None
+) -> tuple[RunConfig, dict[str, Choice], dict[str, Any]]:
     """Decide what is left to memory, before anything of size is built; a run that goes on keeps what it decided.
+
+    Returns:
+        The configuration with every ``auto`` replaced; what was chosen, and why; the same as plain values for the
+        checkpoint's ``run["decided"]``, empty where nothing was ``auto``.
 
     Raises:
         LiquidError: any problem a user can cause.
     """
     if config.data.batch_size != AUTO_BATCH and config.student.grad_checkpoint != AUTO:
-        return Settled(config, {}, {})
+        return config, {}, {}
     # Wherever the step goes on: a place in the data is counted in micro-batches.
     metadata = start.origin.metadata
     decided = metadata.run.get("decided") if start.goes_on and metadata is not None else None
@@ -114,7 +105,7 @@ def settle(config: RunConfig, start: Start, text: TextTools, device: torch.devic
     settled, choices = resolve_auto(config, models, free, device.type, decided=decided)
     for name, choice in choices.items():
         log.info("%s %s: %s", name, choice.value, choice.reason)
-    return Settled(settled, choices, decisions(config, settled))
+    return settled, choices, decisions(config, settled)
 
 
 def resolve_auto(
@@ -150,9 +141,8 @@ def resolve_auto(
 
 def decisions(before: RunConfig, after: RunConfig) -> dict[str, Any]:
     """What memory decided, as plain values for a checkpoint's metadata."""
-    automatic = before.data.batch_size == AUTO_BATCH
     values: dict[str, Any] = {}
-    if automatic:
+    if before.data.batch_size == AUTO_BATCH:
         values |= {"batch_size": after.data.batch_size, "grad_accum": after.optimizer.grad_accum}
     if before.student.grad_checkpoint == AUTO:
         values["grad_checkpoint"] = after.student.grad_checkpoint

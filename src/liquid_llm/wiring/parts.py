@@ -99,18 +99,18 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     seed_everything(config.seed)
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
-    settled = settle(config, start, text, device, token)
-    built = make_student(settled.config, start, text, device, token)
-    check_teachers(settled.config, token)
+    config, choices, decided = settle(config, start, text, device, token)
+    built = make_student(config, start, text, device, token)
+    check_teachers(config, token)
     return Basis(
-        config=settled.config,
-        decided=settled.decided,
+        config=config,
+        decided=decided,
         token=token,
         text=text,
         built=built,
         device=device,
         dtype=torch_dtype(dtype.value),
-        choices={"device": device_choice, "student_dtype": dtype, **settled.choices},
+        choices={"device": device_choice, "student_dtype": dtype, **choices},
     )
 
 

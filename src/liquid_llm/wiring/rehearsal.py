@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,16 +40,6 @@ class Rehearsal:
     eval_seconds: float | None
     save_seconds: float
     device_peak_bytes: int | None
-
-    def timed_step(self) -> dict[str, Any]:
-        """The second step as plain values."""
-        tokens = sum(one.batch.num_tokens for one in self.second.scored)
-        return {
-            "types": [one.batch.type for one in self.second.scored],
-            "tokens": tokens,
-            "seconds": self.step_seconds,
-            "tokens_per_second": tokens / self.step_seconds,
-        }
 
 
 def rehearse(
