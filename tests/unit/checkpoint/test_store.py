@@ -149,6 +149,24 @@ def test_two_snapshots_of_one_step_are_two(store: CheckpointStore) -> None:
     assert complete_in(store.run_dir) == ["step-00000002", info.names[0]]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_snapshot_written_anew_the_whole_one_is_kept(store: CheckpointStore, whole: bool) -> None:
+    """Killed with the old one set aside: whichever is complete stays, the new one where both are."""
+    folder, name = store.run_dir, save(store, 7).name
+    old = {suffix: (folder / f"{name}{suffix}").read_bytes() for suffix in (".pt", ".meta.json")}
+    store.save(state_of(8), metadata_of(7), kind="step")
+    new = (folder / f"{name}.pt").read_bytes()
+    for suffix, content in old.items():
+        (folder / f"{name}.replaced{suffix}").write_bytes(content)
+    if not whole:
+        (folder / f"{name}.pt").write_bytes(new[:-1])
+    store.close()
+    with CheckpointStore(folder, keep_last=2) as again:
+        assert (folder / f"{name}.pt").read_bytes() == (new if whole else old[".pt"])
+        assert again.latest().name == name
+    assert not [one for one in names_in(folder) if ".replaced" in one]
+
+
 def test_zero_keeps_all(tmp_path: Path) -> None:
     with CheckpointStore(tmp_path, keep_last=0) as store:
         for step in range(5):

@@ -21,6 +21,7 @@ from tests.support.teachers import random_logits
 from liquid_llm.losses.signals import LogitsSignal, OutputHead, SparseSignal
 from liquid_llm.signal_store.codecs import Payload, PayloadError
 from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.tail.bits import BitsError, BitWriter
 from liquid_llm.signal_store.codecs.tail.draws import (
     DRAW_STEP,
     DRAW_TURN,
@@ -325,6 +326,16 @@ def test_bytes_behind_the_end_are_refused() -> None:
     longer = torch.cat([payload["bytes"], torch.zeros(2, dtype=torch.uint8)])
     with pytest.raises(PayloadError):
         CODEC.decode({"bytes": longer}, 0, 4, 2.0, 300)
+
+
+def test_a_few_bytes_do_not_promise_billions_of_exact_ids() -> None:
+    """They are refused before memory is taken for them."""
+    out = BitWriter()
+    for number in (2, 300, 0):
+        out.number(number)
+    out.rice(np.full(2, 1 << 34))
+    with pytest.raises(BitsError, match="an impossible number of exact ids"):
+        read_levels(np.frombuffer(out.bytes() + bytes(8), np.uint8), DRAWS, 300)
 
 
 def test_version_1_is_read_as_it_was_written() -> None:
