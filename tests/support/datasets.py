@@ -8,6 +8,9 @@ from pathlib import Path
 
 from liquid_llm.data.token_writer import TokenWriter
 from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.framing import Framing
+
+UNFRAMED = Framing(None, 0)  # nothing before a text, token 0 between two
 
 
 def token_dataset(
@@ -15,11 +18,12 @@ def token_dataset(
     type: str = "lm",
     sample_ids: Sequence[str] | None = None,
     layout: str = "",
+    framing: Framing = UNFRAMED,
 ) -> TokenDataset:
     """A dataset of ``samples``, each of two tokens or more, named ``s0``, ``s1``, … unless ``sample_ids`` is given."""
     names = [f"s{number}" for number in range(len(samples))] if sample_ids is None else list(sample_ids)
     with tempfile.TemporaryDirectory() as folder:  # the maps stay valid when the names are gone
-        with TokenWriter(Path(folder), type, "<u4", str, layout=layout) as writer:
+        with TokenWriter(Path(folder), type, "<u4", str, framing.version, layout) as writer:
             writer.add(names, samples, range(len(samples)))
             meta = writer.finish()
-        return TokenDataset(Path(folder), meta)
+        return TokenDataset(Path(folder), meta, framing)

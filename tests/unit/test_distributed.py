@@ -51,7 +51,7 @@ def mixture() -> list[WeightedDataset]:
 
 def stream(engine: Engine) -> TrainingStream:
     return TrainingStream(
-        mixture(), block_size=16, batch_size=2, seed=3, eos_id=0, rank=engine.rank, world_size=engine.world_size
+        mixture(), block_size=16, batch_size=2, seed=3, rank=engine.rank, world_size=engine.world_size
     )
 
 

@@ -37,6 +37,7 @@ LAYERS = (
         "masking",
         "formatting",
         "versions",
+        "framing",
         "device",
         "passes",
         "identity",

@@ -21,6 +21,7 @@ from liquid_llm.data.texts import wikitext_articles
 from liquid_llm.data.tokens import BatchTokenizer, TellProgress, TokenDataset, split, tokenize
 from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, UsageError, first_line
+from liquid_llm.framing import Framing
 from liquid_llm.storage import translate_errors
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def load_hub_dataset(
     tokenizer_hash: str,
     cache_dir: str | Path,
     *,
-    eos_id: int,
+    framing: Framing,
     validation_fraction: float,
     token: str | None = None,
     progress: TellProgress | None = None,
@@ -45,6 +46,7 @@ def load_hub_dataset(
     Args:
         name: hub id (``org/name`` or ``org/name@revision``) or a local folder, of data files or of ``save_to_disk``.
         config: configuration of the dataset, or None.
+        framing: of every text.
         validation_fraction: of the training documents, held out by hash where there is no validation split.
         token: for private and gated datasets; None uses the one a person signed in with, if any.
 
@@ -62,7 +64,7 @@ def load_hub_dataset(
 
     def read(table: Any, split_name: str) -> TokenDataset:
         rows = HubRows(table, column, label, split_name, lines)
-        return tokenize(rows, tokenizer, tokenizer_hash, cache_dir, eos_id=eos_id, progress=progress)
+        return tokenize(rows, tokenizer, tokenizer_hash, cache_dir, framing=framing, progress=progress)
 
     if any(alias in tables for alias in _ALIASES["validation"]):
         return read(table, "train"), read(_find_split(tables, "validation", label), "validation")

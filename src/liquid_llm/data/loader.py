@@ -44,7 +44,6 @@ class TrainingStream:
         block_size: tokens of a block.
         batch_size: blocks in a micro-batch; times ``block_size`` its token budget.
         seed: of the run.
-        eos_id: the end-of-text token that joins the documents of blocks.
         sample_tokens: the most a model sees of a whole sample; a block by default, and never more.
         rank: this process's number among ``world_size``.
 
@@ -63,7 +62,6 @@ class TrainingStream:
         block_size: int,
         batch_size: int,
         seed: int,
-        eos_id: int,
         sample_tokens: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -76,7 +74,7 @@ class TrainingStream:
         for number, part in enumerate(mixture):
             key = (seed, number)
             if part.dataset.layout == "blocks":
-                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, eos_id, key))
+                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key))
             else:
                 self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens))
         self._draws = WeightedDraws([part.weight for part in mixture], seed)
@@ -97,11 +95,9 @@ class BlockOrder:
         num_micro_batches: in one epoch, rounded up; the last one is filled up from the next epoch.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, block_size: int, batch_size: int, eos_id: int, key: tuple[int, ...]
-    ) -> None:
+    def __init__(self, dataset: TokenDataset, block_size: int, batch_size: int, key: tuple[int, ...]) -> None:
         self._type = dataset.type
-        self._stream = TokenStream(dataset, eos_id)
+        self._stream = TokenStream(dataset)
         self._block_size = block_size
         self._batch_size = batch_size
         self._num_blocks = len(self._stream) // block_size
@@ -176,7 +172,6 @@ def validation_batches(
     *,
     block_size: int,
     batch_size: int,
-    eos_id: int,
     max_tokens: int | None = None,
     sample_tokens: int | None = None,
 ) -> list[MicroBatch]:
@@ -194,7 +189,7 @@ def validation_batches(
         nothing for an empty dataset.
     """
     if dataset.layout == "blocks":
-        stream = TokenStream(dataset, eos_id)
+        stream = TokenStream(dataset)
         end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
         blocks = [stream.read(start, min(block_size, end - start)) for start in range(0, end, block_size)]
         blocks = [block for block in blocks if len(block) > 1]  # a single token predicts nothing

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from liquid_llm.errors import DataError
 from liquid_llm.sources import default_layout
-from liquid_llm.versions import FRAMING
 
 FORMAT_VERSION = 1
 META = "meta.json"
@@ -68,7 +67,7 @@ class DatasetMeta:
         return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 
 
-def read_meta(directory: Path, framing: int = FRAMING) -> DatasetMeta | None:
+def read_meta(directory: Path, framing: int = 1) -> DatasetMeta | None:
     """The description of the dataset in ``directory``; None where it is absent, damaged, of another format or framing.
 
     A cache is never refused: what this release cannot use is made anew, under another name.
@@ -106,10 +105,10 @@ class TokenWriter:
         type: str,
         token_dtype: str,
         location: Callable[[int], str],
-        framing: int = FRAMING,
+        framing: int = 1,
         layout: str = "",
     ) -> None:
-        self._framing, self._layout = framing, layout
+        self._framing, self.layout = framing, layout
         self._directory = directory
         self._type = type
         self._token_dtype = token_dtype
@@ -172,7 +171,7 @@ class TokenWriter:
             int(repeated.sum()),
             {name: (self._directory / name).stat().st_size for name in names},
             self._framing,
-            self._layout,
+            self.layout,
         )
         (self._directory / META).write_text(json.dumps(meta.plain(), indent=1))
         return meta

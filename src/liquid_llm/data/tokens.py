@@ -3,9 +3,8 @@
 dataset: the samples of one source, in the order of their records; split: a view of some of them. In which split a
 sample falls is decided by a hash of its id alone, so that neither other records nor their order matter.
 
-Samples are stored whole; windows and blocks are cut by readers. In the layout ``samples`` each ends with the
-end-of-text token, so that a student learns to stop; in ``blocks`` they are stored without it and joined by it
-(``blocks.py``).
+Samples are stored whole; windows and blocks are cut by readers. In the layout ``samples`` each has its framing around
+it (``framing``); in ``blocks`` they are stored without, and framed where they are joined (``blocks.py``).
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from liquid_llm import storage
 from liquid_llm.data.records import RecordFiles
 from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, TokenWriter, read_meta, split_hash
 from liquid_llm.data.types import Sample, TextRecord
+from liquid_llm.framing import Framing
 from liquid_llm.sources import default_layout
 from liquid_llm.storage import translate_errors
-from liquid_llm.versions import FRAMING
 
 _log = logging.getLogger(__name__)
 _CHUNK_RECORDS = 1024
@@ -41,18 +40,19 @@ class TokenDataset:
 
     Attributes:
         meta: how it was built, and what was left out.
+        framing: what stands around each text, in its tokens or where they are joined.
         tokens: [all tokens] uint16 or uint32, the memory map; samples are runs of it.
         starts: [samples] int64, where each begins in ``tokens``.
-        lengths: [samples] int64, tokens of each, end-of-text included where it is stored.
+        lengths: [samples] int64, tokens of each, framing included where it is stored.
         split_hashes: [samples] uint64, what decides a sample's split.
     """
 
-    def __init__(self, directory: Path, meta: DatasetMeta) -> None:
+    def __init__(self, directory: Path, meta: DatasetMeta, framing: Framing) -> None:
         def column(name: str, dtype: str) -> NDArray[Any]:
             # np.asarray drops the memmap class, whose indexing is several times slower
             return np.asarray(np.memmap(directory / name, dtype=dtype, mode="r"))
 
-        self.meta = meta
+        self.meta, self.framing = meta, framing
         self.tokens = column("tokens", meta.token_dtype)
         self.starts, self.lengths, self._id_starts, self._id_lengths, self.split_hashes = (
             column(name, dtype) for name, dtype in COLUMNS.items()
@@ -89,7 +89,7 @@ class TokenDataset:
     def subset(self, indices: NDArray[np.int64]) -> TokenDataset:
         """The samples at ``indices``, in that order, as a dataset that shares the memory map."""
         view = object.__new__(TokenDataset)
-        view.meta, view.tokens, view._ids = self.meta, self.tokens, self._ids
+        view.meta, view.framing, view.tokens, view._ids = self.meta, self.framing, self.tokens, self._ids
         for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
             setattr(view, name, getattr(self, name)[indices])
         return view
@@ -159,10 +159,9 @@ def tokenize(
     tokenizer_hash: str,
     cache_dir: str | Path,
     *,
-    eos_id: int,
+    framing: Framing,
     layout: str | None = None,
     progress: TellProgress | None = None,
-    framing: int = FRAMING,
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
@@ -172,52 +171,52 @@ def tokenize(
     Args:
         tokenizer_hash: names the tokenizer; equal hashes tokenise alike.
         cache_dir: a local folder.
-        eos_id: the end-of-text token, appended to each sample in the layout ``samples``.
+        framing: put around each text in the layout ``samples``, and by who joins them in ``blocks``.
         layout: ``blocks`` or ``samples``; None: as the type has it by itself.
         progress: told after each chunk.
-        framing: version of how texts become tokens (``liquid_llm.versions``).
 
     Raises:
         DataError: a malformed record or file; two texts under one sample id; no usable record.
         StorageError: a file cannot be read, or the cache cannot be written.
     """
     layout = layout or default_layout(source.type)
-    key = [FORMAT_VERSION, source.identity, source.type, tokenizer_hash, eos_id]
-    key += [framing] * (framing > 1)  # so that a cache of the first framing keeps its name
+    key = [FORMAT_VERSION, source.identity, source.type, tokenizer_hash, framing.end_id]
+    if framing.begin_id is not None:  # a cache of the first framing keeps its name
+        key += [framing.version, framing.begin_id]
     key += [layout] * (layout != default_layout(source.type))
     name = f"{source.type}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()}"
     directory = Path(cache_dir) / name
-    if (meta := read_meta(directory, framing)) is not None:
-        return TokenDataset(directory, meta)
+    if (meta := read_meta(directory, framing.version)) is not None:
+        return TokenDataset(directory, meta, framing)
     with translate_errors(cache_dir, writing=True):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         waiting = "waiting for process %s, which tokenises the same files"
         with storage.locked(directory.parent / f".{name}.lock", on_wait=lambda holder: _log.info(waiting, holder)):
-            if (meta := read_meta(directory, framing)) is None:
+            if (meta := read_meta(directory, framing.version)) is None:
                 with storage.publish_folder(directory, alone=True) as fresh:
-                    token_dtype = "<u2" if max(eos_id, *tokenizer.get_vocab().values()) < 2**16 else "<u4"
-                    with TokenWriter(fresh, source.type, token_dtype, source.location, framing, layout) as writer:
-                        _write(writer, source, tokenizer, eos_id if layout == "samples" else None, progress)
+                    highest = max(framing.end_id, *tokenizer.get_vocab().values())
+                    options = ("<u2" if highest < 2**16 else "<u4", source.location, framing.version, layout)
+                    with TokenWriter(fresh, source.type, *options) as writer:
+                        _write(writer, source, tokenizer, framing, progress)
                         meta = writer.finish()
                 left_out = "%s: left out %d records under two tokens and %d that repeat another"
                 if meta.num_short or meta.num_repeated:
                     _log.info(left_out, source.type, meta.num_short, meta.num_repeated)
-    return TokenDataset(directory, meta)
+    return TokenDataset(directory, meta, framing)
 
 
 def _write(
     writer: TokenWriter,
     source: RecordSource,
     tokenizer: BatchTokenizer,
-    ending: int | None,
+    framing: Framing,
     progress: TellProgress | None,
 ) -> None:
     for numbered in _chunks(source):
         # verbose=False: a text longer than the model is no mistake here, windows are cut later
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         rows: list[list[int]] = tokenizer([record.text for _, record in numbered], **options)["input_ids"]
-        if ending is not None:
-            rows = [ids if ids[-1:] == [ending] else [*ids, ending] for ids in rows]
+        rows = [framing.wrap(ids) if writer.layout == "samples" else framing.unwrap(ids) for ids in rows]
         before = writer.num_tokens
         writer.add([record.sample_id for _, record in numbered], rows, [number for number, _ in numbered])
         if progress is not None:

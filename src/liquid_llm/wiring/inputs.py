@@ -84,7 +84,7 @@ def read_manifest_inputs(
             text.tokenizer,
             text.hash,
             token_cache(config),
-            eos_id=text.eos_id,
+            framing=text.framing,
             layout=layout_of(entry.type),
             progress=progress,
         )
@@ -114,7 +114,7 @@ def read_dataset_inputs(
         text.tokenizer,
         text.hash,
         token_cache(config),
-        eos_id=text.eos_id,
+        framing=text.framing,
         validation_fraction=config.val_fraction,
         token=token,
         progress=progress,
@@ -123,7 +123,7 @@ def read_dataset_inputs(
 
 
 def validation_sets(
-    inputs: Inputs, lengths: Sequence[int], config: DataConfig, eos_id: int, max_tokens: int
+    inputs: Inputs, lengths: Sequence[int], config: DataConfig, max_tokens: int
 ) -> dict[int, dict[str, list[MicroBatch]]]:
     """Validation batches for each context length; every length sees the same text.
 
@@ -139,7 +139,6 @@ def validation_sets(
                     dataset,
                     block_size=length,
                     batch_size=max(1, config.batch_size * config.block_size // length),
-                    eos_id=eos_id,
                     max_tokens=max_tokens // len(datasets),
                     sample_tokens=config.seq_len,
                 )

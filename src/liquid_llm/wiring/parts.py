@@ -129,7 +129,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         log.warning("%s", remark)
     schedules = build_schedules(config)
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
-    sets = validation_sets(inputs, lengths, config.data, text.eos_id, config.evaluation.max_tokens)
+    sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)
     optimizer = build_optimizer(
         built.model,
         lr=config.optimizer.peak,
@@ -152,7 +152,6 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
             block_size=config.data.block_size,
             batch_size=config.data.batch_size,
             seed=config.seed,
-            eos_id=text.eos_id,
             sample_tokens=config.data.seq_len,
             rank=engine.rank,
             world_size=engine.world_size,

@@ -69,8 +69,8 @@ def describe_models(
         made = student_config(
             config.student.spec,
             vocab_size=text.vocab_size,
-            bos_id=text.eos_id if bos_id is None else bos_id,
-            eos_id=text.eos_id,
+            bos_id=text.framing.end_id if bos_id is None else bos_id,
+            eos_id=text.framing.end_id,
             token=token,
         )
         student = ModelShape.of(with_positions(made, config))

@@ -93,8 +93,8 @@ def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) 
         return build_student(
             spec,
             vocab_size=vocab_size,
-            bos_id=text.eos_id if bos_id is None else bos_id,
-            eos_id=text.eos_id,
+            bos_id=text.framing.end_id if bos_id is None else bos_id,
+            eos_id=text.framing.end_id,
             block_size=block_size,
             seed=config.seed,
             token=token,

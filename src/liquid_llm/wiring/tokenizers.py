@@ -7,6 +7,7 @@ from typing import Any
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import ModelError, UsageError
+from liquid_llm.framing import Framing
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.models.student import PRESETS
 from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
@@ -19,13 +20,14 @@ class TextTools:
 
     tokenizer: Any
     hash: str
-    eos_id: int
+    framing: Framing
     vocab_size: int
 
     @staticmethod
     def of(tokenizer: Any) -> TextTools:
         """What a run needs of a tokenizer."""
-        return TextTools(tokenizer, tokenizer_hash(tokenizer), end_of_text_id(tokenizer), len(tokenizer))
+        framing = Framing(None, end_of_text_id(tokenizer))
+        return TextTools(tokenizer, tokenizer_hash(tokenizer), framing, len(tokenizer))
 
 
 def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> TextTools:

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm.data.hub import HubRows, load_hub_dataset, rows_are_lines
@@ -32,7 +33,7 @@ def folder(path: Path, **splits: list[Any]) -> str:
 
 
 def load(name: str, tmp_path: Path, config: str | None = None, **options: Any) -> tuple[TokenDataset, TokenDataset]:
-    options = {"eos_id": 0, "validation_fraction": 0.05, **options}
+    options = {"framing": UNFRAMED, "validation_fraction": 0.05, **options}
     return load_hub_dataset(name, config, TOKENIZER, "h", tmp_path / "tokens", **options)
 
 
@@ -241,11 +242,14 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
 
 
 OFFLINE = """
+from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.errors import DataError
+from liquid_llm.framing import Framing
 try:
-    load_hub_dataset("nosuch/dataset", "plain", tiny_tokenizer(), "h", "tokens", eos_id=0, validation_fraction=0.05)
+    options = {"framing": Framing(None, 0), "validation_fraction": 0.05}
+    load_hub_dataset("nosuch/dataset", "plain", tiny_tokenizer(), "h", "tokens", **options)
 except DataError as error:
     print(error)
 """

@@ -40,7 +40,7 @@ MIXTURE = [
 
 
 def stream(mixture: Sequence[WeightedDataset] = MIXTURE, **options: Any) -> TrainingStream:
-    settings = {"block_size": 24, "batch_size": 3, "seed": 0, "eos_id": EOS, **options}
+    settings = {"block_size": 24, "batch_size": 3, "seed": 0, **options}
     return TrainingStream(mixture, **settings)
 
 
@@ -196,7 +196,7 @@ def test_the_layout_of_a_dataset_decides_whatever_its_type(type: str) -> None:
     blocks, whole = (token_dataset(samples, type, layout=layout) for layout in ("blocks", "samples"))
     for dataset in (blocks, whole):
         training = stream([WeightedDataset(dataset, 1.0)])
-        held = validation_batches(dataset, block_size=24, batch_size=3, eos_id=EOS)
+        held = validation_batches(dataset, block_size=24, batch_size=3)
         for batch in (*first_epoch(training, 0), *held[:-1]):
             assert batch.type == type
             if dataset is blocks:
@@ -254,9 +254,7 @@ def test_every_context_length_sees_the_same_text(seed: int, max_tokens: int | No
     joined = [token for n in range(len(dataset)) for token in (*dataset.input_ids(n).tolist(), EOS)]
     expected = joined[:max_tokens]
     for block_size in (3, 16, 50, 2000):
-        batches = validation_batches(
-            dataset, block_size=block_size, batch_size=batch_size, eos_id=EOS, max_tokens=max_tokens
-        )
+        batches = validation_batches(dataset, block_size=block_size, batch_size=batch_size, max_tokens=max_tokens)
         seen = [token for batch in batches for row in rows(batch) for token in row]
         assert seen == expected or (seen == expected[:-1] and len(expected) % block_size == 1)
         assert all(len(batch.lengths) == batch_size for batch in batches[:-1])
@@ -270,7 +268,7 @@ def test_every_context_length_sees_the_same_samples(type: str, max_tokens: int |
     dataset = drawn(type, 50, 5)
     chosen = None
     for block_size in (8, 30, 100):
-        batches = validation_batches(dataset, block_size=block_size, batch_size=4, eos_id=EOS, max_tokens=max_tokens)
+        batches = validation_batches(dataset, block_size=block_size, batch_size=4, max_tokens=max_tokens)
         for batch in batches:
             check(batch, block_size, 4)
         names = {one.sample_id for batch in batches for one in batch.samples}
@@ -288,7 +286,7 @@ def test_a_smaller_choice_of_samples_is_a_part_of_a_larger_one() -> None:
     dataset = MIXTURE[1].dataset
 
     def names(max_tokens: int) -> set[str]:
-        batches = validation_batches(MIXTURE[1].dataset, block_size=24, batch_size=3, eos_id=EOS, max_tokens=max_tokens)
+        batches = validation_batches(MIXTURE[1].dataset, block_size=24, batch_size=3, max_tokens=max_tokens)
         return {one.sample_id for batch in batches for one in batch.samples}
 
     assert names(100) < names(500) < names(1000)
@@ -298,11 +296,11 @@ def test_a_smaller_choice_of_samples_is_a_part_of_a_larger_one() -> None:
 @pytest.mark.parametrize("type", ["lm", "math_tool"])
 def test_nothing_held_out(type: str) -> None:
     empty = token_dataset([[1, 2]], type).subset(np.array([], dtype=np.int64))
-    assert validation_batches(empty, block_size=8, batch_size=2, eos_id=EOS) == []
+    assert validation_batches(empty, block_size=8, batch_size=2) == []
 
 
 def test_validation_of_samples_hardly_pads() -> None:
-    batches = validation_batches(drawn("code", 300, 9), block_size=60, batch_size=4, eos_id=EOS)
+    batches = validation_batches(drawn("code", 300, 9), block_size=60, batch_size=4)
     padded, real = sum(one.input_ids.numel() for one in batches), sum(one.num_tokens for one in batches)
     assert 1 - real / padded < 0.05
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.datasets import token_dataset
+from tests.support.datasets import UNFRAMED, token_dataset
 from tests.support.texts import paragraph
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -22,6 +22,7 @@ from liquid_llm.data.records import RecordFiles, stable_sample_id
 from liquid_llm.data.tokens import TokenDataset, build_token_dataset, is_held_out, split, tokenize
 from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, StorageError
+from liquid_llm.framing import Framing
 
 TOKENIZER = tiny_tokenizer()
 EOS = 0
@@ -36,7 +37,7 @@ def write(path: Path, *rows: dict[str, Any] | str) -> str:
 def build(
     *files: str, cache: Path, type: str = "lm", tokenizer: Any = TOKENIZER, hash: str = "h", **options: Any
 ) -> TokenDataset:
-    return build_token_dataset(files, type, tokenizer, hash, cache, eos_id=EOS, **options)
+    return build_token_dataset(files, type, tokenizer, hash, cache, framing=UNFRAMED, **options)
 
 
 def ids(text: str) -> list[int]:
@@ -179,7 +180,13 @@ def test_what_changes_the_samples_changes_the_cache(tmp_path: Path, change: str)
         options["files"] = [shard, write(tmp_path / "b.jsonl", "three")]
     cache, how = tmp_path / "cache", {"layout": "samples"} if change == "layout" else {}
     build_token_dataset(
-        options["files"], options["type"], tokenizer, options["hash"], cache, eos_id=options["eos"], **how
+        options["files"],
+        options["type"],
+        tokenizer,
+        options["hash"],
+        cache,
+        framing=Framing(None, options["eos"]),
+        **how,
     )
     assert len(tokenizer.texts) > 1
 
@@ -209,9 +216,10 @@ def test_another_framing_has_a_cache_of_its_own(tmp_path: Path) -> None:
     """The first is neither in the name nor in the description: caches from before there were versions are used."""
     source = RecordFiles([write(tmp_path / "a.jsonl", "one", "two")], "lm")
     cache = tmp_path / "cache"
-    for framing, texts in ((1, 2), (2, 2), (1, 0), (2, 0)):
+    for begin_id, texts in ((None, 2), (0, 2), (5, 2), (None, 0), (0, 0), (5, 0)):
         tokenizer = Counting()
-        assert tokenize(source, tokenizer, "hash", cache, eos_id=0, framing=framing).meta.framing == framing
+        dataset = tokenize(source, tokenizer, "hash", cache, framing=Framing(begin_id, 0))
+        assert dataset.meta.framing == (1 if begin_id is None else 2)
         assert len(tokenizer.texts) == texts
     metas = [json.loads(path.read_text()) for path in cache.glob("lm-*/meta.json")]
     assert {meta.get("framing", "not said") for meta in metas} == {"not said", 2}
@@ -245,10 +253,10 @@ class Fixed:
 
 def test_the_names_of_caches_are_pinned(tmp_path: Path) -> None:
     # caches of earlier releases are found by them
-    for framing, layout in ((1, None), (1, "blocks"), (2, None), (1, "samples")):
-        tokenize(Fixed(), TOKENIZER, "hash", tmp_path, eos_id=0, framing=framing, layout=layout)
+    for begin_id, layout in ((None, None), (None, "blocks"), (0, None), (None, "samples")):
+        tokenize(Fixed(), TOKENIZER, "hash", tmp_path, framing=Framing(begin_id, 0), layout=layout)
     names = sorted(path.name for path in tmp_path.glob("lm-*"))
-    first, second, samples = "de4c04dff003484d38b8c014", "f231b21a83ccab57cd1bd491", "9967f4069e8d449e7aef8581"
+    first, second, samples = "de4c04dff003484d38b8c014", "3993741ed487360a03d6dcfc", "9967f4069e8d449e7aef8581"
     assert names == sorted(f"lm-{digest}" for digest in (first, second, samples))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from tests.support.datasets import UNFRAMED
 from tests.support.raw_inputs import WIKITEXT, zipped
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -34,7 +35,7 @@ def test_a_named_dataset_and_a_download_give_the_same_token_stream(
     table = datasets.Dataset.from_dict({"text": as_published(raw)})
     datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(tmp_path / "saved")
     named, _ = load_hub_dataset(
-        str(tmp_path / "saved"), None, TOKENIZER, "h", tmp_path / "tokens", eos_id=0, validation_fraction=0.05
+        str(tmp_path / "saved"), None, TOKENIZER, "h", tmp_path / "tokens", framing=UNFRAMED, validation_fraction=0.05
     )
 
     (tmp_path / "wikitext-2-raw-v1.zip").write_bytes(zipped({"wikitext-2-raw/wiki.train.raw": raw.encode()}))
@@ -43,12 +44,12 @@ def test_a_named_dataset_and_a_download_give_the_same_token_stream(
     marker = prepare(dataset, input_files(dataset))
     assert not marker["counts"]["rejected"]
     files = [f"{out}/{shard['name']}" for shard in marker["shards"]]
-    prepared = build_token_dataset(files, "lm", TOKENIZER, "h", tmp_path / "tokens", eos_id=0)
+    prepared = build_token_dataset(files, "lm", TOKENIZER, "h", tmp_path / "tokens", framing=UNFRAMED)
 
     texts = [record.text for uri in files for record in read_records(uri, "lm")]
     if raw != WIKITEXT + LONG + WIKITEXT:  # the same article twice is kept once in a prepared dataset
         assert "".join(texts) == "".join(row or "\n" for row in as_published(raw)).lstrip("\n")
-        streams = [TokenStream(one, 0) for one in (named, prepared)]
+        streams = [TokenStream(one) for one in (named, prepared)]
         assert streams[0].read(0, 10**6).tolist() == streams[1].read(0, 10**6).tolist()
         assert len(texts) == {WIKITEXT: 2, LONG: 4}[raw]
     else:
