@@ -55,6 +55,7 @@ class DataConfig:
     batch_size: int
     num_workers: int
     cache_dir: str | None
+    begin_token: str
     block_size: int
     seq_len: int
     val_fraction: float

@@ -7,8 +7,9 @@ framing  the two together. Where both are one token (SmolLM2: ``<|endoftext|>``)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,38 @@ class Framing:
         start = ids[:1] == [self.begin_id]
         stop = len(ids) - (ids[start:][-1:] == [self.end_id])
         return list(ids[start:stop])
+
+
+@dataclass(frozen=True)
+class Framings:
+    """The framing of each type of a run: all end alike, and each begins as its own teacher expects.
+
+    Attributes:
+        usual: of types that ``by_type`` does not name.
+    """
+
+    usual: Framing
+    by_type: Mapping[str, Framing] = field(default_factory=dict)
+
+    def __call__(self, type: str) -> Framing:
+        return self.by_type.get(type, self.usual)
+
+    @property
+    def student(self) -> Framing:
+        """What the student is said to expect: a begin token where it has seen one at all."""
+        begins = [one.begin_id for one in (self.usual, *self.by_type.values()) if one.begin_id is not None]
+        return Framing(begins[0] if begins else None, self.usual.end_id)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, as a checkpoint keeps them."""
+        by_type = {type: one.begin_id for type, one in self.by_type.items()}
+        return {"end_id": self.usual.end_id, "begin_id": self.usual.begin_id, "begin_ids": by_type}
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> Framings:
+        """Inverse of ``plain``."""
+        end_id = int(values["end_id"])
+        return Framings(
+            Framing(values["begin_id"], end_id),
+            {type: Framing(begin_id, end_id) for type, begin_id in values["begin_ids"].items()},
+        )

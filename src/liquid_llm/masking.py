@@ -35,7 +35,7 @@ _ORDINARY = re.compile(
 _ORDINARY_TOKEN = re.compile(
     r".*_(?:id|ids|hash|count|type|index|step|second)"  # ``eos_token_id``
     r"|(?:max|min|num)_(?:(?:new|input|output|prompt|total|image|special)_)?tokens"
-    r"|(?:bos|eos|pad|unk|sep|cls|mask)_token|(?:additional|extra)_special_tokens"
+    r"|(?:begin|bos|eos|pad|unk|sep|cls|mask)_token|(?:additional|extra)_special_tokens"
 )
 _SHAPES = re.compile(
     r"""

@@ -105,6 +105,7 @@ OPTIONS = (
     Option("batch_size", "auto int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens; auto: the most that fits, with --tokens_per_step", minimum=1),
     Option("batch_size", "int", DATA, "batch_size", 4, "samples scored at once: batch_size x seq_len tokens", faces=(CAPTURE,), minimum=1),
     Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), face_defaults={CAPTURE: 0.0}, minimum=0),
+    Option("begin_token", "str", DATA, "begin_token", "auto", "the token before each text: auto as the teacher expects it, or as the store or checkpoint has it; always; never", faces=EVERY, choices=("auto", "always", "never")),
     Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
     Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
     Option("prepare_data", "str", DATA, "prepare", "auto", "auto prepares datasets that lack complete shards, force all, skip none", faces=PREPARING, choices=("auto", "force", "skip")),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 ORDER = 1
-FRAMING = 1
+FRAMING = 2
 NUMERICS = 2
 
 CURRENT: Mapping[str, int] = {"order": ORDER, "framing": FRAMING, "numerics": NUMERICS}
@@ -49,6 +49,12 @@ CHANGES = (
         "the student multiplies bfloat16 numbers (it multiplied float32 ones)",
         "release 0.1.0 still rounds, and --precision=float32 --teacher_precision=float32 never did",
         bfloat16_only=True,
+    ),
+    Change(
+        "framing",
+        2,
+        "a text begins with the token that its teacher expects before one (it began with its own first token)",
+        "what was begun or captured without goes on so, and --begin_token=never leaves it out",
     ),
 )
 

@@ -38,3 +38,43 @@ def tiny_tokenizer(vocab_size: int = 512) -> Any:
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
     )
+
+
+def tokenizer_with(
+    specials: tuple[str, ...], *, eos: str | None, bos: str | None = None, adds_bos: bool = False
+) -> Any:
+    """The same tokenizer with these special tokens for ``<|endoftext|>`` (the first) and behind its vocabulary.
+
+    Args:
+        eos, bos: roles, each one of ``specials`` or None.
+        adds_bos: it puts ``bos`` before a text, as Llama's and Gemma's do.
+    """
+    from tokenizers import AddedToken, Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(_serialized(512).replace("<|endoftext|>", specials[0]))
+    backend.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    roles = {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
+def tokenizers_of_all_kinds() -> dict[str, Any]:
+    """Tokenizers as the well-known families have them, small."""
+    llama = ("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>")
+    return {
+        "gpt2": tiny_tokenizer(),
+        "smollm2-instruct": tokenizer_with(
+            ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), bos="<|im_start|>", eos="<|im_end|>"
+        ),
+        "llama3": tokenizer_with(llama, bos="<|begin_of_text|>", eos="<|end_of_text|>", adds_bos=True),
+        "llama3-instruct": tokenizer_with(llama, bos="<|begin_of_text|>", eos="<|eot_id|>", adds_bos=True),
+        "llama2": tokenizer_with(("</s>", "<s>"), bos="<s>", eos="</s>", adds_bos=True),
+        "gemma-instruct": tokenizer_with(
+            ("<eos>", "<bos>", "<end_of_turn>"), bos="<bos>", eos="<end_of_turn>", adds_bos=True
+        ),
+        "unknown": tokenizer_with(("<stop>",), eos="<stop>"),
+    }

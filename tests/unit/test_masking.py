@@ -101,7 +101,15 @@ SECRET_NAMES = [
 ]
 PLAIN_NAMES = [
     *("num_key_value_heads", "num_key_value_groups", "linear_num_key_heads", "linear_key_head_dim", "key_length"),
-    *("max_tokens", "pad_token_id", "eos_token", "sort_keys", "max_new_tokens", "additional_special_tokens"),
+    *(
+        "max_tokens",
+        "pad_token_id",
+        "eos_token",
+        "begin_token",
+        "sort_keys",
+        "max_new_tokens",
+        "additional_special_tokens",
+    ),
     *("tokenizer", "tokenizer_hash", "TOKENIZERS_PARALLELISM", "keyboard", "eos_token_id", "token_file", "token_uri"),
     *(
         "HF_TOKEN_PATH",

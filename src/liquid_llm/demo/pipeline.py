@@ -133,7 +133,7 @@ def _generate(folder: Path, prompt: str) -> dict[str, str]:
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with torch.no_grad(), quiet_transformers():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0

@@ -25,6 +25,7 @@ from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.sources import SPELLINGS
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.fitting import check_capture_fit, say_fit
+from liquid_llm.wiring.framing import Speaker, choose_framings, framing_to_record
 from liquid_llm.wiring.inputs import read_manifest_inputs
 from liquid_llm.wiring.teachers import load_online
 from liquid_llm.wiring.tokenizers import TextTools
@@ -85,15 +86,20 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         if source.store is not None and not storage.is_remote(source.store):
             storage.check_writable(source.store)
     token = read_token(config.teacher)
-    text = TextTools.of(load_tokenizer(teacher_id, token=token))
+    own = Speaker(f"teacher {teacher_id}", load_tokenizer(teacher_id, token=token))
+    text = TextTools.of(own.tokenizer, choose_framings(config.data.begin_token, config.source, {}, own))
     if int(codec.options.get("k", 0)) > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)
-    identity = SignalIdentity.of(codec, identify(teacher_id, text.hash, token=token), text.vocab_size)
-    layouts = {
-        source.store: _choose_layout(config, source.store, identity, new_layout)
-        for source in config.source.named.values()
+    model = identify(teacher_id, text.hash, token=token)
+    framings = {
+        source.store: framing_to_record(source.store, text.framings(type))
+        for type, source in config.source.named.items()
         if source.store is not None
+    }
+    layouts = {
+        folder: _choose_layout(config, folder, SignalIdentity.of(codec, model, text.vocab_size, framing), new_layout)
+        for folder, framing in framings.items()
     }
     datasets = _datasets(config, text)
     if device.type == "cpu":
@@ -104,7 +110,10 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     writers = {}
     for type in datasets:
         folder = _folder(config, type)
-        writers[type] = StoreWriter(folder, loaded.identity, codec, vocab_size=vocab_size, layout=layouts[folder])
+        layout, framing = layouts[folder], framings[folder]
+        writers[type] = StoreWriter(
+            folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout, framing=framing
+        )
         log.info("%s goes to %s, layout %s", type, folder, layouts[folder])
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)

@@ -20,6 +20,7 @@ from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.errors import DataError, SignalError, UsageError
 from liquid_llm.formatting import format_bytes, format_count
+from liquid_llm.framing import Framings
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
@@ -32,6 +33,7 @@ from liquid_llm.signal_store.store import StoreReader, open_store
 from liquid_llm.signal_store.survey import survey
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
+from liquid_llm.wiring.framing import stored_framing
 from liquid_llm.wiring.inputs import read_manifest_inputs
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.teachers import load_online, name_in_store
@@ -163,7 +165,8 @@ def _verify(
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
     token = read_token(config.teacher)
-    text = TextTools.of(load_tokenizer(teacher_id, token=token))
+    tokenizer = load_tokenizer(teacher_id, token=token)
+    text = TextTools.of(tokenizer, Framings(stored_framing(store.identity, tokenizer)))
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
     entries = find_run_data(config.data, partial(_may_hold, store)).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:

@@ -1,22 +1,29 @@
-"""Which tokenizers count as the same, and which token stands between documents.
+"""Which tokenizers count as the same, and which tokens they have for the beginning and the end of a text.
 
     tokenizer hash   names what a tokenizer does to text: its vocabulary and how it cuts fixed probe texts; its chat
                      template, padding and truncation settings and special-token roles are no part of it
+    roles            which token begins a text, which ends it; two tokenizers of one hash (a base model and its Instruct
+                     sibling) may name different ones, so what is made with them says which it was (``framing``)
     end of text      the token between documents; not always ``eos_token``, which in a chat model ends a turn
 
-Texts are always encoded without special tokens: a document starts with its own first token.
+Texts are always encoded without special tokens; what stands around them is put there by ``framing``.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
 from liquid_llm.errors import ModelError
+from liquid_llm.framing import Framing
 
 END_OF_TEXT = "<|endoftext|>"
+# What else separates documents in pre-training, where a tokenizer has it as a special token.
+_ENDS_OF_TEXT = ("<|end_of_text|>", "<eos>", "</s>")
 
 # Whitespace runs, digits, case, accents composed and decomposed, several scripts, emoji sequences, code, control
 # characters and common special tokens: the places where tokenizers with equal vocabularies differ.
@@ -30,11 +37,11 @@ PROBE = (
 )
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of ``text`` without special tokens, padding or truncation, whatever the tokenizer is set to."""
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of ``text`` without padding or truncation, whatever the tokenizer is set to."""
     ids = tokenizer(
         text,
-        add_special_tokens=False,
+        add_special_tokens=add_special_tokens,
         padding=False,
         truncation=False,
         return_attention_mask=False,
@@ -81,11 +88,11 @@ def _first_difference(a: Any, a_name: str, b: Any, b_name: str) -> str:
     return "encodings that differ from one call to the next"
 
 
-def end_of_text_id(tokenizer: Any) -> int:
-    """Id of the token that separates documents: ``<|endoftext|>`` where the vocabulary has it, else ``eos_token_id``.
+def first_end_of_text_id(tokenizer: Any) -> int:
+    """The end of text as release 0.1.0 chose it: ``<|endoftext|>`` where the vocabulary has it, else ``eos_token_id``.
 
-    A chat model's ``eos_token`` may end a turn (SmolLM2-Instruct: ``<|im_end|>``) while its texts were joined by
-    ``<|endoftext|>``. Raises ``ModelError`` for a tokenizer with neither.
+    Raises:
+        ModelError: the tokenizer has neither.
     """
     found = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
     if found is None:
@@ -96,3 +103,88 @@ def end_of_text_id(tokenizer: Any) -> int:
             remedy="set eos_token in its tokenizer_config.json",
         )
     return int(found)
+
+
+def end_of_text_id(tokenizer: Any) -> int:
+    """Id of the token that separates documents in pre-training, see :func:`shared_end_of_text_id`."""
+    return shared_end_of_text_id({"the tokenizer": tokenizer})
+
+
+def shared_end_of_text_id(tokenizers: Mapping[str, Any]) -> int:
+    """Id of the token that separates documents for all of these tokenizers, which have one vocabulary.
+
+    A chat model's ``eos_token`` may end a turn (SmolLM2-Instruct: ``<|im_end|>``; Llama 3's: ``<|eot_id|>``) while its
+    texts were joined by the one of its base model. So what the vocabulary calls the end of a text comes first, then
+    the ``eos_token`` that all of them name.
+
+    Args:
+        tokenizers: name, for messages -> tokenizer.
+
+    Raises:
+        ModelError: none of it is there, or they name different ones.
+    """
+    every = list(tokenizers.values())
+    vocabulary = every[0].get_vocab()
+    special = {token for one in every for token in one.all_special_tokens} | {
+        token.content for one in every for token in one.added_tokens_decoder.values() if token.special
+    }
+    for name in (END_OF_TEXT, *_ENDS_OF_TEXT):
+        if name in vocabulary and (name == END_OF_TEXT or name in special):
+            return int(vocabulary[name])
+    ends = {name: first_end_of_text_id(one) for name, one in tokenizers.items() if one.eos_token_id is not None}
+    if len(set(ends.values())) > 1:
+        raise ModelError(
+            "the tokenizers have one vocabulary and different ends of a text, and none is known to be of documents",
+            got=", ".join(f"{every[0].convert_ids_to_tokens(end)!r} of {name}" for name, end in ends.items()),
+            expected=f"one eos_token, or {', '.join((END_OF_TEXT, *_ENDS_OF_TEXT))} as a special token",
+            remedy="set eos_token in their tokenizer_config.json to the token that ended documents in pre-training",
+        )
+    return next(iter(ends.values())) if ends else first_end_of_text_id(every[0])
+
+
+def begin_token_id(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before a text, asked of the tokenizer itself; None where it puts nothing there.
+
+    That ``bos_token`` is set says little: SmolLM2-Instruct's is ``<|im_start|>``, which begins a turn.
+
+    Raises:
+        ModelError: it puts several tokens there.
+    """
+    plain, whole = encode(tokenizer, "x"), encode(tokenizer, "x", add_special_tokens=True)
+    places = [place for place in range(len(whole)) if whole[place : place + len(plain)] == plain]
+    front = whole[: places[0]] if places else []
+    if len(front) > 1:
+        raise ModelError(
+            "the tokenizer puts several tokens before a text",
+            where=getattr(tokenizer, "name_or_path", None) or None,
+            got=", ".join(map(repr, tokenizer.convert_ids_to_tokens(front))),
+            expected="one at most",
+            remedy="leave them out with --begin_token=never",
+        )
+    return front[0] if front else None
+
+
+def highest_id(tokenizer: Any) -> int:
+    """The largest id of the vocabulary; beyond its size where the ids have gaps."""
+    return int(max(tokenizer.get_vocab().values()))
+
+
+def frame_tokenizer(tokenizer: Any, framing: Framing) -> Any:
+    """A copy of ``tokenizer`` that by itself puts before a text what training put there, and names the same tokens.
+
+    ``tokenizer("text")`` gives the begin token where there is one, and the text's own ids; encoding without special
+    tokens is as it was. The end of text stands for padding, as in the student's generation settings.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    framed = copy.deepcopy(tokenizer)
+    begin_id = framing.begin_id
+    begin, end = framed.convert_ids_to_tokens([framing.end_id if begin_id is None else begin_id, framing.end_id])
+    framed.bos_token, framed.eos_token, framed.pad_token = begin, end, end
+    plain = encode(framed, "x")
+    if encode(framed, "x", add_special_tokens=True) != ([] if begin_id is None else [begin_id]) + plain:
+        single, pair = (["$A"], ["$A", "$B"]) if begin_id is None else ([begin, "$A"], [begin, "$A", begin, "$B"])
+        framed.backend_tokenizer.post_processor = TemplateProcessing(
+            single=single, pair=pair, special_tokens=[] if begin_id is None else [(begin, begin_id)]
+        )
+    return framed

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import NamedTuple
 
 from liquid_llm import storage
 from liquid_llm.errors import SignalError
 from liquid_llm.signal_store.records import SignalIdentity
-from liquid_llm.versions import CURRENT, find_newer, read_versions
+from liquid_llm.versions import CURRENT, FRAMING, find_newer, read_versions
 
 STORE_FILE = "store.json"
-STORE_VERSION = 2  # 1 had no versions, which stands for the first of each; both are read
+STORE_VERSION = 3  # 1 had no versions, which stands for the first of each; 2 no framing; all are read
 
 
 class StoreFile(NamedTuple):
@@ -30,10 +29,15 @@ class StoreFile(NamedTuple):
 def write_store_file(
     uri: str, identity: SignalIdentity, layout: str, versions: Mapping[str, int] | None = None
 ) -> None:
-    """Publish the file in folder ``uri``; ``versions`` are those of the records to come, this release's if None."""
-    known = CURRENT if versions is None else versions
-    kept = {name: known.get(name, 1) for name in ("framing", "numerics")}  # nothing in a store depends on order
-    contents = {"format_version": STORE_VERSION, "layout": layout, **asdict(identity), "versions": kept}
+    """Publish the file in folder ``uri``; ``versions`` are those of the records to come, this release's if None.
+
+    The file of an identity that names no framing is written as format 2 was, so that earlier releases read it.
+    """
+    numerics = (CURRENT if versions is None else versions).get("numerics", 1)
+    # Nothing in a store depends on order; a framing that is named is not that of the first version.
+    kept = {"framing": 1 if identity.framing is None else FRAMING, "numerics": numerics}
+    version = STORE_VERSION if identity.framing is not None else 2
+    contents = {"format_version": version, "layout": layout, **identity.plain(), "versions": kept}
     storage.write_bytes(storage.join(uri, STORE_FILE), json.dumps(contents, indent=1).encode())
 
 

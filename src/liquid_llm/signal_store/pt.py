@@ -20,7 +20,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import torch
@@ -206,12 +206,16 @@ def from_bytes(data: bytes) -> Record:
 def _header_values(header: RecordHeader) -> dict[str, Any]:
     """Plain values, flat."""
     values = asdict(header)
-    return {**values.pop("identity"), **values, "token_hashes": header.token_hashes.hex()}
+    del values["identity"]
+    return {**header.identity.plain(), **values, "token_hashes": header.token_hashes.hex()}
 
 
 def _read_header(values: Mapping[str, Any]) -> RecordHeader:
     """Inverse of ``_header_values``. Format 1 had a whole hash for every 64 tokens."""
-    identity = SignalIdentity(**{field.name: values[field.name] for field in fields(SignalIdentity)})
+    named = {field.name: field.default for field in fields(SignalIdentity)}
+    identity = SignalIdentity(
+        **{name: values[name] if default is MISSING else values.get(name, default) for name, default in named.items()}
+    )
     version, num_tokens, hashes = int(values["format_version"]), int(values["num_tokens"]), values["token_hashes"]
     if version > 1:
         hashes = bytes.fromhex(hashes)

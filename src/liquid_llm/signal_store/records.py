@@ -11,18 +11,21 @@ How it becomes bytes is a matter of the layout: ``pt.py``, ``shards/file.py``.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, Payload
 
 FORMAT_VERSION = 2  # 1 had a whole hash for every 64 tokens; both are read
 PREFIX_TOKENS = 64
 WHOLE_BYTES, MARK_BYTES = 8, 4
+_FRAMING = ("begin_id", "end_id")
 
 
 class RecordError(Exception):
@@ -41,6 +44,7 @@ class SignalIdentity:
         teacher_id, teacher_revision: the model's name, and its commit or the fingerprint of its weights.
         vocab_size: entries the codec was given, after cutting the embedding's padding.
         codec, codec_version, codec_options: enough to make the codec again.
+        begin_id, end_id: the tokens around each text, see ``framing``; both None in stores from before they were said.
     """
 
     teacher_id: str
@@ -50,11 +54,23 @@ class SignalIdentity:
     codec: str
     codec_version: int
     codec_options: dict[str, int | float | str]
+    begin_id: int | None = None
+    end_id: int | None = None
 
     @property
     def teacher(self) -> str:
         """Name and revision in one word."""
         return f"{self.teacher_id}@{self.teacher_revision[:12]}"
+
+    @property
+    def framing(self) -> Framing | None:
+        """What stands around each text; None in stores from before it was said, which have nothing before a text."""
+        return None if self.end_id is None else Framing(self.begin_id, self.end_id)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values; an identity without framing is written as it always was."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if self.end_id is not None or name not in _FRAMING}
 
     def difference(self, other: SignalIdentity) -> tuple[str, object, object] | None:
         """The first field that differs: its name, this value, the other's; None when equal."""
@@ -65,11 +81,14 @@ class SignalIdentity:
         return None
 
     @classmethod
-    def of(cls, codec: Codec, teacher: ModelIdentity, vocab_size: int) -> SignalIdentity:
-        """What ``teacher``'s signal is in this codec."""
+    def of(
+        cls, codec: Codec, teacher: ModelIdentity, vocab_size: int, framing: Framing | None = None
+    ) -> SignalIdentity:
+        """What ``teacher``'s signal of texts in this framing is in this codec."""
         options = dict(codec.options)
         model = (teacher.id, teacher.revision, teacher.tokenizer_hash)
-        return cls(*model, vocab_size, codec.name, codec.version, options)
+        around = (None, None) if framing is None else (framing.begin_id, framing.end_id)
+        return cls(*model, vocab_size, codec.name, codec.version, options, *around)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from liquid_llm import storage
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import SignalError
+from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, Payload, PayloadError, StoredSignal, get_codec
 from liquid_llm.signal_store.description import STORE_FILE, read_store_file, require_own, write_store_file
@@ -120,7 +121,7 @@ class StoreReader:
     def describe(self) -> dict[str, Any]:
         """What the store is, as plain values for provenance."""
         about = {"uri": self.uri, "layout": self.layout.name, "records": len(self), "versions": dict(self.versions)}
-        return {**about, **asdict(self.identity)}
+        return {**about, **self.identity.plain()}
 
     def close(self) -> None:
         """Close its files and end the threads of a remote store."""
@@ -148,6 +149,7 @@ class StoreWriter:
         uri: the folder; made when missing.
         vocab_size: entries given to the codec.
         layout: ``pt`` or ``shards``.
+        framing: of the samples; None adds to a store from before it was said.
         versions: that the records of a new store were made with, this release's if None.
         shard_bytes, part_seconds: of layout ``shards``, see ``ShardsWriter``.
 
@@ -164,13 +166,14 @@ class StoreWriter:
         *,
         vocab_size: int,
         layout: str = "pt",
+        framing: Framing | None = None,
         versions: Mapping[str, int] | None = None,
         shard_bytes: int = SHARD_BYTES,
         part_seconds: float = PART_SECONDS,
     ) -> None:
         self.uri = uri
         self.codec = codec
-        self.identity = SignalIdentity.of(codec, teacher, vocab_size)
+        self.identity = SignalIdentity.of(codec, teacher, vocab_size, framing)
         infos = storage.list_files(uri)
         names = {info.name for info in infos}
         if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):

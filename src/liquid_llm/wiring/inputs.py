@@ -84,7 +84,7 @@ def read_manifest_inputs(
             text.tokenizer,
             text.hash,
             token_cache(config),
-            framing=text.framing,
+            framing=text.framings(entry.type),
             layout=layout_of(entry.type),
             progress=progress,
         )
@@ -114,7 +114,7 @@ def read_dataset_inputs(
         text.tokenizer,
         text.hash,
         token_cache(config),
-        framing=text.framing,
+        framing=text.framings("lm"),
         validation_fraction=config.val_fraction,
         token=token,
         progress=progress,

@@ -232,5 +232,6 @@ class Recorder:
             "max_pass_tokens": progress.passes.max_tokens,
             "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
             "decided": self.parts.decided,
+            "framing": self.parts.text.framings.plain(),
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }

@@ -65,12 +65,12 @@ def describe_models(
     if start.origin.config is not None:
         student = ModelShape(start.origin.config)
     else:
-        bos_id = text.tokenizer.bos_token_id
+        framing = text.framings.student
         made = student_config(
             config.student.spec,
             vocab_size=text.vocab_size,
-            bos_id=text.framing.end_id if bos_id is None else bos_id,
-            eos_id=text.framing.end_id,
+            bos_id=framing.end_id if framing.begin_id is None else framing.begin_id,
+            eos_id=framing.end_id,
             token=token,
         )
         student = ModelShape.of(with_positions(made, config))

@@ -87,14 +87,14 @@ def _spec(config: RunConfig, start: Start) -> str:
 def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:
     """The architecture: the checkpoint's own where it says, else ``--student`` with the tokenizer's vocabulary."""
     longest = config.longest_context
-    bos_id = text.tokenizer.bos_token_id
+    framing = text.framings.student
 
     def build(spec: str, vocab_size: int, block_size: int) -> Any:
         return build_student(
             spec,
             vocab_size=vocab_size,
-            bos_id=text.framing.end_id if bos_id is None else bos_id,
-            eos_id=text.framing.end_id,
+            bos_id=framing.end_id if framing.begin_id is None else framing.begin_id,
+            eos_id=framing.end_id,
             block_size=block_size,
             seed=config.seed,
             token=token,

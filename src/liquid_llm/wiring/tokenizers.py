@@ -7,10 +7,11 @@ from typing import Any
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import ModelError, UsageError
-from liquid_llm.framing import Framing
+from liquid_llm.framing import Framings
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.models.student import PRESETS
-from liquid_llm.models.tokenizers import end_of_text_id, require_same_tokenizer, tokenizer_hash
+from liquid_llm.models.tokenizers import frame_tokenizer, highest_id, require_same_tokenizer, tokenizer_hash
+from liquid_llm.wiring.framing import Speaker, choose_framings, recorded_framing
 from liquid_llm.wiring.start import Start
 
 
@@ -20,14 +21,14 @@ class TextTools:
 
     tokenizer: Any
     hash: str
-    framing: Framing
+    framings: Framings
     vocab_size: int
 
     @staticmethod
-    def of(tokenizer: Any) -> TextTools:
-        """What a run needs of a tokenizer."""
-        framing = Framing(None, end_of_text_id(tokenizer))
-        return TextTools(tokenizer, tokenizer_hash(tokenizer), framing, len(tokenizer))
+    def of(tokenizer: Any, framings: Framings) -> TextTools:
+        """What a run needs of a tokenizer; the tokenizer names and puts what ``framings`` say a student has seen."""
+        framed = frame_tokenizer(tokenizer, framings.student)
+        return TextTools(framed, tokenizer_hash(tokenizer), framings, max(len(tokenizer), highest_id(tokenizer) + 1))
 
 
 def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> TextTools:
@@ -53,18 +54,19 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
                 remedy=f"give --{config.teacher_option}, or a Hugging Face model or folder as --student",
             )
         sources.append((f"--student={config.student.spec}", config.student.spec))
-    first_name, first_id = sources[0]
-    tokenizer = load_tokenizer(first_id, token=token)
-    for name, other in sources[1:]:
-        require_same_tokenizer(tokenizer, first_name, load_tokenizer(other, token=token), name)
-    text = TextTools.of(tokenizer)
+    speakers = {model_id: Speaker(name, load_tokenizer(model_id, token=token)) for name, model_id in sources}
+    own, *others = speakers.values()
+    for other in others:
+        require_same_tokenizer(own.tokenizer, own.name, other.tokenizer, other.name)
+    recorded = recorded_framing(start, config.source, own.tokenizer)
+    text = TextTools.of(own.tokenizer, choose_framings(config.data.begin_token, config.source, speakers, own, recorded))
     known = start.origin.metadata.tokenizer_hash if start.origin.metadata is not None else None
     if known is not None and known != text.hash:
         raise ModelError(
             "the checkpoint was trained with another tokenizer",
             where=start.origin.description,
             got=known[:16],
-            expected=f"{text.hash[:16]} of {first_name}",
+            expected=f"{text.hash[:16]} of {own.name}",
             remedy="use a teacher with the student's tokenizer",
         )
     return text

@@ -2,12 +2,25 @@ import copy
 import json
 
 import pytest
-from tests.support.tokenizers import tiny_tokenizer
-from tokenizers import Tokenizer, pre_tokenizers
+from tests.support.tokenizers import tiny_tokenizer, tokenizer_with, tokenizers_of_all_kinds
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from liquid_llm.data.blocks import TokenStream
+from liquid_llm.data.tokens import build_token_dataset
 from liquid_llm.errors import ModelError
-from liquid_llm.models.tokenizers import PROBE, encode, end_of_text_id, require_same_tokenizer, tokenizer_hash
+from liquid_llm.framing import Framing
+from liquid_llm.models.tokenizers import (
+    PROBE,
+    begin_token_id,
+    encode,
+    end_of_text_id,
+    first_end_of_text_id,
+    frame_tokenizer,
+    require_same_tokenizer,
+    shared_end_of_text_id,
+    tokenizer_hash,
+)
 
 
 def test_hash_survives_saving_and_loading(tmp_path):
@@ -92,19 +105,118 @@ def test_encoding_is_whole_and_without_additions(text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_end_of_text_prefers_the_document_separator_to_a_turn_end():
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = "a"
-    assert tokenizer.eos_token_id != 0
-    assert end_of_text_id(tokenizer) == 0
+KINDS = tokenizers_of_all_kinds()
+END = {
+    "gpt2": "<|endoftext|>",
+    "smollm2-instruct": "<|endoftext|>",
+    "llama3": "<|end_of_text|>",
+    "llama3-instruct": "<|end_of_text|>",
+    "llama2": "</s>",
+    "gemma-instruct": "<eos>",
+    "unknown": "<stop>",
+}
+BEGIN = {
+    "llama3": "<|begin_of_text|>",
+    "llama3-instruct": "<|begin_of_text|>",
+    "llama2": "<s>",
+    "gemma-instruct": "<bos>",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_is_that_of_documents_not_of_turns(kind):
+    assert KINDS[kind].convert_ids_to_tokens(end_of_text_id(KINDS[kind])) == END[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_begin_is_what_the_tokenizer_puts_there_whatever_its_bos_token_is(kind):
+    found = begin_token_id(KINDS[kind])
+    assert (None if found is None else KINDS[kind].convert_ids_to_tokens(found)) == BEGIN.get(kind)
+
+
+def test_several_tokens_before_a_text_are_refused():
+    tokenizer = tokenizer_with(("<|endoftext|>", "[gMASK]", "<sop>"), eos="<|endoftext|>")
+    ids = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=list(zip(["[gMASK]", "<sop>"], ids, strict=True))
+    )
+    with pytest.raises(ModelError, match=r"several tokens.*got '\[gMASK\]', '<sop>'.*--begin_token=never"):
+        begin_token_id(tokenizer)
 
 
 def without_separator(**special):
-    text = tiny_tokenizer().backend_tokenizer.to_str().replace("<|endoftext|>", "</doc>")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), **special)
+    return tokenizer_with(("</doc>",), **{"eos": None, **special})
 
 
-def test_end_of_text_falls_back_to_eos_and_is_never_guessed():
-    assert end_of_text_id(without_separator(eos_token="b")) == without_separator().convert_tokens_to_ids("b")
-    with pytest.raises(ModelError, match=r"no end-of-text token.*eos_token"):
-        end_of_text_id(without_separator())
+def test_the_end_falls_back_to_eos_and_is_never_guessed():
+    assert end_of_text_id(without_separator(eos="b")) == without_separator().convert_tokens_to_ids("b")
+    for find in (end_of_text_id, first_end_of_text_id):
+        with pytest.raises(ModelError, match=r"no end-of-text token.*eos_token"):
+            find(without_separator())
+
+
+@pytest.mark.parametrize(
+    ("specials", "named"),
+    [
+        (("<|endoftext|>", "<stop>", "<turn>"), "<|endoftext|>"),
+        (("<stop>", "<|end_of_text|>", "<turn>"), "<|end_of_text|>"),
+        (("<stop>", "<turn>"), None),
+    ],
+)
+def test_siblings_share_the_end_that_both_have_or_the_message_names_both(specials, named):
+    base, sibling = (tokenizer_with(specials, eos=eos) for eos in ("<stop>", "<turn>"))
+    assert tokenizer_hash(base) == tokenizer_hash(sibling)
+    for pair in ({"base": base, "sibling": sibling}, {"sibling": sibling, "base": base}):
+        if named is not None:
+            assert base.convert_ids_to_tokens(shared_end_of_text_id(pair)) == named
+            continue
+        with pytest.raises(ModelError) as caught:
+            shared_end_of_text_id(pair)
+        assert "'<stop>' of base" in str(caught.value)
+        assert "'<turn>' of sibling" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_begin", [True, False])
+def test_a_framed_tokenizer_gives_the_ids_of_training_and_names_its_tokens(tmp_path, kind, with_begin):
+    tokenizer = KINDS[kind]
+    end_id = end_of_text_id(tokenizer)
+    expected = begin_token_id(tokenizer)
+    framing = Framing((end_id if expected is None else expected) if with_begin else None, end_id)
+    framed = frame_tokenizer(tokenizer, framing)
+    assert tokenizer_hash(framed) == tokenizer_hash(tokenizer)
+    framed.save_pretrained(tmp_path)
+    begins = [framing.begin_id] * with_begin
+    for opened in (framed, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in ("text", *PROBE):
+            assert opened(text).input_ids == begins + encode(tokenizer, text)
+            assert opened(text, add_special_tokens=False).input_ids == encode(tokenizer, text)
+        assert (opened.bos_token_id, opened.eos_token_id) == ((begins or [end_id])[0], end_id)
+        assert opened.pad_token_id == end_id
+    assert begin_token_id(tokenizer) == expected  # the one given is as it was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["samples", "blocks"])
+def test_texts_become_begin_text_end_in_every_layout(tmp_path, kind, layout):
+    tokenizer = KINDS[kind]
+    end_id = end_of_text_id(tokenizer)
+    found = begin_token_id(tokenizer)
+    framing = Framing(end_id if found is None else found, end_id)
+    begin, end = tokenizer.convert_ids_to_tokens([framing.begin_id, end_id])
+    texts = ["one two", "x", f"{begin}already begun", f"already ended{end}", f"{begin}both{end}", begin, end]
+    kept = ["one two", "x", "already begun", "already ended", "both"]
+    shard = tmp_path / "a.jsonl"
+    shard.write_text("".join(json.dumps({"text": text, "sample_id": str(n)}) + "\n" for n, text in enumerate(texts)))
+    dataset = build_token_dataset(
+        [str(shard)], "code", tokenizer, "h", tmp_path / "cache", framing=framing, layout=layout
+    )
+    if layout == "samples":
+        expected = [[framing.begin_id, *encode(tokenizer, text), end_id] for text in kept]
+        assert [dataset.input_ids(n).tolist() for n in range(len(dataset))] == expected
+        return
+    kept = [text for text in kept if len(encode(tokenizer, text)) > 1]
+    stream = TokenStream(dataset)
+    joined = "".join(begin + text + end for text in kept)
+    joined = joined.replace(end + begin, end) if begin == end else joined
+    assert stream.read(0, 10**6).tolist() == encode(tokenizer, joined)

@@ -329,8 +329,8 @@ def test_a_damaged_store_file(folder: Path, contents: bytes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "written by a newer program; got format 3; expected at most 2"),
-        ({"versions": {"framing": 9}}, r"another way; got framing 9 \(known: at most 1\)\. Install a newer"),
+        ({"format_version": 4}, "written by a newer program; got format 4; expected at most 3"),
+        ({"versions": {"framing": 9}}, r"another way; got framing 9 \(known: at most 2\)\. Install a newer"),
         ({"layout": "tape"}, "a layout that this program does not know; got 'tape'"),
         ({"codec": "zip"}, "unknown codec"),
         ({"codec_version": 9}, r"version 9; expected version 1\. Install the newer"),

@@ -16,6 +16,7 @@ from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.data.loader import WeightedDataset
 from liquid_llm.errors import LiquidError, SignalError, UsageError
+from liquid_llm.framing import Framing, Framings
 from liquid_llm.models.loading import load_teacher, load_tokenizer
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.signal_store.codecs import get_codec
@@ -47,7 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def text(tiny: Tiny) -> TextTools:
-    return TextTools.of(load_tokenizer(str(tiny.teacher)))
+    return TextTools.of(load_tokenizer(str(tiny.teacher)), Framings(Framing(None, 0)))
 
 
 @pytest.fixture(scope="module")

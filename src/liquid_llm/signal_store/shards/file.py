@@ -23,7 +23,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -228,7 +228,7 @@ def build_shard(records: Iterable[PackedRecord], tables: Tables, identity: Signa
         counts.update(records=1, tokens=record.num_tokens, payload_bytes=record.payload_bytes)
     values = {
         "format_version": SHARD_VERSION,
-        "identity": asdict(identity),
+        "identity": identity.plain(),
         "types": tables.types,
         "forms": tables.forms,
         "records": len(ordered),

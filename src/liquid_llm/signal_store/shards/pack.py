@@ -57,6 +57,7 @@ def pack(
         source.codec,
         vocab_size=identity.vocab_size,
         layout="shards",
+        framing=identity.framing,
         versions=source.versions,
         shard_bytes=shard_bytes,
     )
