@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.golden.compare import CODECS, RECORDED, STEPS
+from tests.golden.compare import RECORDED, RUNS, STEPS
 from tests.support.autocast import result_dtypes
 from tests.support.devices import count_waits
 from tests.support.distillation import (
@@ -151,13 +151,14 @@ def bits(payload: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_golden_losses(device: torch.device, tmp_path, record_property) -> None:
     """The golden run on CPU and device, by this machine's libraries: other versions of tokenizers make other tokens."""
-    codec = CODECS[0]
+    run, (codec, begin_token) = next(iter(RUNS.items()))
+    same = {"teacher_precision": "float32", "begin_token": begin_token}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the recorded losses were
     try:
         tiny = build(tmp_path / "tiny", teacher_steps=150)
-        assert main(["capture", *tiny.capture_words(teacher_precision="float32", codec=codec, device="cpu")]) == 0
-        given = {"precision": "float32", "teacher_precision": "float32", "eval_every": 0, "save_every": 0}
+        assert main(["capture", *tiny.capture_words(**same, codec=codec, device="cpu")]) == 0
+        given = {**same, "precision": "float32", "eval_every": 0, "save_every": 0}
         rows = {}
         for place in ("cpu", str(device)):
             words = tiny.train_words(tmp_path / place.partition(":")[0], max_steps=STEPS, device=place, **given)
@@ -168,7 +169,7 @@ def test_golden_losses(device: torch.device, tmp_path, record_property) -> None:
         torch.set_num_threads(threads)
     here, there = rows.values()
     apart = [abs(new / old - 1.0) for new, old in zip(there, here, strict=True)]
-    recorded = [row["loss"] for row in json.loads(RECORDED.read_text())[codec]]
+    recorded = [row["loss"] for row in json.loads(RECORDED.read_text())[run]]
     record_property("largest difference in the first 5 steps and in all", f"{max(apart[:5]):.1e}, {max(apart):.1e}")
     off = max(abs(a / b - 1.0) for a, b in zip(here, recorded, strict=True))
     record_property("the CPU's from those recorded", f"{off:.1e}")
