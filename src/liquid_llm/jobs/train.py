@@ -124,7 +124,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
             )
         recorder.finish()
         with quiet_transformers():
-            save_student(parts.built.model, parts.text.tokenizer, place.run_dir / "student")
+            save_student(parts.built.model, parts.text.student_tokenizer(), place.run_dir / "student")
         build_report(place.run_dir)
         mirrors.finish()
     log.info("done: %s", place.shown)
@@ -178,6 +178,7 @@ def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Part
         extra={
             "start": _describe_start(start),
             "student": parts.built.description,
+            "framing": parts.text.framings.plain(),
             "parameters": sum(p.numel() for p in parts.built.model.parameters()),
             "teachers": parts.teachers.identities,
             "memory": fit.as_dict(),

@@ -14,12 +14,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
 from liquid_llm.errors import ModelError
 from liquid_llm.framing import Framing
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 # What else separates documents in pre-training, where a tokenizer has it as a special token.
@@ -173,7 +176,8 @@ def frame_tokenizer(tokenizer: Any, framing: Framing) -> Any:
     """A copy of ``tokenizer`` that by itself puts before a text what training put there, and names the same tokens.
 
     ``tokenizer("text")`` gives the begin token where there is one, and the text's own ids; encoding without special
-    tokens is as it was. The end of text stands for padding, as in the student's generation settings.
+    tokens is as it was. The end of text stands for padding, as in the student's generation settings. One written in
+    Python alone cannot be told what to put: it names the tokens, and a warning says what it does.
     """
     from tokenizers.processors import TemplateProcessing
 
@@ -184,7 +188,12 @@ def frame_tokenizer(tokenizer: Any, framing: Framing) -> Any:
     plain = encode(framed, "x")
     if encode(framed, "x", add_special_tokens=True) != ([] if begin_id is None else [begin_id]) + plain:
         single, pair = (["$A"], ["$A", "$B"]) if begin_id is None else ([begin, "$A"], [begin, "$A", begin, "$B"])
-        framed.backend_tokenizer.post_processor = TemplateProcessing(
-            single=single, pair=pair, special_tokens=[] if begin_id is None else [(begin, begin_id)]
-        )
+        special_tokens = [] if begin_id is None else [(begin, begin_id)]
+        if framed.is_fast:
+            framed.backend_tokenizer.post_processor = TemplateProcessing(
+                single=single, pair=pair, special_tokens=special_tokens
+            )
+        else:
+            asked = "nothing" if begin_id is None else begin
+            logger.warning("the student's tokenizer does not put %s before a text by itself, as training did", asked)
     return framed

@@ -26,9 +26,12 @@ class TextTools:
 
     @staticmethod
     def of(tokenizer: Any, framings: Framings) -> TextTools:
-        """What a run needs of a tokenizer; the tokenizer names and puts what ``framings`` say a student has seen."""
-        framed = frame_tokenizer(tokenizer, framings.student)
-        return TextTools(framed, tokenizer_hash(tokenizer), framings, max(len(tokenizer), highest_id(tokenizer) + 1))
+        """What a run needs of a tokenizer."""
+        return TextTools(tokenizer, tokenizer_hash(tokenizer), framings, max(len(tokenizer), highest_id(tokenizer) + 1))
+
+    def student_tokenizer(self) -> Any:
+        """The tokenizer that the student is exported with: it names and puts what the student has seen."""
+        return frame_tokenizer(self.tokenizer, self.framings.student)
 
 
 def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> TextTools:

@@ -235,3 +235,16 @@ def test_texts_become_begin_text_end_in_every_layout(tmp_path, kind, layout):
     joined = "".join(begin + text + end for text in kept)
     joined = joined.replace(end + begin, end) if begin == end else joined
     assert stream.read(0, 10**6).tolist() == encode(tokenizer, joined)
+
+
+class WrittenInPython(PreTrainedTokenizerFast):
+    """A tokenizer without a backend that could be told what to put before a text."""
+
+    is_fast = False
+
+
+def test_a_tokenizer_that_cannot_be_told_names_the_tokens_and_it_is_said(caplog):
+    backend = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    framed = frame_tokenizer(WrittenInPython(tokenizer_object=backend, eos_token="b"), Framing(0, 0))
+    assert (framed.bos_token_id, framed.eos_token_id) == (0, 0)
+    assert "does not put <|endoftext|> before a text by itself" in caplog.text
