@@ -20,7 +20,7 @@ import torch
 
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.errors import ModelError, SignalError
-from liquid_llm.losses.signals import SparseSignal
+from liquid_llm.losses.signals import DRAWS, SparseSignal
 from liquid_llm.teachers.teacher import Prepared, Teacher, TeacherSetup
 
 NUM_IDS = 20  # a position; vLLM's own limit, unless it was started with --max-logprobs
@@ -37,6 +37,7 @@ class ServedTeacher(Teacher):
     """
 
     temperature_range = (1.0, 1.0)
+    form = DRAWS
     most_ids = NUM_IDS + 1  # the token of the text itself comes along where it is not among them
 
     def __init__(self, url: str, model: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from liquid_llm.errors import UsageError
+from liquid_llm.losses.divergences import get_divergence
 from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
 from liquid_llm.schedules import parse_piecewise
 
@@ -53,7 +54,22 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
         )
     problems += _collect(lambda: parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: parse_schedule(objective.temp_schedule, "--temp_schedule", None))
+    problems += _divergence_problems(config)
     return problems + _batch_problems(config, block_size_known) + _token_problems(teacher) + toolkit_problems(data)
+
+
+def _divergence_problems(config: RunConfig) -> list[str]:
+    asked = {"--divergence": config.objective.divergence}
+    for type, source in config.source.named.items():
+        if source.divergence is not None:
+            asked[f"the divergence of {type}"] = source.divergence
+    problems = []
+    for where, spec in asked.items():
+        try:
+            get_divergence(spec)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    return problems
 
 
 def _batch_problems(config: RunConfig, block_size_known: bool) -> list[str]:

@@ -45,8 +45,9 @@ class Option:
     Attributes:
         name: spelled with underscores; ``-`` is accepted too.
         kind: ``str``, ``int``, ``float``, ``bool``, ``ints`` or ``floats`` (comma-separated); ``auto int`` and ``auto
-            bool`` also take the word auto; ``names`` (comma-separated, each one of ``choices``, or none);
-            ``sources`` (``TYPE=SPEC``, comma-separated, may be given several times; see ``sources.py``).
+            bool`` also take the word auto; ``names`` (comma-separated, each one of ``choices``, or none); ``spec``
+            (one of ``choices``, options after it: ``NAME:option=number``); ``sources`` (``TYPE=VALUE``,
+            comma-separated, may be given several times: a field of those types, see ``sources.py``).
         group, field: the configuration value it sets.
         default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
         faces: the commands that take it.
@@ -89,7 +90,7 @@ OPTIONS = (
     Option("teacher_mode", "str", TEACHER, "mode", "online", "with --hybrid=false: where all signal comes from", faces=(TRAIN,), choices=("online", "precomputed")),
     Option("math_logits_dir", "str", TEACHER, "math_dir", None, "folder or URL of the stored maths signal", faces=(TRAIN, CAPTURE)),
     Option("code_logits_dir", "str", TEACHER, "code_dir", None, "folder or URL of the stored code signal", faces=(TRAIN, CAPTURE)),
-    Option("signal", "sources", TEACHER, "sources", None, "teacher signal by type, TYPE=URI of its store, TYPE=online:MODEL or TYPE=none; several times or comma-separated", faces=(TRAIN, CAPTURE)),
+    Option("signal", "sources", TEACHER, "sources.teacher", None, "teacher signal by type, TYPE=URI of its store, TYPE=online:MODEL or TYPE=none; several times or comma-separated", faces=(TRAIN, CAPTURE)),
     Option("teacher_precision", "str", TEACHER, "precision", "auto", "teacher's arithmetic; auto takes the faster one here", faces=EVERY, choices=PRECISIONS),
     Option("hf_token_file", "str", TEACHER, "token_file", None, "file with a Hugging Face token (else HF_TOKEN)", faces=EVERY),
     Option("hf_token_uri", "str", TEACHER, "token_uri", None, "URL of an object with a Hugging Face token", faces=EVERY),
@@ -116,7 +117,10 @@ OPTIONS = (
     Option("prep_extract_dir", "str", DATA, "toolkit_dir", None, "where the toolkit is unpacked", faces=PREPARING),
     Option("prep_timeout_s", "int", DATA, "toolkit_timeout_seconds", 3600, "longest the toolkit may run", faces=PREPARING, minimum=1),
     # objective
-    Option("divergence", "str", OBJECTIVE, "divergence", "forward_kl", "distance from the teacher that the KD term measures", choices=tuple(DIVERGENCES)),
+    Option("divergence", "spec", OBJECTIVE, "divergence", "forward_kl", "distance from the teacher that the KD term measures, with its options: jsd:beta=0.3 (docs/objectives.md)", choices=tuple(DIVERGENCES)),
+    Option("divergence_by_type", "sources", OBJECTIVE, "sources.divergence", None, "the same for some types alone, such as math_tool=reverse_kl,code=jsd:beta=0.3", faces=(TRAIN,)),
+    Option("alpha_by_type", "sources", OBJECTIVE, "sources.alpha", None, "weight of the KD term for some types, at every step, such as math_tool=0.5,code=0.7", faces=(TRAIN,)),
+    Option("temperature_by_type", "sources", OBJECTIVE, "sources.temperature", None, "KD temperature for some types, such as math_tool=1,code=1.3", faces=(TRAIN,)),
     Option("alpha", "float", OBJECTIVE, "alpha", 0.5, "weight of the KD term", faces=(ANNEAL,), minimum=0),
     Option("T", "float", OBJECTIVE, "temperature", 1.0, "KD temperature", faces=(ANNEAL,), above=0),
     Option("alpha_schedule", "str", OBJECTIVE, "alpha_schedule", None, "step:value list for alpha", faces=(ANNEAL,)),

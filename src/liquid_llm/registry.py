@@ -19,6 +19,12 @@ CODECS = {
 
 DIVERGENCES = {
     "forward_kl": "liquid_llm.losses.divergences.forward_kl:ForwardKL",
+    "reverse_kl": "liquid_llm.losses.divergences.reverse_kl:ReverseKL",
+    "jsd": "liquid_llm.losses.divergences.jsd:JSD",
+    "skew_kl": "liquid_llm.losses.divergences.skew_kl:SkewKL",
+    "skew_reverse_kl": "liquid_llm.losses.divergences.skew_reverse_kl:SkewReverseKL",
+    "decoupled_topk": "liquid_llm.losses.divergences.decoupled_topk:DecoupledTopK",
+    "tail_aware": "liquid_llm.losses.divergences.tail_aware:TailAware",
 }
 
 TEACHERS = {

@@ -7,8 +7,9 @@ A teacher is named by a *spec*:
     none           no teacher: plain cross-entropy
     KIND:REST      any other teacher of ``registry.TEACHERS``
 
-``--signal TYPE=SPEC`` names one on the command line, ``sources:`` in a configuration file a type's teacher, layout and
-objective; the reference options are spellings of the same.
+``--signal TYPE=SPEC`` names one on the command line, ``--alpha_by_type TYPE=NUMBER`` and its like what of the objective
+is a type's own; ``sources:`` in a configuration file has a type's teacher, layout and objective together. The reference
+options are spellings of the same.
 """
 
 from __future__ import annotations
@@ -99,20 +100,21 @@ def read_spec(text: str) -> str:
     return f"store:{text}"
 
 
-def read_signals(texts: list[str]) -> dict[str, dict[str, Any]]:
-    """``TYPE=SPEC`` of each text, as sources that name a teacher alone.
+def read_by_type(field: str, texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``TYPE=VALUE`` of each text, as sources in which that one field is given.
 
     Raises:
         ValueError: one is not of that form, or a type is named twice.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
-        type, equals, spec = (part.strip() for part in text.partition("="))
+        type, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not _TYPE.fullmatch(type):
-            raise ValueError(f"got {text!r}, expected TYPE=URI, TYPE=online:MODEL or TYPE=none")
+            forms = "TYPE=URI, TYPE=online:MODEL or TYPE=none" if field == "teacher" else "TYPE=VALUE"
+            raise ValueError(f"got {text!r}, expected {forms}")
         if type in found:
             raise ValueError(f"the type {type!r} is named twice")
-        found[type] = {"teacher": read_spec(spec)}
+        found[type] = {field: _FIELDS[field](value)}
     return found
 
 
@@ -145,9 +147,11 @@ def is_blank(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _word(name: str, choices: tuple[str, ...]) -> Callable[[object], str]:
+def _word(name: str, choices: tuple[str, ...], end: str | None = None) -> Callable[[object], str]:
+    """A reader of one of ``choices``, after which anything may follow that begins with ``end``."""
+
     def read(value: object) -> str:
-        if value not in choices:
+        if (value if end is None else str(value).partition(end)[0]) not in choices:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
         return str(value)
 
@@ -172,7 +176,7 @@ _FIELDS: dict[str, Callable[[Any], object]] = {
     "layout": _word("layout", LAYOUTS),
     "alpha": _number("alpha", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "temperature": _number("temperature", lambda value: 0 < value < math.inf, "a number above 0"),
-    "divergence": _word("divergence", tuple(DIVERGENCES)),
+    "divergence": _word("divergence", tuple(DIVERGENCES), end=":"),
 }
 
 

@@ -141,6 +141,8 @@ CHEAP = [
     ({"eval_ctx_lens": "64,100000"}, 2, "--eval_ctx_lens=64,100000"),
     ({"batch_size": "auto", "tokens_per_step": 1000}, 2, "--tokens_per_step=1000"),
     ({"divergence": "sideways"}, 2, "--divergence"),
+    ({"divergence": "jsd:beta=2"}, 2, "--divergence: divergence 'jsd:beta=2': beta must lie between 0 and 1"),
+    ({"divergence_by_type": "code=tail_aware:q=2"}, 2, "the divergence of code: "),
     ({"resume_gcs_uri": "/no/such.pt"}, 4, "/no/such.pt"),
     ({"output_gcs_uri": "{tmp}/manifest.jsonl"}, 4, "manifest.jsonl"),
 ]

@@ -13,8 +13,10 @@ from torch import Tensor
 from liquid_llm import losses
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses import DenseSignal, LogitsSignal, LossOutput, Objective, OutputHead, Signal, SparseSignal
+from liquid_llm.losses.signals import DRAWS, HEAD, HEAD_AND_DRAWS
 
 SIGNALS = ("none", "dense", "logits", "sparse", "sparse with tail")
+FORM_OF = {"sparse": DRAWS, "head": HEAD, "head and draws": HEAD_AND_DRAWS}
 TEACHER_WIDTH = 5
 
 
@@ -89,7 +91,10 @@ def make_dense(positions: int, vocab_size: int, *, dtype: torch.dtype = torch.fl
 def make_signal(
     kind: str, positions: int, vocab_size: int, temperature: float, *, dtype: torch.dtype = torch.float64
 ) -> Signal | None:
-    """One of ``SIGNALS``. Stored kinds lack a record in some rows, and hold NaN and nonsense there."""
+    """One of ``SIGNALS``, or of ``FORM_OF``. Stored kinds lack a record in some rows, and hold NaN and nonsense there.
+
+    With a head the rows differ in its length: its ids are exact, and the other slots hold draws of the rest.
+    """
     if kind == "none":
         return None
     if kind == "dense":
@@ -103,14 +108,25 @@ def make_signal(
     slots = 6
     log_probs, ids = torch.log_softmax(logits / temperature, dim=1).topk(slots, dim=1)
     weights, tail_mass = log_probs.exp(), torch.zeros(positions)
-    if kind == "sparse with tail":
+    num_exact = None
+    if kind.startswith("head"):
+        num_exact = 1 + torch.arange(positions) % (slots if kind == "head" else 4)
+        outside = torch.arange(slots) >= num_exact.unsqueeze(1)
+        drawn = torch.rand(positions, slots, generator=random) / slots if kind == "head and draws" else 0.0
+        weights = torch.where(outside, drawn, weights)
+        if kind == "head":
+            tail_mass = 1.0 - weights.sum(dim=1)
+    elif kind == "sparse with tail":
         tail_mass = torch.where(torch.arange(positions) % 3 == 0, 0.0, 1.0 - weights.sum(dim=1))
     else:  # draws: weights that do not sum to 1, and an id drawn twice
         weights = torch.rand(positions, slots, generator=random)
         ids[:, 1], log_probs[:, 1] = ids[:, 0], log_probs[:, 0]
-    weights[::2, -2:], log_probs[::2, -2:], ids[::2, -2:] = 0.0, 0.0, 0
+    if num_exact is None:
+        weights[::2, -2:] = 0.0
+    log_probs[weights == 0], ids[weights == 0] = 0.0, 0
     weights[~mask], log_probs[~mask], tail_mass[~mask], ids[~mask] = torch.nan, torch.nan, torch.nan, 10**9
-    return SparseSignal(ids, weights, log_probs, tail_mass, mask, temperature)
+    form = FORM_OF.get(kind, DRAWS)
+    return SparseSignal(ids, weights, log_probs, tail_mass, mask, temperature, form=form, num_exact=num_exact)
 
 
 def spell_out(loss: Callable[..., LossOutput]) -> Callable[..., LossOutput]:

@@ -104,7 +104,7 @@ def liquid(sources: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_options_of_the_copy_list_what_was_added(extended: Path) -> None:
-    for command, names in (("capture", {"eight_bits"}), ("train", {"reverse_kl", "csv"})):
+    for command, names in (("capture", {"eight_bits"}), ("train", {"hellinger", "csv"})):
         assert names <= set(re.findall(r"\w+", liquid(extended, command, "--help").stdout))
 
 
@@ -163,7 +163,7 @@ def server(tiny: Tiny) -> Iterator[ThreadingHTTPServer]:
 
 @pytest.mark.slow
 def test_a_run_with_all_of_them(extended: Path, tiny: Tiny, server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    """Maths stored in 8 bits, code scored by a server, plain text by reverse KL, figures in a table, the new shape."""
+    """Maths in 8 bits, code from a server, plain text by the Hellinger distance, a table of figures, the new shape."""
     store = tiny.root / "signal" / "math"
     words = tiny.capture_words(math_logits_dir=None, code_logits_dir=None, codec="eight_bits")
     captured = liquid(extended, "capture", *words, f"--signal=math_tool={store},code=none")
@@ -172,7 +172,7 @@ def test_a_run_with_all_of_them(extended: Path, tiny: Tiny, server: ThreadingHTT
     file = tmp_path / "run.yaml"
     url = f"http://127.0.0.1:{server.server_address[1]}"
     sources = {
-        "lm": {"divergence": "reverse_kl"},
+        "lm": {"divergence": "hellinger"},
         "math_tool": {"teacher": f"store:{store}"},
         "code": {"teacher": f"served:{url}", "temperature": 1.0},
     }

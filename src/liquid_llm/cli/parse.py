@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO, Option
-from liquid_llm.sources import NONE, is_blank, overlay, read_signals, read_sources
+from liquid_llm.sources import NONE, is_blank, overlay, read_by_type, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
@@ -95,8 +95,8 @@ def parse(
         raise unknown_option(unknown[0], [*(option.name for option in options), *(["config"] if options else [])], prog)
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
-    if "signal" in given:
-        given["sources"] = _signals(given.pop("signal"), prog)
+    if sources := _take_by_type(given, options, prog):
+        given["sources"] = sources
     if config_file is not None:
         given = overlay(read_config_file(Path(str(config_file)), options), given)
     return {name: _expand_dates(value) for name, value in given.items()}
@@ -136,12 +136,20 @@ def _path(text: str) -> str:
     return text
 
 
-def _signals(texts: object, where: object) -> dict[str, dict[str, object]]:
-    assert isinstance(texts, Sequence)
-    try:
-        return read_signals(list(texts))
-    except ValueError as error:
-        raise UsageError(str(error), where=f"{where}: --signal") from None
+def _take_by_type(given: dict[str, object], options: Sequence[Option], where: object) -> dict[str, dict[str, object]]:
+    """Take the options that are by type out of ``given``: type -> what is given of it."""
+    sources: dict[str, dict[str, object]] = {}
+    for option in options:
+        if option.kind != "sources" or option.name not in given:
+            continue
+        texts = given.pop(option.name)
+        assert isinstance(texts, Sequence)
+        try:
+            for type, fields in read_by_type(option.field.removeprefix("sources."), texts).items():
+                sources.setdefault(type, {}).update(fields)
+        except ValueError as error:
+            raise UsageError(str(error), where=f"{where}: --{option.name}") from None
+    return sources
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -164,7 +172,8 @@ def converter(option: Option) -> Callable[[str], object]:
             value = _convert(kind, text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {_KIND_WORDS[kind]}") from None
-        missed = [one for one in (value if isinstance(value, tuple) else (value,)) if choices and one not in choices]
+        words = value if isinstance(value, tuple) else (str(value).partition(":")[0] if kind == "spec" else value,)
+        missed = [one for one in words if choices and one not in choices]
         if missed:
             known = (*choices, f"or {NONE} alone") if kind == "names" else choices
             raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(known)}")
@@ -191,12 +200,13 @@ _KIND_WORDS = {
     "ints": "comma-separated whole numbers",
     "floats": "comma-separated numbers",
     "names": "comma-separated names",
-    "sources": "comma-separated TYPE=URI",
+    "spec": "a name, or name:option=number",
+    "sources": "comma-separated TYPE=VALUE",
 }
 _METAVARS = {
     "auto int": "INT|auto",
     **{kind: kind.upper() for kind in ("str", "int", "float", "ints", "floats", "size", "names")},
-    "sources": "TYPE=SPEC",
+    "sources": "TYPE=VALUE",
 }
 _UNITS = {"": 2**30, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _MOST_BARE = 4096  # GiB; a larger number alone is likely meant in another unit
@@ -208,7 +218,7 @@ def _convert(kind: str, text: str) -> object:
         return AUTO if text.lower() == AUTO else _convert(kind.removeprefix("auto "), text)
     if kind == "size":
         return _size(text)
-    if kind == "str":
+    if kind in ("str", "spec"):
         if not text:
             raise ValueError("empty")
         return text
@@ -272,9 +282,8 @@ def read_config_file(path: Path, options: Sequence[Option]) -> dict[str, object]
             values[name] = read_sources(value) if name == "sources" else converter(known[name])(_as_words(value))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UsageError(str(error), where=f"{path}: {name}") from None
-    if "signal" in values:
-        values = overlay(values, {"sources": _signals(values.pop("signal"), path)})
-    return values
+    sources = _take_by_type(values, options, path)
+    return overlay(values, {"sources": sources}) if sources else values
 
 
 def _as_words(value: object) -> str:

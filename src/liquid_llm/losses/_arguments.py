@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.errors import UsageError
-from liquid_llm.losses.divergences import check_sparse
+from liquid_llm.losses.divergences import check_form
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal, SparseSignal
 
@@ -57,8 +57,8 @@ def check_arguments(
     if looks:
         _check_labels(labels, head.vocab_size, all_labelled=all_labelled)
     if isinstance(signal, SparseSignal):
-        check_sparse(objective.divergence, "divergence")
-        _check_temperature(signal.temperature, objective.temperature)
+        check_form(objective.divergence, signal.form, "divergence")
+        _check_temperature(signal.temperature, objective.signal_temperature)
         if looks:
             _check_ids(signal, labels, head.vocab_size)
 

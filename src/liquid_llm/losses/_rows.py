@@ -7,7 +7,7 @@ written over them.
 Gradients, with p = softmax of the student, m = 1 where there is a signal and u = z / T:
 
     CE      (1 - alpha m) (p - onehot(label))
-    KD      alpha m T dD/du                      of the divergence D, see ``divergences``
+    KD      alpha m T dD/du                      of the divergence D, see ``divergences`` (T^2 where u = z)
     L2      2 gamma / vocab (z - z_reference)
     chain   scale (1 - (z / soft_cap)^2)
 """
@@ -47,7 +47,8 @@ class RowLoss:
     ) -> None:
         self._head = head
         self._objective = objective
-        self._divergence = get_divergence(objective.divergence)
+        self._divergence = get_divergence(objective.divergence, objective.temperature)
+        self._asked = objective.signal_temperature
         self._dtype = dtype
         self._with_grad = with_grad
         self._looks = looks
@@ -104,14 +105,16 @@ class RowLoss:
         self, teacher: DenseRows | SparseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor
     ) -> Tensor:
         """The divergence [rows], 0 without a signal; ``logits`` become the gradient but for the label's part."""
-        temperature = self._objective.temperature
+        temperature = self._asked
         tempered = Softmax(logits, exps, total)
         if temperature != 1.0:
             logits.div_(temperature)
             tempered = Softmax(logits, *self._exponentials(logits, "tempered_exps"))
         gradient = None
         if self._with_grad:
-            weight = self._masked(teacher, self._objective.alpha * temperature, 0.0, like=total)
+            by_logits = self._objective.alpha * self._objective.temperature
+            by_logits *= self._objective.temperature / temperature
+            weight = self._masked(teacher, by_logits, 0.0, like=total)
             gradient = SliceGradient(weight, tempered, exps, ce_factor)
         if isinstance(teacher, SparseRows):
             kd = self._divergence.sparse(tempered, teacher, gradient)
@@ -124,8 +127,8 @@ class RowLoss:
         if teacher.mask is not None:
             # Rows without a record may hold anything, NaN too.
             logits.masked_fill_(~teacher.mask.unsqueeze(1), 0.0)
-        if self._objective.temperature != 1.0:
-            logits.div_(self._objective.temperature)
+        if self._asked != 1.0:
+            logits.div_(self._asked)
         return Softmax(logits, *self._exponentials(logits, "teacher_exps"))
 
     @staticmethod

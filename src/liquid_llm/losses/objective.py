@@ -3,7 +3,7 @@
 alpha         weight of the KD term in [0, 1] where a position has a teacher signal; cross-entropy has the rest
 temperature   T, which the logits of teacher and student are divided by before they are compared
 gamma         weight of the squared distance to the reference student's logits
-divergence    what is between the two distributions, a key of ``registry.DIVERGENCES``
+divergence    what is between the two distributions, a spec: see ``divergences``
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from liquid_llm import registry
+from liquid_llm.losses.divergences import get_divergence
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Objective:
     """See the module; the default is plain cross-entropy.
 
     Raises:
-        ValueError: alpha outside [0, 1], a temperature that is not positive, a negative gamma, an unknown divergence.
+        ValueError: alpha outside [0, 1], a temperature that is not positive, a negative gamma, an unknown divergence or
+            an option that it does not take.
     """
 
     alpha: float = 0.0
@@ -34,8 +35,12 @@ class Objective:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if not (self.gamma >= 0.0 and math.isfinite(self.gamma)):
             raise ValueError(f"gamma must be finite and not negative, got {self.gamma}")
-        if self.divergence not in registry.DIVERGENCES:
-            raise ValueError(f"divergence must be one of {', '.join(registry.DIVERGENCES)}, got {self.divergence!r}")
+        get_divergence(self.divergence, self.temperature)
+
+    @property
+    def signal_temperature(self) -> float:
+        """The temperature at which a teacher is asked: 1 where the divergence divides by the objective's itself."""
+        return 1.0 if get_divergence(self.divergence).tempers else self.temperature
 
 
 CROSS_ENTROPY = Objective()

@@ -47,7 +47,8 @@ def reference_loss(
         kd = torch.zeros_like(ce)
         has_signal = torch.zeros_like(ce, dtype=torch.bool)
         if signal is not None:
-            kd, has_signal = measure(torch.log_softmax(logits / temperature, dim=-1), signal, labelled, objective)
+            student = torch.log_softmax(logits / objective.signal_temperature, dim=-1)
+            kd, has_signal = measure(student, signal, labelled, objective)
         l2 = torch.zeros_like(ce)
         if reference is not None:
             old_logits = _logits(reference.hidden[labelled], reference.head, dtype)
@@ -76,10 +77,10 @@ def measure(
     """The divergence of some rows of a signal [positions], 0 where there is none, and where there is one (bool).
 
     Args:
-        student_log_probs: [positions, vocab], log p_T, in the dtype to compute in.
+        student_log_probs: [positions, vocab], log p at ``objective.signal_temperature``, in the dtype to compute in.
         rows: which of the signal, as many as ``student_log_probs`` has.
     """
-    divergence, dtype = get_divergence(objective.divergence), student_log_probs.dtype
+    divergence, dtype = get_divergence(objective.divergence, objective.temperature), student_log_probs.dtype
     has_signal = torch.ones_like(student_log_probs[:, 0], dtype=torch.bool)
     if signal.mask is not None:
         has_signal = signal.mask[rows]
@@ -92,6 +93,6 @@ def measure(
     else:
         logits = signal.rows[rows].to(dtype).masked_fill(~has_signal.unsqueeze(1), 0.0)
     # The vocabularies differ by padding only: the teacher says 0 on what the student alone has.
-    shared = logits[:, : student_log_probs.shape[1]] / objective.temperature
+    shared = logits[:, : student_log_probs.shape[1]] / objective.signal_temperature
     found = divergence.plain(student_log_probs, torch.log_softmax(shared, dim=-1))
     return torch.where(has_signal, found, 0.0), has_signal

@@ -30,6 +30,15 @@ from liquid_llm.data.types import to_device
 
 _MOST_PINNED_BYTES = 64 * 2**20
 
+WHOLE, HEAD, HEAD_AND_DRAWS, DRAWS = "whole", "head", "head and draws", "draws"
+FORMS = {
+    WHOLE: "whole distributions",
+    HEAD: "the likeliest ids exactly and the mass of the rest",
+    HEAD_AND_DRAWS: "the likeliest ids exactly and draws of the rest",
+    DRAWS: "draws",
+}
+"""What a signal may tell of a position, in words; a divergence says which of these it can be worked out from."""
+
 
 @dataclass(frozen=True)
 class OutputHead:
@@ -99,6 +108,12 @@ class _SignalRows:
 
     _TENSORS: ClassVar[tuple[str, ...]]
     _COUNTS: ClassVar[tuple[str, ...]] = ()  # what was counted of all rows
+    form: str = WHOLE
+
+    @property
+    def _names(self) -> list[str]:
+        """Those of ``_TENSORS`` that are there."""
+        return [name for name in self._TENSORS if getattr(self, name) is not None]
 
     @property
     def num_positions(self) -> int:
@@ -109,19 +124,19 @@ class _SignalRows:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
-        return sum(getattr(self, name).nbytes for name in self._TENSORS)
+        return sum(getattr(self, name).nbytes for name in self._names)
 
     def to(self: _Rows, device: torch.device) -> _Rows:
         """The same with its rows on ``device``; a head stays where it is."""
         if getattr(self, self._TENSORS[0]).device == device:
             return self
-        return self._changed({name: to_device(getattr(self, name), device) for name in self._TENSORS})
+        return self._changed({name: to_device(getattr(self, name), device) for name in self._names})
 
     def part(self: _Rows, positions: slice) -> _Rows:
         """The rows ``positions``, of which what the host must know is counted anew: to be cut on the CPU."""
         if positions == slice(0, self.num_positions):
             return self
-        rows: dict[str, Any] = {name: getattr(self, name)[positions] for name in self._TENSORS}
+        rows: dict[str, Any] = {name: getattr(self, name)[positions] for name in self._names}
         return self._changed(rows | dict.fromkeys(self._COUNTS))
 
     def pinned(self: _Rows) -> _Rows:
@@ -132,7 +147,7 @@ class _SignalRows:
         """
         if self.nbytes > _MOST_PINNED_BYTES or getattr(self, self._TENSORS[0]).device.type != "cpu":
             return self
-        return self._changed({name: getattr(self, name).pin_memory() for name in self._TENSORS})
+        return self._changed({name: getattr(self, name).pin_memory() for name in self._names})
 
     def _changed(self: _Rows, fields: dict[str, Any]) -> _Rows:
         return replace(self, **fields)  # type: ignore[type-var]
@@ -200,7 +215,7 @@ class _StoredRows(_SignalRows):
                 raise ValueError(f"a signal of {part.num_positions} rows for {rows} positions")
         widest = max(present, key=lambda part: int(getattr(part, cls._TENSORS[0]).shape[1]))
         columns: dict[str, Any] = {}
-        for name in cls._TENSORS:
+        for name in widest._names:
             like: Tensor = getattr(widest, name)
             tensors = [
                 like.new_zeros(rows, *like.shape[1:]) if part is None else _widen(getattr(part, name), like)
@@ -267,6 +282,9 @@ class SparseSignal(_StoredRows):
     that represents the tail by draws. Where ``tail_mass`` is positive the ids of a row with positive weight are
     distinct. Unused slots have weight 0, log_prob 0 and id 0.
 
+    What a row tells is its ``form``, and where it has a head ``num_exact`` says which slots that is: the first ones,
+    likeliest first, whose weights are the teacher's probabilities up to the rounding of what is stored.
+
     Attributes:
         ids: [positions, K] int64.
         weights: [positions, K] float32, non-negative.
@@ -274,6 +292,8 @@ class SparseSignal(_StoredRows):
         tail_mass: [positions] float32.
         mask: [positions] bool, False where no usable record exists.
         temperature: the temperature all of the above hold at; the loss refuses any other.
+        form: ``HEAD`` (the rest is ``tail_mass``), ``HEAD_AND_DRAWS`` (the rest is drawn) or ``DRAWS``.
+        num_exact: [positions] int64, how many slots the head has; None for ``DRAWS``.
         num_signal: how many rows of ``mask`` are True; None where that was never counted on the CPU.
         any_tail: False only if no row has a tail; None where that was never looked at on the CPU.
 
@@ -289,8 +309,10 @@ class SparseSignal(_StoredRows):
     temperature: float
     num_signal: int | None = None
     any_tail: bool | None = None
+    form: str = DRAWS
+    num_exact: Tensor | None = None
 
-    _TENSORS = ("ids", "weights", "log_probs", "tail_mass", "mask")
+    _TENSORS = ("ids", "weights", "log_probs", "tail_mass", "mask", "num_exact")
     _COUNTS = ("num_signal", "any_tail")
     _ALIKE = "temperature"
 
@@ -304,6 +326,10 @@ class SparseSignal(_StoredRows):
         ):
             if tensor.shape != shape:
                 raise ValueError(f"signal.{name} must be {list(shape)}, got {list(tensor.shape)}")
+        if (self.num_exact is None) != (self.form == DRAWS):
+            raise ValueError(f"signal.num_exact goes with a head, and the form is {self.form!r}")
+        if self.num_exact is not None and self.num_exact.shape != self.ids.shape[:1]:
+            raise ValueError(f"signal.num_exact must be {list(self.ids.shape[:1])}, got {list(self.num_exact.shape)}")
         self._check_mask()
         if not _is_readable(self.tail_mass):
             return
@@ -317,12 +343,18 @@ class SparseSignal(_StoredRows):
 
         A codec that draws gives an id that was drawn twice two slots; the loss adds them up, and on a GPU in an order
         that is not always the same. Weights are summed, and log-probabilities weighted, so that
-        ``sum(weights * log_probs)`` of an id is what it was. Slots that become free are unused ones.
+        ``sum(weights * log_probs)`` of an id is what it was. Slots that become free are unused ones; a head stays first
+        and in its order.
         """
-        ids, order = self.ids.sort(dim=1, stable=True)
+        keys = self.ids
+        if self.num_exact is not None:  # its ids are drawn nowhere else
+            places = torch.arange(keys.shape[1], device=keys.device)
+            keys = torch.where(places < self.num_exact.unsqueeze(1), places - keys.shape[1], keys)
+        keys, order = keys.sort(dim=1, stable=True)
+        ids = self.ids.gather(1, order)
         weights, log_probs = self.weights.gather(1, order), self.log_probs.gather(1, order)
         new = torch.ones_like(ids, dtype=torch.bool)
-        new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        new[:, 1:] = keys[:, 1:] != keys[:, :-1]
         slot = new.cumsum(dim=1) - 1
         summed = torch.zeros_like(weights).scatter_add_(1, slot, weights)
         crossed = torch.zeros_like(weights).scatter_add_(1, slot, weights * log_probs)

@@ -42,7 +42,7 @@ class StoredTeacher(Teacher):
     def __init__(self, store: StoreReader, *, strict: bool, merge_repeats: bool = False) -> None:
         self.store = store
         self.temperature_range = store.codec.temperature_range
-        self.most_ids = store.codec.most_ids
+        self.most_ids, self.form = store.codec.most_ids, store.codec.form
         self.counts: Counter[tuple[str, str]] = Counter()
         self._strict = strict
         self._merge_repeats = merge_repeats

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from liquid_llm.data.types import MicroBatch, SampleSource
-from liquid_llm.losses.signals import Signal
+from liquid_llm.losses.signals import WHOLE, Signal
 from liquid_llm.runtime import Choice, choose_attention
 
 
@@ -117,12 +117,14 @@ class Teacher(ABC):
         temperature_range: lowest and highest temperature it can be asked at.
         model: what it holds on the device, or None.
         most_ids: the most ids a position of its signal has; 0 for whole logits, None for hidden states and a head.
+        form: what its signal tells of a position, a key of ``losses.signals.FORMS``.
         choices: what was chosen for it, each with its reason.
     """
 
     temperature_range: tuple[float, float] = (0.0, math.inf)
     model: nn.Module | None = None
     most_ids: int | None = None
+    form: str = WHOLE
     choices: Mapping[str, Choice] = {}
 
     @abstractmethod

@@ -225,7 +225,9 @@ class BatchFeed:
         def fetch(index: int) -> tuple[MicroBatch, Any]:
             batch = stream.micro_batch(index)
             step = first_step + (index - first_index) // per_step
-            prepared = router.prepare(batch, schedules.at(step).objective(batch.type).temperature)
+            objective = schedules.at(step).objective(batch.type)
+            # A weight of 0 needs no teacher: the control of an experiment does not cost what the experiment does.
+            prepared = router.prepare(batch, objective.signal_temperature) if objective.alpha > 0 else None
             # Not moved yet: memory that runs out is seen to where the batch is computed.
             return batch.pinned(device), None if prepared is None else prepared.pinned(device)
 

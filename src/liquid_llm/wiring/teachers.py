@@ -16,7 +16,7 @@ from liquid_llm.config import RunConfig, TeacherConfig
 from liquid_llm.config_checks import parse_schedule
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
-from liquid_llm.losses.divergences import check_sparse
+from liquid_llm.losses.divergences import check_form, get_divergence
 from liquid_llm.models.loading import LoadedModel, open_config
 from liquid_llm.models.positions import configured_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
@@ -125,8 +125,7 @@ def make_teachers(
     for type in router:
         for temperature in _temperatures(config, type):
             router.check_temperature(type, temperature)
-        if router[type].most_ids:
-            check_sparse(config.source(type).divergence or config.objective.divergence, type)
+        check_form(divergence_of(config, type), router[type].form, type, router[type].most_ids)
         if not router.answers(type, 1.0):
             log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
     datasets = {type: [one.dataset for one in inputs.mixture if one.dataset.type == type] for type in router}
@@ -159,8 +158,15 @@ def make_teacher(spec: str, setup: TeacherSetup) -> Teacher:
     return teacher
 
 
+def divergence_of(config: RunConfig, type: str) -> str:
+    """The divergence that texts of ``type`` are distilled by, a spec."""
+    return config.source(type).divergence or config.objective.divergence
+
+
 def _temperatures(config: RunConfig, type: str) -> set[float]:
     """Those that the teacher of ``type`` is asked at in the course of the run."""
+    if get_divergence(divergence_of(config, type)).tempers:
+        return {1.0}
     own = config.source(type).temperature
     if own is not None:
         return {own}

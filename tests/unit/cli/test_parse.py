@@ -168,6 +168,11 @@ def test_trackers_are_names_or_none():
         (TRAIN, "--signal=code=", "expected a URI"),
         (TRAIN, "--signal=code=online:", "expected a URI"),
         (TRAIN, "--signal=code=a,code=b", "'code' is named twice"),
+        (TRAIN, "--alpha_by_type=0.5", "expected TYPE=VALUE"),
+        (TRAIN, "--alpha_by_type=code=1.5", "--alpha_by_type: alpha: got 1.5, expected a number from 0 to 1"),
+        (TRAIN, "--temperature_by_type=code=0", "a number above 0"),
+        (TRAIN, "--divergence_by_type=code=sideways:k=1", "expected one of forward_kl"),
+        (TRAIN, "--divergence=sideways:k=1", "expected one of forward_kl"),
         (TRAIN, "--trackers=tensorbord", "one of tensorboard, or none alone"),
         (TRAIN, "--trackers=none,tensorboard", "one of tensorboard, or none alone"),
         (ANNEAL, "--divergence=reverse", "one of forward_kl"),
@@ -206,6 +211,25 @@ def test_sources_of_a_file_say_how_each_type_is_taught(tmp_path):
     assert read(TRAIN, f"--config={path}") == {"sources": {"lm": lm, "essays": essays}}
     over = read(TRAIN, f"--config={path}", "--signal=essays=none,lm=online:m")
     assert over == {"sources": {"lm": {**lm, "teacher": "online:m"}, "essays": {**essays, "teacher": "none"}}}
+
+
+def test_what_of_the_objective_is_a_types_own_goes_over_a_files_sources(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SOURCES + "alpha_by_type: essays=0.2\n")
+    words = ["--alpha-by-type=lm=0.6,code=0", "--temperature_by_type=essays=1.3", "--alpha_by_type=maths=1"]
+    over = read(TRAIN, f"--config={path}", *words, "--divergence_by_type=lm=jsd:beta=0.3,code=tail_aware:k=5:beta=2")
+    assert over["sources"] == {
+        "lm": {"alpha": 0.6, "temperature": 1.0, "divergence": "jsd:beta=0.3"},
+        "essays": {
+            "teacher": "store:gs://b/e",
+            "layout": "blocks",
+            "divergence": "forward_kl",
+            "alpha": 0.2,
+            "temperature": 1.3,
+        },
+        "code": {"alpha": 0.0, "divergence": "tail_aware:k=5:beta=2"},
+        "maths": {"alpha": 1.0},
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from tests.support.teachers import random_logits
 
 from liquid_llm import registry
 from liquid_llm.errors import SignalError
+from liquid_llm.losses.largest import largest
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 from liquid_llm.signal_store.codecs import Codec, PayloadError, get_codec
 from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.sampled import SampledCodec
 from liquid_llm.signal_store.codecs.tail import TailCodec
-from liquid_llm.signal_store.codecs.topk import TopKCodec, largest
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 
 TEMPERATURES = st.floats(0.67, 4.0)
 

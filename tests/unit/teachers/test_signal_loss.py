@@ -8,11 +8,13 @@ import pytest
 import torch
 from tests.support.distillation import fused_loss, reference_loss
 from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher
+from torch import Tensor
 
 from liquid_llm.capture.job import capture
 from liquid_llm.data.types import IGNORE_INDEX
+from liquid_llm.losses import DenseSignal, Objective
 from liquid_llm.losses.signals import OutputHead, Signal
-from liquid_llm.signal_store.codecs import Codec
+from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter, open_store
@@ -70,3 +72,38 @@ def test_a_coarse_grained_kl_is_smaller_and_grows_with_k(tmp_path: Path, tempera
         found.append(scored(stored, temperature, "reference")[0])
     assert found == sorted(found)
     assert 0.0 < found[0] < found[-1] <= exact * 1.001
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("codec", "spec"),
+    [
+        ("tail", "forward_kl"),
+        ("tail", "decoupled_topk:k=4"),
+        ("tail", "tail_aware:k=4"),
+        ("topk", "decoupled_topk:k=4"),
+    ],
+)
+def test_the_gradient_of_what_is_stored_is_right_on_average(codec: str, spec: str, temperature: float) -> None:
+    """3,000 encodings of one position: their mean gradient by the logits is that of the whole distribution."""
+    count, vocab = 3000, 400
+    numbers = torch.Generator().manual_seed(0)
+    row = 2.0 * torch.randn(vocab, generator=numbers)
+    row[:6] += torch.tensor([9.0, 8.0, 8.0, 7.0, 7.0, 6.0])
+    student = (0.7 * row + torch.randn(vocab, generator=numbers)).double()
+    objective = Objective(1.0, temperature, divergence=spec)
+    identity = OutputHead(torch.eye(vocab, dtype=torch.float64))
+
+    def average(signal: Signal) -> tuple[Tensor, float]:
+        rows = signal.num_positions
+        hidden = student.expand(rows, vocab).clone().requires_grad_()
+        output = fused_loss(hidden, identity, torch.zeros(rows, dtype=torch.int64), signal=signal, objective=objective)
+        return torch.autograd.grad(output.loss, [hidden])[0].mean(dim=0), float(output.kd) / rows
+
+    encoder = get_codec(codec)
+    payload = encoder.pack(encoder.encode(row.expand(count, vocab).clone(), 7, 0))
+    stored = encoder.decode(payload, 0, count, objective.signal_temperature, vocab)
+    got, value = average(stored)
+    expected, exact = average(DenseSignal(row.double().unsqueeze(0), identity))
+    assert float((got - expected).norm() / expected.norm()) < 0.02
+    assert value == pytest.approx(exact, rel=0.03)

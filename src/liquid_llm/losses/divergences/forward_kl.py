@@ -13,13 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax, SparseRows
+from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax, SparseRows, empty_places
+from liquid_llm.losses.signals import FORMS
 
 
 class ForwardKL(Divergence):
     """See the module. The estimate of a sparse signal is that of ``SparseSignal``'s docstring."""
 
-    answers_sparse = True
+    answers = frozenset(FORMS)
 
     def plain(self, student: Tensor, teacher: Tensor) -> Tensor:
         return (teacher.exp() * (teacher - student[:, : teacher.shape[1]])).sum(dim=1)
@@ -48,10 +49,7 @@ class ForwardKL(Divergence):
         mass = rest_mass = weights.sum(dim=1)  # each row's factors of p, on the ids and outside them
         held = torch.zeros_like(weights)
         if teacher.any_tail:
-            # The student's tail is summed with the ids' places emptied: 1 - (their sum) would cancel where it is thin.
-            held = torch.where((weights > 0) & (tail_mass > 0).unsqueeze(1), student.exps.gather(1, ids), 0.0)
-            student.exps.scatter_add_(1, ids, -held)
-            rest = (student.exps.sum(dim=1) / student.total).clamp_min_(torch.finfo(held.dtype).tiny)
+            held, rest = empty_places(student, ids, (weights > 0) & (tail_mass > 0).unsqueeze(1))
             kl += torch.where(tail_mass > 0, torch.xlogy(tail_mass, tail_mass) - tail_mass * rest.log(), 0.0)
             rest_mass = mass - tail_mass * (held.sum(dim=1) / student.total) / rest
         if gradient is not None:

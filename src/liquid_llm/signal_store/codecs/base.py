@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
-from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.losses.signals import DRAWS, LogitsSignal, SparseSignal
 
 Rows: TypeAlias = dict[str, Tensor]
 Payload: TypeAlias = dict[str, Tensor]
@@ -40,6 +40,7 @@ class Codec(Protocol):
         name, version, options: identity; plain values that go into the record and into ``store.json``.
         temperature_range: lowest and highest temperature ``decode`` answers for.
         most_ids: the most ids a position of a decoded signal has; 0 for a codec that keeps whole logits.
+        form: what a decoded position tells, a key of ``losses.signals.FORMS``.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Codec(Protocol):
     options: Options
     temperature_range: tuple[float, float]
     most_ids: int
+    form: str = DRAWS
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         """Encode a chunk.

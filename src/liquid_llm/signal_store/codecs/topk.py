@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
-from liquid_llm.losses.signals import SparseSignal
+from liquid_llm.losses.largest import largest
+from liquid_llm.losses.signals import HEAD, SparseSignal
 from liquid_llm.signal_store.codecs.base import (
     Codec,
     Options,
@@ -51,7 +52,6 @@ _GPU_BLOCK_BYTES = 256 * 2**20
 _LEVELS = 65535
 # A token this far below the best has probability 1e-13 at T=4; the distance of a masked one would spoil the row's span.
 _MAX_GAP = 120.0
-_BLOCK = 64
 
 
 class TopKCodec(Codec):
@@ -64,6 +64,7 @@ class TopKCodec(Codec):
     name = "topk"
     version = 1
     temperature_range = TEMPERATURE_RANGE
+    form = HEAD
 
     def __init__(self, k: int = 64) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -106,24 +107,10 @@ class TopKCodec(Codec):
             log_partition = torch.logaddexp(head, tail)
             tail_mass = (tail - log_partition).exp_()
         log_probs = scores - log_partition.unsqueeze(1)
-        mask = torch.ones(stop - start, dtype=torch.bool)
-        return SparseSignal(ids, log_probs.exp(), log_probs, tail_mass, mask, temperature)
-
-
-def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``logits.topk(k)`` on [n, vocab], quicker: the k largest lie in the k blocks of the largest maxima."""
-    n, vocab = logits.shape
-    num_blocks = vocab // _BLOCK
-    if num_blocks < 2 * k:
-        return logits.topk(k, dim=1)
-    blocks = logits[:, : num_blocks * _BLOCK].view(n, num_blocks, _BLOCK)
-    chosen = blocks.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [n, k]
-    candidates = blocks.gather(1, chosen.unsqueeze(2).expand(n, k, _BLOCK)).view(n, k * _BLOCK)
-    rest = logits[:, num_blocks * _BLOCK :]
-    values, where = torch.cat([candidates, rest], dim=1).topk(k, dim=1)
-    in_block = chosen.gather(1, (where // _BLOCK).clamp_(max=k - 1)) * _BLOCK + where % _BLOCK
-    in_rest = where - k * _BLOCK + num_blocks * _BLOCK
-    return values, torch.where(where < k * _BLOCK, in_block, in_rest)
+        mask, num_exact = torch.ones(stop - start, dtype=torch.bool), torch.full((stop - start,), k)
+        return SparseSignal(
+            ids, log_probs.exp(), log_probs, tail_mass, mask, temperature, form=HEAD, num_exact=num_exact
+        )
 
 
 def tail_log_partition(logits: Tensor, ids: Tensor, edge: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
-from liquid_llm.losses.signals import SparseSignal
+from liquid_llm.losses.signals import HEAD_AND_DRAWS, SparseSignal
 from liquid_llm.signal_store.codecs.base import (
     Codec,
     Options,
@@ -74,6 +74,7 @@ class TailCodec(Codec):
     name = "tail"
     version = 1
     temperature_range = TEMPERATURE_RANGE
+    form = HEAD_AND_DRAWS
 
     def __init__(self, draws_t1: float = 48, draws_t2: float = 30, draws_t4: float = 8) -> None:
         values = {"draws_t1": draws_t1, "draws_t2": draws_t2, "draws_t4": draws_t4}
@@ -196,10 +197,21 @@ def _padded(
         torch.zeros(stop - start),
         torch.ones(stop - start, dtype=torch.bool),
         temperature,
+        form=HEAD_AND_DRAWS,
+        num_exact=torch.from_numpy(levels.head_counts[start:stop].astype(np.int64)),
     )
 
 
 def _empty(temperature: float) -> SparseSignal:
     nothing = torch.zeros(0, 0)
-    mask = torch.ones(0, dtype=torch.bool)
-    return SparseSignal(nothing.long(), nothing, nothing.clone(), torch.zeros(0), mask, temperature)
+    mask, num_exact = torch.ones(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    return SparseSignal(
+        nothing.long(),
+        nothing,
+        nothing.clone(),
+        torch.zeros(0),
+        mask,
+        temperature,
+        form=HEAD_AND_DRAWS,
+        num_exact=num_exact,
+    )
