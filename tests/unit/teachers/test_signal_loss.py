@@ -105,5 +105,5 @@ def test_the_gradient_of_what_is_stored_is_right_on_average(codec: str, spec: st
     stored = encoder.decode(payload, 0, count, objective.signal_temperature, vocab)
     got, value = average(stored)
     expected, exact = average(DenseSignal(row.double().unsqueeze(0), identity))
-    assert float((got - expected).norm() / expected.norm()) < 0.02
+    assert float((got - expected).norm() / expected.norm()) < 0.04
     assert value == pytest.approx(exact, rel=0.03)
