@@ -380,6 +380,8 @@ def build_schedules(config: RunConfig) -> StepSchedules:
         gamma: Schedule = Constant(0.0)
     else:
         over_steps = round(objective.anneal_share * optimizer.steps)
+        if objective.anneal_share > 0:
+            over_steps = max(1, over_steps)  # step 0 begins where the ramp does, however short the run
         alpha = Ramp(objective.alpha_start, objective.alpha_end, over_steps)
         temperature = Constant(objective.temperature)
         gamma = Ramp(objective.gamma, 0.0, objective.gamma_fade_step)

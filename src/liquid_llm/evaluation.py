@@ -29,11 +29,12 @@ CACHE_BYTES = 512 * 2**20
 
 @dataclass
 class Score:
-    """Sums over positions of one type at one context length."""
+    """Sums over positions of one type at one context length; ``shared_ce`` is the student's where the teacher's is."""
 
     ce: float = 0.0
     kd: float = 0.0
     teacher_ce: float = 0.0
+    shared_ce: float = 0.0
     num_positions: int = 0
     num_signal: int = 0
     num_teacher: int = 0
@@ -43,8 +44,8 @@ class Score:
 
     def sum_over(self, engine: Engine) -> Score:
         """The same of all ranks together."""
-        ce, kd, teacher_ce, *counts = engine.sum(torch.tensor(astuple(self), dtype=torch.float64)).tolist()
-        return Score(ce, kd, teacher_ce, *map(int, counts))
+        ce, kd, teacher_ce, shared_ce, *counts = engine.sum(torch.tensor(astuple(self), dtype=torch.float64)).tolist()
+        return Score(ce, kd, teacher_ce, shared_ce, *map(int, counts))
 
     @property
     def val_loss(self) -> float:
@@ -58,8 +59,13 @@ class Score:
 
     @property
     def val_loss_teacher(self) -> float | None:
-        """The online teacher's own mean cross-entropy on the same positions; None without an online teacher."""
+        """The online teacher's own mean cross-entropy on the positions it was asked for; None without any."""
         return self.teacher_ce / self.num_teacher if self.num_teacher else None
+
+    @property
+    def val_loss_shared(self) -> float | None:
+        """The student's on those positions; None where that is ``val_loss``."""
+        return self.shared_ce / self.num_teacher if 0 < self.num_teacher < self.num_positions else None
 
 
 @dataclass
@@ -103,7 +109,14 @@ class Evaluator:
         }
         row = _summarise(scores[self.block_size], "")
         row["by_type"] = {
-            type: _without_none({"val_loss": one.val_loss, "val_kd": one.val_kd, "positions": one.num_positions})
+            type: _without_none(
+                {
+                    "val_loss": one.val_loss,
+                    "val_kd": one.val_kd,
+                    "val_loss_teacher": one.val_loss_teacher,
+                    "positions": one.num_positions,
+                }
+            )
             for type, one in scores[self.block_size].items()
         }
         for length in self.context_lengths:
@@ -165,10 +178,10 @@ class Evaluator:
         part = part.to(student.device)
         signal = self._signal(key, part, None if prepared is None else prepared.part(positions))
         output = student(part, signal, MEASURED)
-        score = Score(float(output.ce), float(output.kd), 0.0, output.num_positions, output.num_signal, 0)
+        score = Score(float(output.ce), float(output.kd), 0.0, 0.0, output.num_positions, output.num_signal, 0)
         teacher_ce = None if signal is None else self._teacher_loss(key, part, signal)
         if teacher_ce is not None:
-            score.teacher_ce, score.num_teacher = teacher_ce, output.num_positions
+            score.teacher_ce, score.shared_ce, score.num_teacher = teacher_ce, score.ce, output.num_positions
         return score
 
     def _prepare(self, batch: MicroBatch) -> Prepared | None:
@@ -206,6 +219,7 @@ def _summarise(scores: Mapping[str, Score], suffix: str) -> dict[str, object]:
             f"val_ppl_student{suffix}": math.exp(min(total.val_loss, 700.0)),
             f"val_kd{suffix}": total.val_kd,
             f"val_loss_teacher{suffix}": total.val_loss_teacher,
+            f"val_loss_student_with_teacher{suffix}": total.val_loss_shared,
         }
     )
 

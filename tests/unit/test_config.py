@@ -107,6 +107,12 @@ def test_hybrid_schedules_follow_the_reference():
     assert schedules.gamma.value(200) == 0.0
 
 
+@pytest.mark.parametrize(("steps", "share", "first"), [(1, 0.5, 0.7), (3, 0.1, 0.7), (1, 0.0, 0.4), (2, 1.0, 0.7)])
+def test_however_short_a_run_its_first_step_has_the_first_weight(steps, share, first):
+    given = {"kd_alpha_start": 0.7, "kd_alpha_end": 0.4, "kd_anneal_pct": share, "max_steps": steps}
+    assert build_schedules(hybrid(**given)).alpha.value(0) == first
+
+
 def test_schedules_come_from_the_command_line_then_from_metadata():
     metadata = {"alpha": 0.5, "alpha_schedule": "0:0.7,400:0.5,800:0.3", "T": 1.5}
     inherited = build_schedules(anneal(metadata))

@@ -1,6 +1,7 @@
 """Evaluation: every figure against one computed by transformers alone, token by token."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,8 +88,29 @@ def test_plain_keys_are_those_of_the_training_length(row):
     for name in ("val_loss_student", "val_loss_teacher", "val_kd", "val_ppl_student"):
         assert row[name] == row[f"{name}@16"]
     assert row["by_type"] == {
-        "lm": {"val_loss": row["val_loss_student"], "val_kd": row["val_kd"], "positions": 150 - 10}
+        "lm": {
+            "val_loss": row["val_loss_student"],
+            "val_kd": row["val_kd"],
+            "val_loss_teacher": row["val_loss_teacher"],
+            "positions": 150 - 10,
+        }
     }
+    assert "val_loss_student_with_teacher" not in row
+
+
+def test_teacher_and_student_are_compared_on_the_same_text(models):
+    """Code has no model to ask: the student's loss over both types is no pair of the teacher's over one."""
+    student, teacher = models
+    code = [replace(batch, type="code", input_ids=batch.input_ids.flip(1)) for batch in cut(16, 3)]
+    evaluate = Evaluator({16: {"lm": cut(16, 3), "code": code}}, 16, (16,), router_of(teacher))
+    row = evaluate(Student(student, torch.float32))
+    alone = Evaluator({16: {"lm": cut(16, 3)}}, 16, (16,), router_of(teacher))(Student(student, torch.float32))
+    for suffix in ("", "@16"):
+        assert row[f"val_loss_teacher{suffix}"] == alone["val_loss_teacher"]
+        assert row[f"val_loss_student_with_teacher{suffix}"] == alone["val_loss_student"]
+    assert row["val_loss_student"] != alone["val_loss_student"]
+    assert row["by_type"]["lm"]["val_loss_teacher"] == alone["val_loss_teacher"]
+    assert "val_loss_teacher" not in row["by_type"]["code"]
 
 
 def test_without_a_teacher_there_are_no_teacher_keys(models):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.plan import bfloat16_tiles
-from liquid_llm.losses.signals import OutputHead
+from liquid_llm.losses.signals import LEAST_BIAS, OutputHead
 
 _CPU_BLOCK_ELEMENTS = 1 << 21  # widened at once: 8 MiB of float32, about what the caches of two cores hold
 _BLOCK_ELEMENTS = 1 << 24  # where the host does not share the caches and each launch costs
@@ -51,7 +51,7 @@ class HeadProducts:
         self.operand_dtype = torch.bfloat16 if self._is_mixed else self.dtype
         widens = torch.promote_types(head.weight.dtype, self.operand_dtype) == self.operand_dtype
         self._weight = head.weight.detach() if widens else head.weight.detach().to(self.operand_dtype)
-        self._bias = None if head.bias is None else head.bias.detach().to(self.dtype)
+        self._bias = None if head.bias is None else head.bias.detach().to(self.dtype).clamp(min=LEAST_BIAS)
         self._widened: Tensor | None = None
         self._narrowed: Tensor | None = None
 
@@ -170,7 +170,9 @@ class HeadGradient:
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of weight and bias in their own dtypes; the accumulators are given up."""
         weight, head_bias = self._head.weight, self._head.bias
-        bias = None if self._bias is None or head_bias is None else self._bias.to(head_bias.dtype)
+        bias = None
+        if self._bias is not None and head_bias is not None:  # what is masked stays so
+            bias = self._bias.masked_fill_(head_bias < LEAST_BIAS, 0.0).to(head_bias.dtype)
         if not self._with_weight:
             return None, bias
         if not self._parts:

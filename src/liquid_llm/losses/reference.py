@@ -21,7 +21,7 @@ from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
 from liquid_llm.losses.divergences import SparseRows, get_divergence
 from liquid_llm.losses.objective import CROSS_ENTROPY, Objective
-from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal, SparseSignal
+from liquid_llm.losses.signals import LEAST_BIAS, DenseSignal, LossOutput, OutputHead, Signal, SparseSignal
 
 
 def reference_loss(
@@ -67,7 +67,7 @@ def reference_loss(
 
 def _logits(hidden: Tensor, head: OutputHead, dtype: torch.dtype) -> Tensor:
     """Logits [positions, vocab] with every product formed in ``dtype``."""
-    bias = None if head.bias is None else head.bias.to(dtype)
+    bias = None if head.bias is None else head.bias.to(dtype).clamp(min=LEAST_BIAS)
     return OutputHead(head.weight.to(dtype), bias, head.scale, head.soft_cap).logits(hidden.to(dtype))
 
 

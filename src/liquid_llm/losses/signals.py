@@ -28,6 +28,9 @@ from torch.nn import functional as F
 
 from liquid_llm.data.types import to_device
 
+LEAST_BIAS = -1e4
+"""Minus infinity in a head's bias is taken for this: a masked token's probability is 0, and no difference is NaN."""
+
 _MOST_PINNED_BYTES = 64 * 2**20
 
 WHOLE, HEAD, HEAD_AND_DRAWS, DRAWS = "whole", "head", "head and draws", "draws"

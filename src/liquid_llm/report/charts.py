@@ -27,11 +27,16 @@ _PLOTS: dict[str, list[tuple[Figure, _Wanted]]] = {
     "Losses": [
         (Figure("loss", "Loss", "nats a token", "Means over labelled positions.", noisy=True),
          [("training objective", "train.loss", GREY), ("training cross-entropy", "train.ce", INK),
-          ("validation", "eval.val_loss_student", 4), ("teacher, validation", "eval.val_loss_teacher", 5)]),
+          ("validation", "eval.val_loss_student", 4), ("teacher, validation", "eval.teacher", 5)]),
+        (Figure("loss-with-teacher", "Validation loss where the teacher was asked", "nats a token",
+                "Both over the same positions: those of the types that a model is asked about."),
+         [("student", "eval.val_loss_student_with_teacher", 4), ("teacher", "eval.teacher_alone", 5)]),
         (Figure("loss-by-length", "Validation loss by context length", "nats a token", "All see the same text."),
          "eval.@"),
         (Figure("ce-by-type", "Training cross-entropy by type", "nats a token", noisy=True), "train.*/ce"),
         (Figure("val-by-type", "Validation loss by type", "nats a token"), "eval.*/val_loss"),
+        (Figure("teacher-by-type", "The teacher's own loss by type", "nats a token", "Of models that are asked."),
+         "eval.*/val_loss_teacher"),
     ],
     "Distillation": [
         (Figure("kd", "Divergence from the teacher", "nats a position",
@@ -95,6 +100,8 @@ def _lines(run: RunData, wanted: _Wanted) -> Iterator[Line]:
 
 def _by_length(run: RunData) -> list[tuple[str, str, int]]:
     found = [match for match in map(_AT_LENGTH.fullmatch, run.evaluation.series) if match]
+    if _teacher(run) is None:
+        found = [match for match in found if match[1] != "teacher"]
     return [
         (f"{match[1]}, {int(match[2]):,} tokens", f"eval.{match[0]}", 1 + number % _NUM_COLOURS)
         for number, match in enumerate(sorted(found, key=lambda match: (match[1], int(match[2]))))
@@ -104,9 +111,21 @@ def _by_length(run: RunData) -> list[tuple[str, str, int]]:
 def _series(run: RunData, column: str) -> Series | None:
     rows, _, name = column.partition(".")
     columns = run.train if rows == "train" else run.evaluation
-    series = _waited_share(run) if name == "waited_share" else columns.get(name)
+    series = _MADE[name](run) if name in _MADE else columns.get(name)
     factor = _FACTORS.get(name.rpartition("/")[2], 1.0)
     return None if series is None else Series(series.steps, series.values * factor)
+
+
+def _teacher(run: RunData) -> Series | None:
+    """The teacher's loss where it is over all positions of the student's; else the two are no pair."""
+    types = run.evaluation.types
+    every = all(f"{type}/val_loss_teacher" in run.evaluation.series for type in types)
+    return run.evaluation.get("val_loss_teacher") if every or len(types) < 2 else None
+
+
+def _teacher_alone(run: RunData) -> Series | None:
+    shared = "val_loss_student_with_teacher" in run.evaluation.series
+    return run.evaluation.get("val_loss_teacher") if shared else None
 
 
 def _waited_share(run: RunData) -> Series | None:
@@ -118,3 +137,6 @@ def _waited_share(run: RunData) -> Series | None:
         share = waited.values[here] / seconds.values[there]
     share[~np.isfinite(share)] = np.nan
     return Series(steps, share) if len(Series(steps, share).finite) else None
+
+
+_MADE = {"waited_share": _waited_share, "teacher": _teacher, "teacher_alone": _teacher_alone}

@@ -162,6 +162,34 @@ def test_float32(spec: str, temperature: float) -> None:
             assert_same(got, answer(reference_loss, scaled, **arguments), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+def test_minus_infinity_in_a_bias_is_no_nan(spec: str, who: str) -> None:
+    """A masked token has the probability 0: where the other does not say it either, nothing else changes."""
+    banned = torch.zeros(29, dtype=torch.float64)
+    banned[[3, 28]] = -torch.inf
+    problem, teacher = make_problem(ignored=0, bias=True, seed=5), make_dense(13, 29)
+    labels = problem.labels.clamp(4, 27)
+    mine, theirs = (banned if who in (one, "both") else banned.clamp(min=0.0) for one in ("student", "teacher"))
+    student_bias = (problem.bias + mine).detach().requires_grad_()
+    assert teacher.head.bias is not None
+    plain = OutputHead(teacher.head.weight, teacher.head.bias + theirs)  # a soft-cap would bound it
+    masked = Problem(problem.hidden, problem.weight, student_bias, labels)
+    arguments = {"signal": DenseSignal(teacher.hidden, plain), "alpha": 0.7, "temperature": 2.0, "divergence": spec}
+    got, expected = (answer(loss, masked, **arguments) for loss in (fused_loss, reference_loss))
+    assert all(bool(gradient.isfinite().all()) for gradient in got[1])
+    assert bool(got[0].loss.isfinite())
+    assert_same(got, expected, rtol=1e-9, atol=1e-11)
+    if who == "both":
+        kept = [number for number in range(29) if number not in (3, 28)]
+        places = torch.zeros(29, dtype=torch.int64).scatter(0, torch.tensor(kept), torch.arange(27))
+        small = Problem(problem.hidden, problem.weight[kept], student_bias[kept], places[labels])
+        cut = DenseSignal(teacher.hidden, OutputHead(plain.weight[kept], plain.bias[kept]))
+        without = answer(fused_loss, small, **{**arguments, "signal": cut})
+        torch.testing.assert_close(got[0].loss.detach(), without[0].loss.detach())
+        torch.testing.assert_close(got[1][0], without[1][0])
+
+
 # ---------------------------------------------------------------------------------------------------- what each one is
 
 

@@ -66,7 +66,10 @@ class SparseRows:
         """The rows of ``signal`` that ``take`` chooses of each of its tensors, floating numbers in ``dtype``."""
         mask = take(signal.mask)
         weights = torch.where(mask.unsqueeze(1), take(signal.weights).to(dtype), 0.0)
-        used = weights > 0
+        used, num_exact = weights > 0, None
+        if signal.num_exact is not None:  # the head is the head, even where a weight is too small for its dtype
+            num_exact = torch.where(mask, take(signal.num_exact), 0)
+            used = used | _first(num_exact, weights)
         return SparseRows(
             ids=torch.where(used, take(signal.ids), 0),
             weights=torch.where(used, weights, 0.0),
@@ -74,7 +77,7 @@ class SparseRows:
             tail_mass=torch.where(mask, take(signal.tail_mass).to(dtype), 0.0),
             mask=None if signal.num_signal == signal.num_positions else mask,
             any_tail=signal.any_tail is not False,
-            num_exact=None if signal.num_exact is None else take(signal.num_exact),
+            num_exact=num_exact,
         )
 
     def slice(self, start: int, stop: int) -> SparseRows:
@@ -92,9 +95,13 @@ class SparseRows:
     def head(self, k: int) -> tuple[Tensor, Tensor]:
         """Which slots are among the k likeliest ids [rows, K], and the teacher's mass on all other ids [rows]."""
         assert self.num_exact is not None, "a signal without a head"
-        places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        inside = (places < self.num_exact.clamp(max=k).unsqueeze(1)) & (self.weights > 0)
+        inside = _first(self.num_exact.clamp(max=k), self.weights)
         return inside, self.tail_mass + self.weights.masked_fill(inside, 0.0).sum(dim=1)
+
+
+def _first(counts: Tensor, like: Tensor) -> Tensor:
+    """The first ``counts`` [rows] slots of each row: bool of the shape of ``like`` [rows, K]."""
+    return torch.arange(like.shape[1], device=like.device) < counts.unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ def likeliest(teacher: Softmax, k: int) -> SparseRows:
     )
 
 
+def log_weights(rows: SparseRows) -> Tensor:
+    """Finite, whatever the weights."""
+    return rows.weights.clamp(min=torch.finfo(rows.weights.dtype).tiny).log()
+
+
 def plain_head(student: Tensor, inside: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Of log p [positions, vocab], that of ``ids`` [positions, K], and log of the mass on all ids but those inside."""
     held = torch.zeros_like(student, dtype=torch.int64).scatter_add(1, ids, inside.long()) > 0

@@ -39,7 +39,17 @@ def widen(teacher: Softmax, width: int) -> Softmax:
 
 def widen_plain(teacher: Tensor, width: int) -> Tensor:
     """Log q [positions, width] of log q over the shared entries."""
-    return F.pad(teacher, (0, width - teacher.shape[1]), value=-torch.inf)
+    return F.pad(teacher, (0, width - teacher.shape[1]), value=_NEVER)
+
+
+def plain_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """log(share exp(first) + (1 - share) exp(second))."""
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+def plain_kl(first: Tensor, second: Tensor) -> Tensor:
+    """KL [positions] between log-probabilities [positions, vocab]."""
+    return (first.exp() * (first - second)).sum(dim=1)
 
 
 def log_ratio(student: Softmax, teacher: Softmax) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax, SparseRows, empty_places
-from liquid_llm.losses.divergences._head import check_size, likeliest, plain_head
+from liquid_llm.losses.divergences._head import check_size, likeliest, log_weights, plain_head
 from liquid_llm.losses.signals import HEAD, HEAD_AND_DRAWS, WHOLE
 
 _OUTSIDE = -1e30  # log-probability inside S of what is not there, finite
@@ -49,7 +49,7 @@ class DecoupledTopK(Divergence):
 
     def plain_sparse(self, student: Tensor, teacher: SparseRows) -> Tensor:
         inside, rest = teacher.head(self.k)
-        return self._plain(student, teacher.ids, teacher.weights.log(), inside, rest)
+        return self._plain(student, teacher.ids, log_weights(teacher), inside, rest)
 
     def _plain(self, student: Tensor, ids: Tensor, log_q: Tensor, inside: Tensor, rest: Tensor) -> Tensor:
         log_p, log_rest = plain_head(student, inside, ids)
@@ -69,7 +69,7 @@ class DecoupledTopK(Divergence):
         log_p = student.logits.gather(1, teacher.ids) - student.total.log().unsqueeze(1)
         held, student_rest = empty_places(student, teacher.ids, inside)
         mass = weights.sum(dim=1)
-        log_p, log_q = (one.masked_fill(~inside, _OUTSIDE) for one in (log_p, weights.log()))
+        log_p, log_q = (one.masked_fill(~inside, _OUTSIDE) for one in (log_p, log_weights(teacher)))
         student_mass = log_p.logsumexp(dim=1)  # its log: a student may say next to nothing of what the teacher says
         d = torch.xlogy(mass, mass) - mass * student_mass + torch.xlogy(rest, rest) - rest * student_rest.log()
         log_c, log_pi = (torch.log_softmax(one / self.temperature, dim=1) for one in (log_q, log_p))

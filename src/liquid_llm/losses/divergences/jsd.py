@@ -11,11 +11,18 @@ logits divided by T, is ``(1 - beta) p (log(p / M) - KL(p || M))``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax
-from liquid_llm.losses.divergences._mixture import check_share, log_over_mixture, log_ratio, widen, widen_plain
+from liquid_llm.losses.divergences._mixture import (
+    check_share,
+    log_over_mixture,
+    log_ratio,
+    plain_kl,
+    plain_mixture,
+    widen,
+    widen_plain,
+)
 
 
 class JSD(Divergence):
@@ -29,13 +36,9 @@ class JSD(Divergence):
         self.beta = check_share("beta", beta, "forward_kl", "reverse_kl")
 
     def plain(self, student: Tensor, teacher: Tensor) -> Tensor:
-        p, q = student.exp(), widen_plain(teacher, student.shape[1]).exp()
-        mixture = self.beta * q + (1.0 - self.beta) * p
-
-        def kl(part: Tensor) -> Tensor:
-            return (torch.xlogy(part, part) - torch.xlogy(part, mixture)).sum(dim=1)
-
-        return self.beta * kl(q) + (1.0 - self.beta) * kl(p)
+        teacher = widen_plain(teacher, student.shape[1])
+        mixture = plain_mixture(teacher, student, self.beta)
+        return self.beta * plain_kl(teacher, mixture) + (1.0 - self.beta) * plain_kl(student, mixture)
 
     def dense(self, student: Softmax, teacher: Softmax, gradient: SliceGradient | None) -> Tensor:
         teacher = widen(teacher, student.logits.shape[1])

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax
-from liquid_llm.losses.divergences._mixture import check_share, log_over_mixture, log_ratio, widen, widen_plain
+from liquid_llm.losses.divergences._mixture import (
+    check_share,
+    log_over_mixture,
+    log_ratio,
+    plain_kl,
+    plain_mixture,
+    widen,
+    widen_plain,
+)
 
 
 class SkewKL(Divergence):
@@ -26,8 +34,8 @@ class SkewKL(Divergence):
         self.skew = check_share("skew", skew, "forward_kl", "nothing")
 
     def plain(self, student: Tensor, teacher: Tensor) -> Tensor:
-        p, q = student.exp(), widen_plain(teacher, student.shape[1]).exp()
-        return (torch.xlogy(q, q) - torch.xlogy(q, self.skew * q + (1.0 - self.skew) * p)).sum(dim=1)
+        teacher = widen_plain(teacher, student.shape[1])
+        return plain_kl(teacher, plain_mixture(teacher, student, self.skew))
 
     def dense(self, student: Softmax, teacher: Softmax, gradient: SliceGradient | None) -> Tensor:
         teacher = widen(teacher, student.logits.shape[1])

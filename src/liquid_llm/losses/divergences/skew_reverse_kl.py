@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax
-from liquid_llm.losses.divergences._mixture import check_share, log_over_mixture, log_ratio, widen, widen_plain
+from liquid_llm.losses.divergences._mixture import (
+    check_share,
+    log_over_mixture,
+    log_ratio,
+    plain_kl,
+    plain_mixture,
+    widen,
+    widen_plain,
+)
 
 
 class SkewReverseKL(Divergence):
@@ -26,8 +34,8 @@ class SkewReverseKL(Divergence):
         self.skew = check_share("skew", skew, "reverse_kl", "nothing")
 
     def plain(self, student: Tensor, teacher: Tensor) -> Tensor:
-        p, q = student.exp(), widen_plain(teacher, student.shape[1]).exp()
-        return (torch.xlogy(p, p) - torch.xlogy(p, (1.0 - self.skew) * q + self.skew * p)).sum(dim=1)
+        teacher = widen_plain(teacher, student.shape[1])
+        return plain_kl(student, plain_mixture(student, teacher, self.skew))
 
     def dense(self, student: Softmax, teacher: Softmax, gradient: SliceGradient | None) -> Tensor:
         teacher = widen(teacher, student.logits.shape[1])
