@@ -82,6 +82,7 @@ class ObjectiveConfig:
     gamma: float
     gamma_fade_step: int
     divergence: str
+    distilled_share: float
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def _divergence_problems(config: RunConfig) -> list[str]:
         if source.divergence is not None:
             asked[f"the divergence of {type}"] = source.divergence
     problems = []
+    if config.objective.distilled_share > 1:
+        problems.append(f"--kd_positions must lie above 0 and at most at 1; got {config.objective.distilled_share}")
     for where, spec in asked.items():
         try:
             get_divergence(spec)

@@ -226,20 +226,24 @@ class StepAccumulator:
 
         sums = self._sums[type]
         sums["positions"] += output.num_positions
-        sums["signal_positions"] += output.num_signal
+        if output.num_distilled is None:
+            sums["signal_positions"] += output.num_signal
         sums["tokens"] += tokens
         sums["timed_tokens"] += tokens
         sums["padded_tokens"] += tokens if padded_tokens is None else padded_tokens
         # detached: the graph of a finished backward pass must not live on
         exact = torch.float32 if output.loss.device.type == "mps" else torch.float64
         values = [getattr(output, name).detach().reshape(()).to(exact) for name in _LOSSES]
+        if output.num_distilled is not None:
+            values.append(output.num_distilled.to(exact))
         self._pending.append((type, torch.stack(values)))
 
     def row(self, *, seconds: float, **values: Any) -> Row:
         """The values of a ``train`` row over all that was added since the last one; starts anew.
 
-        Means of ``loss``, ``ce`` and ``l2`` are over labelled positions; ``kd`` is over positions with a signal and
-        None without any; ``kd_coverage`` is the share of labelled positions with a signal.
+        Means of ``loss``, ``ce`` and ``l2`` are over labelled positions; ``kd`` is over positions that are distilled
+        (those with a signal, or of these the chosen ones) and None without any; ``kd_coverage`` is their share of the
+        labelled positions.
 
         Args:
             seconds: wall time the micro-batches added by this process took.
@@ -276,10 +280,10 @@ class StepAccumulator:
         if self._pending:
             import torch
 
-            values = torch.stack([one for _, one in self._pending]).cpu().tolist()
-            for (type, _), one in zip(self._pending, values, strict=True):
-                for name, value in zip(_LOSSES, one, strict=True):
-                    self._sums[type][name] += value
+            values = iter(torch.cat([one for _, one in self._pending]).cpu().tolist())
+            for type, one in self._pending:
+                for name in (*_LOSSES, "signal_positions")[: len(one)]:
+                    self._sums[type][name] += next(values)
             self._pending.clear()
 
     def state_dict(self) -> dict[str, Any]:

@@ -129,6 +129,7 @@ OPTIONS = (
     Option("kd_alpha_start", "float", OBJECTIVE, "alpha_start", 0.7, "KD weight at step 0", faces=(TRAIN,), minimum=0),
     Option("kd_alpha_end", "float", OBJECTIVE, "alpha_end", 0.4, "KD weight after the anneal", faces=(TRAIN,), minimum=0),
     Option("kd_anneal_pct", "float", OBJECTIVE, "anneal_share", 0.3, "share of max_steps over which it changes", faces=(TRAIN,), minimum=0),
+    Option("kd_positions", "float", OBJECTIVE, "distilled_share", 1.0, "share of the positions that are distilled, by type: those where the student is least sure; the others have cross-entropy alone (1: all)", above=0),
     Option("keep_old_logit_l2", "float", OBJECTIVE, "gamma", 0.0, "weight of staying near the student's old logits", faces=(TRAIN,), minimum=0),
     Option("keep_old_logit_l2_fade_step", "int", OBJECTIVE, "gamma_fade_step", 30000, "step at which that weight reaches 0", faces=(TRAIN,), minimum=1),
     # optimizer

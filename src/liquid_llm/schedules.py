@@ -96,20 +96,31 @@ class StepValues:
         lr: learning rate.
         default: the objective of the run, for every type without one of its own.
         objectives: type -> its own.
+        min_entropies: type -> where its positions are distilled from; None where all are. See ``selection``.
     """
 
     lr: float
     default: Objective
     objectives: Mapping[str, Objective] = field(default_factory=dict)
+    min_entropies: Mapping[str, float] | None = None
 
     def objective(self, type: str | None = None) -> Objective:
         """The objective for texts of ``type``; the run's own for None."""
-        return self.default if type is None else self.objectives.get(type, self.default)
+        if type is None:
+            return self.default
+        found = self.objectives.get(type, self.default)
+        return found if self.min_entropies is None else replace(found, min_entropy=self.min_entropies[type])
 
     def as_row(self) -> dict[str, Any]:
         """By the names that rows of metrics have for them."""
         default = self.default
-        names = {"kd_alpha": default.alpha, "kd_temperature": default.temperature, "l2_gamma": default.gamma}
+        names: dict[str, Any] = {
+            "kd_alpha": default.alpha,
+            "kd_temperature": default.temperature,
+            "l2_gamma": default.gamma,
+        }
+        if self.min_entropies is not None:
+            names["kd_min_entropy"] = {type: one for type, one in self.min_entropies.items() if math.isfinite(one)}
         return {**names, "lr": self.lr}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from liquid_llm.losses.signals import DenseSignal, LossOutput, Signal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import StepSchedules, StepValues
+from liquid_llm.selection import PositionSelection
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Progress:
         data_position: micro-batches drawn by all ranks together.
         best_val_loss: of the evaluations so far.
         passes: how much of a micro-batch one pass takes.
+        selection: which positions are distilled; None where all with a signal are.
     """
 
     step: int = 0
@@ -49,6 +51,7 @@ class Progress:
     data_position: int = 0
     best_val_loss: float = math.inf
     passes: PassLimit = field(default_factory=PassLimit)
+    selection: PositionSelection | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,8 @@ class Trainer:
             DeviceError: not even one row of a micro-batch fits into the device's memory; likewise.
         """
         values = self.schedules.at(self.progress.step)
+        if self.progress.selection is not None:
+            values = replace(values, min_entropies=self.progress.selection.thresholds())
         self._release_reference(values)
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
@@ -234,6 +239,13 @@ class Trainer:
             consumers=self.consumers,
         )
 
+    def _count_entropies(self, scored: list[ScoredBatch], device: torch.device) -> Tensor:
+        """The student's entropies in this rank's passes, counted; nothing where all positions are distilled."""
+        if self.progress.selection is None:
+            return torch.empty(0, device=device)
+        seen = [(one.batch.type, one.output.entropies) for one in scored]
+        return self.progress.selection.count([(type, one) for type, one in seen if one is not None], device)
+
     def _update(self) -> None:
         try:
             self.optimizer.step()
@@ -265,10 +277,15 @@ class Trainer:
         parameters = [parameter for parameter in every if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        # The one wait of a step: norm and losses come to the host together.
-        seen = torch.stack([norm, *(one.output.loss.detach().to(norm) for one in scored)]).tolist()
+        # The one wait of a step: norm and losses come to the host together, and what positions were counted.
+        found = torch.stack([norm, *(one.output.loss.detach().to(norm) for one in scored)])
+        counted = self._count_entropies(scored, norm.device)
+        on_host = torch.cat([found, counted.flatten().to(found)]).cpu()
+        seen = on_host[: len(found)].tolist()
         grad_norm, losses = float(seen[0]), seen[1:]
         if not self.engine.agree(not all(map(math.isfinite, seen))):
+            if self.progress.selection is not None:
+                self.progress.selection.update(self.engine.sum(on_host[len(found) :].view_as(counted)))
             return grad_norm
         self.optimizer.zero_grad(set_to_none=True)
         raise NumericalError(

@@ -31,6 +31,7 @@ LAYERS = (
         "errors",
         "options",
         "schedules",
+        "selection",
         "losses",
         "storage",
         "runtime",

@@ -14,6 +14,8 @@ Gradients, with p = softmax of the student, m = 1 where there is a signal and u 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -62,8 +64,9 @@ class RowLoss:
         teacher: DenseRows | SparseRows | None = None,
         reference: DenseRows | None = None,
     ) -> Tensor:
-        """Loss, CE, divergence and mean squared distance of every row [4, rows].
+        """Loss, CE, divergence, mean squared distance and entropy of every row [5, rows].
 
+        The entropy is -1 in a row without a signal, and everywhere if the objective does not look at it.
         ``raw`` [rows, vocab] becomes the gradient with respect to itself when one is wanted.
         ``labels`` [rows] are all real. ``reference``'s raw logits are overwritten when in the softmax's dtype.
         """
@@ -77,6 +80,7 @@ class RowLoss:
             distance = torch.sub(logits, old, out=old)
         exps, total = self._exponentials(logits, "student_exps")
         ce = total.log() - logits.gather(1, labels).squeeze(1)
+        teacher, entropy = self._select(teacher, logits, exps, total)
         ce_weight = torch.ones_like(ce) if teacher is None else self._masked(teacher, 1.0 - alpha, 1.0, like=ce)
         ce_factor = ce_weight / total
         kd = torch.zeros_like(ce)
@@ -99,7 +103,18 @@ class RowLoss:
             if logits is not raw:
                 raw.copy_(logits)
         loss = ce_weight * ce + alpha * self._objective.temperature**2 * kd + gamma * l2
-        return torch.stack((loss, ce, kd, l2))
+        return torch.stack((loss, ce, kd, l2, entropy))
+
+    def _select(
+        self, teacher: DenseRows | SparseRows | None, logits: Tensor, exps: Tensor, total: Tensor
+    ) -> tuple[DenseRows | SparseRows | None, Tensor]:
+        """The teacher's rows, masked where the student is surer than the objective asks for, and the entropies."""
+        if teacher is None or self._objective.min_entropy is None:
+            return teacher, torch.full_like(total, -1.0)
+        entropy = (total.log() - torch.linalg.vecdot(exps, logits) / total).clamp_(min=0.0)
+        if teacher.mask is not None:
+            entropy.masked_fill_(~teacher.mask, -1.0)
+        return replace(teacher, mask=entropy >= max(self._objective.min_entropy, 0.0)), entropy
 
     def _distill(
         self, teacher: DenseRows | SparseRows, logits: Tensor, exps: Tensor, total: Tensor, ce_factor: Tensor

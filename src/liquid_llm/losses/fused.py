@@ -82,11 +82,14 @@ def fused_loss(
     job = _Job(head, labels, signal, objective, reference, plan, all_labelled)
     parameters = (hidden, head.weight, head.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in parameters):
-        loss, ce, kd, l2 = _FusedLoss.apply(*parameters, job)  # type: ignore[no-untyped-call]
+        loss, ce, kd, l2, entropies = _FusedLoss.apply(*parameters, job)  # type: ignore[no-untyped-call]
     else:
-        loss, ce, kd, l2 = _compute(job, hidden, (False, False, False)).sums
+        loss, ce, kd, l2, entropies = _compute(job, hidden, (False, False, False)).outputs
     num_positions, num_signal = _counts(labels, signal, all_labelled=all_labelled)
-    return LossOutput(loss, ce, kd, l2, num_positions=num_positions, num_signal=num_signal)
+    if signal is None or objective.min_entropy is None:
+        return LossOutput(loss, ce, kd, l2, num_positions, num_signal)
+    distilled = LossOutput.count_distilled(entropies, objective.min_entropy)
+    return LossOutput(loss, ce, kd, l2, num_positions, num_signal, entropies, distilled)
 
 
 def _counts(labels: Tensor, signal: Signal | None, *, all_labelled: bool) -> tuple[int, int]:
@@ -117,9 +120,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Result:
-    """``sums``: loss, ce, kd, l2; ``gradients``: of hidden, weight and bias, None where not wanted."""
+    """``outputs``: the sums loss, ce, kd, l2, and entropies; ``gradients``: of hidden, weight and bias, None where not
+    wanted."""
 
-    sums: tuple[Tensor, Tensor, Tensor, Tensor]
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -129,13 +133,13 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         result = _compute(job, hidden, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*result.gradients)
-        ctx.mark_non_differentiable(*result.sums[1:])
+        ctx.mark_non_differentiable(*result.outputs[1:])
         ctx.set_materialize_grads(False)
         ctx.hidden_dtype, ctx.looks = hidden.dtype, job.plan.looks
-        return result.sums
+        return result.outputs
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -171,11 +175,10 @@ def _compute(job: _Job, hidden: Tensor, wanted: tuple[bool, bool, bool]) -> _Res
             make = torch.empty_like if rows.indices is None else torch.zeros_like
             hidden_gradient = make(hidden, dtype=student.dtype, memory_format=torch.contiguous_format)
         head_gradient = HeadGradient(student, with_weight=wanted[1], with_bias=wanted[2])
-        loss, ce, kd, l2 = _run_chunks(
-            job, hidden, rows, student, hidden_gradient, head_gradient if any(wanted[1:]) else None
-        )
+        values = _run_chunks(job, hidden, rows, student, hidden_gradient, head_gradient if any(wanted[1:]) else None)
+        loss, ce, kd, l2 = values[:4].sum(dim=1)
         # The chunks' buffers are gone before the head's gradient is converted.
-        return _Result((loss, ce, kd, l2), (hidden_gradient, *head_gradient.finish()))
+        return _Result((loss, ce, kd, l2, values[4]), (hidden_gradient, *head_gradient.finish()))
 
 
 def _run_chunks(
@@ -186,7 +189,7 @@ def _run_chunks(
     hidden_gradient: Tensor | None,
     head_gradient: HeadGradient | None,
 ) -> Tensor:
-    """Sums [4] of loss, CE, KL and L2; the gradients given are filled."""
+    """Loss, CE, KL, L2 and entropy of each labelled row [5, rows]; the gradients given are filled."""
     plan, dtype = job.plan, student.dtype
     with_grad = hidden_gradient is not None or head_gradient is not None
     vocab_size = job.head.vocab_size
@@ -194,7 +197,7 @@ def _run_chunks(
     old = None if job.reference is None else DenseSource(job.reference, rows, vocab_size, plan)
     row_loss = RowLoss(job.head, job.objective, dtype=dtype, with_grad=with_grad, looks=plan.looks)
     raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), vocab_size, dtype=dtype)
-    values = hidden.new_empty(4, rows.count, dtype=dtype)
+    values = hidden.new_empty(5, rows.count, dtype=dtype)
     for start in range(0, rows.count, plan.chunk_tokens):
         stop = min(start + plan.chunk_tokens, rows.count)
         states = rows.take(hidden, start, stop).to(student.operand_dtype)
@@ -218,4 +221,4 @@ def _run_chunks(
             rows.put(student.hidden_gradient(operand), hidden_gradient, start, stop)
         if head_gradient is not None:
             head_gradient.add(logits, operand, states)
-    return values.sum(dim=1)
+    return values

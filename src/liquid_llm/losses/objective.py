@@ -4,6 +4,8 @@ alpha         weight of the KD term in [0, 1] where a position has a teacher sig
 temperature   T, which the logits of teacher and student are divided by before they are compared
 gamma         weight of the squared distance to the reference student's logits
 divergence    what is between the two distributions, a spec: see ``divergences``
+min_entropy   nats: a position where the student's own entropy (at T = 1) is below has no KD term, cross-entropy has all
+              of it; minus infinity for every position. None: entropies are not looked at
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Objective:
     temperature: float = 1.0
     gamma: float = 0.0
     divergence: str = "forward_kl"
+    min_entropy: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:

@@ -5,8 +5,10 @@
     q_T    teacher distribution at T         D   = the objective's divergence of q_T and p_T, see ``divergences``
 
 A labelled position with a teacher signal costs ``alpha T^2 D + (1 - alpha) CE``; one without costs ``CE``; a reference
-student adds ``gamma mean_v (z - z_reference)^2``. The factor T^2 keeps the size of the KD gradient independent of T
-(Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2). Costs are summed over positions.
+student adds ``gamma mean_v (z - z_reference)^2``. A position whose entropy under p_1 is below the objective's
+``min_entropy`` costs ``CE`` too, whatever signal it has; which ones those are is not differentiated. The factor T^2
+keeps the size of the KD gradient independent of T (Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2). Costs
+are summed over positions.
 
 Logits are full [positions, vocab] tensors in float32 (float64 when ``hidden`` is): this is for tests and for reading.
 """
@@ -49,6 +51,13 @@ def reference_loss(
         if signal is not None:
             student = torch.log_softmax(logits / objective.signal_temperature, dim=-1)
             kd, has_signal = measure(student, signal, labelled, objective)
+        num_signal, entropies, num_distilled = int(has_signal.sum()), None, None
+        if signal is not None and objective.min_entropy is not None:
+            log_probs = torch.log_softmax(logits, dim=-1).detach()
+            entropies = torch.where(has_signal, -(log_probs.exp() * log_probs).sum(dim=-1), -1.0)
+            num_distilled = LossOutput.count_distilled(entropies, objective.min_entropy)
+            has_signal = has_signal & (entropies >= objective.min_entropy)
+            kd = torch.where(has_signal, kd, 0.0)
         l2 = torch.zeros_like(ce)
         if reference is not None:
             old_logits = _logits(reference.hidden[labelled], reference.head, dtype)
@@ -61,7 +70,9 @@ def reference_loss(
         kd=kd.detach().sum(),
         l2=l2.detach().sum(),
         num_positions=int(labelled.sum()),
-        num_signal=int(has_signal.sum()),
+        num_signal=num_signal,
+        entropies=entropies,
+        num_distilled=num_distilled,
     )
 
 

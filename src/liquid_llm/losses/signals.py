@@ -398,6 +398,9 @@ class LossOutput:
             gamma.
         num_positions: number of labelled positions.
         num_signal: how many of them had a teacher signal.
+        entropies: [labelled positions], detached: the student's at T = 1, nats, and -1 where there is no signal; None
+            where the objective does not look at them, or there is no signal at all.
+        num_distilled: scalar, detached: how many had a KD term; None where that is ``num_signal``.
     """
 
     loss: Tensor
@@ -406,3 +409,10 @@ class LossOutput:
     l2: Tensor
     num_positions: int
     num_signal: int
+    entropies: Tensor | None = None
+    num_distilled: Tensor | None = None
+
+    @staticmethod
+    def count_distilled(entropies: Tensor, min_entropy: float) -> Tensor:
+        """How many rows with a signal reach the entropy asked for, float32."""
+        return (entropies >= max(min_entropy, 0.0)).sum(dtype=torch.float32)

@@ -32,6 +32,7 @@ from liquid_llm.runtime import (
     torch_dtype,
 )
 from liquid_llm.schedules import StepSchedules
+from liquid_llm.selection import PositionSelection
 from liquid_llm.sources import order_types
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
@@ -156,11 +157,16 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
             rank=engine.rank,
             world_size=engine.world_size,
         ),
-        progress=Progress(),
+        progress=Progress(selection=_selection(config, inputs, text)),
         accumulator=StepAccumulator(inputs.types, engine),
     )
     _restore(parts, start)
     return parts
+
+
+def _selection(config: RunConfig, inputs: Inputs, text: TextTools) -> PositionSelection | None:
+    share = config.objective.distilled_share
+    return None if share == 1.0 else PositionSelection(share, inputs.types, text.vocab_size)
 
 
 def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]) -> Inputs:
@@ -206,6 +212,8 @@ def _restore(parts: Parts, start: Start) -> None:
     progress.data_position = metadata.data_position
     progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
     parts.evaluator.passes.max_tokens = metadata.run.get("eval_max_pass_tokens")
+    if progress.selection is not None and "selection" in state:
+        progress.selection.load_state_dict(state["selection"])
     if start.kind == "continue":
         if metadata.best_val_loss is not None and metadata.block_size == parts.config.data.block_size:
             progress.best_val_loss = metadata.best_val_loss  # of another run or length it would keep best.pt away

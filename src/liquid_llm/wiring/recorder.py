@@ -176,6 +176,8 @@ class Recorder:
             "random": random_state(),
             "accumulator": self.parts.accumulator.state_dict(),
         }
+        if self.parts.progress.selection is not None:
+            state["selection"] = self.parts.progress.selection.state_dict()
         self._saved_at = metadata.step
         if not self.parts.engine.is_main:
             return
