@@ -62,6 +62,8 @@ class DataConfig:
     manifest: str | None
     dataset_name: str | None
     dataset_config: str | None
+    learn: str
+    chat_template: str | None
     prepare: str
     datasets_yaml: str | None
     toolkit_uri: str | None

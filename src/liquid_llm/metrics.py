@@ -191,8 +191,10 @@ def _plain(value: Any, name: str, not_finite: dict[str, str]) -> Any:
 
 
 _LOSSES = ("loss", "ce", "kd", "l2")
-_SUMS = (*_LOSSES, "positions", "signal_positions", "tokens", "padded_tokens", "timed_tokens")
-_OF_TYPE = ("ce", "kd", "tokens", "kd_coverage")  # what a row says of one type
+# labelled and signal: positions with a label, and with a teacher's row too; tokens: those that are learnt
+_SUMS = (*_LOSSES, "labelled", "signal", "tokens", "padded_tokens", "timed_tokens", "positions")
+_NUM_OLD_SUMS = len(_SUMS) - 1  # of a checkpoint from when all tokens were learnt: there are as many positions
+_OF_TYPE = ("ce", "kd", "tokens", "positions", "kd_coverage")  # what a row says of one type
 
 _Sums = dict[str, float]
 
@@ -213,24 +215,35 @@ class StepAccumulator:
         self._sums = {type: dict.fromkeys(_SUMS, 0.0) for type in types}
         self._pending: list[tuple[str, Tensor]] = []
 
-    def add(self, type: str, output: LossOutput, *, tokens: int, padded_tokens: int | None = None) -> None:
+    def add(
+        self,
+        type: str,
+        output: LossOutput,
+        *,
+        tokens: int,
+        positions: int | None = None,
+        padded_tokens: int | None = None,
+    ) -> None:
         """Count one micro-batch.
 
         Args:
             type: the micro-batch's type.
             output: its summed loss.
-            tokens: its real tokens.
+            tokens: those of its tokens that are learnt.
+            positions: its real tokens, learnt or not; as many as ``tokens`` by default.
             padded_tokens: its tokens with padding, if the share of padding is wanted.
         """
         import torch  # here and below: readers of metrics do without
 
         sums = self._sums[type]
-        sums["positions"] += output.num_positions
+        positions = tokens if positions is None else positions
+        sums["labelled"] += output.num_positions
         if output.num_distilled is None:
-            sums["signal_positions"] += output.num_signal
+            sums["signal"] += output.num_signal
         sums["tokens"] += tokens
-        sums["timed_tokens"] += tokens
-        sums["padded_tokens"] += tokens if padded_tokens is None else padded_tokens
+        sums["positions"] += positions
+        sums["timed_tokens"] += positions
+        sums["padded_tokens"] += positions if padded_tokens is None else padded_tokens
         # detached: the graph of a finished backward pass must not live on
         exact = torch.float32 if output.loss.device.type == "mps" else torch.float64
         values = [getattr(output, name).detach().reshape(()).to(exact) for name in _LOSSES]
@@ -243,7 +256,8 @@ class StepAccumulator:
 
         Means of ``loss``, ``ce`` and ``l2`` are over labelled positions; ``kd`` is over positions that are distilled
         (those with a signal, or of these the chosen ones) and None without any; ``kd_coverage`` is their share of the
-        labelled positions.
+        labelled positions. ``tokens`` counts those that are learnt, ``positions`` all but padding, and
+        ``tokens_per_second`` is of these.
 
         Args:
             seconds: wall time the micro-batches added by this process took.
@@ -255,13 +269,13 @@ class StepAccumulator:
         sums = self._over_ranks()
         self._sums = {type: dict.fromkeys(_SUMS, 0.0) for type in sums}
         total = {name: sum(one[name] for one in sums.values()) for name in _SUMS}
-        if total["positions"] == 0:
+        if total["labelled"] == 0:
             raise ValueError("a train row needs at least one labelled position")
         row = {**_means(total), **values, "seconds": seconds}
         row["tokens_per_second"] = total["timed_tokens"] / seconds if seconds > 0 else None
-        if total["padded_tokens"] > row["tokens"]:
-            row["padding_share"] = 1.0 - row["tokens"] / total["padded_tokens"]
-        seen = {type: _means(one) for type, one in sums.items() if one["positions"] > 0}
+        if total["padded_tokens"] > row["positions"]:
+            row["padding_share"] = 1.0 - row["positions"] / total["padded_tokens"]
+        seen = {type: _means(one) for type, one in sums.items() if one["labelled"] > 0}
         row["by_type"] = {type: {key: one[key] for key in _OF_TYPE} for type, one in seen.items()}
         return row
 
@@ -282,7 +296,7 @@ class StepAccumulator:
 
             values = iter(torch.cat([one for _, one in self._pending]).cpu().tolist())
             for type, one in self._pending:
-                for name in (*_LOSSES, "signal_positions")[: len(one)]:
+                for name in (*_LOSSES, "signal")[: len(one)]:
                     self._sums[type][name] += next(values)
             self._pending.clear()
 
@@ -295,19 +309,21 @@ class StepAccumulator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``; types that this run does not draw from keep what was counted of them."""
         share = 1.0 if self._engine is None or self._engine.is_main else 0.0  # the main rank has what all had
-        for type, sums in zip(state["types"], state["sums"], strict=True):
+        for type, kept in zip(state["types"], state["sums"], strict=True):
+            sums = [*kept, kept[_SUMS.index("tokens")]] if len(kept) == _NUM_OLD_SUMS else kept
             if type in self._sums or any(sums):
                 self._sums[type] = {name: share * float(one) for name, one in zip(_SUMS, sums, strict=True)}
         self._pending.clear()
 
 
 def _means(sums: _Sums) -> Row:
-    positions, with_signal = sums["positions"], sums["signal_positions"]
+    labelled, with_signal = sums["labelled"], sums["signal"]
     return {
-        "loss": sums["loss"] / positions,
-        "ce": sums["ce"] / positions,
+        "loss": sums["loss"] / labelled,
+        "ce": sums["ce"] / labelled,
         "kd": sums["kd"] / with_signal if with_signal else None,
-        "l2": sums["l2"] / positions,
+        "l2": sums["l2"] / labelled,
         "tokens": int(sums["tokens"]),
-        "kd_coverage": with_signal / positions,
+        "positions": int(sums["positions"]),
+        "kd_coverage": with_signal / labelled,
     }

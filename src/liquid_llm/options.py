@@ -109,6 +109,8 @@ OPTIONS = (
     Option("begin_token", "str", DATA, "begin_token", "auto", "the token before each text: auto as the teacher expects it, or as the store or checkpoint has it; always; never", faces=EVERY, choices=("auto", "always", "never")),
     Option("num_workers", "int", DATA, "num_workers", 2, "reader and writer threads", faces=EVERY, minimum=0),
     Option("data_cache", "str", DATA, "cache_dir", None, "folder for tokenised data (default: ~/.cache/liquid-llm/data)", faces=EVERY),
+    Option("learn", "str", DATA, "learn", "completion", "of a record with a prompt or messages: completion learns the completion or the assistant's turns alone, all everything", faces=EVERY, choices=("completion", "all")),
+    Option("chat_template", "str", DATA, "chat_template", None, "how messages are written out: chatml, a Jinja file, or a Hugging Face id or folder whose tokenizer has a template (default: the tokenizer's own)", faces=EVERY),
     Option("prepare_data", "str", DATA, "prepare", "auto", "auto prepares datasets that lack complete shards, force all, skip none", faces=PREPARING, choices=("auto", "force", "skip")),
     Option("datasets_yaml", "str", DATA, "datasets_yaml", None, "raw inputs and where their shards go (default: datasets.yaml beside the manifest)", faces=PREPARING),
     Option("only", "str", DATA, "only", None, "names of the datasets to prepare, comma-separated (default: all)", faces=(PREPARE,)),

@@ -58,7 +58,7 @@ def all_texts(manifest: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for entry in read_manifest(manifest):
         for uri in entry_files(entry):
-            found.setdefault(entry.type, []).extend(record.text for record in read_records(uri, entry.type))
+            found.setdefault(entry.type, []).extend(record.whole for record in read_records(uri, entry.type))
     return found
 
 

@@ -19,11 +19,15 @@ def token_dataset(
     sample_ids: Sequence[str] | None = None,
     layout: str = "",
     framing: Framing = UNFRAMED,
+    learnt: Sequence[Sequence[bool] | None] | None = None,
 ) -> TokenDataset:
-    """A dataset of ``samples``, each of two tokens or more, named ``s0``, ``s1``, … unless ``sample_ids`` is given."""
+    """A dataset of ``samples``, each of two tokens or more, named ``s0``, ``s1``, … unless ``sample_ids`` is given.
+
+    ``learnt``: which of their tokens are learnt, None: all.
+    """
     names = [f"s{number}" for number in range(len(samples))] if sample_ids is None else list(sample_ids)
     with tempfile.TemporaryDirectory() as folder:  # the maps stay valid when the names are gone
         with TokenWriter(Path(folder), type, "<u4", str, framing.version, layout) as writer:
-            writer.add(names, samples, range(len(samples)))
+            writer.add(names, samples, range(len(samples)), learnt)
             meta = writer.finish()
         return TokenDataset(Path(folder), meta, framing)

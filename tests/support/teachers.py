@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,18 @@ def make_samples(
 def batch_of(samples: Sequence[Sample], block_size: int = 1024, *, type: str | None = None) -> MicroBatch:
     """The micro-batch the loader makes of whole samples."""
     rows = [sample.input_ids[:block_size] for sample in samples]
-    return collate(type or samples[0].type, rows, tuple(samples))
+    learnt = [None if sample.learnt is None else sample.learnt[:block_size] for sample in samples]
+    return collate(type or samples[0].type, rows, tuple(samples), learnt)
+
+
+def with_prompts(samples: Sequence[Sample], *, seed: int = 0) -> list[Sample]:
+    """The same samples of which only some tokens are learnt, in runs; of the first all but a prompt."""
+    rng = np.random.default_rng(seed)
+    masks = [np.repeat(rng.random(len(one.input_ids)) < 0.5, 4)[: len(one.input_ids)] for one in samples]
+    masks[0] = np.arange(len(masks[0])) >= len(masks[0]) // 2
+    for mask in masks:
+        mask[-1] = True
+    return [replace(one, learnt=mask) for one, mask in zip(samples, masks, strict=True)]
 
 
 def random_logits(rows: int, vocab: int, *, seed: int = 0, spread: float = 4.0) -> torch.Tensor:

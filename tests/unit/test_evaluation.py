@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.support.models import tiny_model
@@ -228,3 +229,20 @@ def test_what_a_batch_is_answered_from_is_read_once_however_many_passes_it_takes
     evaluator(Student(student, torch.float32))
     assert len(evaluator._kept) > len(evaluator.sets[16]["lm"])  # else this shows nothing
     assert prepared == [id(batch) for batch in evaluator.sets[16]["lm"]]
+
+
+def test_what_is_not_learnt_does_not_count(models):
+    """Every figure is a mean over the labelled positions, whatever their share of a batch."""
+    student, teacher = models
+    blocks = [block.numpy() for block in text().split(50)]
+    masks = [np.arange(len(block)) >= start for start, block in zip((40, 3, 20), blocks, strict=True)]
+    sets = {50: {"lm": [collate("lm", [block], learnt=[mask]) for block, mask in zip(blocks, masks, strict=True)]}}
+    row = Evaluator(sets, 50, (), router_of(teacher))(Student(student, torch.float32))
+    keep = torch.from_numpy(np.concatenate([mask[1:] for mask in masks]))
+    mine, theirs = (by_hand(model.eval(), 50) for model in models)
+    student.train()
+    (p, labels), (q, _) = ((logits[keep], labels[keep]) for logits, labels in (mine, theirs))
+    assert row["by_type"]["lm"]["positions"] == len(labels) == 10 + 47 + 30
+    assert row["val_loss_student"] == pytest.approx(-float(p.gather(1, labels[:, None]).mean()), rel=1e-5)
+    assert row["val_loss_teacher"] == pytest.approx(-float(q.gather(1, labels[:, None]).mean()), rel=1e-5)
+    assert row["val_kd"] == pytest.approx(float((q.exp() * (q - p)).sum(1).mean()), rel=1e-4)

@@ -355,3 +355,20 @@ def test_timings_are_all_that_is_left_out() -> None:
     row = {"kind": "train", "step": 3, "loss": 1.0, "seconds": 2.0, "rss_bytes": 5}
     assert without_timings(row) == {"kind": "train", "step": 3, "loss": 1.0}
     assert {"tokens_per_second", "signal_wait_seconds", "peak_memory_bytes"} <= TIMING_KEYS
+
+
+def test_a_row_counts_what_is_learnt_beside_all_positions() -> None:
+    accumulator = StepAccumulator(["code"])
+    accumulator.add("code", output(3.0, 3.0, 0.0, 0.0, 3, 0), tokens=3, positions=10, padded_tokens=16)
+    row = accumulator.row(seconds=2.0)
+    assert (row["tokens"], row["positions"], row["tokens_per_second"], row["padding_share"]) == (3, 10, 5.0, 6 / 16)
+    assert row["by_type"]["code"]["tokens"] == 3
+    assert row["by_type"]["code"]["positions"] == 10
+
+
+def test_sums_of_a_checkpoint_from_when_all_tokens_were_learnt_go_on() -> None:
+    old = {"types": ["code"], "sums": [[4.0, 4.0, 0.0, 0.0, 3, 0, 4, 5, 0.0]]}
+    accumulator = StepAccumulator(["code"])
+    accumulator.load_state_dict(old)
+    row = accumulator.row(seconds=1.0)
+    assert (row["tokens"], row["positions"], row["loss"]) == (4, 4, 4.0 / 3)

@@ -56,7 +56,7 @@ class CaptureSummary:
         too_large: how many of them do not fit into the device's memory even alone.
         consumers: what takes most of that memory, in words; filled in by who knows.
         tokens: real tokens scored and written.
-        positions: rows stored, one fewer a sample.
+        positions: rows stored, one for each learnt position: one fewer a sample than its tokens where all are learnt.
         padded_tokens: tokens computed, padding included.
         bytes: of the files written.
         seconds: of the whole job.
@@ -169,7 +169,7 @@ class _Job:
         self._scratch = Scratch()
         self._writers = writers
         self._threads = threads
-        self._pending: dict[Future[int], tuple[Window, int]] = {}
+        self._pending: dict[Future[int], tuple[Window, int, int]] = {}  # bytes and rows
         self._pending_bytes = 0
         self._write_failures = 0  # in a row
         self._storage_error: StorageError | None = None
@@ -273,7 +273,7 @@ class _Job:
         def work() -> int:
             return writer.write(window.sample(), window.num_tokens, packed or writer.codec.pack(rows))
 
-        self._pending[self._threads.submit(work)] = (window, size)
+        self._pending[self._threads.submit(work)] = (window, size, len(next(iter(rows.values()))))
         self._pending_bytes += size
         self._collect(None)
 
@@ -281,7 +281,7 @@ class _Job:
         """Take the outcome of finished writes; with ``until``, wait for one first."""
         done, _ = wait(self._pending, timeout=None if until else 0, return_when=until or FIRST_COMPLETED)
         for future in done:
-            window, size = self._pending.pop(future)
+            window, size, num_rows = self._pending.pop(future)
             self._pending_bytes -= size
             try:
                 num_bytes = future.result()
@@ -295,6 +295,6 @@ class _Job:
             self._write_failures = 0
             self.summary.written += 1
             self.summary.tokens += window.num_tokens
-            self.summary.positions += window.num_tokens - 1
+            self.summary.positions += num_rows
             self.summary.bytes += num_bytes
             self.progress(window.num_tokens)

@@ -19,7 +19,7 @@ _CHECKED_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """What is to be captured of one sample: its first ``num_tokens`` tokens."""
+    """What is to be captured of one sample: the learnt positions of its first ``num_tokens`` tokens."""
 
     source: SampleSource
     index: int
@@ -130,9 +130,12 @@ def _hash(sample_id: str) -> int:
 
 def _add_repeated(found: CapturePlan, first: Window, window: Window) -> None:
     """A sample id that was seen before: the same sample again, or another text, for which there is no second place."""
-    same = first.type == window.type and np.array_equal(first.sample().input_ids, window.sample().input_ids)
-    if same:
+    one, other = first.sample(), window.sample()
+    tokens = max(first.num_tokens, window.num_tokens)
+    same_text = first.type == window.type and np.array_equal(one.input_ids, other.input_ids)
+    if same_text and np.array_equal(one.learnt_positions(tokens), other.learnt_positions(tokens)):
         found.skip(window)
     else:
-        other = "text" if first.type == window.type else f"sample of type {first.type}"
-        found.refused.append((window, f"another {other} has the same sample id"))
+        what = "text" if first.type == window.type else f"sample of type {first.type}"
+        what = "sample, of which something else is learnt," if same_text else what
+        found.refused.append((window, f"another {what} has the same sample id"))

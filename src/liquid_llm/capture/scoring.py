@@ -70,6 +70,8 @@ def score(
 ) -> Iterator[tuple[Window, Rows | SignalError]]:
     """The encoded rows of each sample of a batch, or why it has none; one forward pass, logits chunk by chunk.
 
+    A row is of a position that is learnt; of the others no logits are formed.
+
     Args:
         batch: samples of near-equal length.
         codecs: type -> codec.
@@ -81,8 +83,10 @@ def score(
     vocab_size = teacher.head.vocab_size
     input_ids: list[np.ndarray] = []
     good: list[Window] = []
+    places: list[Tensor | None] = []  # of the learnt positions; None: all
     for window in batch:
-        ids = window.sample().input_ids[: window.num_tokens]
+        sample = window.sample()
+        ids = sample.input_ids[: window.num_tokens]
         if not ids.size:
             yield window, SignalError("the sample has no tokens")
         elif (largest := int(ids.max())) >= vocab_size:
@@ -90,19 +94,25 @@ def score(
         else:
             good.append(window)
             input_ids.append(ids)
+            learnt = sample.learnt_positions(window.num_tokens)
+            places.append(None if learnt.all() else torch.from_numpy(np.flatnonzero(learnt)))
     if not good:
         return
     with torch.inference_mode():
         hidden = teacher.hidden(padded_ids(input_ids))
         encoders = [_Encoder(window, codecs[window.type]) for window in good]
-        num_rows = [len(ids) - 1 for ids in input_ids]
+        states = [
+            hidden[number, : len(ids) - 1] if where is None else hidden[number].index_select(0, where.to(hidden.device))
+            for number, (ids, where) in enumerate(zip(input_ids, places, strict=True))
+        ]
+        num_rows = [len(one) for one in states]
         for chunk in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
-            rows = torch.cat([hidden[sample, start:stop] for sample, start, stop in chunk])
+            rows = torch.cat([states[number][start:stop] for number, start, stop in chunk])
             parts = torch.split(scratch.logits(teacher.head, rows), [stop - start for _, start, stop in chunk])
-            for (sample, _, stop), part in zip(chunk, parts, strict=True):
-                encoders[sample].add(part)
-                if stop == num_rows[sample]:
-                    yield good[sample], encoders[sample].result()
+            for (number, _, stop), part in zip(chunk, parts, strict=True):
+                encoders[number].add(part)
+                if stop == num_rows[number]:
+                    yield good[number], encoders[number].result()
 
 
 class _Encoder:

@@ -108,11 +108,12 @@ class Verifier:
 
     def _compare(self, record: Record, input_ids: Tensor) -> None:
         codec, vocab_size = self._store.codec, self._store.identity.vocab_size
-        rows = len(input_ids) - 1
+        rows = record.header.num_rows
         if rows < 1:
             return
         with torch.inference_mode():
-            hidden = self._teacher.hidden(input_ids[None])[0, :rows]
+            places = torch.from_numpy(np.flatnonzero(record.header.positions())).to(self._teacher.device)
+            hidden = self._teacher.hidden(input_ids[None])[0].index_select(0, places)
             seed = record_seed(record.header.sample_id)
             parts = [codec.encode(logits, seed, start) for start, logits in self._logits(hidden)]
             made: Rows = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}

@@ -4,7 +4,8 @@ stream: the documents of a dataset (or of a split of it) in their order on disk,
 begin and end are one token, one stands between two documents, as in pre-training, and one before the first;
 block ``b``: tokens ``b * block_size`` up to ``(b + 1) * block_size`` of the stream.
 
-The stream is never built: an index of document ends (8 bytes a document) finds the tokens in the memory map.
+The stream is never built: an index of document ends (8 bytes a document) finds the tokens in the memory map. Where not
+all is learnt, the token behind a document is if the document's last token is, and one before it never.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.data.tokens import TokenDataset
+
+_TOKENS_AT_ONCE = 1 << 22
 
 
 class TokenStream:
@@ -34,16 +37,45 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Tokens ``start`` to ``start + count`` of the stream, fewer at its end: [count] int64."""
-        positions = np.arange(start, min(start + count, len(self)), dtype=np.int64)
-        document = np.searchsorted(self._ends, positions, side="right")
-        # counted from the end token backwards, so that position 0 of a document needs no start column
-        to_end = self._ends[document] - 1 - positions
-        lengths = self._dataset.lengths[document]
-        is_end, is_begin = to_end == 0, to_end > lengths
-        source = self._dataset.starts[document] + lengths - to_end
-        source[is_end | is_begin] = 0
+        source, is_end, is_begin = self._sources(start, count)
         tokens: NDArray[np.int64] = self._dataset.tokens[source].astype(np.int64)
         tokens[is_end] = self._dataset.framing.end_id
         if self._dataset.framing.begin_id is not None:
             tokens[is_begin] = self._dataset.framing.begin_id
         return tokens
+
+    def read_learnt(self, start: int, count: int) -> NDArray[np.bool_] | None:
+        """Which of the tokens that ``read`` gives are learnt: [count] bool; None where all tokens are."""
+        if self._dataset.learnt is None:
+            return None
+        source, _, is_begin = self._sources(start, count)
+        return self._dataset.learnt[source].astype(bool) & ~is_begin
+
+    def learnt_blocks(self, block_size: int) -> NDArray[np.int64]:
+        """The numbers of the full blocks in which something is learnt, ascending."""
+        num_blocks = len(self) // block_size
+        if self._dataset.learnt is None:
+            return np.arange(num_blocks)
+        held = np.zeros(num_blocks, dtype=bool)
+        step = max(1, _TOKENS_AT_ONCE // block_size)
+        for first in range(0, num_blocks, step):
+            last = min(first + step, num_blocks)
+            learnt = self.read_learnt(first * block_size, (last - first) * block_size)
+            assert learnt is not None
+            # nothing predicts a block's first token
+            held[first:last] = learnt.reshape(-1, block_size)[:, 1:].any(axis=1)
+        return np.flatnonzero(held)
+
+    def _sources(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Where each token lies in the memory map, and which are of the framing: ends, begins.
+
+        The place of these is that of the token next to them in their document.
+        """
+        positions = np.arange(start, min(start + count, len(self)), dtype=np.int64)
+        document = np.searchsorted(self._ends, positions, side="right")
+        # counted from the end token backwards, so that position 0 of a document needs no start column
+        to_end = self._ends[document] - 1 - positions
+        lengths = self._dataset.lengths[document]
+        ends = self._dataset.starts[document] + lengths
+        is_end, is_begin = to_end == 0, to_end > lengths
+        return ends - np.clip(to_end, 1, lengths), is_end, is_begin

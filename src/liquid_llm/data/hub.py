@@ -1,6 +1,7 @@
 """Plain text by name: a dataset of the Hugging Face hub, of its offline cache, or of a local folder.
 
-row: one entry of the dataset's text column; document: what becomes one sample of type ``lm``.
+row: one entry of the dataset's text column, or of those that hold conversations (``messages``) or prompts with their
+completions; document: what becomes one sample of type ``lm``.
 
 A row is a document, with one exception. Line-oriented datasets (WikiText) have a row for every line of a running
 text, each still ending in its newline, and ``""`` for a blank line. Joining those by end-of-text tokens would teach
@@ -12,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from liquid_llm.data.learning import USUAL, Learning
+from liquid_llm.data.records import FORMS, Body, BodyError, read_body
 from liquid_llm.data.texts import wikitext_articles
 from liquid_llm.data.tokens import BatchTokenizer, TellProgress, TokenDataset, split, tokenize
 from liquid_llm.data.types import TextRecord
@@ -40,6 +43,7 @@ def load_hub_dataset(
     validation_fraction: float,
     token: str | None = None,
     progress: TellProgress | None = None,
+    learning: Learning = USUAL,
 ) -> tuple[TokenDataset, TokenDataset]:
     """The dataset's training and validation split, tokenised as ``lm`` text and cached like any other source.
 
@@ -49,22 +53,24 @@ def load_hub_dataset(
         framing: of every text.
         validation_fraction: of the training documents, held out by hash where there is no validation split.
         token: for private and gated datasets; None uses the one a person signed in with, if any.
+        learning: what is learnt of a conversation, or of a prompt with its completion.
 
     Raises:
         UsageError: the library ``datasets`` is not installed.
         DataError: no such dataset, configuration, split or column of text; offline and not in the cache; data
-            that cannot be read.
+            that cannot be read; a conversation or completion that is none.
         StorageError: access refused, or the disk is full.
     """
     tables = _load(name, config, token)
     label = name if config is None else f"{name} ({config})"
     table = _find_split(tables, "train", label)
-    column = _text_column(table.features, label)
-    lines = rows_are_lines(_rows(table, column))
+    columns = _columns(table.features, label)
+    lines = len(columns) == 1 and columns[0] != "messages" and rows_are_lines(_rows(table, columns[0]))
 
     def read(table: Any, split_name: str) -> TokenDataset:
-        rows = HubRows(table, column, label, split_name, lines)
-        return tokenize(rows, tokenizer, tokenizer_hash, cache_dir, framing=framing, progress=progress)
+        rows = HubRows(table, columns, label, split_name, lines)
+        options: dict[str, Any] = {"framing": framing, "progress": progress, "learning": learning}
+        return tokenize(rows, tokenizer, tokenizer_hash, cache_dir, **options)
 
     if any(alias in tables for alias in _ALIASES["validation"]):
         return read(table, "train"), read(_find_split(tables, "validation", label), "validation")
@@ -79,15 +85,22 @@ def rows_are_lines(rows: Iterable[str]) -> bool:
 
 
 class HubRows:
-    """One split as a ``RecordSource``. ``lines``: its rows are lines of running texts."""
+    """One split as a ``RecordSource``.
+
+    Args:
+        columns: the one of texts, or those of a record's body (``records.FORMS``).
+        lines: its rows are lines of running texts.
+    """
 
     type = "lm"
 
-    def __init__(self, table: Any, column: str, label: str, split_name: str, lines: bool) -> None:
-        self._table, self._column, self._label, self._split, self._lines = table, column, label, split_name, lines
+    def __init__(self, table: Any, columns: Sequence[str], label: str, split_name: str, lines: bool) -> None:
+        self._table, self._columns, self._label, self._split, self._lines = table, columns, label, split_name, lines
+        self._is_text = len(columns) == 1 and columns[0] != "messages"
         self._row = 0
         files = [os.stat(file["filename"]) for file in table.cache_files]
         versions = [[status.st_size, status.st_mtime_ns] for status in files]
+        column = columns[0] if self._is_text else list(columns)
         self.identity: object = [label, split_name, column, lines, len(table), versions or table._fingerprint]
 
     @property
@@ -95,15 +108,26 @@ class HubRows:
         return self._row / max(1, len(self._table))
 
     def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
-        rows = _rows(self._table, self._column)
         is_empty = True
-        for number, text in wikitext_articles(rows) if self._lines else enumerate(rows):
+        for number, body in self._bodies():
             self._row = number + 1
-            if text is not None and text.strip():
+            if body.whole.strip():
                 is_empty = False
-                yield number, TextRecord(text, self.type, f"{self._split}-{number}")
+                yield number, TextRecord(body.text, self.type, f"{self._split}-{number}", body.prompt, body.messages)
         if is_empty:
             raise DataError(f"the {self._split} split has no text", where=self._label)
+
+    def _bodies(self) -> Iterator[tuple[int, Body]]:
+        if self._is_text:
+            rows = _rows(self._table, self._columns[0])
+            texts = wikitext_articles(rows) if self._lines else enumerate(rows)
+            yield from ((number, Body(text or "")) for number, text in texts)
+            return
+        for number, row in enumerate(self._table.select_columns(list(self._columns))):
+            try:
+                yield number, read_body(row)
+            except BodyError as error:
+                raise DataError(str(error), where=self.location(number), got=error.got) from error
 
     def location(self, number: int) -> str:
         return f"{self._label}, {self._split} row {number}"
@@ -209,18 +233,19 @@ def _find_split(tables: Any, name: str, label: str) -> Any:
     )
 
 
-def _text_column(features: Any, label: str) -> str:
-    """``text``, or the only column of strings."""
+def _columns(features: Any, label: str) -> Sequence[str]:
+    """``text``, or those of conversations or of prompts with completions, or the only column of strings."""
     columns = [
         name for name, feature in features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
-    for candidate in ("text", *(columns if len(columns) == 1 else ())):
-        if candidate in columns:
-            return str(candidate)
+    bodies = [form for form in FORMS if set(form) <= set(features) and (form != ("text",) or "text" in columns)]
+    if bodies or len(columns) == 1:
+        return bodies[0] if bodies else columns
     raise DataError(
         "the dataset has no column of strings named text",
         where=label,
         got=", ".join(f"{name} ({getattr(feature, 'dtype', feature)})" for name, feature in features.items()),
+        expected="text, messages, or prompt and completion",
     )
 
 

@@ -91,7 +91,10 @@ class TrainingStream:
 class BlockOrder:
     """Text as shuffled full blocks; what is left of the text after the last full block is not used.
 
+    Blocks in which nothing is learnt are left out.
+
     Attributes:
+        num_blocks: in one epoch.
         num_micro_batches: in one epoch, rounded up; the last one is filled up from the next epoch.
     """
 
@@ -100,16 +103,20 @@ class BlockOrder:
         self._stream = TokenStream(dataset)
         self._block_size = block_size
         self._batch_size = batch_size
-        self._num_blocks = len(self._stream) // block_size
-        if self._num_blocks == 0:
+        self._blocks = self._stream.learnt_blocks(block_size)
+        self.num_blocks = len(self._blocks)
+        if len(self._stream) < block_size:
             raise DataError(
                 f"the {dataset.type} text is shorter than one block",
                 got=f"{len(self._stream)} tokens to train on",
                 expected=f"at least {block_size}",
                 remedy="use a smaller --block_size, hold out less, or add text",
             )
-        self._permutation = lru_cache(maxsize=2)(partial(keyed_permutation, self._num_blocks, "blocks", *key))
-        self.num_micro_batches = -(-self._num_blocks // batch_size)
+        if not self.num_blocks:
+            remedy = "use a larger --block_size, or --learn=all"
+            raise DataError(f"nothing is learnt in any full block of the {dataset.type} text", remedy=remedy)
+        self._permutation = lru_cache(maxsize=2)(partial(keyed_permutation, self.num_blocks, "blocks", *key))
+        self.num_micro_batches = -(-self.num_blocks // batch_size)
 
     def shapes(self) -> set[tuple[int, int]]:
         """Rows and tokens a row of every micro-batch."""
@@ -117,12 +124,11 @@ class BlockOrder:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
-        rows = []
+        starts = []
         for number in range(index * self._batch_size, (index + 1) * self._batch_size):
-            epoch, within = divmod(number, self._num_blocks)
-            block = int(self._permutation(epoch)[within])
-            rows.append(self._stream.read(block * self._block_size, self._block_size))
-        return collate(self._type, rows)
+            epoch, within = divmod(number, self.num_blocks)
+            starts.append(int(self._blocks[self._permutation(epoch)[within]]) * self._block_size)
+        return _blocks(self._type, self._stream, [(start, self._block_size) for start in starts])
 
 
 class SampleOrder:
@@ -144,8 +150,13 @@ class SampleOrder:
             raise DataError(
                 f"there is no {dataset.type} sample to train on", remedy="hold out less, or add records of this type"
             )
-        self._dataset = dataset
         self._window = block_size if sample_tokens is None else min(sample_tokens, block_size)
+        self._dataset = dataset = dataset.learnable(self._window)
+        if not len(dataset):
+            raise DataError(
+                f"nothing is learnt in the first {self._window} tokens of any {dataset.type} sample",
+                remedy="use a larger --block_size or --seq_len, or --learn=all",
+            )
         windows = np.minimum(dataset.lengths, self._window)
         self._plan = plan_buckets(windows, batch_size, block_size)
         self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
@@ -179,7 +190,8 @@ def validation_batches(
 
     Blocks: the first ``max_tokens`` tokens of the stream in its order, the last block as short as it comes. Samples:
     in the order of the hash of their ids (a random choice that stays) until
-    ``max_tokens`` are reached, each cut to its first ``block_size`` tokens, gathered by length.
+    ``max_tokens`` are reached, each cut to its first ``block_size`` tokens, gathered by length. Blocks and windows in
+    which nothing is learnt are left out.
 
     Args:
         max_tokens: None takes everything.
@@ -191,15 +203,17 @@ def validation_batches(
     if dataset.layout == "blocks":
         stream = TokenStream(dataset)
         end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
-        blocks = [stream.read(start, min(block_size, end - start)) for start in range(0, end, block_size)]
-        blocks = [block for block in blocks if len(block) > 1]  # a single token predicts nothing
-        return [collate(dataset.type, blocks[n : n + batch_size]) for n in range(0, len(blocks), batch_size)]
+        blocks = [(start, min(block_size, end - start)) for start in range(0, end, block_size)]
+        blocks = [(start, count) for start, count in blocks if _is_learnt(stream, start, count)]
+        return [_blocks(dataset.type, stream, blocks[n : n + batch_size]) for n in range(0, len(blocks), batch_size)]
     chosen = np.argsort(dataset.split_hashes, kind="stable")
     if max_tokens is not None:
         chosen = chosen[: np.searchsorted(np.cumsum(dataset.lengths[chosen]), max_tokens) + 1]
+    window = block_size if sample_tokens is None else min(sample_tokens, block_size)
+    if dataset.first_learnt is not None:
+        chosen = chosen[dataset.first_learnt[chosen] < window]
     if not chosen.size:
         return []
-    window = block_size if sample_tokens is None else min(sample_tokens, block_size)
     windows = np.minimum(dataset.lengths[chosen], window)
     chosen = chosen[np.argsort(windows, kind="stable")]
     plan = plan_buckets(windows, batch_size, block_size)
@@ -209,17 +223,39 @@ def validation_batches(
     ]
 
 
-def collate(type: str, rows: Sequence[NDArray[np.integer]], samples: tuple[Sample, ...] = ()) -> MicroBatch:
-    """Rows of token ids, right-padded with 0 to the longest, and their next-token labels."""
+def collate(
+    type: str,
+    rows: Sequence[NDArray[np.integer]],
+    samples: tuple[Sample, ...] = (),
+    learnt: Sequence[NDArray[np.bool_] | None] | None = None,
+) -> MicroBatch:
+    """Rows of token ids, right-padded with 0 to the longest, and their next-token labels.
+
+    Args:
+        learnt: which tokens of each row are learnt, as long as it; None: all.
+    """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     input_ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE_INDEX)
     for number, row in enumerate(rows):
         input_ids[number, : len(row)] = row
-        labels[number, : len(row) - 1] = row[1:]
+        mask = None if learnt is None else learnt[number]
+        labels[number, : len(row) - 1] = row[1:] if mask is None else np.where(mask[1:], row[1:], IGNORE_INDEX)
     return MicroBatch(type, torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(lengths), samples)
 
 
 def _whole_samples(dataset: TokenDataset, indices: NDArray[np.int64], block_size: int) -> MicroBatch:
     samples = tuple(dataset.sample(int(index)) for index in indices)
-    return collate(dataset.type, [sample.input_ids[:block_size] for sample in samples], samples)
+    learnt = [None if sample.learnt is None else sample.learnt[:block_size] for sample in samples]
+    return collate(dataset.type, [sample.input_ids[:block_size] for sample in samples], samples, learnt)
+
+
+def _blocks(type: str, stream: TokenStream, spans: Sequence[tuple[int, int]]) -> MicroBatch:
+    """Runs of a stream, each given by its first token and its length, as rows."""
+    return collate(type, [stream.read(*span) for span in spans], learnt=[stream.read_learnt(*span) for span in spans])
+
+
+def _is_learnt(stream: TokenStream, start: int, count: int) -> bool:
+    """Whether something is learnt in a run of a stream; its first token, which nothing predicts, does not count."""
+    learnt = stream.read_learnt(start, count)
+    return count > 1 and (learnt is None or bool(learnt[1:].any()))

@@ -1,19 +1,20 @@
 """Records out of files, streamed.
 
-record: ``{text, type?, sample_id?}``, anything else in it is ignored; file: by its name ``.jsonl`` or ``.json`` (one
-JSON object a line; plain, ``.gz`` or ``.zst``) or ``.parquet`` (columns of those names); location: ``file:line`` or
-``file:row``, from 1, for messages.
+record: ``{text, type?, sample_id?}``, anything else in it is ignored; body: what a record says, ``text`` or, where
+there is none, ``messages`` (each ``{role, content}``) or ``prompt`` and ``completion``; records of any form may be
+mixed; file: by its name ``.jsonl`` or ``.json`` (one JSON object a line; plain, ``.gz`` or ``.zst``) or ``.parquet``
+(columns of those names); location: ``file:line`` or ``file:row``, from 1, for messages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from liquid_llm import storage
-from liquid_llm.data.types import TextRecord
+from liquid_llm.data.types import TextRecord, whole_text
 from liquid_llm.errors import DataError, first_line
 from liquid_llm.storage.streams import CHUNK_BYTES, DamageError, lines, unpack
 
@@ -21,13 +22,86 @@ MAX_LINE_BYTES = 256 * 2**20  # a record is one text: what is longer is no recor
 _PARQUET_ROWS = 64  # taken out at once: rows may be whole books
 _FORMATS = ".jsonl, .json, .jsonl.gz, .json.gz, .jsonl.zst, .json.zst or .parquet"
 _PACKINGS = {"": None, ".gz": "gz", ".zst": "zst"}
-_COLUMNS = ("text", "type", "sample_id")
+FORMS = (("text",), ("messages",), ("prompt", "completion"))  # of a body; the first that a record has counts
+_NAMES = ("type", "sample_id")
 _LINES_PER_FILE = 1 << 40
 
 
-def stable_sample_id(type: str, text: str) -> str:
-    """Name of a record that has none: 32 hex digits of a hash of type and text, the same everywhere."""
-    return hashlib.blake2b(f"{type}\0{text}".encode(), digest_size=16).hexdigest()
+class Body(NamedTuple):
+    """What a record says; see ``TextRecord`` for the names."""
+
+    text: str
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def whole(self) -> str:
+        """All of it as one string."""
+        return whole_text(*self)
+
+    def as_record(self, type: str, sample_id: str) -> dict[str, Any]:
+        """The record as an object of JSON, the body first."""
+        names = {"type": type, "sample_id": sample_id}
+        if self.messages is not None:
+            return {"messages": list(self.messages), **names}
+        if self.prompt is not None:
+            return {"prompt": self.prompt, "completion": self.text, **names}
+        return {"text": self.text, **names}
+
+
+class BodyError(ValueError):
+    """A record without a usable body; ``got`` is what is there instead."""
+
+    def __init__(self, problem: str, got: str | None = None) -> None:
+        super().__init__(problem)
+        self.got = got
+
+
+def stable_sample_id(type: str, whole: str) -> str:
+    """Name of a record that has none: 32 hex digits of a hash of type and all it says, the same everywhere.
+
+    A prompt with its completion has the name of the text that they make together: a data set that is cut in two keeps
+    its names, its stored signal and its sides of the validation split.
+    """
+    return hashlib.blake2b(f"{type}\0{whole}".encode(), digest_size=16).hexdigest()
+
+
+def read_body(value: Mapping[str, Any]) -> Body:
+    """The body of a record, whatever its form; a text comes before all else, as it always did.
+
+    Raises:
+        BodyError: it has none, or one that is no text.
+    """
+    form = next((names for names in FORMS if any(value.get(name) is not None for name in names)), FORMS[0])
+    if form == ("messages",):
+        return Body("", None, _read_messages(value["messages"]))
+    if form == ("prompt", "completion"):
+        prompt = value.get("prompt")
+        if not isinstance(prompt, str):
+            raise BodyError("prompt is not a string", _shown(prompt))
+        return Body(_filled(value, "completion"), prompt)
+    return Body(_filled(value, "text"))
+
+
+def _filled(value: Mapping[str, Any], name: str) -> str:
+    text = value.get(name)
+    if not isinstance(text, str) or not text:
+        raise BodyError(f"{name} is not a non-empty string", _shown(text))
+    return text
+
+
+def _read_messages(value: object) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list) or not value:
+        raise BodyError("messages is not a list of messages", _shown(value))
+    for number, one in enumerate(value, start=1):
+        if not isinstance(one, dict) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
+            raise BodyError(f"message {number} is not an object with the strings role and content", _shown(one))
+    # a parquet file gives each message the keys of all others, empty
+    return tuple({name: part for name, part in one.items() if part is not None} for one in value)
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else "an empty string" if value == "" else first_line(repr(value))
 
 
 def check_name(sample_id: object) -> str | None:
@@ -59,9 +133,9 @@ class RecordFile:
         bytes_read: bytes of the file consumed so far, for progress.
 
     Raises:
-        DataError: while iterating, with the location: a line that is no JSON object or far too long; a text that is
-            missing, empty or not a string; a type that contradicts the manifest; a truncated or unreadable file; no
-            record at all; an unknown file name ending.
+        DataError: while iterating, with the location: a line that is no JSON object or far too long; a text (or
+            completion) that is missing, empty or not a string; messages that are none; a type that contradicts the
+            manifest; a truncated or unreadable file; no record at all; an unknown file name ending.
         StorageError: the file cannot be read.
     """
 
@@ -102,9 +176,15 @@ class RecordFile:
         raise DataError("unknown kind of file", where=self.uri, expected=f"a name ending in {_FORMATS}")
 
     def _choose(self, columns: list[str]) -> list[str]:
-        if "text" not in columns:
-            raise DataError("no column named text", where=self.uri, got=f"columns {', '.join(columns)}")
-        return [name for name in columns if name in _COLUMNS]
+        bodies = {name for form in FORMS if set(form) <= set(columns) for name in form}
+        if not bodies:
+            raise DataError(
+                "no column named text",
+                where=self.uri,
+                got=f"columns {', '.join(columns)}",
+                expected="text, messages, or prompt and completion",
+            )
+        return [name for name in columns if name in bodies or name in _NAMES]
 
     def _parse(self, line: bytes | None, number: int) -> Any:
         if line is None:
@@ -119,10 +199,11 @@ class RecordFile:
         where = self.location(number)
         if not isinstance(value, dict):
             raise DataError("not a JSON object", where=where, got=first_line(value))
-        text, stated, name = (value.get(key) for key in _COLUMNS)
-        if not isinstance(text, str) or not text:
-            got = "none" if text is None else "an empty string" if text == "" else first_line(repr(text))
-            raise DataError("text is not a non-empty string", where=where, got=got)
+        stated, name = (value.get(key) for key in _NAMES)
+        try:
+            body = read_body(value)
+        except BodyError as error:
+            raise DataError(str(error), where=where, got=error.got) from error
         if stated is not None and stated != self.type:
             raise DataError(
                 "the record's type contradicts the manifest",
@@ -132,14 +213,14 @@ class RecordFile:
                 remedy="list this file under its own type, or correct the record",
             )
         try:
-            sample_id = check_name(name) or stable_sample_id(self.type, text)
-            (text + sample_id).encode()
+            sample_id = check_name(name) or stable_sample_id(self.type, body.whole)
+            (body.whole + sample_id).encode()
         except UnicodeEncodeError as error:
             got = ascii(error.object[error.start])
             raise DataError("half of a surrogate pair, which is not text", where=where, got=got) from error
         except ValueError as error:
             raise DataError(str(error), where=where, got=first_line(repr(name))) from error
-        return TextRecord(text, self.type, sample_id)
+        return TextRecord(body.text, self.type, sample_id, body.prompt, body.messages)
 
 
 def parquet_rows(stream: Any, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[dict[str, Any], float]]:

@@ -6,6 +6,8 @@ column: one file with one number a sample; location number: where a record came 
     starts      where each sample begins in tokens          lengths     its tokens
     ids         all sample ids, UTF-8, without separators   id_starts, id_lengths  where each lies
     fates       64-bit hash of each sample id, by which samples are held out
+    learnt      which tokens are learnt, a byte each (0 or 1), and
+    first_learnt  the first learnt token after a sample's first; these two only where some token is not
     meta.json   see DatasetMeta
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -29,7 +31,10 @@ from liquid_llm.sources import default_layout
 FORMAT_VERSION = 1
 META = "meta.json"
 COLUMNS = {"starts": "<i8", "lengths": "<i8", "id_starts": "<i8", "id_lengths": "<i8", "fates": "<u8"}
+LEARNT, FIRST_LEARNT = "learnt", "first_learnt"
+TEXT, PROMPT, MESSAGES = "text", "prompt", "messages"
 _LOCATIONS = "locations"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,11 @@ class DatasetMeta:
         num_repeated: records left out for repeating another's sample id and text.
         sizes: bytes of each file; a dataset whose files differ is not used.
         framing: version of how the texts became tokens (``liquid_llm.versions``).
+        forms: of the records: ``text``, ``prompt`` (and completion), ``messages``.
+        num_unlearnt: records left out because nothing of them is learnt.
 
-    The first framing and the layout that a type has by itself are not written down: a description without them stays
-    byte for byte what it always was.
+    What is as it always was (the first framing, the layout that a type has by itself, texts alone) is not written down:
+    a description of such data stays byte for byte what it always was.
     """
 
     format_version: int
@@ -57,13 +64,17 @@ class DatasetMeta:
     sizes: dict[str, int]
     framing: int = 1
     layout: str = ""
+    forms: Sequence[str] = (TEXT,)
+    num_unlearnt: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.layout or default_layout(self.type))
+        object.__setattr__(self, "forms", tuple(self.forms))
 
     def plain(self) -> dict[str, Any]:
         """What ``meta.json`` holds."""
-        usual = (("framing", 1), ("layout", default_layout(self.type)))
+        layout = default_layout(self.type)
+        usual = (("framing", 1), ("layout", layout), ("forms", (TEXT,)), ("num_unlearnt", 0))
         return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 
 
@@ -116,21 +127,40 @@ class TokenWriter:
         self._files: dict[str, BinaryIO] = {}
         self._open = ExitStack()  # closes them all, even when one cannot be flushed
         self._id_bytes = 0
-        self._num_short = 0
+        self._num_short = self._num_unlearnt = 0
+        self._masked = False  # some token is not learnt
+        self._forms: set[str] = set()
         self.num_tokens = 0
 
     def __enter__(self) -> TokenWriter:
-        for name in ("tokens", "ids", _LOCATIONS, *COLUMNS):
+        for name in ("tokens", "ids", _LOCATIONS, FIRST_LEARNT, *COLUMNS):
             self._files[name] = self._open.enter_context((self._directory / name).open("xb"))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def add(self, sample_ids: Sequence[str], token_ids: Sequence[Sequence[int]], locations: Sequence[int]) -> None:
-        """Append samples, leaving out those too short to learn from."""
-        kept = [row for row, tokens in enumerate(token_ids) if len(tokens) >= 2]
-        self._num_short += len(token_ids) - len(kept)
+    def add(
+        self,
+        sample_ids: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+        locations: Sequence[int],
+        learnt: Sequence[Sequence[bool] | None] | None = None,
+        forms: Iterable[str] = (TEXT,),
+    ) -> None:
+        """Append samples, leaving out those too short to learn from, or of which nothing is learnt.
+
+        Args:
+            learnt: which tokens of each are learnt; None: all.
+            forms: of the records behind them.
+        """
+        masks: Sequence[Sequence[bool] | None] = [None] * len(token_ids) if learnt is None else learnt
+        long = [row for row, tokens in enumerate(token_ids) if len(tokens) >= 2]
+        kept = [row for row in long if (mask := masks[row]) is None or any(mask[1:])]
+        self._num_short += len(token_ids) - len(long)
+        self._num_unlearnt += len(long) - len(kept)
+        self._forms.update(forms)
+        self._write_learnt([masks[row] for row in kept], [len(token_ids[row]) for row in kept])
         lengths = np.array([len(token_ids[row]) for row in kept], dtype=np.int64)
         ids = [sample_ids[row].encode() for row in kept]
         id_lengths = np.array([len(name) for name in ids], dtype=np.int64)
@@ -146,6 +176,19 @@ class TokenWriter:
         self.num_tokens += int(lengths.sum())
         self._id_bytes += int(id_lengths.sum())
 
+    def _write_learnt(self, masks: Sequence[Sequence[bool] | None], lengths: Sequence[int]) -> None:
+        """The masks of samples to come next; no file is begun before some token is not learnt."""
+        first = [1 if mask is None else 1 + list(mask[1:]).index(True) for mask in masks]
+        self._write(FIRST_LEARNT, np.array(first, dtype=np.int64))
+        if not self._masked and any(mask is not None and not all(mask) for mask in masks):
+            self._masked = True
+            self._files[LEARNT] = self._open.enter_context((self._directory / LEARNT).open("xb"))
+            for start in range(0, self.num_tokens, _BLOCK_BYTES):
+                self._files[LEARNT].write(b"\1" * min(_BLOCK_BYTES, self.num_tokens - start))
+        if self._masked:
+            whole = (b"\1" * n if mask is None else bytes(mask) for mask, n in zip(masks, lengths, strict=True))
+            self._files[LEARNT].write(b"".join(whole))
+
     def finish(self) -> DatasetMeta:
         """Close the files, leave out repeated samples and write the description.
 
@@ -154,15 +197,16 @@ class TokenWriter:
         """
         self._open.close()
         if not self.num_tokens:
-            raise DataError(
-                "no record has two tokens or more", where=self._location(0), remedy="give records with text"
-            )
+            raise self._nothing()
         repeated = self._repeated()
+        columns = (*COLUMNS, FIRST_LEARNT)
         if repeated.any():
-            for name in COLUMNS:
+            for name in columns:
                 (self._directory / name).write_bytes(self._read(name)[~repeated].tobytes())
         (self._directory / _LOCATIONS).unlink()
-        names = ("tokens", "ids", *COLUMNS)
+        if not self._masked:
+            (self._directory / FIRST_LEARNT).unlink()
+        names = ("tokens", "ids", *((*columns, LEARNT) if self._masked else COLUMNS))
         meta = DatasetMeta(
             FORMAT_VERSION,
             self._type,
@@ -172,6 +216,8 @@ class TokenWriter:
             {name: (self._directory / name).stat().st_size for name in names},
             self._framing,
             self.layout,
+            sorted(self._forms),
+            self._num_unlearnt,
         )
         (self._directory / META).write_text(json.dumps(meta.plain(), indent=1))
         return meta
@@ -181,7 +227,14 @@ class TokenWriter:
         self._files[name].write(values.astype(COLUMNS.get(name, values.dtype), copy=False).tobytes())
 
     def _read(self, name: str, dtype: str | None = None) -> NDArray[Any]:
-        return np.fromfile(self._directory / name, dtype or COLUMNS[name])
+        return np.fromfile(self._directory / name, dtype or COLUMNS.get(name, "<i8"))
+
+    def _nothing(self) -> DataError:
+        where = self._location(0)
+        if self._num_unlearnt:
+            remedy = "give records with a completion or an assistant's turn, or --learn=all"
+            return DataError("nothing is learnt from any record", where=where, remedy=remedy)
+        return DataError("no record has two tokens or more", where=where, remedy="give records with text")
 
     def _repeated(self) -> NDArray[np.bool_]:
         """[samples] whether a sample repeats an earlier one; sorting hashes spares a table of all ids in memory."""
@@ -211,12 +264,15 @@ class TokenWriter:
         starts, lengths, locations = (
             np.memmap(self._directory / column, "<i8", "r") for column in ("starts", "lengths", _LOCATIONS)
         )
-        tokens = np.memmap(self._directory / "tokens", self._token_dtype, "r")
-        one, other = (tokens[starts[row] : starts[row] + lengths[row]] for row in (first, second))
-        if not np.array_equal(one, other):
-            raise DataError(
-                f"sample_id {name.decode()!r} names two different texts",
-                where=self._location(int(locations[second])),
-                got=f"another text at {self._location(int(locations[first]))}",
-                remedy="give each record its own sample_id, or none",
-            )
+        columns = [("text", "tokens", self._token_dtype)]
+        columns += [("text, of which something else is learnt,", LEARNT, "u1")] if self._masked else []
+        for what, column, dtype in columns:
+            values = np.memmap(self._directory / column, dtype, "r")
+            one, other = (values[starts[row] : starts[row] + lengths[row]] for row in (first, second))
+            if not np.array_equal(one, other):
+                raise DataError(
+                    f"sample_id {name.decode()!r} names two different texts",
+                    where=self._location(int(locations[second])),
+                    got=f"another {what} at {self._location(int(locations[first]))}",
+                    remedy="give each record its own sample_id, or none",
+                )

@@ -4,7 +4,8 @@ dataset: the samples of one source, in the order of their records; split: a view
 sample falls is decided by a hash of its id alone, so that neither other records nor their order matter.
 
 Samples are stored whole; windows and blocks are cut by readers. In the layout ``samples`` each has its framing around
-it (``framing``); in ``blocks`` they are stored without, and framed where they are joined (``blocks.py``).
+it (``framing``); in ``blocks`` they are stored without, and framed where they are joined (``blocks.py``). What is
+learnt of a sample goes with its tokens (``learning.py``). A conversation has what its chat template puts around it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm import storage
+from liquid_llm.data.learning import USUAL, Encoded, Encoder, Learning, LearningError
 from liquid_llm.data.records import RecordFiles
-from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta, TokenWriter, read_meta, split_hash
+from liquid_llm.data.token_writer import (
+    COLUMNS,
+    FIRST_LEARNT,
+    FORMAT_VERSION,
+    LEARNT,
+    MESSAGES,
+    PROMPT,
+    TEXT,
+    DatasetMeta,
+    TokenWriter,
+    read_meta,
+    split_hash,
+)
 from liquid_llm.data.types import Sample, TextRecord
+from liquid_llm.errors import DataError
 from liquid_llm.framing import Framing
 from liquid_llm.sources import default_layout
 from liquid_llm.storage import translate_errors
@@ -45,6 +60,8 @@ class TokenDataset:
         starts: [samples] int64, where each begins in ``tokens``.
         lengths: [samples] int64, tokens of each, framing included where it is stored.
         split_hashes: [samples] uint64, what decides a sample's split.
+        learnt: [all tokens] uint8, 1 where a token is learnt, of the same runs; None where all are.
+        first_learnt: [samples] int64, the first learnt token that another precedes; None where all are learnt.
     """
 
     def __init__(self, directory: Path, meta: DatasetMeta, framing: Framing) -> None:
@@ -58,6 +75,9 @@ class TokenDataset:
             column(name, dtype) for name, dtype in COLUMNS.items()
         )
         self._ids = column("ids", "u1")
+        masked = LEARNT in meta.sizes
+        self.learnt = column(LEARNT, "u1") if masked else None
+        self.first_learnt = column(FIRST_LEARNT, "<i8") if masked else None
 
     @property
     def type(self) -> str:
@@ -84,12 +104,24 @@ class TokenDataset:
         return self.tokens[start : start + (length if limit is None else min(limit, length))].astype(np.int32)
 
     def sample(self, index: int) -> Sample:
-        return Sample(self.sample_id(index), self.type, self.input_ids(index))
+        learnt = None
+        if self.learnt is not None:
+            start = int(self.starts[index])
+            learnt = self.learnt[start : start + int(self.lengths[index])].astype(bool)
+        return Sample(self.sample_id(index), self.type, self.input_ids(index), learnt)
+
+    def learnable(self, window: int) -> TokenDataset:
+        """The samples of which something is learnt in their first ``window`` tokens; itself where that is all."""
+        if self.first_learnt is None or (within := self.first_learnt < window).all():
+            return self
+        return self.subset(np.flatnonzero(within))
 
     def subset(self, indices: NDArray[np.int64]) -> TokenDataset:
         """The samples at ``indices``, in that order, as a dataset that shares the memory map."""
         view = object.__new__(TokenDataset)
         view.meta, view.framing, view.tokens, view._ids = self.meta, self.framing, self.tokens, self._ids
+        view.learnt = self.learnt
+        view.first_learnt = None if self.first_learnt is None else self.first_learnt[indices]
         for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
             setattr(view, name, getattr(self, name)[indices])
         return view
@@ -162,11 +194,13 @@ def tokenize(
     framing: Framing,
     layout: str | None = None,
     progress: TellProgress | None = None,
+    learning: Learning = USUAL,
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
-    The cache is keyed by the source's identity, the tokenizer, the format, the layout and the framing. Of several
-    processes that want the same samples one does the work and the others wait. A dataset appears whole or not at all.
+    The cache is keyed by the source's identity, the tokenizer, the format, the layout and the framing; where not all
+    records are texts, by what is learnt of the others too. Of several processes that want the same samples one does the
+    work and the others wait. A dataset appears whole or not at all.
 
     Args:
         tokenizer_hash: names the tokenizer; equal hashes tokenise alike.
@@ -174,9 +208,11 @@ def tokenize(
         framing: put around each text in the layout ``samples``, and by who joins them in ``blocks``.
         layout: ``blocks`` or ``samples``; None: as the type has it by itself.
         progress: told after each chunk.
+        learning: what is learnt of records with a prompt or messages.
 
     Raises:
-        DataError: a malformed record or file; two texts under one sample id; no usable record.
+        DataError: a malformed record or file; two texts under one sample id; no usable record; a conversation that no
+            chat template writes out.
         StorageError: a file cannot be read, or the cache cannot be written.
     """
     layout = layout or default_layout(source.type)
@@ -184,43 +220,107 @@ def tokenize(
     if framing.begin_id is not None:  # a cache of the first framing keeps its name
         key += [framing.version, framing.begin_id]
     key += [layout] * (layout != default_layout(source.type))
-    name = f"{source.type}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()}"
-    directory = Path(cache_dir) / name
-    if (meta := read_meta(directory, framing.version)) is not None:
-        return TokenDataset(directory, meta, framing)
+    # Texts alone are the same whatever is learnt of other records: they have one name, that of earlier releases.
+    texts, mixed = (Path(cache_dir) / _name(source.type, one) for one in (key, [*key, *learning.key]))
+
+    def find() -> TokenDataset | None:
+        found = ((directory, read_meta(directory, framing.version)) for directory in (texts, mixed))
+        return next((TokenDataset(directory, meta, framing) for directory, meta in found if meta is not None), None)
+
+    if (dataset := find()) is not None:
+        return dataset
     with translate_errors(cache_dir, writing=True):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         waiting = "waiting for process %s, which tokenises the same files"
-        with storage.locked(directory.parent / f".{name}.lock", on_wait=lambda holder: _log.info(waiting, holder)):
-            if (meta := read_meta(directory, framing.version)) is None:
-                with storage.publish_folder(directory, alone=True) as fresh:
+        with storage.locked(texts.with_name(f".{texts.name}.lock"), on_wait=lambda holder: _log.info(waiting, holder)):
+            if (dataset := find()) is None:
+                with storage.publish_folder(mixed, alone=True) as fresh:
                     highest = max(framing.end_id, *tokenizer.get_vocab().values())
                     options = ("<u2" if highest < 2**16 else "<u4", source.location, framing.version, layout)
                     with TokenWriter(fresh, source.type, *options) as writer:
-                        _write(writer, source, tokenizer, framing, progress)
+                        _write(writer, source, Encoder(tokenizer, learning), framing, progress)
                         meta = writer.finish()
-                left_out = "%s: left out %d records under two tokens and %d that repeat another"
-                if meta.num_short or meta.num_repeated:
-                    _log.info(left_out, source.type, meta.num_short, meta.num_repeated)
-    return TokenDataset(directory, meta, framing)
+                _say_left_out(source.type, meta)
+                directory = mixed
+                if tuple(meta.forms) == (TEXT,):
+                    directory = texts
+                    with storage.publish_folder(texts, alone=True) as fresh:
+                        for path in mixed.iterdir():
+                            path.rename(fresh / path.name)
+                    mixed.rmdir()
+                dataset = TokenDataset(directory, meta, framing)
+    return dataset
+
+
+def _name(type: str, key: Sequence[object]) -> str:
+    return f"{type}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()}"
+
+
+def _say_left_out(type: str, meta: DatasetMeta) -> None:
+    if meta.num_short or meta.num_repeated:
+        said = "%s: left out %d records under two tokens and %d that repeat another"
+        _log.info(said, type, meta.num_short, meta.num_repeated)
+    if meta.num_unlearnt:
+        _log.info("%s: left out %d records of which nothing is learnt", type, meta.num_unlearnt)
 
 
 def _write(
     writer: TokenWriter,
     source: RecordSource,
-    tokenizer: BatchTokenizer,
+    encoder: Encoder,
     framing: Framing,
     progress: TellProgress | None,
 ) -> None:
     for numbered in _chunks(source):
-        # verbose=False: a text longer than the model is no mistake here, windows are cut later
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        rows: list[list[int]] = tokenizer([record.text for _, record in numbered], **options)["input_ids"]
-        rows = [framing.wrap(ids) if writer.layout == "samples" else framing.unwrap(ids) for ids in rows]
+        rows: list[list[int]] = []
+        learnt: list[list[bool] | None] = []
+        for (_, record), encoded in zip(numbered, _encode(numbered, source, encoder), strict=True):
+            bare = record.messages is not None and writer.layout == "samples"
+            ids, mask = encoded if bare else _frame(framing, writer.layout, *encoded)
+            rows.append(ids)
+            learnt.append(mask)
         before = writer.num_tokens
-        writer.add([record.sample_id for _, record in numbered], rows, [number for number, _ in numbered])
+        ids_of, numbers = [record.sample_id for _, record in numbered], [number for number, _ in numbered]
+        writer.add(ids_of, rows, numbers, learnt, {_form(record) for _, record in numbered})
         if progress is not None:
             progress(source.fraction_read, writer.num_tokens - before)
+
+
+def _frame(
+    framing: Framing, layout: str, ids: list[int], learnt: list[bool] | None
+) -> tuple[list[int], list[bool] | None]:
+    """A text's tokens as its layout keeps them. The end of one is learnt where its last token is, a begin is not."""
+    framed = framing.wrap(ids) if layout == "samples" else framing.unwrap(ids)
+    if learnt is None or not framed:
+        return framed, learnt and []
+    start = framing.begin_id is not None and ids[0] == framing.begin_id
+    inner = learnt[start : start + len(framing.unwrap(ids))]
+    before = framing.begin_id is not None and layout == "samples"
+    return framed, [False] * before + inner + inner[-1:] * (len(framed) - before - len(inner))
+
+
+def _encode(numbered: Sequence[tuple[int, TextRecord]], source: RecordSource, encoder: Encoder) -> list[Encoded]:
+    """The tokens of some records. Raises DataError with the place of one whose learnt tokens cannot be told."""
+
+    def refuse(number: int, error: LearningError) -> DataError:
+        return DataError(str(error), where=source.location(number), remedy=error.remedy)
+
+    pieces = []
+    for number, record in numbered:
+        try:
+            pieces.append(encoder.pieces(record))
+        except LearningError as error:
+            raise refuse(number, error) from error
+    encoded = []
+    for (number, _), found in zip(numbered, encoder.encode(pieces), strict=True):
+        if isinstance(found, LearningError):
+            raise refuse(number, found)
+        encoded.append(found)
+    return encoded
+
+
+def _form(record: TextRecord) -> str:
+    return MESSAGES if record.messages is not None else TEXT if record.prompt is None else PROMPT
 
 
 def _chunks(records: Iterable[tuple[int, TextRecord]]) -> Iterator[list[tuple[int, TextRecord]]]:
@@ -229,7 +329,7 @@ def _chunks(records: Iterable[tuple[int, TextRecord]]) -> Iterator[list[tuple[in
     characters = 0
     for number, record in records:
         chunk.append((number, record))
-        characters += len(record.text)
+        characters += len(record.whole)
         if len(chunk) == _CHUNK_RECORDS or characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

@@ -1,11 +1,14 @@
 """The words of the data side.
 
-record: one JSON object ``{text, type?, sample_id?}``; sample: its tokenised form; type: the name of a kind of text, any
-that a manifest gives: it decides teacher, layout and objective.
+record: one JSON object ``{text, type?, sample_id?}``, or with ``prompt`` and ``completion`` or ``messages`` in place of
+the text; sample: its tokenised form; type: the name of a kind of text, any that a manifest gives: it decides teacher,
+layout and objective; learnt: said of the tokens that a student is to predict.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -39,20 +42,54 @@ class ManifestEntry:
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """One text with its type and name. ``sample_id`` is always set: given, or a stable hash of type and text."""
+    """One text with its type and name.
+
+    Attributes:
+        text: the text; where there is a prompt, its completion; "" where there are messages.
+        type: of the text.
+        sample_id: always set: given, or a stable hash of type and ``whole``.
+        prompt: what the text answers, or None.
+        messages: a conversation in place of a text, each ``{"role", "content", ...}``, or None.
+    """
 
     text: str
     type: str
     sample_id: str
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def whole(self) -> str:
+        """All of it as one string, by which it is named and compared."""
+        return whole_text(self.text, self.prompt, self.messages)
+
+
+def whole_text(text: str, prompt: str | None, messages: tuple[Mapping[str, Any], ...] | None) -> str:
+    """What a record says, whatever its form: a prompt and its completion are the text that they make together."""
+    if messages is not None:
+        return json.dumps(messages, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return (prompt or "") + text
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A tokenised record. ``input_ids`` [n] int32 is the whole text, never truncated: windows are taken by readers."""
+    """A tokenised record.
+
+    Attributes:
+        sample_id, type: its record's.
+        input_ids: [n] int32, the whole text, never truncated: windows are taken by readers.
+        learnt: [n] bool, the tokens that are learnt; None where all are.
+    """
 
     sample_id: str
     type: str
     input_ids: np.ndarray
+    learnt: np.ndarray | None = None
+
+    def learnt_positions(self, window: int) -> NDArray[np.bool_]:
+        """Which next-token positions of the first ``window`` tokens are learnt: [min(window, n) - 1] bool."""
+        rows = max(min(window, len(self.input_ids)) - 1, 0)
+        return np.ones(rows, dtype=bool) if self.learnt is None else self.learnt[1 : rows + 1].astype(bool)
 
 
 @dataclass(frozen=True)
@@ -67,7 +104,7 @@ class MicroBatch:
         type: of its texts.
         input_ids: [batch, time] int64, padded with 0.
         labels: [batch, time] int64, **already shifted**: ``labels[b, t]`` is the token after ``input_ids[b, t]``;
-            ``IGNORE_INDEX`` at each row's last real token and at padding.
+            ``IGNORE_INDEX`` at each row's last real token, at padding and where that token is not learnt.
         lengths: [batch] int64, real tokens in each row; always on the CPU.
         samples: the untruncated samples behind the rows, in row order, where whole samples make them; empty for blocks.
         positions: [labelled] int64, places of the labelled positions in the flattened [batch * time] grid, row-major.
@@ -127,13 +164,19 @@ class MicroBatch:
 
     @property
     def num_positions(self) -> int:
-        """Labelled positions: a row of n tokens has n - 1."""
+        """Labelled positions: a row of n tokens, all of them learnt, has n - 1."""
         return self.positions.shape[0]
 
     @property
     def num_tokens(self) -> int:
         """Real (not padded) tokens."""
         return int(self.lengths.sum())
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens that are learnt. In a row that is learnt from end to end all count, the first one too."""
+        whole = self.row_positions == self.lengths - 1
+        return int(torch.where(whole, self.lengths, self.row_positions).sum())
 
     @property
     def padded_tokens(self) -> int:

@@ -87,7 +87,8 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
             storage.check_writable(source.store)
     token = read_token(config.teacher)
     own = Speaker(f"teacher {teacher_id}", load_tokenizer(teacher_id, token=token))
-    text = TextTools.of(own.tokenizer, choose_framings(config.data.begin_token, config.source, {}, own))
+    chosen = choose_framings(config.data.begin_token, config.source, {}, own)
+    text = TextTools.of(own.tokenizer, chosen).learn(config.data, token)
     if int(codec.options.get("k", 0)) > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)

@@ -166,7 +166,8 @@ def _verify(
     assert teacher_id is not None
     token = read_token(config.teacher)
     tokenizer = load_tokenizer(teacher_id, token=token)
-    text = TextTools.of(tokenizer, Framings(stored_framing(store.identity, tokenizer)))
+    framings = Framings(stored_framing(store.identity, tokenizer))
+    text = TextTools.of(tokenizer, framings).learn(config.data, token)
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
     entries = find_run_data(config.data, partial(_may_hold, store)).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:

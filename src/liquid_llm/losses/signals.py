@@ -142,6 +142,11 @@ class _SignalRows:
         rows: dict[str, Any] = {name: getattr(self, name)[positions] for name in self._names}
         return self._changed(rows | dict.fromkeys(self._COUNTS))
 
+    def take(self: _Rows, rows: Tensor) -> _Rows:
+        """The rows whose numbers are given, [n] int64, in that order; on the CPU, as ``part``."""
+        taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in self._TENSORS}
+        return self._changed(taken | dict.fromkeys(self._COUNTS))
+
     def pinned(self: _Rows) -> _Rows:
         """The same in memory from which a copy to a device runs beside the computation; to be done ahead of need.
 

@@ -213,7 +213,7 @@ class _Preparation:
     def _take_over(self, earlier: InputResult, *, ids_needed: bool) -> None:
         for shard in earlier.shards if ids_needed else ():
             for record in read_records(storage.join(self.dataset.out, shard.name), self.dataset.type):
-                self.seen.add(record.sample_id, record.text)
+                self.seen.add(record.sample_id, record.whole)
         self.rejects = (self.rejects + earlier.rejects)[:MAX_REJECTS]
 
     def _convert(self, number: int, info: FileInfo) -> InputResult:
@@ -252,7 +252,7 @@ class _Preparation:
         if outcome == "repeated":
             counts.repeated += 1
             return None
-        writer.write(text, sample_id)
+        writer.write(document.body, sample_id)
         counts.records += 1
         counts.characters += len(text)
         if counts.records % 1000 == 0:

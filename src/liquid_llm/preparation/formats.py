@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from xml.etree import ElementTree
 
 from liquid_llm import storage
-from liquid_llm.data.records import check_name, parquet_rows
+from liquid_llm.data.records import Body, check_name, parquet_rows
 from liquid_llm.data.texts import text_documents, wikitext_articles
 from liquid_llm.errors import DataError
 from liquid_llm.formatting import format_bytes
@@ -44,11 +44,16 @@ _UNKNOWN_OBJECTS = 1000  # objects without a known key after which a file is giv
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it was found; ``sample_id`` where its record has one."""
+    """What was found and where; ``sample_id`` where its record has one."""
 
-    text: str
+    body: Body
     location: str
     sample_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All that it says."""
+        return self.body.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +175,7 @@ class _Input:
         found = (wikitext_articles if is_wikitext else text_documents)(map(_decode, _number_lines(chunks)))
         for number, text in found:
             location = f"{self.where}:{number + 1}"
-            yield Reject(location, "not UTF-8 or far too long") if text is None else Document(text, location)
+            yield Reject(location, "not UTF-8 or far too long") if text is None else Document(Body(text), location)
 
     def _lines(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any] | Reject]:
         for number, line in _number_lines(chunks):
@@ -247,10 +252,10 @@ class _Input:
     def _from_object(self, location: str, value: Mapping[str, Any], layout: Layout) -> Finding:
         stated, name = value.get("type"), value.get("sample_id")
         try:
-            text = layout.text(value)
+            body = layout.body(value)
             if stated in FIRST_TYPES and stated != self.reading.type:  # any other is the data's own word
                 raise UnusableError(f"its type is {stated}, the dataset's is {self.reading.type}")
-            return Document(text, location, check_name(name))
+            return Document(body, location, check_name(name))
         except ValueError as error:
             return Reject(location, str(error), shorten(json.dumps(value, ensure_ascii=False, default=str)))
 

@@ -1,10 +1,11 @@
 """Where the text lies in an object, and how maths and code are written out.
 
-layout: how objects with certain keys become one text; format: what a catalog may state: a layout, and how the files are
-cut that it comes in.
+layout: how objects with certain keys become a text, a prompt with its completion, or a conversation; format: what a
+catalog may state: a layout, and how the files are cut that it comes in.
 
 A word problem becomes ``Question: …`` and ``Answer: …`` on two lines, then ``#### RESULT``; arithmetic is written as a
-calculator trace, ``12*7=<<12*7=84>>84``, as GSM8K has it, so that one student sees one notation.
+calculator trace, ``12*7=<<12*7=84>>84``, as GSM8K has it, so that one student sees one notation. The prompt ends with
+``Answer:``, and that of HumanEval where the solution begins; put together they are the text that they always were.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from liquid_llm.data.records import Body, read_body
 
 _ARITHMETIC = re.compile(r"[\d+\-*/().%]+")
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(?:/\d+)?")
@@ -31,17 +34,17 @@ class Layout:
     Attributes:
         keys: an object with all of these has this layout.
         more_keys: others it reads where they are there.
-        text: object -> text, raising ``UnusableError``.
+        body: object -> what it says, raising ``UnusableError`` or ``BodyError``.
     """
 
     keys: tuple[str, ...]
-    text: Callable[[Mapping[str, Any]], str]
+    body: Callable[[Mapping[str, Any]], Body]
     more_keys: tuple[str, ...] = ()
 
 
 def field_layout(key: str) -> Layout:
     """The text is what lies under ``key``, untouched."""
-    return Layout((key,), lambda value: _string(value, key))
+    return Layout((key,), lambda value: Body(_string(value, key)))
 
 
 def find_layout(keys: Collection[str]) -> Layout | None:
@@ -65,13 +68,20 @@ def _plain(value: Mapping[str, Any], key: str) -> str:
     return _POINT_ZERO.sub(r"\1", _string(value, key).strip())
 
 
-def _problem(question: str, answer: str) -> str:
+def _problem(question: str, answer: str) -> Body:
     if not question.strip() or not answer.strip():
         raise UnusableError("question or answer is empty")
-    return f"Question: {question.strip()}\nAnswer: {answer.strip()}"
+    return Body(f" {answer.strip()}", f"Question: {question.strip()}\nAnswer:")
 
 
-def _svamp(value: Mapping[str, Any]) -> str:
+def _humaneval(value: Mapping[str, Any]) -> Body:
+    prompt, solution = _string(value, "prompt"), _string(value, "canonical_solution")
+    if not solution.strip():
+        raise UnusableError("the solution is empty")
+    return Body(solution, prompt)
+
+
+def _svamp(value: Mapping[str, Any]) -> Body:
     result = _plain(value, "Answer")
     equation = _plain(value, "Equation").replace(" ", "")
     if _OUTER_BRACKETS.fullmatch(equation):
@@ -79,7 +89,7 @@ def _svamp(value: Mapping[str, Any]) -> str:
     return _problem(f"{_plain(value, 'Body')} {_plain(value, 'Question')}", _write_out(f"{equation}={result}", result))
 
 
-def _asdiv(value: Mapping[str, Any]) -> str:
+def _asdiv(value: Mapping[str, Any]) -> Body:
     result, _, unit = _plain(value, "Answer").partition(" (")
     formula = _plain(value, "Formula").replace(" ", "")
     question = f"{_plain(value, 'Body')} {_plain(value, 'Question')}"
@@ -99,17 +109,15 @@ def _write_out(formula: str, result: str, unit: str = "") -> str:
 _CODE_KEYS = ("original_string", "whole_func_string", "func_code_string", "code")
 
 
-def _code(value: Mapping[str, Any]) -> str:
-    return _string(value, next((key for key in _CODE_KEYS if value.get(key) is not None), _CODE_KEYS[0]))
+def _code(value: Mapping[str, Any]) -> Body:
+    return Body(_string(value, next((key for key in _CODE_KEYS if value.get(key) is not None), _CODE_KEYS[0])))
 
 
 _TEXT = field_layout("text")
 _GSM8K = Layout(("question", "answer"), lambda row: _problem(_string(row, "question"), _string(row, "answer")))
 _SVAMP = Layout(("Body", "Question", "Equation", "Answer"), _svamp)
 _ASDIV = Layout(("Body", "Question", "Formula", "Answer"), _asdiv)
-_HUMANEVAL = Layout(
-    ("prompt", "canonical_solution"), lambda row: _string(row, "prompt") + _string(row, "canonical_solution")
-)
+_HUMANEVAL = Layout(("prompt", "canonical_solution"), _humaneval)
 _CODE = Layout((), _code, _CODE_KEYS)
 
 _LAYOUTS = (
@@ -119,6 +127,8 @@ _LAYOUTS = (
     _GSM8K,
     *(Layout((key,), _code, _CODE_KEYS) for key in _CODE_KEYS[:3]),
     _TEXT,
+    Layout(("messages",), read_body),
+    Layout(("prompt", "completion"), read_body),
 )
 
 

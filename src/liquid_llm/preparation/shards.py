@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from liquid_llm import storage
+from liquid_llm.data.records import Body
 from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.storage import translate_errors
 
@@ -83,8 +84,8 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def write(self, text: str, sample_id: str) -> None:
-        record = {"text": text, "type": self._dataset.type, "sample_id": sample_id}
+    def write(self, body: Body, sample_id: str) -> None:
+        record = body.as_record(self._dataset.type, sample_id)
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         with translate_errors(self._path, writing=True):
             if self._stream is None:

@@ -27,8 +27,8 @@ class Difference:
     """How two stores differ. Lists hold sample ids, the first few; counts hold all.
 
     Attributes:
-        counts: equal; payload (same tokens, other signal); tokens (of another text or another length); only_first,
-            only_second; unreadable.
+        counts: equal; payload (same tokens, other signal); tokens (of another text, another length or other positions
+            of it); only_first, only_second; unreadable.
         examples: outcome -> sample ids.
         decoded: of each record whose payloads differ, how far the decoded distributions lie apart: the Euclidean
             distance over all its positions, relatively.
@@ -105,7 +105,7 @@ def _compare(
     first: StoreReader, mine: Record, second: StoreReader, theirs: Record, temperature: float | None, found: Difference
 ) -> str:
     a, b = mine.header, theirs.header
-    if (a.type, a.num_tokens, a.token_hashes) != (b.type, b.num_tokens, b.token_hashes):
+    if (a.type, a.num_tokens, a.token_hashes, a.runs) != (b.type, b.num_tokens, b.token_hashes, b.runs):
         return "tokens"
     if is_same_payload(mine.payload, theirs.payload):
         return "equal"
@@ -116,7 +116,7 @@ def _compare(
 
 def _distance(first: StoreReader, mine: Record, second: StoreReader, theirs: Record, temperature: float) -> float:
     """Euclidean distance of the decoded distributions of all positions, relative to the first's norm."""
-    rows = max(mine.header.num_tokens - 1, 0)
+    rows = mine.header.num_rows
     vocab_size = max(first.identity.vocab_size, second.identity.vocab_size)
     signals = [
         store.codec.decode(record.payload, 0, rows, temperature, store.identity.vocab_size)

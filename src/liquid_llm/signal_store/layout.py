@@ -20,7 +20,7 @@ class Contents:
 
     Attributes:
         files: their number.
-        types: type -> {"records", "tokens", "payload_bytes"} of all files whose header can be read.
+        types: type -> {"records", "tokens", "positions", "payload_bytes"} of all files whose header can be read.
         parts: bytes of those files by purpose.
         unreadable: records that count and cannot be read because a file is cut or damaged, as far as is known.
         unreadable_bytes: of files that are not in ``parts``.

@@ -103,8 +103,9 @@ class PtLayout:
                 found.unreadable_bytes += self._sizes[name]
                 continue
             payload_bytes = sum(tensor.nbytes for tensor in record.payload.values())
-            found.types.setdefault(record.header.type, Counter()).update(
-                records=1, tokens=record.header.num_tokens, payload_bytes=payload_bytes
+            header = record.header
+            found.types.setdefault(header.type, Counter()).update(
+                records=1, tokens=header.num_tokens, positions=header.num_rows, payload_bytes=payload_bytes
             )
             found.parts["payload"] += payload_bytes
         found.parts["files and headers"] = sum(self._sizes.values()) - found.parts["payload"] - found.unreadable_bytes
@@ -207,6 +208,8 @@ def _header_values(header: RecordHeader) -> dict[str, Any]:
     """Plain values, flat."""
     values = asdict(header)
     del values["identity"]
+    runs = values.pop("runs")
+    values |= {"runs": list(runs)} if runs else {}
     return {**header.identity.plain(), **values, "token_hashes": header.token_hashes.hex()}
 
 
@@ -222,7 +225,11 @@ def _read_header(values: Mapping[str, Any]) -> RecordHeader:
     else:
         whole = [bytes.fromhex(one) for one in hashes]
         hashes = whole[-1] + b"".join(one[:MARK_BYTES] for one in whole[: num_tokens // PREFIX_TOKENS])
-    return RecordHeader(version, str(values["sample_id"]), str(values["type"]), identity, num_tokens, hashes)
+    names = (str(values["sample_id"]), str(values["type"]), identity)
+    runs = tuple(int(one) for one in values.get("runs", ()))
+    if runs and (min(runs) < 0 or sum(runs) != num_tokens - 1):
+        raise ValueError("its runs are not of so many tokens")
+    return RecordHeader(version, *names, num_tokens, hashes, runs)
 
 
 def _checksum(header: Mapping[str, Any], payload: Payload) -> int:

@@ -4,6 +4,8 @@
     payload        the codec's tensors
     token hashes   of all captured tokens, and short ones of the first 64, 128, ...: a record is used only for the very
                    tokens it was made from, and where a text has changed behind a window, for that window still
+    runs           which next-token positions have a row, as the lengths of runs without and with rows in turn; none
+                   where all have one. A record serves whoever learns at positions that have
 
 How it becomes bytes is a matter of the layout: ``pt.py``, ``shards/file.py``.
 """
@@ -22,7 +24,8 @@ from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, Payload
 
-FORMAT_VERSION = 2  # 1 had a whole hash for every 64 tokens; both are read
+FORMAT_VERSION = 3  # 1 had a whole hash for every 64 tokens; 3 can leave positions out; all are read
+WHOLE_VERSION = 2  # of a record with a row for every position: written as it always was
 PREFIX_TOKENS = 64
 WHOLE_BYTES, MARK_BYTES = 8, 4
 _FRAMING = ("begin_id", "end_id")
@@ -96,8 +99,10 @@ class RecordHeader:
     """What a record says about itself.
 
     Attributes:
-        num_tokens: tokens scored, a window from the sample's start; the payload has one row fewer.
+        num_tokens: tokens scored, a window from the sample's start.
         token_hashes: see ``token_hashes``, of those tokens.
+        runs: see the module; the payload has a row for each position that they say has one, and where there are none,
+            one fewer than tokens.
     """
 
     format_version: int
@@ -106,6 +111,27 @@ class RecordHeader:
     identity: SignalIdentity
     num_tokens: int
     token_hashes: bytes
+    runs: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the payload."""
+        return sum(self.runs[1::2]) if self.runs else max(self.num_tokens - 1, 0)
+
+    def positions(self) -> np.ndarray:
+        """Which positions have a row: [num_tokens - 1] bool."""
+        if not self.runs:
+            return np.ones(max(self.num_tokens - 1, 0), dtype=bool)
+        return np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs)
+
+
+def runs_of(positions: np.ndarray) -> tuple[int, ...]:
+    """Inverse of ``RecordHeader.positions``: () where all positions have a row."""
+    if positions.all():
+        return ()
+    borders = np.flatnonzero(np.diff(positions)) + 1
+    lengths = np.diff(np.concatenate(([0], borders, [len(positions)]))).tolist()
+    return tuple([0, *lengths] if positions[0] else lengths)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     store.json    in the folder: whose signal it holds, in which codec and layout
     layout        how records lie in the folder: ``pt`` is one file a sample, ``shards`` thousands in one
-    missing       no record of a sample; stale: a record of other tokens, another teacher or too short a window;
-                  corrupt: bytes that cannot be a whole record
+    missing       no record of a sample; stale: a record of other tokens, another teacher, too short a window or
+                  without a row for a position that is learnt; corrupt: bytes that cannot be a whole record
 
 A store belongs to one teacher, tokenizer, vocabulary and codec: a writer of another is refused, and so is a reader
 that expects another. What concerns single samples is never an error: it is a ``Lookup`` with a reason.
@@ -17,6 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import torch
+
 from liquid_llm import storage
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import SignalError
@@ -28,12 +31,14 @@ from liquid_llm.signal_store.layout import Layout
 from liquid_llm.signal_store.pt import PtLayout, is_record_file
 from liquid_llm.signal_store.records import (
     FORMAT_VERSION,
+    WHOLE_VERSION,
     Record,
     RecordError,
     RecordHeader,
     RecordMissingError,
     SignalIdentity,
     first_difference,
+    runs_of,
     token_hashes,
 )
 from liquid_llm.signal_store.shards.file import is_shard
@@ -94,7 +99,7 @@ class StoreReader:
         return found if isinstance(found, Lookup) else Lookup("usable")
 
     def get(self, sample: Sample, window: int, temperature: float) -> Lookup:
-        """The signal of the positions of a window: ``min(window, len(sample)) - 1`` rows at ``temperature``.
+        """The signal of the learnt positions of a window, at most ``min(window, len(sample)) - 1`` rows.
 
         Args:
             window: tokens from the sample's start; a record of a longer capture serves a shorter window.
@@ -106,11 +111,14 @@ class StoreReader:
         found = self._find(sample, window)
         if isinstance(found, Lookup):
             return found
-        num_rows = max(min(window, len(sample.input_ids)) - 1, 0)
+        learnt = sample.learnt_positions(window)
+        stored = found.header.positions()[: len(learnt)]
         try:
-            signal = self.codec.decode(found.payload, 0, num_rows, temperature, self.identity.vocab_size)
+            signal = self.codec.decode(found.payload, 0, int(stored.sum()), temperature, self.identity.vocab_size)
         except PayloadError as error:
             return Lookup("corrupt", f"the payload is not one of codec {self.codec.name!r}: {error}")
+        if not learnt[stored].all():  # a record of more than is learnt
+            signal = signal.take(torch.from_numpy(np.flatnonzero(learnt[stored])))
         return Lookup("usable", signal=signal)
 
     def get_many(self, samples: Sequence[Sample], windows: Sequence[int], temperature: float) -> list[Lookup]:
@@ -196,20 +204,25 @@ class StoreWriter:
     def holds(self, record: Record) -> bool:
         """Whether a whole record of the same tokens was there when the writer was made. Reads it."""
         mine, there = record.header, self._read_header(record.header.sample_id)
-        return there is not None and (there.type, there.num_tokens, there.token_hashes) == (
+        return there is not None and (there.type, there.num_tokens, there.token_hashes, there.runs) == (
             mine.type,
             mine.num_tokens,
             mine.token_hashes,
+            mine.runs,
         )
 
     def write(self, sample: Sample, num_tokens: int, payload: Payload) -> int:
         """Store the first ``num_tokens`` tokens of ``sample``, replacing any record; returns its bytes.
 
+        The payload has a row for each learnt position of them.
+
         Layout ``pt`` publishes it at once, ``shards`` with others, all of them by ``finish``.
         """
         hashes = token_hashes(sample.input_ids[:num_tokens])
-        header = RecordHeader(FORMAT_VERSION, sample.sample_id, sample.type, self.identity, num_tokens, hashes)
-        return self.put(Record(header, payload))
+        runs = runs_of(sample.learnt_positions(num_tokens))
+        version = FORMAT_VERSION if runs else WHOLE_VERSION
+        names = (sample.sample_id, sample.type, self.identity)
+        return self.put(Record(RecordHeader(version, *names, num_tokens, hashes, runs), payload))
 
     def put(self, record: Record) -> int:
         """Store a record that is made already, of this store's identity; otherwise as ``write``."""
@@ -313,4 +326,8 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
     reason = first_difference(header, sample.input_ids, needed)
     if reason is None and header.num_tokens < needed:
         reason = f"captured at {header.num_tokens} tokens, {needed} wanted"
+    if reason is None and header.runs:
+        lacking = sample.learnt_positions(needed) & ~header.positions()[: needed - 1]
+        if lacking.any():
+            reason = f"captured for other positions than are learnt: {int(lacking.sum())} of these have no row"
     return reason

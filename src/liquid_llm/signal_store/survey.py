@@ -60,7 +60,7 @@ def survey(store: StoreReader, *, samples: int, temperature: float, seed: int) -
             found["stale"] += 1
             examples.setdefault(name, f"stale: captured with {difference[0]} {difference[1]}")
             continue
-        rows = max(record.header.num_tokens - 1, 0)
+        rows = record.header.num_rows
         try:
             signal = store.codec.decode(record.payload, 0, rows, temperature, store.identity.vocab_size)
             payload_parts.update(store.codec.parts(record.payload, store.identity.vocab_size))
@@ -70,7 +70,7 @@ def survey(store: StoreReader, *, samples: int, temperature: float, seed: int) -
             continue
         mass, tail = masses(signal)
         sums[record.header.type] += [rows, float(mass.sum()), float(tail.sum()), float((mass - 1).square().sum())]
-    positions = sum(counts["tokens"] - counts["records"] for counts in contents.types.values())
+    positions = sum(counts["positions"] for counts in contents.types.values())
     return {
         "bytes": parts.total() + contents.unreadable_bytes,
         "files": contents.files + 1,
@@ -98,7 +98,7 @@ def masses(signal: StoredSignal) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _type_values(counts: Counter[str], sums: NDArray[np.float64]) -> dict[str, Any]:
-    positions, decoded = counts["tokens"] - counts["records"], int(sums[0])
+    positions, decoded = counts["positions"], int(sums[0])
     mass, tail_share, square = (sums[1:] / decoded).tolist() if decoded else (None, None, None)
     return {
         "records": counts["records"],

@@ -11,6 +11,7 @@ from liquid_llm.config import DataConfig
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.loader import WeightedDataset, validation_batches
 from liquid_llm.data.manifest import entry_files
+from liquid_llm.data.token_writer import MESSAGES, TEXT
 from liquid_llm.data.tokens import TellProgress, TokenDataset, build_token_dataset, split
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
@@ -30,12 +31,20 @@ class Inputs:
         validation: held-out datasets by type, in the order of ``types``; a type without any is absent.
         entries: the manifest's lines; empty when the data is a named dataset.
         everything: for each manifest entry, the whole dataset before the split.
+        unlearnt: type -> records left out because nothing of what a model sees of them is learnt; only of types with
+            a prompt or messages.
     """
 
     mixture: list[WeightedDataset]
     validation: dict[str, list[TokenDataset]]
     entries: list[ManifestEntry] = field(default_factory=list)
     everything: list[TokenDataset] = field(default_factory=list)
+    unlearnt: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether conversations are trained on."""
+        return any(MESSAGES in part.dataset.meta.forms for part in self.mixture)
 
     @property
     def types(self) -> list[str]:
@@ -54,6 +63,8 @@ class Inputs:
                 "validation_samples": sum(len(one) for one in held),
                 "validation_tokens": sum(one.num_tokens for one in held),
             }
+            if type in self.unlearnt:
+                rows[type]["left_out_nothing_learnt"] = self.unlearnt[type]
         return rows
 
 
@@ -76,6 +87,7 @@ def read_manifest_inputs(
         DataError: a shard or a record cannot be used.
     """
     mixture, everything = [], []
+    unlearnt: dict[str, int] = {}
     validation: dict[str, list[TokenDataset]] = {type: [] for type in order_types(entry.type for entry in entries)}
     for entry in entries:
         dataset = build_token_dataset(
@@ -87,7 +99,9 @@ def read_manifest_inputs(
             framing=text.framings(entry.type),
             layout=layout_of(entry.type),
             progress=progress,
+            learning=text.learning,
         )
+        dataset = _keep_learnt(dataset, min(config.seq_len, config.block_size), unlearnt)
         train, held = split(dataset, config.val_fraction)
         if len(train) == 0:
             raise DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
@@ -96,7 +110,20 @@ def read_manifest_inputs(
         if len(held):
             validation[entry.type].append(held)
     held_out = {type: datasets for type, datasets in validation.items() if datasets}
-    return Inputs(mixture, held_out, list(entries), everything)
+    return Inputs(mixture, held_out, list(entries), everything, unlearnt)
+
+
+def _keep_learnt(dataset: TokenDataset, window: int, unlearnt: dict[str, int]) -> TokenDataset:
+    """The samples of which something is learnt in their window; the others are counted."""
+    if set(dataset.meta.forms) == {TEXT}:
+        return dataset
+    kept = dataset.learnable(window) if dataset.layout == "samples" else dataset
+    left_out = len(dataset) - len(kept)
+    if left_out:
+        said = "%s: left out %d samples of whose first %d tokens nothing is learnt"
+        log.info(said, dataset.type, left_out, window)
+    unlearnt[dataset.type] = unlearnt.get(dataset.type, 0) + left_out + dataset.meta.num_unlearnt
+    return kept
 
 
 def read_dataset_inputs(
@@ -118,8 +145,13 @@ def read_dataset_inputs(
         validation_fraction=config.val_fraction,
         token=token,
         progress=progress,
+        learning=text.learning,
     )
-    return Inputs([WeightedDataset(train, 1.0)], {train.type: [held]})
+    unlearnt: dict[str, int] = {}
+    for one in (train.meta,) if held.meta is train.meta else (train.meta, held.meta):
+        if set(one.forms) != {TEXT}:
+            unlearnt[train.type] = unlearnt.get(train.type, 0) + one.num_unlearnt
+    return Inputs([WeightedDataset(train, 1.0)], {train.type: [held]}, unlearnt=unlearnt)
 
 
 def validation_sets(

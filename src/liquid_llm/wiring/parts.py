@@ -125,6 +125,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = _read_inputs(config, text, basis.token, entries)
+    text.keep_chat_template(inputs.has_chat)
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     for remark in schedule_remarks(config, start.step):
         log.warning("%s", remark)

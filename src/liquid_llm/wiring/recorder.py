@@ -75,9 +75,12 @@ class Recorder:
 
     def _count(self, result: StepResult) -> None:
         for one in result.scored:
-            tokens = one.batch.num_tokens
             self.parts.accumulator.add(
-                one.batch.type, one.output, tokens=tokens, padded_tokens=one.batch.input_ids.numel()
+                one.batch.type,
+                one.output,
+                tokens=one.batch.num_learnt,
+                positions=one.batch.num_tokens,
+                padded_tokens=one.batch.padded_tokens,
             )
 
     def _write_due_row(self, result: StepResult, stage: Stage) -> None:

@@ -1,11 +1,12 @@
-"""The one tokenizer of a run, and that all its models share it."""
+"""The one tokenizer of a run, that all its models share it, and the chat template that goes with it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from liquid_llm.config import RunConfig
+from liquid_llm.config import DataConfig, RunConfig
+from liquid_llm.data.learning import USUAL, Learning
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.framing import Framings
 from liquid_llm.models.loading import load_tokenizer
@@ -13,16 +14,22 @@ from liquid_llm.models.student import PRESETS
 from liquid_llm.models.tokenizers import frame_tokenizer, highest_id, require_same_tokenizer, tokenizer_hash
 from liquid_llm.wiring.framing import Speaker, choose_framings, recorded_framing
 from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.templates import find_chat_template
 
 
 @dataclass(frozen=True)
 class TextTools:
-    """The tokenizer and what belongs to it."""
+    """The tokenizer and what belongs to it.
+
+    Attributes:
+        learning: what is learnt of records with a prompt or messages, and how messages are written out.
+    """
 
     tokenizer: Any
     hash: str
     framings: Framings
     vocab_size: int
+    learning: Learning = USUAL
 
     @staticmethod
     def of(tokenizer: Any, framings: Framings) -> TextTools:
@@ -32,6 +39,15 @@ class TextTools:
     def student_tokenizer(self) -> Any:
         """The tokenizer that the student is exported with: it names and puts what the student has seen."""
         return frame_tokenizer(self.tokenizer, self.framings.student)
+
+    def learn(self, data: DataConfig, token: str | None) -> TextTools:
+        """The same with the learning that ``data`` asks for; see ``find_chat_template`` for the errors."""
+        template = find_chat_template(data.chat_template, self.tokenizer, token)
+        return replace(self, learning=Learning(data.learn, template))
+
+    def keep_chat_template(self, is_trained: bool) -> None:
+        """Let the tokenizer, which the student is exported with, have a chat template only if one was trained with."""
+        self.tokenizer.chat_template = self.learning.chat_template if is_trained else None
 
 
 def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> TextTools:
@@ -62,7 +78,8 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
     for other in others:
         require_same_tokenizer(own.tokenizer, own.name, other.tokenizer, other.name)
     recorded = recorded_framing(start, config.source, own.tokenizer)
-    text = TextTools.of(own.tokenizer, choose_framings(config.data.begin_token, config.source, speakers, own, recorded))
+    framings = choose_framings(config.data.begin_token, config.source, speakers, own, recorded)
+    text = TextTools.of(own.tokenizer, framings).learn(config.data, token)
     known = start.origin.metadata.tokenizer_hash if start.origin.metadata is not None else None
     if known is not None and known != text.hash:
         raise ModelError(

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.gcs import Bucket
-from tests.support.teachers import IDENTITY, VOCAB, ListSource, make_samples, tiny_teacher
+from tests.support.teachers import IDENTITY, VOCAB, ListSource, make_samples, tiny_teacher, with_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.capture import scoring
@@ -523,3 +523,36 @@ def test_logits_of_one_chunk_at_most(teacher: LoadedModel, monkeypatch: pytest.M
             if "logits" in rows:  # codec full keeps all of a sample, in 16 bits and not as logits of a chunk
                 break
     assert 0 < seen.rows <= 4 * 32  # the powers behind the tail's log-partition are four tensors in one, of few rows
+
+
+# ------------------------------------------------------------------------------------------------------ what is learnt
+
+
+@pytest.mark.parametrize("codec", [FullCodec(), CODEC, SampledCodec(), TailCodec()], ids=lambda codec: codec.name)
+def test_only_what_is_learnt_is_stored(tmp_path: Path, teacher: LoadedModel, codec: Codec) -> None:
+    whole = make_samples(6, low=30, high=140)
+    samples = with_prompts(whole)
+    summary = run(tmp_path / "kept", samples, teacher, codec=codec)
+    assert summary.failed == 0
+    assert summary.positions == sum(int(sample.learnt_positions(100).sum()) for sample in samples)
+    assert summary.tokens == sum(min(100, len(sample.input_ids)) for sample in samples)
+    run(tmp_path / "whole", whole, teacher, codec=codec)
+    kept, complete = open_store(str(tmp_path / "kept")), open_store(str(tmp_path / "whole"))
+    for sample in samples:
+        mine, all_of_it = kept.get(sample, 100, 1.0).signal, complete.get(sample, 100, 1.0).signal
+        assert mine is not None
+        assert all_of_it is not None
+        assert mine.num_positions == all_of_it.num_positions == int(sample.learnt_positions(100).sum())
+        if isinstance(mine, LogitsSignal):
+            assert isinstance(all_of_it, LogitsSignal)
+            assert torch.allclose(mine.rows.float(), all_of_it.rows.float(), atol=2e-2)
+    assert run(tmp_path / "kept", samples, teacher, codec=codec).skipped == len(samples)
+    again = run(tmp_path / "kept", whole, teacher, codec=codec)
+    assert (again.written, again.skipped) == (len(samples), 0), "all of a text is more than was captured"
+
+
+def test_one_name_for_a_sample_that_is_learnt_in_two_ways_is_refused(tmp_path: Path, teacher: LoadedModel) -> None:
+    (whole,) = make_samples(1, low=30, high=30)
+    summary = run(tmp_path, [whole, *with_prompts([whole])], teacher)
+    assert (summary.written, summary.failed) == (1, 1)
+    assert summary.failures[0].reason == "another sample, of which something else is learnt, has the same sample id"

@@ -206,9 +206,9 @@ def test_rows_are_the_same_from_files_from_memory_and_from_a_selection(tmp_path:
     expected = [(n, row) for n, row in enumerate(rows) if row]
     for table in (saved, made):
         assert len(saved.cache_files) == 3
-        assert [(n, record.text) for n, record in HubRows(table, "text", "x", "train", False)] == expected
+        assert [(n, record.text) for n, record in HubRows(table, ["text"], "x", "train", False)] == expected
     for table, numbers in ((chosen, range(2499, 0, -2)), (part, range(100, 200))):
-        texts_seen = [record.text for _, record in HubRows(table, "text", "x", "train", False)]
+        texts_seen = [record.text for _, record in HubRows(table, ["text"], "x", "train", False)]
         assert texts_seen == [rows[n] for n in numbers if rows[n]]
 
 
@@ -218,9 +218,9 @@ import datasets
 from liquid_llm.data.hub import HubRows
 table = datasets.load_from_disk(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-iter(HubRows(table.select(range(10)), "text", "x", "train", False)).__next__()
+iter(HubRows(table.select(range(10)), ["text"], "x", "train", False)).__next__()
 before = peak()
-characters = sum(len(record.text) for _, record in HubRows(table, "text", "x", "train", False))
+characters = sum(len(record.text) for _, record in HubRows(table, ["text"], "x", "train", False))
 print(characters, peak() - before)
 """
 

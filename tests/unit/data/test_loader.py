@@ -16,6 +16,7 @@ from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.errors import DataError
+from liquid_llm.framing import Framing
 
 EOS = 0
 
@@ -310,3 +311,74 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.labels.tolist() == [[6, 7, IGNORE_INDEX], [9, IGNORE_INDEX, IGNORE_INDEX]]
     assert (batch.num_tokens, batch.num_positions) == (5, 3)
+
+
+# ------------------------------------------------------------------------------------------------------ what is learnt
+
+
+def masked(layout: str, seed: int = 5, begin_id: int | None = None) -> tuple[TokenDataset, set[int]]:
+    """Samples of different tokens of which about half are learnt, in runs, and these tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 60, 80).tolist()
+    ends = np.cumsum(lengths).tolist()
+    samples = [list(range(end - length + 1, end + 1)) for length, end in zip(lengths, ends, strict=True)]
+    learnt = [np.repeat(rng.random(length) < 0.3, 5)[:length].tolist() for length in lengths]
+    learnt = [[*mask[:-1], True] for mask in learnt]
+    framing = Framing(begin_id, EOS)
+    dataset = token_dataset(samples, "code", layout=layout, learnt=learnt, framing=framing)
+    return dataset, {
+        token for ids, mask in zip(samples, learnt, strict=True) for token, flag in zip(ids, mask, strict=True) if flag
+    }
+
+
+def labels_are_right(batch: MicroBatch, wanted: set[int]) -> None:
+    """Each label is the next token, where that is learnt, and is there where it is."""
+    for ids, labels, length in zip(
+        batch.input_ids.tolist(), batch.labels.tolist(), batch.lengths.tolist(), strict=True
+    ):
+        for t, label in enumerate(labels):
+            following = ids[t + 1] if t + 1 < length else None
+            assert label == (following if following in wanted else IGNORE_INDEX)
+    assert batch.num_positions == int((batch.labels != IGNORE_INDEX).sum())
+    assert batch.num_learnt == batch.num_positions + sum(
+        n - 1 == rows for n, rows in zip(batch.lengths.tolist(), batch.row_positions.tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["samples", "blocks"])
+def test_only_what_is_learnt_has_a_label(layout: str) -> None:
+    dataset, wanted = masked(layout)
+    wanted |= {EOS}  # each document's last token is learnt, so the one behind it is
+    one = stream([WeightedDataset(dataset, 1.0)])
+    for index in range(40):
+        batch = one.micro_batch(index)
+        labels_are_right(batch, wanted)
+        assert batch.row_positions.min() > 0, "a row teaches something"
+    for batch in validation_batches(dataset, block_size=24, batch_size=3):
+        labels_are_right(batch, wanted)
+        assert batch.row_positions.min() > 0
+    seen = {label for n in range(one.orders[0].num_micro_batches) for label in one.micro_batch(n).targets.tolist()}
+    assert seen <= wanted
+
+
+def test_a_begin_before_a_document_is_not_learnt() -> None:
+    dataset, wanted = masked("blocks", begin_id=10**6)
+    for index in range(20):
+        labels_are_right(stream([WeightedDataset(dataset, 1.0)]).micro_batch(index), wanted | {EOS})
+
+
+def test_blocks_and_windows_without_anything_to_learn_are_left_out() -> None:
+    prompt = token_dataset([list(range(1, 61))], "lm", learnt=[[False] * 50 + [True] * 10])
+    one = stream([WeightedDataset(prompt, 1.0)], block_size=10, batch_size=1)
+    assert one.orders[0].num_micro_batches == 1  # of six blocks
+    assert one.micro_batch(3).input_ids.tolist() == [list(range(51, 61))]
+    with pytest.raises(DataError, match="nothing is learnt in any full block"):
+        stream([WeightedDataset(prompt, 1.0)], block_size=50)
+    samples = token_dataset(
+        [[1, 2, 3, 4], list(range(10, 50))], "code", learnt=[[False, True, True, True], [False] * 30 + [True] * 10]
+    )
+    assert stream([WeightedDataset(samples, 1.0)], block_size=20).micro_batch(0).input_ids.tolist() == [[1, 2, 3, 4]]
+    (batch,) = validation_batches(samples, block_size=20, batch_size=2)
+    assert batch.labels.tolist() == [[2, 3, 4, IGNORE_INDEX]]
+    with pytest.raises(DataError, match="nothing is learnt in the first 20 tokens of any code sample"):
+        stream([WeightedDataset(samples.subset(np.array([1])), 1.0)], block_size=20)

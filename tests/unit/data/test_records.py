@@ -233,3 +233,49 @@ def test_records_are_read_one_by_one(tmp_path: Path) -> None:
     assert next(records) == RECORDS[0]
     with pytest.raises(DataError):
         next(records)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"text": "plain"},
+    {"prompt": "p", "completion": " c", "sample_id": "1"},
+    {"messages": [{"role": "user", "content": "u", "name": "ann"}, {"role": "assistant", "content": "a"}]},
+    {"text": "first", "messages": [{"role": "user", "content": "ignored"}]},
+    {"prompt": "", "completion": "alone"},
+]
+MESSAGES = ({"role": "user", "content": "u", "name": "ann"}, {"role": "assistant", "content": "a"})
+
+
+@pytest.mark.parametrize("ending", ENCODERS)
+def test_prompts_and_conversations_beside_texts(tmp_path: Path, ending: str) -> None:
+    columns = dict.fromkeys(name for row in FORMS for name in row)  # a parquet file has them in all rows
+    (tmp_path / f"s{ending}").write_bytes(ENCODERS[ending]([{**columns, **row} for row in FORMS]))
+    found = list(read_records(str(tmp_path / f"s{ending}"), "code"))
+    assert found == [
+        TextRecord("plain", "code", stable_sample_id("code", "plain")),
+        TextRecord(" c", "code", "1", "p"),
+        TextRecord("", "code", found[2].sample_id, None, MESSAGES),
+        TextRecord("first", "code", stable_sample_id("code", "first")),
+        TextRecord("alone", "code", stable_sample_id("code", "alone"), ""),
+    ]
+    assert found[1].whole == "p c"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "p"}, "completion is not a non-empty string; got none"),
+        ({"prompt": "p", "completion": ""}, "completion is not a non-empty string; got an empty string"),
+        ({"completion": "c"}, "prompt is not a string; got none"),
+        ({"prompt": ["p"], "completion": "c"}, r"prompt is not a string; got \['p'\]"),
+        ({"messages": []}, r"messages is not a list of messages; got \[\]"),
+        ({"messages": "hello"}, "messages is not a list of messages; got 'hello'"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}, "message 2 is not an object with"),
+        ({"messages": [{"content": "x"}]}, "message 1 is not an object with the strings role and content"),
+        ({"messages": ["x"]}, "message 1 is not an object"),
+        ({}, "text is not a non-empty string; got none"),
+    ],
+)
+def test_bodies_that_are_none_are_refused_with_their_place(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
+    (tmp_path / "s.jsonl").write_bytes(jsonl([{"text": "good"}, row]))
+    with pytest.raises(DataError, match=rf"s\.jsonl:2: {problem}"):
+        list(read_records(str(tmp_path / "s.jsonl"), "code"))

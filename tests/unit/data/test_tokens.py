@@ -18,6 +18,7 @@ from tests.support.datasets import UNFRAMED, token_dataset
 from tests.support.texts import paragraph
 from tests.support.tokenizers import tiny_tokenizer
 
+from liquid_llm.data.learning import CHATML, USUAL, Learning
 from liquid_llm.data.records import RecordFiles, stable_sample_id
 from liquid_llm.data.tokens import TokenDataset, build_token_dataset, is_held_out, split, tokenize
 from liquid_llm.data.types import TextRecord
@@ -390,3 +391,95 @@ def test_views_of_views() -> None:
     assert [view.sample(n).sample_id for n in range(2)] == ["s5", "s7"]
     assert [view.input_ids(n).tolist() for n in range(2)] == [[5, 5], [7, 7]]
     assert view.num_tokens == 4
+
+
+# ------------------------------------------------------------------------------------------------------ what is learnt
+
+PROMPT = {"prompt": "Question: two and two?\nAnswer:", "completion": " four"}
+CHAT = {"messages": [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]}
+
+
+def parts(dataset: TokenDataset, index: int) -> tuple[str, str]:
+    """The text of a sample, and that of its learnt tokens."""
+    sample = dataset.sample(index)
+    learnt = sample.input_ids if sample.learnt is None else sample.input_ids[sample.learnt]
+    return TOKENIZER.decode(sample.input_ids), TOKENIZER.decode(learnt)
+
+
+@pytest.mark.parametrize("framing", [UNFRAMED, Framing(0, 0), Framing(7, 0)])
+@pytest.mark.parametrize("layout", ["samples", "blocks"])
+def test_what_is_learnt_goes_with_the_tokens(tmp_path: Path, layout: str, framing: Framing) -> None:
+    """In mixed files; the end behind a completion is learnt, a conversation is framed by its template alone."""
+    file = write(tmp_path / "a.jsonl", "a text", PROMPT, CHAT)
+    learning = Learning(chat_template=CHATML)
+    options = {"layout": layout, "learning": learning, "framing": framing}
+    dataset = build_token_dataset([file], "lm", TOKENIZER, "h", tmp_path / "cache", **options)
+    begin = "" if framing.begin_id is None or layout == "blocks" else TOKENIZER.decode([framing.begin_id])
+    end = "<|endoftext|>" if layout == "samples" else ""
+    assert parts(dataset, 0) == (f"{begin}a text{end}", f"{begin}a text{end}")
+    assert parts(dataset, 1) == (f"{begin}Question: two and two?\nAnswer: four{end}", f" four{end}")
+    assert parts(dataset, 2) == (
+        "<|im_start|>user\ntwo and two?<|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n",
+        "four<|im_end|>",
+    )
+    assert dataset.meta.forms == ("messages", "prompt", "text")
+    again = build_token_dataset([file], "lm", Counting(), "h", tmp_path / "cache", **options)
+    assert [parts(again, n) for n in range(3)] == [parts(dataset, n) for n in range(3)], "from the cache"
+    held = dataset.subset(np.array([2, 0]))
+    assert [parts(held, n) for n in range(2)] == [parts(dataset, 2), parts(dataset, 0)]
+
+
+def test_a_cache_of_texts_alone_serves_whatever_is_learnt_and_others_do_not(tmp_path: Path) -> None:
+    texts, mixed = write(tmp_path / "a.jsonl", "a text"), write(tmp_path / "b.jsonl", "a text", PROMPT)
+    tokenizer = Counting()
+    for learning in (USUAL, Learning("all"), Learning("completion", CHATML)):
+        build(texts, cache=tmp_path / "cache", tokenizer=tokenizer, learning=learning)
+    assert tokenizer.texts == ["a text"]
+    assert len(list((tmp_path / "cache").glob("lm-*"))) == 1
+    whole = [
+        build(mixed, cache=tmp_path / "cache", learning=learning, type="code").sample(1).learnt
+        for learning in (USUAL, Learning("all"), USUAL)
+    ]
+    assert [one is None for one in whole] == [False, True, False]
+    assert len(list((tmp_path / "cache").glob("code-*"))) == 2
+
+
+def test_all_of_a_prompt_and_completion_is_the_text_that_they_make(tmp_path: Path) -> None:
+    """Tokens, name and side of the split: with ``--learn=all`` a data set that was cut in two trains as it did."""
+    cut, text = dict(PROMPT), {"text": PROMPT["prompt"] + PROMPT["completion"]}
+    one, other = (
+        build(write(tmp_path / f"{n}.jsonl", row), cache=tmp_path / "cache", learning=Learning("all"), type="code")
+        for n, row in enumerate((cut, text))
+    )
+    assert one.sample(0).input_ids.tolist() == other.sample(0).input_ids.tolist()
+    assert one.sample_id(0) == other.sample_id(0)
+    assert one.split_hashes.tolist() == other.split_hashes.tolist()
+    assert one.learnt is None
+
+
+def test_records_of_which_nothing_is_learnt_are_left_out_and_counted(tmp_path: Path) -> None:
+    silent = {"messages": [{"role": "user", "content": "anyone?"}]}
+    learning = Learning(chat_template=CHATML)
+    dataset = build(write(tmp_path / "a.jsonl", silent, PROMPT, silent), cache=tmp_path / "c", learning=learning)
+    assert (len(dataset), dataset.meta.num_unlearnt) == (1, 2)
+    assert dataset.learnable(1000) is dataset
+    assert len(dataset.learnable(len(ids(PROMPT["prompt"])) + 1)) == 1, "the first token of the completion is predicted"
+    assert len(dataset.learnable(len(ids(PROMPT["prompt"])))) == 0
+    with pytest.raises(DataError, match="nothing is learnt from any record"):
+        build(write(tmp_path / "b.jsonl", silent), cache=tmp_path / "c", learning=learning)
+
+
+def test_one_name_for_two_texts_that_are_learnt_differently_is_refused(tmp_path: Path) -> None:
+    other = {"prompt": "Question: two", "completion": " and two?\nAnswer: four"}
+    with pytest.raises(DataError, match="names two different texts; got another text, of which something else is lea"):
+        build(write(tmp_path / "a.jsonl", PROMPT, other), cache=tmp_path / "cache")
+    twice = build(write(tmp_path / "b.jsonl", PROMPT, "a text", PROMPT), cache=tmp_path / "cache")
+    assert (len(twice), twice.meta.num_repeated) == (2, 1)
+    assert parts(twice, 0)[1] == " four"
+    assert twice.first_learnt is not None
+    assert len(twice.first_learnt) == 2
+
+
+def test_a_conversation_that_cannot_be_written_out_says_where(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:2: there is no chat template.*--chat_template"):
+        build(write(tmp_path / "a.jsonl", PROMPT, CHAT), cache=tmp_path / "cache")

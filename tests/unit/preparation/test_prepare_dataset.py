@@ -66,7 +66,7 @@ def test_every_format_comes_back_through_the_reader_of_shards(tmp_path: Path, na
     dataset = dataset_at(tmp_path, **{"in": raw.name, "type": raw.type, "out": out})
     marker = run(dataset)
     found = records(dataset, marker)
-    assert [record.text for record in found] == raw.texts
+    assert [record.whole for record in found] == raw.texts
     assert {record.type for record in found} == {raw.type}
     assert len({record.sample_id for record in found}) == len(found)
     assert read_complete(dataset) == marker

@@ -17,9 +17,15 @@ from safetensors import safe_open
 from tests.support.teachers import HARD_IDS
 
 from liquid_llm.signal_store.codecs import Payload
-from liquid_llm.signal_store.records import Record, RecordError, RecordHeader, SignalIdentity, token_hashes
+from liquid_llm.signal_store.records import (
+    WHOLE_VERSION,
+    Record,
+    RecordError,
+    RecordHeader,
+    SignalIdentity,
+    token_hashes,
+)
 from liquid_llm.signal_store.shards.file import (
-    RECORD_VERSION,
     PackedRecord,
     ShardHeader,
     Tables,
@@ -38,7 +44,7 @@ DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.float16, torch.bfloat16,
 def record(sample_id: str = "s", payload: Payload | None = None, num_tokens: int = 150, kind: str = "code") -> Record:
     hashes = token_hashes(np.arange(num_tokens))
     made = {"bytes": torch.arange(40, dtype=torch.uint8)} if payload is None else payload
-    return Record(RecordHeader(RECORD_VERSION, sample_id, kind, IDENTITY, num_tokens, hashes), made)
+    return Record(RecordHeader(WHOLE_VERSION, sample_id, kind, IDENTITY, num_tokens, hashes), made)
 
 
 def shard_of(*records: Record) -> bytes:
@@ -186,10 +192,10 @@ def test_other_files_are_refused(data: bytes) -> None:
 
 
 def test_a_shard_of_a_newer_format_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liquid_llm.signal_store.shards.file.SHARD_VERSION", 2)
+    monkeypatch.setattr("liquid_llm.signal_store.shards.file.WHOLE_SHARD_VERSION", 3)
     data = shard_of(record())
     monkeypatch.undo()
-    with pytest.raises(RecordError, match="shard format 2, this program reads 1"):
+    with pytest.raises(RecordError, match="shard format 3, this program reads 2"):
         opened(data)
 
 

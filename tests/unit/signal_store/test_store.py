@@ -203,8 +203,8 @@ def test_a_record_of_a_newer_format_is_stale(tmp_path: Path) -> None:
     write(tmp_path, [sample])
     path = tmp_path / file_name(sample.sample_id)
     record = from_bytes(path.read_bytes())
-    path.write_bytes(to_bytes(replace(record, header=replace(record.header, format_version=3))))
-    assert status(tmp_path, sample) == ("stale", "record format 3, this program reads 2")
+    path.write_bytes(to_bytes(replace(record, header=replace(record.header, format_version=4))))
+    assert status(tmp_path, sample) == ("stale", "record format 4, this program reads 3")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.distillation import fused_loss, reference_loss
-from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher
+from tests.support.models import tiny_model
+from tests.support.teachers import VOCAB, ListSource, batch_of, make_samples, tiny_teacher, with_prompts
 from torch import Tensor
 
 from liquid_llm.capture.job import capture
@@ -20,6 +21,7 @@ from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.store import StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.stored import StoredTeacher
+from liquid_llm.training import Student
 
 BATCH = batch_of(make_samples(6, low=10, high=60), 48)
 
@@ -107,3 +109,39 @@ def test_the_gradient_of_what_is_stored_is_right_on_average(codec: str, spec: st
     expected, exact = average(DenseSignal(row.double().unsqueeze(0), identity))
     assert float((got - expected).norm() / expected.norm()) < 0.04
     assert value == pytest.approx(exact, rel=0.03)
+
+
+def test_a_prompt_teaches_nothing_from_the_store_nor_online(tmp_path: Path) -> None:
+    """The loss of a batch with prompts is that of its learnt positions alone, stored as online."""
+    whole = make_samples(6, low=10, high=60)
+    batch = batch_of(with_prompts(whole), 48)
+    teacher = tiny_teacher()
+    writer = StoreWriter(str(tmp_path), teacher.identity, FullCodec(), vocab_size=VOCAB)
+    capture({"math_tool": [ListSource(batch.samples)]}, {"math_tool": writer}, teacher, seq_len=64, batch_size=2)
+    reader = StoredTeacher(open_store(str(tmp_path)), strict=True)
+    prepared = reader.prepare(batch, 2.0)
+    assert prepared is not None
+    signals = {"stored": reader.signal(batch, prepared), "online": OnlineTeacher(teacher, VOCAB).signal(batch)}
+    student = Student(tiny_model("gpt2", vocab_size=VOCAB), torch.float32)
+    objective = Objective(alpha=0.7, temperature=2.0)
+    found = {name: student(batch, signal, objective) for name, signal in signals.items()}
+    assert found["stored"].num_signal == found["stored"].num_positions == batch.num_positions
+    for name in ("loss", "kd", "ce"):
+        online, stored = (float(getattr(found[source], name).detach()) for source in ("online", "stored"))
+        assert stored == pytest.approx(online, rel=2e-5), name
+
+    # the reference on the whole texts, position by position, of which the learnt ones are picked out by hand
+    logits = student.model(input_ids=batch.input_ids).logits.detach()
+    teaching = OnlineTeacher(teacher, VOCAB)
+    said = teaching.head.logits(teaching.hidden(batch.input_ids))
+    kd = ce = 0.0
+    for row, sample in enumerate(batch.samples):
+        assert sample.learnt is not None
+        for t in range(min(48, len(sample.input_ids)) - 1):
+            if sample.learnt[t + 1]:
+                q, p = (one[row, t].double() / 2 for one in (said, logits))
+                kd += float((q.softmax(0) * (q.log_softmax(0) - p.log_softmax(0))).sum())
+                ce -= float(logits[row, t].double().log_softmax(0)[int(sample.input_ids[t + 1])])
+    assert float(found["online"].kd) == pytest.approx(kd, rel=1e-5)
+    assert float(found["online"].ce) == pytest.approx(ce, rel=1e-5)
+    assert float(found["online"].loss.detach()) == pytest.approx(0.7 * 4 * kd + 0.3 * ce, rel=1e-5)

@@ -11,7 +11,8 @@ What all records share (teacher, tokenizer, codec) is said once, in the file's m
     crc32 | hash of all tokens | type, form, number of tokens, length of each tensor as varints | token marks | tensors
 
 The checksum covers the sample id too, so bytes that are found under a wrong name do not pass. That is 20 to 30 bytes a
-record, and a sixteenth of a byte a token (``records.token_hashes``), against some 900 of a ``.pt`` file.
+record, and a sixteenth of a byte a token (``records.token_hashes``), against some 900 of a ``.pt`` file. A record that
+leaves positions out carries its runs as one tensor more, and its file is of version 2.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from torch import Tensor
 
 from liquid_llm.signal_store.codecs import Payload
 from liquid_llm.signal_store.records import (
+    FORMAT_VERSION,
     MARK_BYTES,
     PREFIX_TOKENS,
     WHOLE_BYTES,
+    WHOLE_VERSION,
     Record,
     RecordError,
     RecordHeader,
@@ -44,8 +47,9 @@ from liquid_llm.signal_store.records import (
 )
 from liquid_llm.signal_store.varints import decode_varint, encode_varint
 
-SHARD_VERSION = 1
-RECORD_VERSION = 2  # what ``RecordHeader.format_version`` says of records in shards of this version
+SHARD_VERSION = 2
+WHOLE_SHARD_VERSION = 1  # where each record has a row for every position: written as it always was
+_RUNS = "learnt runs"  # among a record's tensors: varints
 KEY_BYTES = 16
 PREFIX, SUFFIX = "shard-", ".safetensors"
 
@@ -90,13 +94,17 @@ class Tables:
 
 
 class PackedRecord(NamedTuple):
-    """A record as bytes, and what the file's header counts of it. ``payload_bytes`` of ``data`` are the codec's."""
+    """A record as bytes, and what the file's header counts of it. ``payload_bytes`` of ``data`` are the codec's.
+
+    ``num_rows``: where that is not one for every position; None where it is.
+    """
 
     sample_id: str
     type: str
     num_tokens: int
     data: bytes
     payload_bytes: int
+    num_rows: int | None = None
 
 
 class ShardHeader(NamedTuple):
@@ -105,7 +113,7 @@ class ShardHeader(NamedTuple):
     Attributes:
         identity: of all its records.
         types, forms: what records refer to by number.
-        by_type: type -> {"records", "tokens", "payload_bytes"}.
+        by_type: type -> {"records", "tokens", "positions", "payload_bytes"}.
         ends: [records], where each ends.
         begin: where ``records`` begins in the file.
         ids: begin and end of the ids in the file, and their checksum.
@@ -136,8 +144,11 @@ class ShardHeader(NamedTuple):
 
 def pack_record(record: Record, tables: Tables) -> PackedRecord:
     """A record as the bytes that lie in a shard whose types and forms are ``tables``."""
-    header = record.header
-    tensors = sorted(record.payload.items())
+    header, payload = record.header, record.payload
+    runs = b"".join(map(encode_varint, header.runs))
+    if runs:
+        payload = {**payload, _RUNS: torch.frombuffer(bytearray(runs), dtype=torch.uint8)}
+    tensors = sorted(payload.items())
     form: Form = tuple(
         (name, str(one.dtype).removeprefix("torch."), tuple(one.shape[1:]) if one.dim() else None)
         for name, one in tensors
@@ -149,7 +160,9 @@ def pack_record(record: Record, tables: Tables) -> PackedRecord:
     body = b"".join([whole, *map(encode_varint, numbers), marks, *data])
     checksum = zlib.crc32(body, zlib.crc32(sample_key(header.sample_id)))
     packed = _CHECKSUM.pack(checksum) + body
-    return PackedRecord(header.sample_id, header.type, header.num_tokens, packed, sum(map(len, data)))
+    payload_bytes = sum(map(len, data)) - len(runs)
+    num_rows = header.num_rows if runs else None
+    return PackedRecord(header.sample_id, header.type, header.num_tokens, packed, payload_bytes, num_rows)
 
 
 def unpack_record(header: ShardHeader, sample_id: str, data: bytes) -> Record:
@@ -171,11 +184,27 @@ def unpack_record(header: ShardHeader, sample_id: str, data: bytes) -> Record:
         hashes = bytes(body[:WHOLE_BYTES]) + bytes(body[at:payload_at])
         payload, end = _read_tensors(body, payload_at, form, lengths)
         type = header.types[type_number]
+        runs = _read_runs(payload.pop(_RUNS, None), num_tokens)
     except (IndexError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise RecordError("its fields do not fit together") from error
     if end != len(body):
         raise RecordError(f"{len(body)} bytes, {end} expected")
-    return Record(RecordHeader(RECORD_VERSION, sample_id, type, header.identity, num_tokens, hashes), payload)
+    version = FORMAT_VERSION if runs else WHOLE_VERSION
+    return Record(RecordHeader(version, sample_id, type, header.identity, num_tokens, hashes, runs), payload)
+
+
+def _read_runs(stored: Tensor | None, num_tokens: int) -> tuple[int, ...]:
+    """The runs of a record of so many tokens. Raises ValueError or IndexError where they are none."""
+    if stored is None:
+        return ()
+    data, at = memoryview(stored.numpy().tobytes()), 0
+    runs = []
+    while at < len(data):
+        length, at = decode_varint(data, at)
+        runs.append(length)
+    if sum(runs) != num_tokens - 1:
+        raise ValueError("runs of another number of tokens")
+    return tuple(runs)
 
 
 def _number_of(table: list[T], entry: T) -> int:
@@ -226,8 +255,12 @@ def build_shard(records: Iterable[PackedRecord], tables: Tables, identity: Signa
     for record in ordered:
         counts = by_type.setdefault(record.type, Counter())
         counts.update(records=1, tokens=record.num_tokens, payload_bytes=record.payload_bytes)
+    masked = any(record.num_rows is not None for record in ordered)
+    for record in ordered if masked else ():
+        rows = record.num_tokens - 1 if record.num_rows is None else record.num_rows
+        by_type[record.type].update(positions=rows)
     values = {
-        "format_version": SHARD_VERSION,
+        "format_version": SHARD_VERSION if masked else WHOLE_SHARD_VERSION,
         "identity": identity.plain(),
         "types": tables.types,
         "forms": tables.forms,
@@ -262,6 +295,8 @@ def read_shard_header(read: Reader, size: int) -> ShardHeader:
             tuple((name, dtype, None if trailing is None else tuple(trailing)) for name, dtype, trailing in form)
             for form in values["forms"]
         ]
+        for counts in values["by_type"].values():
+            counts.setdefault("positions", counts["tokens"] - counts["records"])
         identity = SignalIdentity(**values["identity"])
         ids = (ids_begin, ids_end, int(values["ids_crc"]))
         return ShardHeader(identity, list(values["types"]), forms, values["by_type"], ends, begin, ids, end)

