@@ -86,9 +86,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         if source.store is not None and not storage.is_remote(source.store):
             storage.check_writable(source.store)
     token = read_token(config.teacher)
-    own = Speaker(f"teacher {teacher_id}", load_tokenizer(teacher_id, token=token))
-    chosen = choose_framings(config.data.begin_token, config.source, {}, own)
-    text = TextTools.of(own.tokenizer, chosen).learn(config.data, token)
+    text = _text_tools(config, teacher_id, token)
     if int(codec.options.get("k", 0)) > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
         raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)
@@ -138,6 +136,12 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     if summary.too_large:
         summary.consumers = fit.largest()
     return summary
+
+
+def _text_tools(config: CaptureConfig, teacher_id: str, token: str | None) -> TextTools:
+    own = Speaker(f"teacher {teacher_id}", load_tokenizer(teacher_id, token=token))
+    framings = choose_framings(config.data.begin_token, config.source, {}, own)
+    return TextTools.of(own.tokenizer, framings).learn(config.data, token)
 
 
 def codec_of(store: StoreConfig) -> Codec:
