@@ -92,7 +92,7 @@ def test_the_main_rank_alone_writes_what_all_have_summed_and_one_clock_is_enough
             one.parts.progress.step = step
             zero = torch.zeros(())
             output = LossOutput(torch.tensor(1.0 + engine.rank), zero, zero, zero, num_positions=1, num_signal=0)
-            batch = SimpleNamespace(type="lm", num_tokens=2, input_ids=torch.zeros(2))
+            batch = SimpleNamespace(type="lm", num_tokens=2, num_learnt=2, padded_tokens=2)
             result = SimpleNamespace(
                 step=step,
                 values=StepValues(0.1, Objective()),
