@@ -6,8 +6,9 @@ here all whose entropy reaches a *threshold* that stands before a step is taken.
 neither cutting a micro-batch nor dealing it out to ranks changes which are.
 
 threshold   the quantile of the entropies seen lately, of one type
-histogram   where they are counted: equal bins from 0 to log(vocabulary), each step's counts added to nine tenths of
-            what was there. Counts are whole numbers, so the sum over parts and ranks does not depend on their order
+histogram   where they are counted: equal bins from 0 to log(vocabulary), each step's counts added to half of what was
+            there: a young student becomes surer with every step, and an old histogram would choose too few. A step's
+            counts are whole numbers, so their sum over parts and ranks does not depend on its order
 
 A type that was never seen has no threshold: in its first step every position is distilled.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 BINS = 1024
-_KEPT = 0.9  # of the counts, from step to step: about ten steps are remembered
+_KEPT = 0.5  # of the counts, from step to step of a type
 
 
 class PositionSelection:
