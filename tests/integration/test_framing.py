@@ -197,3 +197,33 @@ def test_the_teachers_loss_is_that_of_a_plain_pass_over_the_same_ids(
                 losses += cross_entropy(teacher(ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
     assert row["by_type"]["math_tool"]["positions"] == len(losses)
     assert row["val_loss_teacher"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_an_annealing_run_is_framed_and_what_goes_on_from_it_is_framed_alike(
+    tiny: Tiny, tmp_path: Path, seen: list[MicroBatch], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """A named dataset; then its checkpoint under another output: the step goes on there, and the framing with it."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.jsonl").write_text((tiny.root / "lm.jsonl").read_text())
+    words = [
+        "anneal",
+        f"--student={tiny.student}",
+        f"--teacher_name={tiny.teacher}",
+        f"--data_cache={tmp_path / 'tokens'}",
+    ]
+    words += [f"--dataset_name={tmp_path / 'text'}", "--block_size=64", "--batch_size=2", "--warmup_steps=1"]
+    words += ["--eval_every=0", "--save_every=0", "--eval_tokens=128"]
+    for mode, begun in (("auto", True), ("never", False)):
+        run, further = tmp_path / mode, tmp_path / f"{mode}-further"
+        assert main([*words, "--train_steps=2", f"--output_gcs_uri={run}", f"--begin_token={mode}"]) == 0
+        resumed = [*words, "--train_steps=3", f"--output_gcs_uri={further}", f"--resume_gcs_uri={run / 'last.pt'}"]
+        assert main(resumed) == 0
+        assert "(as the checkpoint has it)" in capsys.readouterr().err
+        after_end = [b for row in rows(seen, "lm") for a, b in pairwise(row) if a == END]
+        assert after_end
+        assert {token == BEGIN for token in after_end} == {begun}
+        seen.clear()
+    restarted = [*resumed, "--reset_optim", f"--output_gcs_uri={tmp_path / 'afresh'}"]
+    assert main([word for word in restarted if word != f"--output_gcs_uri={further}"]) == 0
+    assert BEGIN in [token for row in rows(seen, "lm") for token in row]  # weights alone: a new run, framed anew

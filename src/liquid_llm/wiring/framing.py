@@ -166,7 +166,7 @@ def _require_mode(mode: str, recorded: Framings, own: Speaker) -> None:
             "the run goes on from a checkpoint whose texts are framed otherwise",
             where=f"--begin_token={mode}",
             got=describe(recorded.usual, own.tokenizer),
-            remedy="leave --begin_token out, or begin another run in another output",
+            remedy="leave --begin_token out, or begin another run from its weights alone, in another output",
         )
 
 
