@@ -104,6 +104,25 @@ def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tin
     assert summary["skipped"] == stopped["written"]
 
 
+def test_a_store_is_begun_as_it_suits_its_size_and_goes_on_as_it_was_begun(
+    captured: Tiny, tmp_path: Path, capsys, caplog
+) -> None:
+    words = captured.capture_words(math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code")
+    few = ["--codec_options=draws_t1=48,draws_t2=30,draws_t4=8"]
+    with caplog.at_level("INFO"):
+        assert capture(capsys, words)["written"] == 80
+    said = [message for message in caplog.messages if "is begun with codec" in message]
+    assert len(said) == 2
+    assert all("codec tail (draws_t1 180.0, draws_t2 112.0, draws_t4 30.0), for the" in one for one in said)
+    other = captured.capture_words(math_logits_dir=tmp_path / "math2", code_logits_dir=tmp_path / "code2")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert capture(capsys, [*other, *few])["written"] == 80
+        assert capture(capsys, other)["written"] == 0
+    assert json.loads((tmp_path / "math2" / "store.json").read_text())["codec_options"]["draws_t1"] == 48
+    assert sum("as asked" in message for message in caplog.messages) == 2
+
+
 def test_a_sample_that_cannot_be_captured_is_reported_by_the_exit_code_and_the_rest_goes_on(
     captured: Tiny, tmp_path: Path, capsys
 ) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,8 +19,8 @@ from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, 
 from liquid_llm.jobs.prepare import prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory
-from liquid_llm.signal_store.codecs import Codec, get_codec
-from liquid_llm.signal_store.description import present_layout, require_own
+from liquid_llm.signal_store.codecs import Codec, get_codec, usual_codec
+from liquid_llm.signal_store.description import present_layout, read_store_file, require_own
 from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.sources import SPELLINGS
@@ -80,27 +81,31 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     """
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
-    codec = codec_of(config.store)
+    asked = codec_of(config.store)
     device = torch.device(choose_device(config.device).value)
     for source in config.source.named.values():
         if source.store is not None and not storage.is_remote(source.store):
             storage.check_writable(source.store)
     token = read_token(config.teacher)
     text = _text_tools(config, teacher_id, token)
-    if int(codec.options.get("k", 0)) > text.vocab_size:
+    if int(asked.options.get("k", 0)) > text.vocab_size:
         expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
-        raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)
+        raise UsageError("more ids than there are", where="--topk", got=asked.options["k"], expected=expected)
     model = identify(teacher_id, text.hash, token=token)
     framings = {
         source.store: framing_to_record(source.store, text.framings(type))
         for type, source in config.source.named.items()
         if source.store is not None
     }
+    begun = {folder: _codec_of_begun(config.store, asked, folder) for folder in framings}
     layouts = {
-        folder: _choose_layout(config, folder, SignalIdentity.of(codec, model, text.vocab_size, framing), new_layout)
+        folder: _choose_layout(
+            config, folder, SignalIdentity.of(begun[folder] or asked, model, text.vocab_size, framing), new_layout
+        )
         for folder, framing in framings.items()
     }
     datasets = _datasets(config, text)
+    codecs = _choose_codecs(config, datasets, begun)
     if device.type == "cpu":
         keep_freed_memory()
     loaded, _ = load_online(teacher_id, config.teacher, device, token)
@@ -109,14 +114,15 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     writers = {}
     for type in datasets:
         folder = _folder(config, type)
-        layout, framing = layouts[folder], framings[folder]
+        codec, layout, framing = codecs[folder], layouts[folder], framings[folder]
         writers[type] = StoreWriter(
             folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout, framing=framing
         )
         log.info("%s goes to %s, layout %s", type, folder, layouts[folder])
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
-    fit = check_capture_fit(config, loaded.model, codec, longest, vocab_size)
+    largest = max(codecs.values(), key=lambda codec: codec.most_ids, default=asked)
+    fit = check_capture_fit(config, loaded.model, largest, longest, vocab_size)
     say_fit(fit, device)
     windows = sum(int(one.sum()) for one in lengths)
     with StopSignal() as stop, Stage("capture", unit="tokens", total=windows // world_size) as stage:
@@ -144,8 +150,45 @@ def _text_tools(config: CaptureConfig, teacher_id: str, token: str | None) -> Te
     return TextTools.of(own.tokenizer, framings).learn(config.data, token)
 
 
-def codec_of(store: StoreConfig) -> Codec:
-    """The codec asked for.
+def _codec_of_begun(store: StoreConfig, asked: Codec, folder: str) -> Codec | None:
+    """How the store that ``folder`` holds goes on: in the version it was begun with, and with its settings where none
+    are given; None where there is none.
+
+    Raises:
+        SignalError: this program does not have that codec's version.
+    """
+    if present_layout(folder) is None:
+        return None
+    there = read_store_file(folder).identity
+    if there.codec != asked.name:
+        return asked  # which is refused in a moment, in words
+    given = store.codec_options or store.topk is not None
+    return get_codec(asked.name, there.codec_version, asked.options if given else there.codec_options)
+
+
+def _choose_codecs(
+    config: CaptureConfig, datasets: Mapping[str, Sequence[TokenDataset]], begun: Mapping[str, Codec | None]
+) -> dict[str, Codec]:
+    """The codec of each folder that something is captured into; says of a new one what was chosen, and why."""
+    positions: Counter[str] = Counter()
+    for type, parts in datasets.items():
+        positions[_folder(config, type)] += sum(
+            int((part.lengths.clip(max=config.data.seq_len) - 1).clip(min=0).sum()) for part in parts
+        )
+    chosen = {}
+    for folder, count in positions.items():
+        codec = begun[folder]
+        if codec is None:
+            codec = codec_of(config.store, count)
+            settings = ", ".join(f"{name} {value}" for name, value in codec.options.items())
+            why = "as asked" if config.store.codec_options else f"for the {count:,} positions it will hold"
+            log.info("%s is begun with codec %s (%s), %s", folder, codec.name, settings or "no settings", why)
+        chosen[folder] = codec
+    return chosen
+
+
+def codec_of(store: StoreConfig, num_positions: int = 0) -> Codec:
+    """The codec asked for; without settings it has those that suit a store of about ``num_positions``.
 
     Raises:
         UsageError: a setting is not a name and a number, is given twice, or is not one that this codec has.
@@ -161,7 +204,7 @@ def codec_of(store: StoreConfig) -> Codec:
             )
         values["k"] = store.topk
     try:
-        return get_codec(store.codec, options=values)
+        return get_codec(store.codec, options=values) if values else usual_codec(store.codec, num_positions)
     except SignalError as error:
         raise UsageError(error.problem, where="--codec_options", got=error.got, expected=error.expected) from error
 

@@ -22,7 +22,7 @@ from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import file_config, student_config
 from liquid_llm.runtime import choose_dtype
-from liquid_llm.signal_store.codecs import Codec, get_codec
+from liquid_llm.signal_store.codecs import Codec, get_codec, usual_codec
 from liquid_llm.signal_store.description import read_store_file
 from liquid_llm.teachers.online import PASS_TOKENS
 from liquid_llm.wiring.start import Start
@@ -49,7 +49,7 @@ class Models:
     teacher: ModelShape | None
     compute_dtype: str
     vocab_size: int
-    codec: Codec = field(default_factory=lambda: get_codec("tail"))
+    codec: Codec = field(default_factory=lambda: usual_codec("tail", 0))
     held_bytes: int = 0
 
 
@@ -115,7 +115,7 @@ def stored_codec(config: RunConfig) -> Codec:
         with contextlib.suppress(LiquidError):  # said in words where the store is opened
             identity = read_store_file(folder).identity
             found.append(get_codec(identity.codec, options=identity.codec_options))
-    return max(found, key=lambda one: one.most_ids or math.inf, default=get_codec("tail"))
+    return max(found, key=lambda one: one.most_ids or math.inf, default=usual_codec("tail", 0))
 
 
 def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingShape:

@@ -19,8 +19,9 @@ from tests.support.distillation import reference_loss
 from tests.support.teachers import random_logits
 
 from liquid_llm.losses.signals import LogitsSignal, OutputHead, SparseSignal
-from liquid_llm.signal_store.codecs import Payload, PayloadError
+from liquid_llm.signal_store.codecs import Payload, PayloadError, get_codec, usual_codec
 from liquid_llm.signal_store.codecs.tail import TailCodec
+from liquid_llm.signal_store.codecs.tail import _partition as partition_of
 from liquid_llm.signal_store.codecs.tail.bits import BitsError, BitWriter
 from liquid_llm.signal_store.codecs.tail.draws import (
     DRAW_STEP,
@@ -33,10 +34,10 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     uniforms,
     window_starts,
 )
-from liquid_llm.signal_store.codecs.tail.payload import read_levels, write_levels
+from liquid_llm.signal_store.codecs.tail.payload import Levels, Values, read_levels, write_levels
 from liquid_llm.signal_store.codecs.tail.rows import EXACT_PRICE, MOST_EXACT, encode_rows, most_draws
 
-STORED_TEMPERATURES = (2 / 3, 1.0, 2.0, 4.0)
+STORED_TEMPERATURES = (2 / 3, 1.0, 4 / 3, 2.0, 4.0)
 DRAWS = Draws(40, 24, 8)
 CODEC = TailCodec(DRAWS.at_1, DRAWS.at_2, DRAWS.at_4)
 SHAPES = {"peaked": 6.0, "like a model's": 3.0, "flat": 0.7}
@@ -129,6 +130,52 @@ def test_between_stored_temperatures_the_direction_is_unbiased(shape: str, tempe
     assert z_scores(found @ signs / factor[None, :, None], exact @ signs).amax() < 5.5
 
 
+@lru_cache(maxsize=1)
+def read_back() -> tuple[torch.Tensor, Levels, Values]:
+    """Logits of positions as different as a model's, from sure ones to open ones, and what is stored of them."""
+    generator = torch.Generator().manual_seed(0)
+    spread = 0.7 + 2.8 * torch.rand(600, 1, generator=generator)
+    slope = 2.0 * torch.rand(600, 1, generator=generator)
+    logits = spread * torch.randn(600, 3000, generator=generator) - slope * torch.log(torch.arange(3000) + 10.0)
+    draws = Draws(48, 30, 8)
+    levels, values = read_levels(stored(logits, codec=TailCodec(48, 30, 8))["bytes"].numpy(), draws, 3000, len(NODES))
+    return logits, levels, values
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.8, 1.15, 1.3, 1.5, 1.7, 3.0])
+def test_between_stored_temperatures_the_mass_is_right_on_average(temperature: float) -> None:
+    """Within 0.3 %: the mean over positions of the factor that interpolating the log-partition puts on all weights."""
+    logits, levels, values = read_back()
+    exponent = 2.0 / temperature
+    exact = torch.logsumexp(exponent * torch.log_softmax(logits.double() / 2, 1), 1).numpy()
+    bias = np.exp(exact - partition_of(levels, values, exponent)).mean() - 1
+    assert abs(bias) < 0.003
+
+
+def test_version_1_has_no_log_partition_at_four_thirds() -> None:
+    """The rest of its bytes is the same, and so is what it says at the temperatures it has."""
+    logits = random_logits(5, 400, spread=3.0)
+    old, new = (get_codec("tail", version, CODEC.options) for version in TailCodec.versions)
+    encoded = new.encode(logits.clone(), 1, 0)
+    payloads = old.pack(encoded), new.pack(encoded)
+    assert 0 < payloads[1]["bytes"].numel() - payloads[0]["bytes"].numel() < 5 * 3
+    for temperature in (2 / 3, 1.0, 2.0, 4.0, 1.3):
+        one, other = (
+            codec.decode(payload, 0, 5, temperature, 400) for codec, payload in zip((old, new), payloads, strict=True)
+        )
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.weights, other.weights) == (temperature != 1.3)
+    with pytest.raises(PayloadError):
+        old.decode(payloads[1], 0, 5, 1.0, 400)
+
+
+def test_what_a_store_is_begun_with_follows_from_what_it_will_hold() -> None:
+    many, few = usual_codec("tail", 9_999_999_999), usual_codec("tail", 10_000_000_000)
+    assert many.options == {"draws_t1": 180, "draws_t2": 112, "draws_t4": 30}
+    assert few.options == TailCodec().options == {"draws_t1": 48, "draws_t2": 30, "draws_t4": 8}
+    assert usual_codec("topk", 10**12).options == {"k": 64}
+
+
 def test_variance_is_what_the_draws_allow() -> None:
     """Of a flat tail at T=2: about mass / draws a position, that of as many independent draws."""
     _, payloads = captures("flat")
@@ -151,7 +198,7 @@ def test_what_is_kept(vocab: int, rows: int, seed: int, spread: float) -> None:
     """Exact ids and draws as a walk over every id and every slot finds them."""
     logits = random_logits(rows, vocab, seed=seed % 1000, spread=spread)
     data = stored(logits, seed)["bytes"].numpy()
-    levels, values = read_levels(data, DRAWS, vocab)
+    levels, values = read_levels(data, DRAWS, vocab, len(NODES))
     known = candidates(vocab)
     base = torch.log_softmax(logits.double() / 2, dim=1).numpy()
     for row in range(rows):
@@ -188,7 +235,7 @@ def test_all_integers_survive(vocab: int, rows: int, seed: int, spread: float) -
     if rows == 0:
         assert payload["bytes"].numel() == 0
         return
-    levels, _ = read_levels(payload["bytes"].numpy(), DRAWS, vocab)
+    levels, _ = read_levels(payload["bytes"].numpy(), DRAWS, vocab, len(NODES))
     assert (levels.seed, levels.vocab_size, levels.num_positions) == (seed, vocab, rows)
     np.testing.assert_array_equal(levels.head_counts, encoded["head_counts"])
     np.testing.assert_array_equal(levels.partition, encoded["partition"])
@@ -214,9 +261,9 @@ def test_parts_add_up_to_the_payload() -> None:
 def test_a_draw_below_the_least_level_is_left_out() -> None:
     """As float32 and float64 may disagree by a rounding error: it must not shift the levels of the others."""
     data = stored(random_logits(4, 300))["bytes"].numpy()
-    levels, values = read_levels(data, DRAWS, 300)
+    levels, values = read_levels(data, DRAWS, 300, len(NODES))
     levels.draw_levels[5] = values.least_levels(DRAWS)[5] - 1
-    again, _ = read_levels(np.frombuffer(write_levels(levels, DRAWS), np.uint8), DRAWS, 300)
+    again, _ = read_levels(np.frombuffer(write_levels(levels, DRAWS), np.uint8), DRAWS, 300, len(NODES))
     np.testing.assert_array_equal(again.draw_slots, np.delete(levels.draw_slots, 5))
     np.testing.assert_array_equal(again.draw_levels, np.delete(levels.draw_levels, 5))
 
@@ -335,7 +382,7 @@ def test_a_few_bytes_do_not_promise_billions_of_exact_ids() -> None:
         out.number(number)
     out.rice(np.full(2, 1 << 34))
     with pytest.raises(BitsError, match="an impossible number of exact ids"):
-        read_levels(np.frombuffer(out.bytes() + bytes(8), np.uint8), DRAWS, 300)
+        read_levels(np.frombuffer(out.bytes() + bytes(8), np.uint8), DRAWS, 300, len(NODES))
 
 
 def test_version_1_is_read_as_it_was_written() -> None:
@@ -345,7 +392,7 @@ def test_version_1_is_read_as_it_was_written() -> None:
         "0002030403899725901b040001590001e2"
     )
     payload = {"bytes": torch.tensor(list(bytes.fromhex(old)), dtype=torch.uint8)}
-    signal = TailCodec(6, 3, 2).decode(payload, 0, 2, 1.0, 300)
+    signal = TailCodec(6, 3, 2, version=1).decode(payload, 0, 2, 1.0, 300)
     assert signal.ids.tolist() == [[159, 220, 106, 116, 125, 0, 0, 0, 0], [231, 31, 213, 97, 167, 123, 269, 158, 158]]
     first = [0.147771, 0.157543, 0.077209, 0.141797, 0.141797, 0.0, 0.0, 0.0, 0.0]
     second = [0.164095, 0.008174, 0.049165, 0.062823, 0.141797, 0.141797, 0.141797, 0.141797, 0.141797]

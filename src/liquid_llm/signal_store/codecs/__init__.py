@@ -16,7 +16,17 @@ from liquid_llm.signal_store.codecs.base import (
     check_temperature,
 )
 
-__all__ = ["Codec", "Options", "Payload", "PayloadError", "Rows", "StoredSignal", "check_temperature", "get_codec"]
+__all__ = [
+    "Codec",
+    "Options",
+    "Payload",
+    "PayloadError",
+    "Rows",
+    "StoredSignal",
+    "check_temperature",
+    "get_codec",
+    "usual_codec",
+]
 
 
 def get_codec(name: str, version: int | None = None, options: Options | None = None) -> Codec:
@@ -32,16 +42,25 @@ def get_codec(name: str, version: int | None = None, options: Options | None = N
     if name not in registry.CODECS:
         raise SignalError("unknown codec", got=repr(name), expected=f"one of {', '.join(registry.CODECS)}")
     make = registry.load(registry.CODECS, name)
-    if version is not None and version != make.version:
+    versions = getattr(make, "versions", (make.version,))
+    if version is not None and version not in versions:
         raise SignalError(
             f"codec {name!r} of another version",
             got=f"version {version}",
-            expected=f"version {make.version}",
+            expected=f"version {' or '.join(map(str, versions))}",
             remedy="install the newer liquid-llm" if version > make.version else "capture the signal again",
         )
-    given, known = dict(options or {}), inspect.signature(make).parameters
-    if not given.keys() <= known.keys():
+    parameters = inspect.signature(make).parameters.values()
+    given = dict(options or {})
+    known = [one.name for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    if not given.keys() <= set(known):
         expected = f"some of {', '.join(known)}" if known else "none"
         raise SignalError(f"options that codec {name!r} does not have", got=given, expected=expected)
-    codec: Codec = make(**given)
+    codec: Codec = make(**given, **({"version": version} if version in versions[:-1] else {}))
     return codec
+
+
+def usual_codec(name: str, num_positions: int) -> Codec:
+    """The codec ``name`` as it suits a new store of about ``num_positions``. Raises SignalError: an unknown name."""
+    codec = get_codec(name)
+    return get_codec(name, options=codec.usual_options(num_positions))

@@ -50,6 +50,11 @@ class Codec(Protocol):
     most_ids: int
     form: str = DRAWS
 
+    @classmethod
+    def usual_options(cls, num_positions: int) -> Options:
+        """What a new store of about so many positions is begun with where nobody says otherwise; {}: the defaults."""
+        return {}
+
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         """Encode a chunk.
 

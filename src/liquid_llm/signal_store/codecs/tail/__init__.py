@@ -14,12 +14,15 @@ distribution, at every temperature:
     which happens the wanted number of times on average. Only the slots of the accepted ids are stored: 5 bits each,
     what a tail says beyond the prior. This is relative entropy coding (Harsha et al. 2010; Theis and Yosri 2022, arXiv
     2110.12805) by thinning a Poisson process.
-4.  Log-partitions at T = 4, 1 and 2/3, and log-probabilities of drawn ids to a nat, give the weights at any other
+4.  Log-partitions at T = 4, 4/3, 1 and 2/3, and log-probabilities of drawn ids to a nat, give the weights at any other
     temperature. Roundings are dithered, so that they do not bias a weight.
 
 At T = 2 no weight depends on a rounding. Between the stored temperatures a position's weights have a common factor that
-is off by one or two percent (the error of interpolating its log-partition): its direction is right, its size nearly.
-``docs/LOG.md`` of 2026-11-22 has the measurements, and what was tried and left out.
+is off by a percent or two (the error of interpolating its log-partition), and by less than 0.2 % on average.
+``docs/LOG.md`` has the measurements, and what was tried and left out.
+
+Version 1 has no log-partition at T = 4/3; its average is up to 1.4 % off between T = 1 and 2. Records say which version
+they are of; a store of version 1 is read as it was, and goes on in it.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     BASE_TEMPERATURE,
     DRAW_STEP,
     NODES,
+    NODES_BY_VERSION,
     PARTITION_STEP,
     TEMPERATURE_RANGE,
     Draws,
@@ -59,6 +63,8 @@ from liquid_llm.signal_store.codecs.tail.payload import Levels, Values, read_lev
 from liquid_llm.signal_store.codecs.tail.rows import MOST_EXACT, encode_rows, most_draws
 
 _MOST_DRAWS = 1024
+_LARGE_STORE = 10_000_000_000  # positions, from which on bytes count more than draws
+_MANY_DRAWS = {"draws_t1": 180.0, "draws_t2": 112.0, "draws_t4": 30.0}  # about 100 bytes a position instead of 40
 _LEAST_TAIL = 0.01  # of the exact ids' sum: less than rounding hides
 
 
@@ -69,14 +75,20 @@ class TailCodec(Codec):
         draws_t1, draws_t2, draws_t4: draws the whole distribution would get at T = 1, 2 and 4. An id is wanted as often
             as the greatest of the three demands; above about 1 / draws it is stored exactly. The gradient's error
             falls with the square root of the draws. A position's bytes go with the mass of its tail.
+        version: of the form, see the module.
     """
 
     name = "tail"
-    version = 1
+    version = 2
+    versions = (1, 2)
     temperature_range = TEMPERATURE_RANGE
     form = HEAD_AND_DRAWS
 
-    def __init__(self, draws_t1: float = 48, draws_t2: float = 30, draws_t4: float = 8) -> None:
+    def __init__(
+        self, draws_t1: float = 48, draws_t2: float = 30, draws_t4: float = 8, *, version: int = version
+    ) -> None:
+        self.version = version
+        self._nodes = NODES_BY_VERSION[version]
         values = {"draws_t1": draws_t1, "draws_t2": draws_t2, "draws_t4": draws_t4}
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST_DRAWS:
@@ -85,6 +97,11 @@ class TailCodec(Codec):
         self.options: Options = dict(values)
         self._draws = Draws(draws_t1, draws_t2, draws_t4)
         self.most_ids = MOST_EXACT + most_draws(self._draws)
+
+    @classmethod
+    def usual_options(cls, num_positions: int) -> Options:
+        """A store of up to a terabyte takes about 100 bytes a position, a larger one 40."""
+        return _MANY_DRAWS if num_positions < _LARGE_STORE else {}
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         return encode_rows(logits, seed, start, self._draws)
@@ -100,7 +117,7 @@ class TailCodec(Codec):
             head_counts=columns["head_counts"].astype(np.int64),
             head_ids=columns["head_ids"][head].astype(np.int64),
             head_levels=columns["head_levels"][head].astype(np.int64),
-            partition=columns["partition"].astype(np.int64),
+            partition=columns["partition"][:, : self._nodes].astype(np.int64),
             draw_counts=columns["draw_counts"].astype(np.int64),
             draw_slots=columns["draw_slots"][draw].astype(np.int64),
             draw_levels=columns["draw_levels"][draw].astype(np.int64),
@@ -140,7 +157,7 @@ class TailCodec(Codec):
         """What is stored; None for a payload without positions. Raises PayloadError."""
         data = require(payload, "bytes", torch.uint8, (None,)).numpy()
         try:
-            return read_levels(data, self._draws, vocab_size) if data.size else None
+            return read_levels(data, self._draws, vocab_size, self._nodes) if data.size else None
         except BitsError as error:
             raise PayloadError(str(error)) from error
 
@@ -150,17 +167,20 @@ def _partition(levels: Levels, values: Values, exponent: float) -> Floats:
 
     Between the nodes exact ids are summed as they are. What is interpolated is the log-partition of all others, smooth
     and convex in the exponent, by a polynomial through 0 (where it is the log of their number), the nodes, and 1 (where
-    F is 0).
+    F is 0). The fourth node is far from those below 1 and the third from those between 1 and 2: each would bend the
+    curve there, and is left out.
     """
     if exponent == 1.0:
         return np.zeros(levels.num_positions)
-    if exponent in NODES:
-        return values.partition[:, NODES.index(exponent)] + math.log(dither_gain(1.0, PARTITION_STEP))
-    points = (0.0, 1.0, *NODES)
+    nodes = NODES[: values.partition.shape[1]]
+    if exponent in nodes:
+        return values.partition[:, nodes.index(exponent)] + math.log(dither_gain(1.0, PARTITION_STEP))
+    left_out = () if len(nodes) == 3 or exponent > 2.0 else (1.5,) if exponent < 1.0 else (3.0,)
+    points = (0.0, 1.0, *(node for node in nodes if node not in left_out))
     tails = [np.log(np.maximum(levels.vocab_size - levels.head_counts, 0.5))]
     for point in points[1:]:
         head = values.head_sum(point)
-        whole = 0.0 if point == 1.0 else values.partition[:, NODES.index(point)]
+        whole = 0.0 if point == 1.0 else values.partition[:, nodes.index(point)]
         tails.append(head + np.log(np.maximum(np.expm1(whole - head), _LEAST_TAIL)))
     weights = np.array(lagrange_weights(points, exponent))
     return np.asarray(np.logaddexp(values.head_sum(exponent), weights @ np.stack(tails)))

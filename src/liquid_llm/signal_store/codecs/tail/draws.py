@@ -40,13 +40,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BASE_TEMPERATURE = 2.0
-NODES = (0.5, 2.0, 3.0)  # values of a at which F is stored: T = 4, 1 and 2/3
-TEMPERATURE_RANGE = (BASE_TEMPERATURE / NODES[-1], BASE_TEMPERATURE / NODES[0])
+NODES = (0.5, 2.0, 3.0, 1.5)  # values of a at which F is stored: T = 4, 1, 2/3 and 4/3
+NODES_BY_VERSION = {1: 3, 2: 4}  # how many of them
+TEMPERATURE_RANGE = (BASE_TEMPERATURE / max(NODES), BASE_TEMPERATURE / min(NODES))
 
 TOP_STEP = 0.03125  # of l, for a position's likeliest id
 HEAD_STEP = 0.125  # of l, for the other ids stored exactly
 FINER = 4  # HEAD_STEP / TOP_STEP
 DRAW_STEP = 1.0  # of l, for drawn ids: at T = 2 their weight does not depend on l at all
+NODE_TURN = 0.5698402909980532  # from the dither of the third node to that of the fourth
 DRAW_TURN = 0.7548776662466927  # of the draws' dithers from slot to slot; unrelated to the golden ratio
 PARTITION_STEP = 0.0625  # of F
 
@@ -73,7 +75,7 @@ class Draws:
         return at_1, at_2, at_4
 
     def log_intensity(self, base: Floats, partition: Floats) -> Floats:
-        """Log of the intensity of ids with log-probability ``base`` [m], ``partition`` [m, 3] being F at ``NODES``."""
+        """Log of the intensity of ids with log-probability ``base`` [m]; ``partition`` [m, nodes]: F at ``NODES``."""
         at_1, at_2, at_4 = self.logs
         return np.maximum(
             np.maximum(base + at_2, 2.0 * base + (at_1 - partition[:, 1])), 0.5 * base + (at_4 - partition[:, 0])
@@ -174,6 +176,12 @@ def uniforms(seed: int, start: int, count: int, streams: int = NUM_STREAMS) -> N
     counter = np.arange(1 + start * streams, 1 + (start + count) * streams, dtype=np.uint64)
     numbers: NDArray[np.float64] = _mixed(seed, counter).astype(np.float64) * 2.0**-53
     return numbers.reshape(count, streams)
+
+
+def node_dithers(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Dithers of F at ``NODES`` [n, 4], of a position's random ``numbers``; the last follows from the one before."""
+    three = numbers[:, 2:5]
+    return np.concatenate([three, (three[:, 2:] + NODE_TURN) % 1.0], axis=1)
 
 
 def window_starts(seed: int, start: int, count: int, known: Candidates) -> NDArray[np.int64]:

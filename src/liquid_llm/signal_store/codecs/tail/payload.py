@@ -1,8 +1,8 @@
 """The stored form of codec ``tail``: the integers of one sample's rows as columns of bits.
 
     positions | vocabulary | seed | exact ids a position (less one) | level of the likeliest | drops of level between
-    its successors | three partitions | class of each exact id | place in its class | draws a position | gaps between
-    drawn slots | levels of the draws
+    its successors | four partitions (version 1: three) | class of each exact id | place in its class | draws a position
+    | gaps between drawn slots | levels of the draws
 
 Exact ids are stored by falling probability, so that their levels are small drops. An id is a class (class c holds
 32 * 2**c ids, the first classes the most frequent ids) and its place there. Draws are stored by their slot in the
@@ -35,6 +35,7 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     Ints,
     candidates,
     dither_gain,
+    node_dithers,
     undither,
     uniforms,
     window_starts,
@@ -55,7 +56,7 @@ class Levels:
         seed: of the record.
         vocab_size: ids the distribution is over.
         head_counts: [n], at least 1; ``head_ids``, ``head_levels``: [sum of them], a position's values together.
-        partition: [n, 3].
+        partition: [n, nodes], as many as its version has.
         draw_counts: [n]; ``draw_slots``, ``draw_levels``: [sum of them].
     """
 
@@ -80,7 +81,7 @@ class Values:
     Attributes:
         head_rows, head_base: position and l of every exact id.
         head_starts: [n], where a position's exact ids begin.
-        partition: [n, 3], F at ``NODES``.
+        partition: [n, nodes], F at as many of ``NODES``.
         draw_rows, draw_ids, draw_share: position of every draw, the id in its slot, and that id's prior.
     """
 
@@ -93,8 +94,9 @@ class Values:
         steps = np.full(self.head_rows.size, HEAD_STEP)
         steps[self.head_starts] = TOP_STEP
         self.head_base = undither(levels.head_levels, self._numbers[self.head_rows, 1], steps)
-        self.partition = undither(levels.partition, self._numbers[:, 2:5], PARTITION_STEP)
-        for column, exponent in enumerate(NODES):
+        nodes = levels.partition.shape[1]
+        self.partition = undither(levels.partition, node_dithers(self._numbers)[:, :nodes], PARTITION_STEP)
+        for column, exponent in enumerate(NODES[:nodes]):
             self.partition[:, column] += self.head_sum(exponent)
         self.draw_rows = np.repeat(every, levels.draw_counts)
         self._slots = levels.draw_slots
@@ -143,7 +145,7 @@ def write_levels(levels: Levels, draws: Draws, sizes: dict[str, int] | None = No
     out.signed(-levels.head_levels[first])
     out.rice(-np.diff(np.where(first, _coarse(levels.head_levels), levels.head_levels), prepend=0)[~first])
     end_of("exact levels")
-    for column in range(len(NODES)):
+    for column in range(levels.partition.shape[1]):
         out.around_median(levels.partition[:, column])
     end_of("partitions")
     classes = np.searchsorted(_CLASS_STARTS, levels.head_ids, side="right") - 1
@@ -166,15 +168,19 @@ def write_levels(levels: Levels, draws: Draws, sizes: dict[str, int] | None = No
     return out.bytes()
 
 
-def read_levels(data: NDArray[np.uint8], draws: Draws, vocab_size: int) -> tuple[Levels, Values]:
-    """Inverse of ``write_levels``. Raises BitsError for bytes it cannot have written for this vocabulary."""
+def read_levels(data: NDArray[np.uint8], draws: Draws, vocab_size: int, nodes: int) -> tuple[Levels, Values]:
+    """Inverse of ``write_levels``, of so many partitions a position.
+
+    Raises:
+        BitsError: bytes it cannot have written for this vocabulary.
+    """
     source = BitReader(data)
     n = source.count(per_byte=8)
     if (written := source.number()) != vocab_size:
         raise BitsError(f"written for a vocabulary of {written}, read for one of {vocab_size}")
     seed = source.number()
     head_counts, head_levels = _read_head_levels(source, n)
-    partition = np.stack([source.around_median(n) for _ in NODES], axis=1)
+    partition = np.stack([source.around_median(n) for _ in range(nodes)], axis=1)
     classes = source.ranked(head_levels.size, _CLASS_BITS)
     head_ids = source.ragged(classes + _FIRST_CLASS_BITS) + _CLASS_STARTS[classes]
     if head_ids.size and int(head_ids.max()) >= vocab_size:

@@ -25,6 +25,7 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     candidates,
     device_tables,
     dither_gain,
+    node_dithers,
     uniforms,
     window_starts,
 )
@@ -49,7 +50,7 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
         seed: of the record; ``start``: position of the first row in it.
 
     Returns:
-        ``head_counts`` [n], ``head_ids`` and ``head_levels`` [n, MOST_EXACT], ``partition`` [n, 3], ``draw_counts``
+        ``head_counts`` [n], ``head_ids`` and ``head_levels`` [n, MOST_EXACT], ``partition`` [n, 4], ``draw_counts``
         [n], ``draw_slots`` and ``draw_levels`` [n, most_draws]; ``seed`` and ``vocab_size`` [n], the same in all rows.
 
     Raises:
@@ -57,7 +58,8 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
     """
     n, vocab_size = logits.shape
     known = candidates(vocab_size)
-    numbers = torch.from_numpy(uniforms(seed, start, n)).to(logits.device)
+    drawn = uniforms(seed, start, n)
+    numbers, node_numbers = (torch.from_numpy(one).to(logits.device) for one in (drawn, node_dithers(drawn)))
     offsets = torch.from_numpy(window_starts(seed, start, n, known)).to(logits.device)
     peaks, whole, log_sum, proposed = _scan(logits, offsets, known)
     top = row_maximum(peaks)
@@ -75,7 +77,7 @@ def encode_rows(logits: Tensor, seed: int, start: int, draws: Draws) -> Rows:
         gain = torch.full_like(step, math.log(dither_gain(exponent, HEAD_STEP)))
         gain[:, 0] = math.log(dither_gain(exponent, TOP_STEP))
         head_sum = torch.logsumexp(exponent * rounded - gain, dim=1)
-        dither = numbers[:, 2 + column]
+        dither = node_numbers[:, column]
         level = torch.floor((whole[:, column] - head_sum) / PARTITION_STEP + dither)
         partition_levels.append(level)
         partition.append(head_sum + (level + 0.5 - dither) * PARTITION_STEP)
@@ -101,7 +103,7 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
     """All that needs every logit, block by block: a block is read from memory once and then found in the cache.
 
     Returns:
-        the largest logit of every run of ``_RUN`` ids [n, runs], the last run may be shorter; F at ``NODES`` [n, 3];
+        the largest logit of every run of ``_RUN`` ids [n, runs], the last run may be shorter; F at ``NODES`` [n, 4];
         log sum exp((z - top) / 2) [n, 1]; the logits in each position's window [n, window].
     """
     n, vocab_size = logits.shape
@@ -109,7 +111,7 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
     even = vocab_size // _RUN * _RUN
     peaks = logits.new_empty(n, -(-vocab_size // _RUN))
     proposed = logits.new_empty(n, known.window)
-    sums = logits.new_empty(n, 4)
+    sums = logits.new_empty(n, 5)
     blocks = _blocks(n, logits.device, 4 * vocab_size)
     powers = logits.new_empty(2, blocks[0].stop - blocks[0].start, vocab_size)
     for rows in blocks:
@@ -126,9 +128,10 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
         torch.mul(one, one, out=two)
         torch.linalg.vector_norm(two, dim=1, out=total[:, 2])
         torch.linalg.vector_norm(two.mul_(one), dim=1, out=total[:, 3])
-    logs = sums.log_() * sums.new_tensor([1.0, 2.0, 2.0, 2.0])
+        torch.sum(two, dim=1, out=total[:, 4])
+    logs = sums.log_() * sums.new_tensor([1.0, 2.0, 2.0, 2.0, 1.0])
     log_sum = logs[:, 1:2]
-    return peaks, logs[:, [0, 2, 3]] - log_sum * logs.new_tensor(NODES), log_sum, proposed
+    return peaks, logs[:, [0, 2, 3, 4]] - log_sum * logs.new_tensor(NODES), log_sum, proposed
 
 
 def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
