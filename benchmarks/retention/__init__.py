@@ -1,0 +1,1 @@
+"""The parts of ``bench_retention``: texts, what stores give back of them, students, and what was found."""
