@@ -48,7 +48,7 @@ def test_bytes_a_position(codec: str, shape: str, expected: float) -> None:
 
 
 def test_a_store_below_ten_billion_positions_takes_about_a_hundred_bytes_of_prose() -> None:
-    """Of the made-up teacher 123, of SmolLM2 on school mathematics about 100: some 2.6 times what a larger one takes."""
+    """Of the made-up teacher 123, of SmolLM2 on mathematics about 100: 2.6 times what larger ones take."""
     size = len(payload("tail", "sharp", num_positions=10**9)["bytes"]) / ROWS
     assert size == pytest.approx(123.1, rel=0.005)
 
