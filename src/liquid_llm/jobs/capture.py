@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -88,9 +89,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
             storage.check_writable(source.store)
     token = read_token(config.teacher)
     text = _text_tools(config, teacher_id, token)
-    if int(asked.options.get("k", 0)) > text.vocab_size:
-        expected = f"at most {text.vocab_size}, the size of the vocabulary; --codec=full stores them all"
-        raise UsageError("more ids than there are", where="--topk", got=asked.options["k"], expected=expected)
+    _check_num_ids(asked, text.vocab_size)
     model = identify(teacher_id, text.hash, token=token)
     framings = {
         source.store: framing_to_record(source.store, text.framings(type))
@@ -98,12 +97,10 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         if source.store is not None
     }
     begun = {folder: _codec_of_begun(config.store, asked, folder) for folder in framings}
-    layouts = {
-        folder: _choose_layout(
-            config, folder, SignalIdentity.of(begun[folder] or asked, model, text.vocab_size, framing), new_layout
-        )
-        for folder, framing in framings.items()
-    }
+    layouts = {}
+    for folder, framing in framings.items():
+        identity = SignalIdentity.of(begun[folder] or asked, model, text.vocab_size, framing)
+        layouts[folder] = _choose_layout(config, folder, identity, new_layout)
     datasets = _datasets(config, text)
     codecs = _choose_codecs(config, datasets, begun)
     if device.type == "cpu":
@@ -115,9 +112,8 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     for type in datasets:
         folder = _folder(config, type)
         codec, layout, framing = codecs[folder], layouts[folder], framings[folder]
-        writers[type] = StoreWriter(
-            folder, loaded.identity, codec, vocab_size=vocab_size, layout=layout, framing=framing
-        )
+        open_writer = partial(StoreWriter, vocab_size=vocab_size, layout=layout, framing=framing)
+        writers[type] = open_writer(folder, loaded.identity, codec)
         log.info("%s goes to %s, layout %s", type, folder, layouts[folder])
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
@@ -148,6 +144,12 @@ def _text_tools(config: CaptureConfig, teacher_id: str, token: str | None) -> Te
     own = Speaker(f"teacher {teacher_id}", load_tokenizer(teacher_id, token=token))
     framings = choose_framings(config.data.begin_token, config.source, {}, own)
     return TextTools.of(own.tokenizer, framings).learn(config.data, token)
+
+
+def _check_num_ids(codec: Codec, vocab_size: int) -> None:
+    if int(codec.options.get("k", 0)) > vocab_size:
+        expected = f"at most {vocab_size}, the size of the vocabulary; --codec=full stores them all"
+        raise UsageError("more ids than there are", where="--topk", got=codec.options["k"], expected=expected)
 
 
 def _codec_of_begun(store: StoreConfig, asked: Codec, folder: str) -> Codec | None:
