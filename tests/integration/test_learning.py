@@ -136,11 +136,20 @@ def test_the_store_says_what_its_teacher_says_and_is_stale_where_more_is_learnt(
     assert "captured for other positions than are learnt" in said
 
 
-def test_all_that_is_there_is_learnt_where_that_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
-    given = {**QUIET, "learn": "all", "hybrid": False, "math_logits_dir": None, "code_logits_dir": None}
+def test_all_that_is_there_is_learnt_where_that_is_asked_for(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also by a run that goes on and has learnt completions so far, which is told so."""
+    given = {**QUIET, "hybrid": False, "math_logits_dir": None, "code_logits_dir": None, "max_steps": 3}
     given |= {"mc_teacher_id": None, "lm_teacher_id": tiny.teacher, "chat_template": "chatml"}
     assert main(["train", *tiny.train_words(tmp_path, **given)]) == 0
-    assert all(row["tokens"] == row["positions"] for row in rows_of(tmp_path / "run"))
+    given |= {"max_steps": 6, "learn": "all"}
+    said = "another --learn or chat template than the run had so far"
+    assert said not in caplog.text
+    assert main(["train", *tiny.train_words(tmp_path, **given)]) == 0
+    assert said in caplog.text
+    rows = rows_of(tmp_path / "run")
+    assert [row["tokens"] == row["positions"] for row in rows] == [False] * 3 + [True] * 3
     assert "left_out_nothing_learnt" in readiness(tmp_path / "run")["math_tool"]
 
 

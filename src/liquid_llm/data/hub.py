@@ -123,7 +123,9 @@ class HubRows:
             texts = wikitext_articles(rows) if self._lines else enumerate(rows)
             yield from ((number, Body(text or "")) for number, text in texts)
             return
-        for number, row in enumerate(self._table.select_columns(list(self._columns))):
+        batches = self._table.select_columns(list(self._columns)).iter(_ROWS_PER_READ)
+        bodies = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+        for number, row in enumerate(bodies):
             try:
                 yield number, read_body(row)
             except BodyError as error:

@@ -47,6 +47,11 @@ class Inputs:
         return any(MESSAGES in part.dataset.meta.forms for part in self.mixture)
 
     @property
+    def is_text(self) -> bool:
+        """Whether all records are texts, which are learnt from end to end."""
+        return all(set(part.dataset.meta.forms) == {TEXT} for part in self.mixture)
+
+    @property
     def types(self) -> list[str]:
         """The types present, in the order that metrics have."""
         return order_types(part.dataset.type for part in self.mixture)

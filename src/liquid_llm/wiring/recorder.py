@@ -238,5 +238,6 @@ class Recorder:
             "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
             "decided": self.parts.decided,
             "framing": self.parts.text.framings.plain(),
+            "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from liquid_llm.models.tokenizers import frame_tokenizer, highest_id, require_sa
 from liquid_llm.wiring.framing import Speaker, choose_framings, recorded_framing
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.templates import find_chat_template
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,4 +92,8 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
             expected=f"{text.hash[:16]} of {own.name}",
             remedy="use a teacher with the student's tokenizer",
         )
+    if start.goes_on and start.origin.metadata is not None:
+        known_learning = start.origin.metadata.run.get("learning")
+        if known_learning not in (None, text.learning.key):
+            log.warning("another --learn or chat template than the run had so far, whose prompts were learnt otherwise")
     return text

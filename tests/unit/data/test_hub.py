@@ -12,8 +12,11 @@ import pytest
 from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 
+from liquid_llm.data import hub
 from liquid_llm.data.hub import HubRows, load_hub_dataset, rows_are_lines
+from liquid_llm.data.records import Body
 from liquid_llm.data.tokens import TokenDataset, is_held_out
+from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -271,3 +274,32 @@ def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
     )
     assert "Load it once with a network, or copy the cache of a machine that has it and set HF_HOME" in done.stdout
     assert done.stderr == ""
+
+
+SAID = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"messages": SAID, "id": "x", "source": "y"}, ("messages",), Body("", None, tuple(SAID))),
+        ({"prompt": "two?", "completion": " four", "note": "z"}, ("prompt", "completion"), Body(" four", "two?")),
+        ({"text": "a text", "messages": SAID}, ("text",), Body("a text")),
+        ({"only": "a text", "id": 7}, ("only",), Body("a text")),
+    ],
+)
+def test_conversations_and_prompts_are_found_by_their_columns(
+    tmp_path: Path, row: dict[str, Any], columns: tuple[str, ...], expected: Body
+) -> None:
+    datasets.Dataset.from_list([row] * 3).save_to_disk(tmp_path / "saved")
+    table = datasets.load_from_disk(tmp_path / "saved")
+    assert tuple(hub._columns(table.features, "x")) == columns
+    found = list(HubRows(table, columns, "x", "train", False))
+    assert found == [(n, TextRecord(expected.text, "lm", f"train-{n}", *expected[1:])) for n in range(3)]
+
+
+def test_a_row_that_is_no_conversation_says_where(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"messages": SAID}, {"messages": []}]).save_to_disk(tmp_path / "saved")
+    rows = HubRows(datasets.load_from_disk(tmp_path / "saved"), ("messages",), "name", "train", False)
+    with pytest.raises(DataError, match=r"name, train row 1: messages is not a list of messages; got \[\]"):
+        list(rows)

@@ -14,6 +14,7 @@ from tests.support import raw_inputs
 from tests.support.raw_inputs import RAW, as_parquet, jsonl, zipped
 
 from liquid_llm import storage
+from liquid_llm.data.records import Body
 from liquid_llm.errors import DataError
 from liquid_llm.preparation import formats
 from liquid_llm.preparation.formats import Document, Reading, Reject, documents
@@ -238,3 +239,29 @@ def test_progress_comes_in_steps_and_never_passes_the_end(tmp_path: Path, name: 
     list(documents(str(tmp_path / raw.name), Reading(raw.type), told.append))
     assert min(told) >= 0
     assert 0 < sum(told) <= len(raw.data)
+
+
+def test_conversations_and_prompts_are_kept_as_they_are(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (found,) = read(tmp_path / "a.jsonl", jsonl([{"messages": said, "id": 3}]))
+    assert isinstance(found, Document)
+    assert found.body == Body("", None, tuple(said))
+    (found,) = read(tmp_path / "b.jsonl", jsonl([{"prompt": "q", "completion": " a"}]))
+    assert isinstance(found, Document)
+    assert found.body == Body(" a", "q")
+    (found,) = read(tmp_path / "c.jsonl", jsonl([{"messages": "none", "id": 3}]))
+    assert isinstance(found, Reject)
+    assert found.reason == "messages is not a list of messages"
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "svamp", "asdiv", "humaneval"])
+def test_a_problem_is_a_prompt_and_its_solution(tmp_path: Path, name: str) -> None:
+    """Cut where the answer begins, and together what they always were."""
+    raw = RAW[name]
+    found = [one for one in read(tmp_path / raw.name, raw.data, raw.type) if isinstance(one, Document)]
+    assert [one.text for one in found] == raw.texts
+    for one in found:
+        assert one.body.prompt
+        assert one.body.prompt.endswith("\nAnswer:" if name != "humaneval" else "\n")
+        assert "Answer:" not in one.body.text
+        assert one.body.text.strip()
