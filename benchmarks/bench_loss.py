@@ -3,6 +3,7 @@
     python benchmarks/bench_loss.py                        both tables, a few minutes
     python benchmarks/bench_loss.py --only time --dtype bfloat16
     python benchmarks/bench_loss.py --only memory --hidden 2048 --teacher-hidden 2048
+    python benchmarks/bench_loss.py --only time --contestants "T=2 "        every divergence, forward KL first
 
 Time: all contestants in one process, one after the other, round after round, so that a slow moment of the machine hits
 them alike; medians, and ratios of medians. Memory: a process for each, the peak of its resident set above what it held
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from liquid_llm.losses import DenseSignal, Objective, OutputHead, SparseSignal, fused_loss
+from liquid_llm.losses.signals import HEAD_AND_DRAWS
+from liquid_llm.registry import DIVERGENCES
 
 ALPHA = 0.5
 SLOTS = 16  # ids a position in the sparse signal
@@ -57,6 +60,7 @@ class Inputs:
     teacher: DenseSignal = field(init=False)
     old: DenseSignal = field(init=False)
     sparse: SparseSignal = field(init=False)
+    sparse_at_1: SparseSignal = field(init=False)
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -72,13 +76,16 @@ class Inputs:
         weights = torch.rand(shape.tokens, SLOTS)
         weights /= weights.sum(dim=1, keepdim=True)
         self.sparse = SparseSignal(
-            ids=torch.randint(shape.vocab, (shape.tokens, SLOTS)),
+            ids=torch.stack([torch.randperm(shape.vocab)[:SLOTS] for _ in range(shape.tokens)]),
             weights=weights,
             log_probs=weights.log(),
             tail_mass=torch.zeros(shape.tokens),
             mask=torch.ones(shape.tokens, dtype=torch.bool),
             temperature=2.0,
+            form=HEAD_AND_DRAWS,
+            num_exact=torch.full((shape.tokens,), SLOTS // 2),
         )
+        self.sparse_at_1 = replace(self.sparse, temperature=1.0)
 
     @property
     def head(self) -> OutputHead:
@@ -141,6 +148,23 @@ CONTESTANTS: dict[str, Callable[[Inputs], None]] = {
     ),
     "fused KL + CE, no gradient": _evaluate,
 }
+
+
+def _divergence(name: str, *, stored: bool = False, min_entropy: float | None = None) -> Callable[[Inputs], None]:
+    objective = Objective(ALPHA, 2.0, divergence=name, min_entropy=min_entropy)
+
+    def loss(data: Inputs) -> Tensor:
+        sparse = data.sparse if objective.signal_temperature == 2.0 else data.sparse_at_1
+        return fused(data, signal=sparse if stored else data.teacher, objective=objective)
+
+    return _train(loss)
+
+
+CONTESTANTS |= {f"T=2 {name}": _divergence(name) for name in DIVERGENCES}
+CONTESTANTS |= {
+    f"T=2 stored {name}": _divergence(name, stored=True) for name in ("forward_kl", "decoupled_topk", "tail_aware")
+}
+CONTESTANTS["T=2 forward_kl, chosen"] = _divergence("forward_kl", min_entropy=5.0)
 
 
 def machine() -> str:

@@ -29,6 +29,7 @@ from liquid_llm.losses import (
     SparseSignal,
     choose_plan,
 )
+from liquid_llm.registry import DIVERGENCES
 
 SLOTS = 64
 BOUNDS = {0.05: 0.01, 0.5: 0.005}  # largest relative error of a gradient, by divergence in nats
@@ -195,3 +196,23 @@ def test_the_measure_sees_rounded_logits(temperature: float, kind: str) -> None:
         _, of_hidden, of_weight = errors(answer("made up", 0.05, temperature, kind, plan), exact)
     assert of_hidden > 2 * BOUNDS[0.05]
     assert of_weight > 2 * BOUNDS[0.05]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("spec", [name for name in DIVERGENCES if name != "forward_kl"])
+def test_gradients_of_every_divergence_are_those_of_float64(spec: str, temperature: float) -> None:
+    teacher, student = made_up(), student_at("made up", 0.05, temperature)
+    found: list[Answer] = []
+    for loss, exact in ((reference_loss, True), (fused_loss, False)):
+        hidden = (student.double() if exact else student.clone()).requires_grad_()
+        weight = (teacher.weight.double() if exact else teacher.weight.float()).requires_grad_()
+        states, head = (teacher.hidden.double(), teacher.weight.double()) if exact else (teacher.hidden, teacher.weight)
+        signal = DenseSignal(states, OutputHead(head))
+        stated = {"signal": signal, "alpha": 1.0, "temperature": temperature, "divergence": spec}
+        output = loss(hidden, OutputHead(weight), labels_of(student), **stated)
+        gradients = torch.autograd.grad(output.loss / len(student), [hidden, weight])
+        found.append((output.kd.item(), *(one.double() for one in gradients)))
+    of_value, of_hidden, of_weight = errors(found[1], found[0])
+    assert of_value < 1e-3
+    assert of_hidden < BOUNDS[0.05]
+    assert of_weight < BOUNDS[0.05]
