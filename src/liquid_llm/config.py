@@ -58,6 +58,7 @@ class DataConfig:
     begin_token: str
     block_size: int
     seq_len: int
+    document_mask: bool
     val_fraction: float
     manifest: str | None
     dataset_name: str | None
@@ -204,7 +205,7 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """One capture job (Stage A)."""
+    """One capture job (Stage A). ``given``: option name -> value, as a person set them."""
 
     seed: int
     device: str
@@ -212,6 +213,7 @@ class CaptureConfig:
     data: DataConfig
     store: StoreConfig
     source: Sources
+    given: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,7 @@ def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
         data=_make(DataConfig, {**data, "block_size": data["seq_len"]}),
         store=_make(StoreConfig, values["store"]),
         source=_build_sources(given, teacher),
+        given=dict(given),
     )
     _raise_all(capture_problems(config))
     return config
@@ -300,9 +303,10 @@ def build_config_to_measure(face: str, given: Mapping[str, object]) -> RunConfig
     """
     if face == CAPTURE:
         named = any(given.get(name) for name in (*SPELLINGS, "sources"))
-        needed = ["dataset_manifest", *([] if named else SPELLINGS)]
+        needed = [*([] if given.get("dataset_name") else ["dataset_manifest"]), *([] if named else SPELLINGS)]
     else:
-        needed = ["dataset_name" if face == ANNEAL else "dataset_manifest"]
+        named = face == ANNEAL and not given.get("dataset_manifest")
+        needed = ["dataset_name" if named else "dataset_manifest"]
         needed += ["resume_gcs_uri"] if given.get("keep_old_logit_l2") else []
     options = {**dict.fromkeys(needed, NOWHERE), **given}
     return build_capture_config(options) if face == CAPTURE else build_run_config(face, options)
@@ -344,13 +348,15 @@ def _build_sources(given: Mapping[str, object], teacher: TeacherConfig) -> Sourc
     _raise_all(twice)
     return Sources(
         {
-            type: SourceConfig(
-                **{"teacher": spelled.get(type, other), "layout": default_layout(type), **read.get(type, {})}
-            )
+            type: _source(type, {"teacher": spelled.get(type, other), **read.get(type, {})})
             for type in [*spelled, *(type for type in read if type not in spelled)]
         },
         other,
     )
+
+
+def _source(type: str, values: Mapping[str, Any]) -> SourceConfig:
+    return SourceConfig(**{"layout": default_layout(type, values["teacher"]), **values})
 
 
 def _by_group(face: str, given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
@@ -416,15 +422,8 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
     return remarks
 
 
-def options_as_plain(config: RunConfig) -> dict[str, Any]:
-    """What was given, as a configuration file gives it: option name -> value."""
-    given = {name: value for name, value in config.given.items() if value is not None}
-    return {name: "none" if value == () else value for name, value in given.items()}
-
-
 def as_plain(config: RunConfig | CaptureConfig) -> dict[str, Any]:
     """The configuration as nested plain values, for provenance."""
     plain = dataclasses.asdict(config)
-    if "given" in plain:
-        plain["given"] = sorted(plain["given"])
+    plain["given"] = sorted(plain["given"])
     return plain

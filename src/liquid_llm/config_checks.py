@@ -9,6 +9,7 @@ from liquid_llm.errors import UsageError
 from liquid_llm.losses.divergences import get_divergence
 from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
 from liquid_llm.schedules import parse_piecewise
+from liquid_llm.sources import BLOCKS
 
 if TYPE_CHECKING:
     from liquid_llm.config import CaptureConfig, DataConfig, PrepareConfig, RunConfig, TeacherConfig
@@ -21,8 +22,13 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
     """
     problems: list[str] = []
     data, teacher, objective, optimizer = config.data, config.teacher, config.objective, config.optimizer
-    if config.face == ANNEAL and not data.dataset_name:
-        problems.append("--dataset_name is missing: name a dataset or a local folder")
+    if config.face == ANNEAL:
+        problems += _data_problems(data, "a dataset or a local folder") + _stored_problems(config)
+    problems += [
+        f"sources: {type} has a store and layout blocks: a store serves samples or windows, and no joined texts"
+        for type, source in config.source.named.items()
+        if source.store is not None and source.layout == BLOCKS
+    ]
     if config.face == TRAIN:
         if not data.manifest:
             problems.append("--dataset_manifest is missing: name a JSONL manifest")
@@ -93,6 +99,23 @@ def _batch_problems(config: RunConfig, block_size_known: bool) -> list[str]:
     return problems
 
 
+def _data_problems(data: DataConfig, what: str) -> list[str]:
+    """Where one of the two ways to name data is wanted."""
+    if data.dataset_name and data.manifest:
+        return ["give one of --dataset_name and --dataset_manifest, not both"]
+    if not data.dataset_name and not data.manifest:
+        return [f"--dataset_name is missing: name {what}, or a JSONL manifest with --dataset_manifest"]
+    return []
+
+
+def _stored_problems(config: RunConfig) -> list[str]:
+    """What is lacking of a run whose signal all comes from stores."""
+    lacking = not config.source.stores or (config.data.dataset_name and config.source("lm").store is None)
+    if config.teacher.mode == "precomputed" and lacking:
+        return ["--signal lm=URI is missing: --teacher_mode=precomputed reads its signal there"]
+    return []
+
+
 def _teacher_problems(config: RunConfig) -> list[str]:
     teacher = config.teacher
     if not teacher.hybrid:
@@ -116,7 +139,9 @@ def capture_problems(config: CaptureConfig) -> list[str]:
     problems = []
     if not config.teacher.stored_id:
         problems.append("--mc_teacher_id is missing: name the teacher to capture")
-    if not config.data.manifest:
+    if config.data.dataset_name:
+        problems += _data_problems(config.data, "a dataset")
+    elif not config.data.manifest:
         problems.append("--dataset_manifest is missing: name a JSONL manifest")
     if not config.source.stores:
         problems.append(

@@ -29,7 +29,8 @@ from typing import Any
 
 import yaml
 
-from liquid_llm.errors import first_line
+from liquid_llm import storage
+from liquid_llm.errors import StorageError, first_line
 from liquid_llm.masking import Masker, secret_values
 from liquid_llm.storage import write_bytes
 
@@ -53,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 def write_provenance(
-    run_dir: str | Path,
+    folder: str | Path,
     *,
     config: Mapping[str, Any],
     manifest: Sequence[Mapping[str, Any]],
@@ -69,7 +70,7 @@ def write_provenance(
     """Write the six files, each atomically, with secrets masked.
 
     Args:
-        run_dir: the run directory.
+        folder: the run directory, or the store that a capture fills: a path or any URL.
         config: nested plain values, as are all that follow.
         manifest: one mapping a manifest line; empty without a manifest.
         readiness: what was found of data and stored signal.
@@ -87,19 +88,24 @@ def write_provenance(
     """
     environ = os.environ if environ is None else environ
     masker = Masker(secret_values(environ))
-    folder = Path(run_dir) / FOLDER
+    place = storage.join(str(folder), FOLDER)
+
+    def write(name: str, text: str) -> None:
+        # undecodable file names hold lone surrogates
+        write_bytes(storage.join(place, name), text.encode("utf-8", errors="backslashreplace"))
+
     environment = {
         **describe_environment(argv=argv, environ=environ, now=now),
         "choices": choices,
         **(extra or {}),
-        "earlier_sessions": _earlier_sessions(folder / ENVIRONMENT),
+        "earlier_sessions": _earlier_sessions(storage.join(place, ENVIRONMENT)),
     }
-    _write(folder / OPTIONS, yaml.safe_dump(_mask_words(options or {}, masker), sort_keys=False, allow_unicode=True))
-    _write(folder / CONFIG, _json(masker.value(config)))
-    _write(folder / MANIFEST, "".join(_json(masker.value(line), None) for line in manifest))
-    _write(folder / READINESS, _json(masker.value(readiness)))
-    _write(folder / DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
-    _write(folder / ENVIRONMENT, _json(masker.value(environment)))
+    write(OPTIONS, yaml.safe_dump(_mask_words(options or {}, masker), sort_keys=False, allow_unicode=True))
+    write(CONFIG, _json(masker.value(config)))
+    write(MANIFEST, "".join(_json(masker.value(line), None) for line in manifest))
+    write(READINESS, _json(masker.value(readiness)))
+    write(DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
+    write(ENVIRONMENT, _json(masker.value(environment)))
 
 
 def _mask_words(value: Any, masker: Masker) -> Any:
@@ -207,24 +213,19 @@ def _read(path: str) -> str:
     return ""
 
 
-def _earlier_sessions(path: Path) -> list[dict[str, Any]]:
+def _earlier_sessions(uri: str) -> list[dict[str, Any]]:
     """The environments of the sessions before this one, oldest first."""
     try:
-        last = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        _log.warning("%s: the earlier session's environment is unreadable and left out (%s)", path, error)
+        if not storage.exists(uri):
+            return []
+        last = json.loads(storage.read_bytes(uri))
+    except (StorageError, ValueError) as error:
+        _log.warning("%s: the earlier session's environment is unreadable and left out (%s)", uri, error)
         return []
     if not isinstance(last, dict):
         return []
     earlier = last.pop("earlier_sessions", [])
     return [*(earlier if isinstance(earlier, list) else []), last][-_MAX_EARLIER_SESSIONS:]
-
-
-def _write(path: Path, text: str) -> None:
-    # undecodable file names hold lone surrogates
-    write_bytes(str(path), text.encode("utf-8", errors="backslashreplace"))
 
 
 def _json(value: object, indent: int | None = 2) -> str:

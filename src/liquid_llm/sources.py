@@ -22,7 +22,7 @@ from typing import Any
 
 from liquid_llm.registry import DIVERGENCES, TEACHERS
 
-LAYOUTS = ("blocks", "samples")
+BLOCKS, SAMPLES, WINDOWS = LAYOUTS = ("blocks", "samples", "windows")
 NONE = "none"
 SPELLINGS = {"math_logits_dir": "math_tool", "code_logits_dir": "code"}
 """The reference options that name a type's store, and that type."""
@@ -39,7 +39,8 @@ class SourceConfig:
 
     Attributes:
         teacher: a spec as above; None where nothing names one.
-        layout: ``blocks`` (documents joined into full blocks) or ``samples`` (whole samples of near-equal length).
+        layout: ``blocks`` (documents joined into full blocks), ``samples`` (whole samples of near-equal length, what
+            is too long cut off) or ``windows`` (the same, with what is too long cut into several).
         alpha, temperature, divergence: in place of the run's own, or None.
     """
 
@@ -81,9 +82,11 @@ def order_types(types: Iterable[str]) -> list[str]:
     return [type for type in FIRST_TYPES if type in found] + [type for type in found if type not in FIRST_TYPES]
 
 
-def default_layout(type: str) -> str:
-    """The layout of a type that names none: plain text is joined into blocks."""
-    return "blocks" if type == "lm" else "samples"
+def default_layout(type: str, teacher: str | None = None) -> str:
+    """The layout of a type that names none: plain text is joined into blocks, or cut into windows for a store."""
+    if type != "lm":
+        return "samples"
+    return "windows" if SourceConfig(teacher).store is not None else "blocks"
 
 
 def read_spec(text: str) -> str:

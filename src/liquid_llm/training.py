@@ -134,7 +134,7 @@ class Student(nn.Module):
 
         Under autocast the last norm hands out float32, and the product with the head would follow it.
         """
-        hidden = hidden_states(model, batch.input_ids)
+        hidden = hidden_states(model, batch.input_ids, batch.places)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.positions).to(self.compute_dtype)
 
     def _arithmetic(self) -> contextlib.AbstractContextManager[object]:

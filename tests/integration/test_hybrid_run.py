@@ -85,6 +85,7 @@ def test_the_run_directory_is_complete(finished):
         "datasets_snapshot.yaml",
         "environment.json",
         "options.yaml",
+        "tokenizer",
     }
     environment = json.loads((finished / "provenance" / "environment.json").read_text())
     assert environment["choices"]["student_dtype"]["reason"]

@@ -16,7 +16,7 @@ _MOVED = "; the nearest that the codec is read at"
 _JSON = Option("json", "bool", RUN, "json", False, "print one JSON object")
 _TEMPERATURE = Option("temperature", "float", RUN, "temperature", None, f"to decode at [2{_MOVED}]", above=0)
 _TEMPERATURES = Option("temperatures", "floats", RUN, "temperatures", None, f"to compare at [1,2{_MOVED}]", above=0)
-_SHARED = "teacher_precision data_cache learn chat_template device hf_token_file seed"
+_SHARED = "seq_len teacher_precision data_cache learn chat_template device hf_token_file seed"
 _TEACHER = (
     Option("teacher", "str", RUN, "teacher", None, "the teacher it was captured from"),
     Option("manifest", "str", RUN, "manifest", None, "manifest with its texts"),

@@ -79,3 +79,20 @@ class TokenStream:
         ends = self._dataset.starts[document] + lengths
         is_end, is_begin = to_end == 0, to_end > lengths
         return ends - np.clip(to_end, 1, lengths), is_end, is_begin
+
+    def borders(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where the documents of the tokens that ``read`` gives begin and end.
+
+        Where one token is end and begin, it is asked for by the document before and begins the one behind.
+
+        Returns:
+            places: [count] each token's place in its document, counted from the first of it that is read.
+            ends: [count] whether a token ends a document and begins none: it says nothing about what follows.
+        """
+        framing = self._dataset.framing
+        shared = framing.begin_id == framing.end_id
+        firsts = np.concatenate(([0], self._ends - shared))
+        positions = np.arange(start, min(start + count, len(self)), dtype=np.int64)
+        document = np.searchsorted(firsts, positions, side="right") - 1
+        ends = np.zeros(len(positions), dtype=bool) if shared else positions + 1 == firsts[document + 1]
+        return positions - np.maximum(firsts[document], start), ends

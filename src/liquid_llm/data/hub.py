@@ -42,6 +42,7 @@ def load_hub_dataset(
     framing: Framing,
     validation_fraction: float,
     token: str | None = None,
+    layout: str | None = None,
     progress: TellProgress | None = None,
     learning: Learning = USUAL,
 ) -> tuple[TokenDataset, TokenDataset]:
@@ -52,6 +53,7 @@ def load_hub_dataset(
         config: configuration of the dataset, or None.
         framing: of every text.
         validation_fraction: of the training documents, held out by hash where there is no validation split.
+        layout: as for ``tokens.tokenize``.
         token: for private and gated datasets; None uses the one a person signed in with, if any.
         learning: what is learnt of a conversation, or of a prompt with its completion.
 
@@ -69,7 +71,7 @@ def load_hub_dataset(
 
     def read(table: Any, split_name: str) -> TokenDataset:
         rows = HubRows(table, columns, label, split_name, lines)
-        options: dict[str, Any] = {"framing": framing, "progress": progress, "learning": learning}
+        options: dict[str, Any] = {"framing": framing, "layout": layout, "progress": progress, "learning": learning}
         return tokenize(rows, tokenizer, tokenizer_hash, cache_dir, **options)
 
     if any(alias in tables for alias in _ALIASES["validation"]):

@@ -45,6 +45,7 @@ class TrainingStream:
         batch_size: blocks in a micro-batch; times ``block_size`` its token budget.
         seed: of the run.
         sample_tokens: the most a model sees of a whole sample; a block by default, and never more.
+        document_mask: the documents of a block are kept apart, see ``read_blocks``.
         rank: this process's number among ``world_size``.
 
     Attributes:
@@ -63,6 +64,7 @@ class TrainingStream:
         batch_size: int,
         seed: int,
         sample_tokens: int | None = None,
+        document_mask: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -74,7 +76,7 @@ class TrainingStream:
         for number, part in enumerate(mixture):
             key = (seed, number)
             if part.dataset.layout == "blocks":
-                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key))
+                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key, document_mask))
             else:
                 self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens))
         self._draws = WeightedDraws([part.weight for part in mixture], seed)
@@ -98,7 +100,15 @@ class BlockOrder:
         num_micro_batches: in one epoch, rounded up; the last one is filled up from the next epoch.
     """
 
-    def __init__(self, dataset: TokenDataset, block_size: int, batch_size: int, key: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        block_size: int,
+        batch_size: int,
+        key: tuple[int, ...],
+        document_mask: bool = False,
+    ) -> None:
+        self._document_mask = document_mask
         self._type = dataset.type
         self._stream = TokenStream(dataset)
         self._block_size = block_size
@@ -128,7 +138,8 @@ class BlockOrder:
         for number in range(index * self._batch_size, (index + 1) * self._batch_size):
             epoch, within = divmod(number, self.num_blocks)
             starts.append(int(self._blocks[self._permutation(epoch)[within]]) * self._block_size)
-        return _blocks(self._type, self._stream, [(start, self._block_size) for start in starts])
+        pieces = [(start, self._block_size) for start in starts]
+        return read_blocks(self._type, self._stream, pieces, self._document_mask)
 
 
 class SampleOrder:
@@ -185,6 +196,7 @@ def validation_batches(
     batch_size: int,
     max_tokens: int | None = None,
     sample_tokens: int | None = None,
+    document_mask: bool = False,
 ) -> list[MicroBatch]:
     """A fixed list of micro-batches that covers the same text whatever the block size.
 
@@ -195,7 +207,7 @@ def validation_batches(
 
     Args:
         max_tokens: None takes everything.
-        sample_tokens: as for ``TrainingStream``.
+        sample_tokens, document_mask: as for ``TrainingStream``.
 
     Returns:
         nothing for an empty dataset.
@@ -205,7 +217,11 @@ def validation_batches(
         end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
         blocks = [(start, min(block_size, end - start)) for start in range(0, end, block_size)]
         blocks = [(start, count) for start, count in blocks if _is_learnt(stream, start, count)]
-        return [_blocks(dataset.type, stream, blocks[n : n + batch_size]) for n in range(0, len(blocks), batch_size)]
+        batches = [
+            read_blocks(dataset.type, stream, blocks[n : n + batch_size], document_mask)
+            for n in range(0, len(blocks), batch_size)
+        ]
+        return [batch for batch in batches if batch.num_positions]
     chosen = np.argsort(dataset.split_hashes, kind="stable")
     if max_tokens is not None:
         chosen = chosen[: np.searchsorted(np.cumsum(dataset.lengths[chosen]), max_tokens) + 1]
@@ -250,9 +266,24 @@ def _whole_samples(dataset: TokenDataset, indices: NDArray[np.int64], block_size
     return collate(dataset.type, [sample.input_ids[:block_size] for sample in samples], samples, learnt)
 
 
-def _blocks(type: str, stream: TokenStream, spans: Sequence[tuple[int, int]]) -> MicroBatch:
-    """Runs of a stream, each given by its first token and its length, as rows."""
-    return collate(type, [stream.read(*span) for span in spans], learnt=[stream.read_learnt(*span) for span in spans])
+def read_blocks(
+    type: str, stream: TokenStream, spans: Sequence[tuple[int, int]], document_mask: bool = False
+) -> MicroBatch:
+    """Runs of a stream, each given by its first token and its length, as rows.
+
+    With ``document_mask`` each document is to a model as if it stood alone: it comes with the places of its tokens, and
+    its last token is not asked for the first one of the next.
+    """
+    rows = [stream.read(*span) for span in spans]
+    batch = collate(type, rows, learnt=[stream.read_learnt(*span) for span in spans])
+    if not document_mask:
+        return batch
+    labels, places = batch.labels.clone(), torch.zeros_like(batch.labels)
+    for row, span in enumerate(spans):
+        row_places, ends = stream.borders(*span)
+        places[row, : len(ends)] = torch.from_numpy(row_places)
+        labels[row, : len(ends)][torch.from_numpy(ends)] = IGNORE_INDEX
+    return MicroBatch(type, batch.input_ids, labels, batch.lengths, places=places)
 
 
 def _is_learnt(stream: TokenStream, start: int, count: int) -> bool:

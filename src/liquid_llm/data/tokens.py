@@ -62,7 +62,10 @@ class TokenDataset:
         split_hashes: [samples] uint64, what decides a sample's split.
         learnt: [all tokens] uint8, 1 where a token is learnt, of the same runs; None where all are.
         first_learnt: [samples] int64, the first learnt token that another precedes; None where all are learnt.
+        offsets: [samples] int64, where in its document each window begins; None where all are whole samples.
     """
+
+    offsets: NDArray[np.int64] | None = None
 
     def __init__(self, directory: Path, meta: DatasetMeta, framing: Framing) -> None:
         def column(name: str, dtype: str) -> NDArray[Any]:
@@ -96,12 +99,16 @@ class TokenDataset:
 
     def sample_id(self, index: int) -> str:
         start = self._id_starts[index]
-        return self._ids[start : start + self._id_lengths[index]].tobytes().decode()
+        name = self._ids[start : start + self._id_lengths[index]].tobytes().decode()
+        return name if self.offsets is None or not self.offsets[index] else f"{name}#{self.offsets[index]}"
 
     def input_ids(self, index: int, limit: int | None = None) -> NDArray[np.int32]:
         """The first ``limit`` tokens of sample ``index``, all of them by default: [n] int32."""
         start, length = int(self.starts[index]), int(self.lengths[index])
-        return self.tokens[start : start + (length if limit is None else min(limit, length))].astype(np.int32)
+        ids = self.tokens[start : start + (length if limit is None else min(limit, length))].astype(np.int32)
+        if self.offsets is not None and self.offsets[index] and self.framing.begin_id is not None:
+            ids[0] = self.framing.begin_id
+        return ids
 
     def sample(self, index: int) -> Sample:
         learnt = None
@@ -124,7 +131,33 @@ class TokenDataset:
         view.first_learnt = None if self.first_learnt is None else self.first_learnt[indices]
         for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
             setattr(view, name, getattr(self, name)[indices])
+        view.offsets = None if self.offsets is None else self.offsets[indices]
         return view
+
+    def windows(self, size: int) -> TokenDataset:
+        """The samples cut into windows of ``size`` tokens, each as a sample of its own.
+
+        Every token but a document's first is predicted once. A window begins as a text does: with the begin token where
+        the framing has one, else with the last token of the window before. The first one has the name of its document,
+        each other, with ``#`` and its place, a name of its own.
+
+        Args:
+            size: at least 2; the last window of a document has 2 to ``size`` tokens.
+        """
+        counts = np.maximum(1, -(-(self.lengths - 1) // (size - 1)))
+        rows = np.repeat(np.arange(len(self)), counts)
+        first = np.cumsum(counts) - counts
+        view = self.subset(rows)
+        view.offsets = (np.arange(len(rows)) - first[rows]) * (size - 1)
+        view.starts = view.starts + view.offsets
+        view.lengths = np.minimum(size, view.lengths - view.offsets)
+        return view if self.learnt is None else view._find_learnt(self.learnt)
+
+    def _find_learnt(self, learnt: NDArray[np.uint8]) -> TokenDataset:
+        """The windows in which something is learnt, with the first such token of each found anew."""
+        places = np.append(np.flatnonzero(learnt), len(learnt))
+        self.first_learnt = places[np.searchsorted(places, self.starts + 1)] - self.starts
+        return self.subset(np.flatnonzero(self.first_learnt < self.lengths))
 
 
 def is_held_out(sample_id: str, fraction: float) -> bool:

@@ -8,7 +8,7 @@ layout and objective; learnt: said of the tokens that a student is to predict.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 _FROM_LABELS: Any = None
-_ON_THE_DEVICE = ("input_ids", "labels", "positions", "targets")  # of a micro-batch; the rest the host reads
+_ON_THE_DEVICE = ("input_ids", "labels", "positions", "targets", "places")  # of a micro-batch; the host reads the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,8 @@ class MicroBatch:
         positions: [labelled] int64, places of the labelled positions in the flattened [batch * time] grid, row-major.
         targets: [labelled] int64, their labels.
         row_positions: [batch] int64, labelled positions of each row; always on the CPU.
+        places: [batch, time] int64, of each token in its document, where models keep the documents of a block apart;
+            None where a row is one sequence to them.
     """
 
     type: str
@@ -120,6 +122,7 @@ class MicroBatch:
     positions: Tensor = _FROM_LABELS
     targets: Tensor = _FROM_LABELS
     row_positions: Tensor = _FROM_LABELS
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.positions is not _FROM_LABELS:
@@ -134,15 +137,19 @@ class MicroBatch:
         """The same batch with what a model reads on ``device``; what the host reads stays on the CPU."""
         if self.input_ids.device == device:
             return self
-        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in _ON_THE_DEVICE}
-        return replace(self, **moved)
+        return self._with(lambda tensor: to_device(tensor, device))
 
     def pinned(self, device: torch.device) -> MicroBatch:
         """The same in memory from which a copy to ``device`` runs beside the computation; to be done ahead of need."""
         if device.type == "cpu":
             return self
-        tensors: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in _ON_THE_DEVICE}
-        return replace(self, **tensors)
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The same with ``change`` made to what goes to the device."""
+        found = {name: getattr(self, name) for name in _ON_THE_DEVICE}
+        changed: dict[str, Any] = {name: change(one) for name, one in found.items() if one is not None}
+        return replace(self, **changed)
 
     def rows(self, start: int, stop: int) -> tuple[MicroBatch, slice]:
         """Rows ``start`` to ``stop`` as a batch of their own; which of this batch's labelled positions they have."""
@@ -159,6 +166,7 @@ class MicroBatch:
             self.positions[held] - start * self.input_ids.shape[1],
             self.targets[held],
             self.row_positions[start:stop],
+            None if self.places is None else self.places[start:stop],
         )
         return part, held
 

@@ -7,28 +7,35 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from liquid_llm import storage
 from liquid_llm.capture.job import CaptureSummary, capture
-from liquid_llm.config import CaptureConfig, StoreConfig, build_capture_config
+from liquid_llm.config import CaptureConfig, StoreConfig, as_plain, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
-from liquid_llm.jobs.prepare import prepare_run_data
+from liquid_llm.framing import Framing
+from liquid_llm.identity import ModelIdentity
+from liquid_llm.jobs.prepare import RunData, prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
-from liquid_llm.runtime import StopSignal, choose_device, keep_freed_memory
+from liquid_llm.provenance import write_provenance
+from liquid_llm.runtime import Choice, StopSignal, choose_device, keep_freed_memory
 from liquid_llm.signal_store.codecs import Codec, get_codec, usual_codec
 from liquid_llm.signal_store.description import present_layout, read_store_file, require_own
 from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.signal_store.store import StoreWriter
-from liquid_llm.sources import SPELLINGS
+from liquid_llm.sources import SAMPLES, SPELLINGS, WINDOWS
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.fitting import check_capture_fit, say_fit
 from liquid_llm.wiring.framing import Speaker, choose_framings, framing_to_record
-from liquid_llm.wiring.inputs import read_manifest_inputs
+from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs
+from liquid_llm.wiring.repeat import begin_choice, options_to_repeat
 from liquid_llm.wiring.teachers import load_online
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
@@ -83,7 +90,8 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
     asked = codec_of(config.store)
-    device = torch.device(choose_device(config.device).value)
+    device_choice = choose_device(config.device)
+    device = torch.device(device_choice.value)
     for source in config.source.named.values():
         if source.store is not None and not storage.is_remote(source.store):
             storage.check_writable(source.store)
@@ -91,30 +99,25 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     text = _text_tools(config, teacher_id, token)
     _check_num_ids(asked, text.vocab_size)
     model = identify(teacher_id, text.hash, token=token)
-    framings = {
-        source.store: framing_to_record(source.store, text.framings(type))
-        for type, source in config.source.named.items()
-        if source.store is not None
-    }
-    begun = {folder: _codec_of_begun(config.store, asked, folder) for folder in framings}
-    layouts = {}
-    for folder, framing in framings.items():
-        identity = SignalIdentity.of(begun[folder] or asked, model, text.vocab_size, framing)
-        layouts[folder] = _choose_layout(config, folder, identity, new_layout)
-    datasets = _datasets(config, text)
-    codecs = _choose_codecs(config, datasets, begun)
+    stores = _choose_stores(config, text, asked, model, new_layout)
+    data = prepare_run_data(config.data, lambda type: _is_captured(config, type))
+    inputs = _read_inputs(config, text, data.entries, token)
+    datasets: dict[str, list[TokenDataset]] = {}
+    for dataset in inputs.everything:
+        datasets.setdefault(dataset.type, []).append(dataset)
+    codecs = _choose_codecs(config, datasets, stores)
     if device.type == "cpu":
         keep_freed_memory()
-    loaded, _ = load_online(teacher_id, config.teacher, device, token)
+    loaded, choices = load_online(teacher_id, config.teacher, device, token)
     rank, world_size = read_rank()
     vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
     writers = {}
     for type in datasets:
         folder = _folder(config, type)
-        codec, layout, framing = codecs[folder], layouts[folder], framings[folder]
+        layout, framing = stores[folder].layout, stores[folder].framing
         open_writer = partial(StoreWriter, vocab_size=vocab_size, layout=layout, framing=framing)
-        writers[type] = open_writer(folder, loaded.identity, codec)
-        log.info("%s goes to %s, layout %s", type, folder, layouts[folder])
+        writers[type] = open_writer(folder, loaded.identity, codecs[folder])
+        log.info("%s goes to %s, layout %s", type, folder, layout)
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
     largest = max(codecs.values(), key=lambda codec: codec.most_ids, default=asked)
@@ -137,7 +140,58 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         )
     if summary.too_large:
         summary.consumers = fit.largest()
+    if summary.written and rank == 0:
+        layouts = {folder: stores[folder].layout for folder in codecs}
+        choices |= {"device": device_choice, **begin_choice(text.framings)}
+        _write_provenance(config, layouts, inputs, data, choices, loaded.identity)
     return summary
+
+
+class _Store(NamedTuple):
+    """A store that is written to; ``codec``: of one that was begun already."""
+
+    layout: str
+    framing: Framing | None
+    codec: Codec | None
+
+
+def _choose_stores(
+    config: CaptureConfig, text: TextTools, asked: Codec, teacher: ModelIdentity, new_layout: str
+) -> dict[str, _Store]:
+    """Folder -> its store. Raises SignalError where one is there that cannot take this signal."""
+    found = {}
+    for type, source in config.source.named.items():
+        if source.store is not None:
+            framing = framing_to_record(source.store, text.framings(type))
+            begun = _codec_of_begun(config.store, asked, source.store)
+            identity = SignalIdentity.of(begun or asked, teacher, text.vocab_size, framing)
+            layout = _choose_layout(config, source.store, identity, new_layout)
+            found[source.store] = _Store(layout, framing, begun)
+    return found
+
+
+def _write_provenance(
+    config: CaptureConfig,
+    layouts: Mapping[str, str],
+    inputs: Inputs,
+    data: RunData,
+    choices: Mapping[str, Choice],
+    teacher: ModelIdentity,
+) -> None:
+    """Beside the records of each store: what would make them again."""
+    layout = next(iter(layouts.values())) if len(set(layouts.values())) == 1 else None  # as it was in each folder
+    given = config.given if layout is None else {**config.given, "logits_format": layout}
+    for store in layouts:
+        write_provenance(
+            store,
+            options=options_to_repeat(given, choices),
+            config=as_plain(config),
+            manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in inputs.entries],
+            readiness={"types": inputs.readiness(), **data.readiness},
+            datasets={"name": config.data.dataset_name, "config": config.data.dataset_config, **data.datasets},
+            choices={name: vars(choice) for name, choice in choices.items()},
+            extra={"teacher": asdict(teacher)},
+        )
 
 
 def _text_tools(config: CaptureConfig, teacher_id: str, token: str | None) -> TextTools:
@@ -169,7 +223,7 @@ def _codec_of_begun(store: StoreConfig, asked: Codec, folder: str) -> Codec | No
 
 
 def _choose_codecs(
-    config: CaptureConfig, datasets: Mapping[str, Sequence[TokenDataset]], begun: Mapping[str, Codec | None]
+    config: CaptureConfig, datasets: Mapping[str, Sequence[TokenDataset]], stores: Mapping[str, _Store]
 ) -> dict[str, Codec]:
     """The codec of each folder that something is captured into; says of a new one what was chosen, and why."""
     positions: Counter[str] = Counter()
@@ -179,7 +233,7 @@ def _choose_codecs(
         )
     chosen = {}
     for folder, count in positions.items():
-        codec = begun[folder]
+        codec = stores[folder].codec
         if codec is None:
             codec = codec_of(config.store, count)
             settings = ", ".join(f"{name} {value}" for name, value in codec.options.items())
@@ -231,18 +285,21 @@ def _settings(text: str) -> dict[str, int | float]:
     return values
 
 
-def _datasets(config: CaptureConfig, text: TextTools) -> dict[str, list[TokenDataset]]:
-    entries = prepare_run_data(config.data, lambda type: _is_captured(config, type)).entries
-    for entry in entries:
-        _folder(config, entry.type)
+def _read_inputs(config: CaptureConfig, text: TextTools, entries: Sequence[ManifestEntry], token: str | None) -> Inputs:
+    for type in [entry.type for entry in entries] or ["lm"]:
+        _folder(config, type)
+
+    def layout_of(type: str) -> str:
+        return WINDOWS if config.source(type).layout == WINDOWS else SAMPLES
+
     with Stage("tokenise", unit="tokens", total=None) as stage:
-        inputs = read_manifest_inputs(
-            config.data, text, entries, lambda _: "samples", progress=lambda _, tokens: stage.advance(tokens)
-        )
-    datasets: dict[str, list[TokenDataset]] = {}
-    for dataset in inputs.everything:
-        datasets.setdefault(dataset.type, []).append(dataset)
-    return datasets
+
+        def progress(_: float, tokens: int) -> None:
+            stage.advance(tokens)
+
+        if config.data.manifest is None:
+            return read_dataset_inputs(config.data, text, layout_of("lm"), token=token, progress=progress)
+        return read_manifest_inputs(config.data, text, entries, layout_of, progress=progress)
 
 
 def _is_captured(config: CaptureConfig, type: str) -> bool:
@@ -265,8 +322,9 @@ def _folder(config: CaptureConfig, type: str) -> str:
     folder = config.source(type).store
     if folder is None:
         named = [f"--{option}" for option, of in SPELLINGS.items() if of == type] + [f"--signal {type}=URI"]
+        what = "manifest" if config.data.manifest else "dataset"
         raise UsageError(
-            f"the manifest has {type} samples but {' or '.join(named)} is not given",
+            f"the {what} has {type} samples but {' or '.join(named)} is not given",
             where=named[0],
             remedy=f"name a folder or URL for their signal, or leave them out with --signal {type}=none",
         )

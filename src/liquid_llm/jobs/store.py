@@ -31,6 +31,7 @@ from liquid_llm.signal_store.shards.pack import pack
 from liquid_llm.signal_store.shards.remote import ShardCache
 from liquid_llm.signal_store.store import StoreReader, open_store
 from liquid_llm.signal_store.survey import survey
+from liquid_llm.sources import default_layout
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.framing import stored_framing
@@ -172,7 +173,7 @@ def _verify(
     entries = find_run_data(config.data, partial(_may_hold, store)).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:
         inputs = read_manifest_inputs(
-            config.data, text, entries, lambda _: "samples", progress=lambda _, tokens: stage.advance(tokens)
+            config.data, text, entries, _layout_of, progress=lambda _, tokens: stage.advance(tokens)
         )
     coverage = _coverage(store, inputs.everything)
     chosen = list(_choose(store, inputs.everything, samples, config.seed))
@@ -189,6 +190,11 @@ def _verify(
             stage.advance()
     totals = {name: sum(row[name] for row in coverage.values()) for name in ("samples", "with_record")}
     return {**totals, "coverage": coverage, **verifier.as_dict()}, 0 if verifier.agrees else _LEFT_OUT
+
+
+def _layout_of(type: str) -> str:
+    """How capture cuts the texts of a type that names no layout."""
+    return default_layout(type, "store:")
 
 
 def _may_hold(store: StoreReader, type: str) -> bool:

@@ -12,27 +12,27 @@ from typing import Any
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
-from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit, options_as_plain
+from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.distributed import Engine, start_engine
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, find_run_data, prepare_run_data
 from liquid_llm.metrics import MetricsWriter
-from liquid_llm.models.export import save_student
-from liquid_llm.models.loading import quiet_transformers
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.runtime import StopSignal, choose_device
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
+from liquid_llm.wiring.exports import STUDENT, keep_tokenizer, save_with_card
 from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.wiring.parts import BatchFeed, Parts, build_basis, build_parts
 from liquid_llm.wiring.places import Place, resolve_place
 from liquid_llm.wiring.recorder import Hooks, Recorder
 from liquid_llm.wiring.rehearsal import rehearse
+from liquid_llm.wiring.repeat import run_options_to_repeat
 from liquid_llm.wiring.start import Start, continue_from, describe_metadata, find_start, settle_context
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
         return True
     if step < steps:
         return False
-    if start.kind == "continue" and not (store.run_dir / "student").is_dir():
+    if start.kind == "continue" and not (store.run_dir / STUDENT).is_dir():
         return False  # killed between the last step and the end: what is left is done
     log.info("already at step %d of %d: nothing to do", step, steps)
     return True
@@ -98,6 +98,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
     if config.output.restart:  # not before everything that can fail has not
         store.set_aside()
     _write_provenance(config, place, start, parts, data, fit)
+    keep_tokenizer(parts.text.tokenizer, place.run_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(closing(parts.teachers.router))
@@ -123,8 +124,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
                 remedy="run the same command again to go on",
             )
         recorder.finish()
-        with quiet_transformers():
-            save_student(parts.built.model, parts.text.student_tokenizer(), place.run_dir / "student")
+        save_with_card(parts.built.model, parts.text.student_tokenizer(), recorder.metadata(), place.run_dir / STUDENT)
         build_report(place.run_dir)
         mirrors.finish()
     log.info("done: %s", place.shown)
@@ -161,7 +161,7 @@ def _describe_start(start: Start) -> dict[str, Any]:
 def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Parts, data: RunData, fit: Fit) -> None:
     write_provenance(
         place.run_dir,
-        options=options_as_plain(config),
+        options=run_options_to_repeat(config, parts.choices),
         config=as_plain(config),
         manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in parts.inputs.entries],
         readiness={

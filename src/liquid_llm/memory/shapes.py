@@ -44,12 +44,14 @@ class BatchShape:
         signal: what the teacher says on it: hidden states of an online teacher (``dense``), ids of a store
             (``sparse``), a store's logits (``logits``), or nothing.
         slots: ids a position of a sparse signal.
+        documents: its rows join documents that are kept apart.
     """
 
     rows: int
     time: int
     signal: SignalKind = "none"
     slots: int = 0
+    documents: bool = False
 
     @property
     def tokens(self) -> int:

@@ -239,7 +239,8 @@ def make_batch(shape: BatchShape) -> MicroBatch:
     # What the host reads has numbers, and is of numpy: tensors made here have none.
     lengths: Any = np.full(shape.rows, shape.time)
     type = "lm" if shape.signal in ("dense", "none") else "math_tool"
-    return MicroBatch(type, ids, labels, lengths, (), positions, torch.zeros_like(positions), lengths - 1)
+    places = torch.zeros_like(ids) if shape.documents else None
+    return MicroBatch(type, ids, labels, lengths, (), positions, torch.zeros_like(positions), lengths - 1, places)
 
 
 def stored_signal(shape: BatchShape, num_rows: int, vocab_size: int, temperature: float) -> Signal | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,54 +22,38 @@ from torch import Tensor, nn
 
 from liquid_llm.errors import ModelError
 from liquid_llm.losses.signals import OutputHead
+from liquid_llm.models.documents import extra_arguments, number_documents, tell_rows
 
 # How far two computations of the same thing may be apart, relative to the largest value.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-
-_ONE_SEQUENCE_A_ROW: ContextVar[bool] = ContextVar("_ONE_SEQUENCE_A_ROW", default=False)
 
 _COHERE = ("cohere", "cohere2", "cohere2_moe", "cohere_compass")
 _GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
+def hidden_states(model: Any, input_ids: Tensor, places: Tensor | None = None) -> Tensor:
     """The hidden states right before the output head, in the head's dtype.
 
     Args:
         model: any transformers causal language model.
         input_ids: [batch, time], padded on the right or not at all.
+        places: [batch, time] int64, of each token in its document, where rows join several (``models.documents``); None
+            where a row is one sequence.
 
     Returns:
         [batch, time, hidden]; ``output_head(model).logits`` of it are the model's logits.
     """
     body = model.base_model if model.base_model is not model else model.get_decoder()
-    with _one_sequence_a_row():
-        hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True)[0]
-    return hidden.to(_head_module(model).weight.dtype)
-
-
-@contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """transformers looks at the positions of each forward pass to see whether rows join several sequences, and waits
-    for the device to learn that they do not. Positions here are always its own, counted from 0, so it is told."""
-    from transformers import masking_utils
-
-    name = "find_packed_sequence_indices"
-    original = getattr(masking_utils, name, None)
-    # Put there once and asked each time, so that passes in several threads do not take each other's for the original.
-    if original is not None and not hasattr(original, "asks_first"):
-
-        def ask_first(position_ids: Any) -> Any:
-            return None if _ONE_SEQUENCE_A_ROW.get() else original(position_ids)
-
-        ask_first.asks_first = True  # type: ignore[attr-defined]
-        setattr(masking_utils, name, ask_first)
-    token = _ONE_SEQUENCE_A_ROW.set(True)
-    try:
-        yield
-    finally:
-        _ONE_SEQUENCE_A_ROW.reset(token)
+    batch, time = input_ids.shape
+    arguments: dict[str, Tensor] = {}
+    if places is not None:
+        if "flash" in str(model.config._attn_implementation):  # it tells documents apart in a single row alone
+            input_ids, places = input_ids.reshape(1, -1), places.reshape(1, -1)
+        arguments = {"position_ids": places, **extra_arguments(model, places)}
+    with tell_rows(joined=places is not None):
+        hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True, **arguments)[0]
+    return hidden.view(batch, time, -1).to(_head_module(model).weight.dtype)
 
 
 def output_head(model: Any) -> OutputHead:
@@ -228,3 +212,42 @@ def check_causality(model: Any, num_tokens: int = 24) -> None:
             expected="a causal model",
             remedy="use a decoder-only language model",
         )
+
+
+def check_documents(model: Any, num_tokens: int = 12) -> None:
+    """Check that documents joined in a row have the hidden states that each has alone.
+
+    What stands in another document must not be felt at all, whatever the arithmetic; that positions start again shows
+    in each document alone, which other kernels may compute.
+
+    Raises:
+        ModelError: they differ, naming the architecture: something mixes neighbours that was not told where they end.
+    """
+    ids = _random_ids(model, 2, num_tokens)
+    cuts = ((0, 5, num_tokens - 1, num_tokens), (0, 3, 8, num_tokens))
+    rows = [torch.cat([torch.arange(stop - start) for start, stop in pairwise(row)]) for row in cuts]
+    places = torch.stack(rows).to(ids.device)
+    others = torch.where(number_documents(places) == 1, ids, ids.flip(0))
+    try:
+        with _evaluating(model):
+            joined, beside_others = hidden_states(model, ids, places), hidden_states(model, others, places)
+            alone = [
+                hidden_states(model, ids[row : row + 1, start:stop])[0]
+                for row, each in enumerate(cuts)
+                for start, stop in pairwise(each)
+            ]
+    except TypeError as error:
+        raise _mixes(model, f"its forward pass takes no positions ({error})") from error
+    kept, tolerance = number_documents(places) == 1, _tolerance(joined)
+    if (distance := _distance(beside_others[kept], joined[kept])) > tolerance / 10:
+        raise _mixes(model, f"a document's hidden states depend on its neighbours, by {distance:.2g} of the largest")
+    if (distance := _distance(joined.flatten(0, 1), torch.cat(alone))) > 10 * tolerance:
+        raise _mixes(model, f"a document is not as it is alone, by {distance:.2g} of the largest hidden state")
+
+
+def _mixes(model: Any, problem: str) -> ModelError:
+    return ModelError(
+        f"this architecture cannot keep the documents of a block apart: {problem}",
+        where=architecture(model),
+        remedy="leave --document_mask out, or use another model",
+    )

@@ -60,14 +60,16 @@ class OnlineTeacher(Teacher):
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, places: Tensor | None = None) -> Tensor:
         """Hidden states right before the output head, [batch, time, hidden], no gradient.
 
         Args:
             input_ids: [batch, time] int64, padded on the right.
+            places: as for ``hidden_states``.
         """
         with torch.no_grad():
-            return hidden_states(self.model, input_ids.to(self.device))
+            places = None if places is None else places.to(self.device)
+            return hidden_states(self.model, input_ids.to(self.device), places)
 
     def prepare(self, batch: MicroBatch, temperature: float) -> Prepared:
         """Nothing: a model on the device is asked when its answer is needed."""
@@ -87,7 +89,8 @@ class OnlineTeacher(Teacher):
         rows = []
         for start, stop, longest in self._parts(batch):
             part, _ = batch.rows(start, stop)
-            hidden = self.hidden(part.input_ids[:, :longest])
+            places_in = None if part.places is None else part.places[:, :longest]
+            hidden = self.hidden(part.input_ids[:, :longest], places_in)
             time = part.input_ids.shape[1]
             places = part.positions.to(self.device)
             if longest < time:  # the same positions in a narrower grid

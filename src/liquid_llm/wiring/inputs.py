@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from liquid_llm.data.token_writer import MESSAGES, TEXT
 from liquid_llm.data.tokens import TellProgress, TokenDataset, build_token_dataset, split
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
-from liquid_llm.sources import default_layout, order_types
+from liquid_llm.sources import WINDOWS, default_layout, order_types
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -30,9 +31,11 @@ class Inputs:
         mixture: training datasets with their weights.
         validation: held-out datasets by type, in the order of ``types``; a type without any is absent.
         entries: the manifest's lines; empty when the data is a named dataset.
-        everything: for each manifest entry, the whole dataset before the split.
+        everything: what there is before the split: of each manifest entry, or the splits of a named dataset.
         unlearnt: type -> records left out because nothing of what a model sees of them is learnt; only of types with
             a prompt or messages.
+        windowed: types whose documents are cut into windows. Those of ``validation`` are whole still, as each context
+            length cuts them anew.
     """
 
     mixture: list[WeightedDataset]
@@ -40,6 +43,7 @@ class Inputs:
     entries: list[ManifestEntry] = field(default_factory=list)
     everything: list[TokenDataset] = field(default_factory=list)
     unlearnt: dict[str, int] = field(default_factory=dict)
+    windowed: frozenset[str] = frozenset()
 
     @property
     def has_chat(self) -> bool:
@@ -102,20 +106,24 @@ def read_manifest_inputs(
             text.hash,
             token_cache(config),
             framing=text.framings(entry.type),
-            layout=layout_of(entry.type),
+            layout=_kept_as(layout_of(entry.type)),
             progress=progress,
             learning=text.learning,
         )
-        dataset = _keep_learnt(dataset, min(config.seq_len, config.block_size), unlearnt)
+        layout = layout_of(entry.type)
+        seen = sys.maxsize if layout == WINDOWS else min(config.seq_len, config.block_size)
+        dataset = _keep_learnt(dataset, seen, unlearnt)
         train, held = split(dataset, config.val_fraction)
         if len(train) == 0:
             raise DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
-        mixture.append(WeightedDataset(train, entry.weight))
-        everything.append(dataset)
+        cut = _cutter(config, layout)
+        mixture.append(WeightedDataset(cut(train), entry.weight))
+        everything.append(cut(dataset))
         if len(held):
             validation[entry.type].append(held)
     held_out = {type: datasets for type, datasets in validation.items() if datasets}
-    return Inputs(mixture, held_out, list(entries), everything, unlearnt)
+    windowed = frozenset(type for type in validation if layout_of(type) == WINDOWS)
+    return Inputs(mixture, held_out, list(entries), everything, unlearnt, windowed)
 
 
 def _keep_learnt(dataset: TokenDataset, window: int, unlearnt: dict[str, int]) -> TokenDataset:
@@ -131,8 +139,22 @@ def _keep_learnt(dataset: TokenDataset, window: int, unlearnt: dict[str, int]) -
     return kept
 
 
+def _kept_as(layout: str) -> str:
+    """The layout in which a type's tokens are kept: windows are cut out of whole samples."""
+    return "samples" if layout == WINDOWS else layout
+
+
+def _cutter(config: DataConfig, layout: str) -> Callable[[TokenDataset], TokenDataset]:
+    return (lambda one: one.windows(config.seq_len)) if layout == WINDOWS else lambda one: one
+
+
 def read_dataset_inputs(
-    config: DataConfig, text: TextTools, *, token: str | None = None, progress: TellProgress | None = None
+    config: DataConfig,
+    text: TextTools,
+    layout: str = "blocks",
+    *,
+    token: str | None = None,
+    progress: TellProgress | None = None,
 ) -> Inputs:
     """Tokenise (or open) a named dataset's train and validation splits; all of it is plain text.
 
@@ -148,6 +170,7 @@ def read_dataset_inputs(
         token_cache(config),
         framing=text.framings("lm"),
         validation_fraction=config.val_fraction,
+        layout=_kept_as(layout),
         token=token,
         progress=progress,
         learning=text.learning,
@@ -156,7 +179,11 @@ def read_dataset_inputs(
     for one in (train.meta,) if held.meta is train.meta else (train.meta, held.meta):
         if set(one.forms) != {TEXT}:
             unlearnt[train.type] = unlearnt.get(train.type, 0) + one.num_unlearnt
-    return Inputs([WeightedDataset(train, 1.0)], {train.type: [held]}, unlearnt=unlearnt)
+    cut = _cutter(config, layout)
+    windowed = frozenset({train.type} if layout == WINDOWS else ())
+    return Inputs(
+        [WeightedDataset(cut(train), 1.0)], {train.type: [held]}, [], [cut(train), cut(held)], unlearnt, windowed
+    )
 
 
 def validation_sets(
@@ -164,20 +191,23 @@ def validation_sets(
 ) -> dict[int, dict[str, list[MicroBatch]]]:
     """Validation batches for each context length; every length sees the same text.
 
-    A type without held-out text is left out, with a message.
+    A type without held-out text is left out, with a message. Windows are as long as the context length; those of the
+    training length are as long as they are in training, so that stored signal serves them.
     """
     sets: dict[int, dict[str, list[MicroBatch]]] = {}
     for length in lengths:
         by_type: dict[str, list[MicroBatch]] = {}
         for type, datasets in inputs.validation.items():
             batches: list[MicroBatch] = []
+            tokens = config.seq_len if type not in inputs.windowed or length == config.block_size else length
             for dataset in datasets:
                 batches += validation_batches(
-                    dataset,
+                    dataset.windows(tokens) if type in inputs.windowed else dataset,
                     block_size=length,
                     batch_size=max(1, config.batch_size * config.block_size // length),
                     max_tokens=max_tokens // len(datasets),
-                    sample_tokens=config.seq_len,
+                    sample_tokens=tokens,
+                    document_mask=config.document_mask,
                 )
             if batches:
                 by_type[type] = batches

@@ -21,6 +21,7 @@ from liquid_llm.distributed import Engine
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
+from liquid_llm.models.heads import check_documents
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
     Choice,
@@ -33,12 +34,13 @@ from liquid_llm.runtime import (
 )
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.selection import PositionSelection
-from liquid_llm.sources import order_types
+from liquid_llm.sources import BLOCKS, order_types
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student
 from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers, teacher_spec
@@ -102,6 +104,8 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     text = choose_tokenizer(config, start, token)
     config, choices, decided = settle(config, start, text, device, token)
     built = make_student(config, start, text, device, token)
+    if config.data.document_mask:
+        check_documents(built.model)
     check_teachers(config, token)
     return Basis(
         config=config,
@@ -111,7 +115,7 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
         built=built,
         device=device,
         dtype=torch_dtype(dtype.value),
-        choices={"device": device_choice, "student_dtype": dtype, **choices},
+        choices={"device": device_choice, "student_dtype": dtype, **begin_choice(text.framings), **choices},
     )
 
 
@@ -126,6 +130,8 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = _read_inputs(config, text, basis.token, entries)
     text.keep_chat_template(inputs.has_chat)
+    if config.data.document_mask and not any(part.dataset.layout == BLOCKS for part in inputs.mixture):
+        log.warning("--document_mask changes nothing here: no texts are joined into blocks")
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     for remark in schedule_remarks(config, start.step):
         log.warning("%s", remark)
@@ -155,6 +161,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
             batch_size=config.data.batch_size,
             seed=config.seed,
             sample_tokens=config.data.seq_len,
+            document_mask=config.data.document_mask,
             rank=engine.rank,
             world_size=engine.world_size,
         ),
@@ -178,7 +185,8 @@ def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries:
             stage.note(f"{fraction:.0%} of this source")
 
         if config.data.manifest is None:
-            inputs = read_dataset_inputs(config.data, text, token=token, progress=progress)
+            layout = config.source("lm").layout
+            inputs = read_dataset_inputs(config.data, text, layout, token=token, progress=progress)
         else:
             inputs = read_manifest_inputs(
                 config.data, text, entries, lambda type: config.source(type).layout, progress=progress

@@ -239,5 +239,7 @@ class Recorder:
             "decided": self.parts.decided,
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
+            "teachers": self.parts.teachers.names,
+            "chat_template": self.parts.text.tokenizer.chat_template,  # there only if it was trained with
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }

@@ -17,13 +17,14 @@ import torch
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import LiquidError
 from liquid_llm.memory.fake import weight_bytes
-from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
+from liquid_llm.memory.shapes import BatchShape, ModelShape, SignalKind, TrainingShape
 from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.models.student import file_config, student_config
 from liquid_llm.runtime import choose_dtype
 from liquid_llm.signal_store.codecs import Codec, get_codec, usual_codec
 from liquid_llm.signal_store.description import read_store_file
+from liquid_llm.sources import BLOCKS
 from liquid_llm.teachers.online import PASS_TOKENS
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
@@ -121,7 +122,8 @@ def stored_codec(config: RunConfig) -> Codec:
 def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingShape:
     """The largest micro-batches that the options allow; ``device`` is its type."""
     rows, time = config.data.batch_size, config.data.block_size
-    batches = [BatchShape(rows, time, "none" if models.teacher is None else "dense")]
+    signal: SignalKind = "none" if models.teacher is None else "dense"
+    batches = [BatchShape(rows, time, signal, documents=config.data.document_mask)]
     if config.source.stores:
         window = min(time, config.data.seq_len)
         batches.append(stored_batch(rows * time // window, window, models.codec.most_ids))
@@ -172,7 +174,8 @@ def real_batches(parts: Parts) -> tuple[BatchShape, ...]:
     for order, part in zip(parts.stream.orders, parts.inputs.mixture, strict=True):
         for rows, time in order.shapes():
             in_a_pass = rows if most is None else min(rows, max(1, most // time))
-            found.append(_with_signal(parts, part.dataset.type, in_a_pass, time))
+            apart = parts.config.data.document_mask and part.dataset.layout == BLOCKS
+            found.append(replace(_with_signal(parts, part.dataset.type, in_a_pass, time), documents=apart))
     return _largest(found)
 
 
@@ -182,7 +185,7 @@ def real_evaluations(parts: Parts, batches: Iterable[BatchShape]) -> tuple[Batch
     for batch in batches:
         trained[batch.signal] = max(batch.tokens, trained.get(batch.signal, 0))
     found = _largest(
-        _with_signal(parts, type, *batch.input_ids.shape)
+        replace(_with_signal(parts, type, *batch.input_ids.shape), documents=batch.places is not None)
         for by_type in parts.evaluator.sets.values()
         for type, those in by_type.items()
         for batch in those
@@ -200,9 +203,9 @@ def _with_signal(parts: Parts, type: str, rows: int, time: int) -> BatchShape:
 
 
 def _largest(shapes: Iterable[BatchShape]) -> tuple[BatchShape, ...]:
-    by_signal: dict[tuple[str, int], list[BatchShape]] = {}
+    by_signal: dict[tuple[str, int, bool], list[BatchShape]] = {}
     for shape in shapes:
-        by_signal.setdefault((shape.signal, shape.slots), []).append(shape)
+        by_signal.setdefault((shape.signal, shape.slots, shape.documents), []).append(shape)
     chosen: dict[BatchShape, None] = {}
     for those in by_signal.values():
         chosen[max(those, key=lambda one: (one.tokens, one.rows))] = None

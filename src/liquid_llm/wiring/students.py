@@ -86,38 +86,54 @@ def _spec(config: RunConfig, start: Start) -> str:
 
 def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:
     """The architecture: the checkpoint's own where it says, else ``--student`` with the tokenizer's vocabulary."""
-    longest = config.longest_context
-    framing = text.framings.student
-
-    def build(spec: str, vocab_size: int, block_size: int) -> Any:
-        return build_student(
-            spec,
-            vocab_size=vocab_size,
-            bos_id=framing.end_id if framing.begin_id is None else framing.begin_id,
-            eos_id=framing.end_id,
-            block_size=block_size,
-            seed=config.seed,
-            token=token,
-        )
-
     if start.origin.config is None:
-        return build(config.student.spec, text.vocab_size, longest)
-    vocab_size = int(start.origin.config.get("vocab_size", text.vocab_size))
+        return _build_spec(config.student.spec, text, text.vocab_size, config.longest_context, config.seed, token)
+    known = None if start.origin.metadata is None else start.origin.metadata.student.get("spec")
+    if "student" in config.given and config.student.spec != known:
+        vocab_size = int(start.origin.config.get("vocab_size", text.vocab_size))
+        expected = _build_spec(config.student.spec, text, vocab_size, 2, config.seed, token)
+        require_weights_of(expected, start.origin.state_dict, start.origin.description)
+    return build_from_config(start.origin.config, text, start.origin.description, config.seed)
+
+
+def build_from_config(config: Mapping[str, Any], text: TextTools, source: str, seed: int = 0) -> Any:
+    """The architecture that a Hugging Face configuration describes, with random weights.
+
+    Args:
+        source: whose configuration it is, for messages.
+
+    Raises:
+        CheckpointError: its vocabulary is smaller than the tokenizer's.
+        ModelError: no model can be built from it.
+    """
+    vocab_size = int(config.get("vocab_size", text.vocab_size))
     if vocab_size < text.vocab_size:
         raise CheckpointError(
             "the weights are of a smaller vocabulary than the tokenizer's",
-            where=start.origin.description,
+            where=source,
             got=vocab_size,
             expected=f"at least {text.vocab_size}",
             remedy="use the tokenizer the student was trained with",
         )
-    known = None if start.origin.metadata is None else start.origin.metadata.student.get("spec")
-    if "student" in config.given and config.student.spec != known:
-        require_weights_of(build(config.student.spec, vocab_size, 2), start.origin.state_dict, start.origin.description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(start.origin.config), encoding="utf-8")
-        return build(str(path), vocab_size, 2)
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return _build_spec(str(path), text, vocab_size, 2, seed)
+
+
+def _build_spec(
+    spec: str, text: TextTools, vocab_size: int, block_size: int, seed: int, token: str | None = None
+) -> Any:
+    framing = text.framings.student
+    return build_student(
+        spec,
+        vocab_size=vocab_size,
+        bos_id=framing.end_id if framing.begin_id is None else framing.begin_id,
+        eos_id=framing.end_id,
+        block_size=block_size,
+        seed=seed,
+        token=token,
+    )
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:

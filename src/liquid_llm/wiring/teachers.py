@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from liquid_llm.config_checks import parse_schedule
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
 from liquid_llm.losses.divergences import check_form, get_divergence
+from liquid_llm.models.heads import check_documents
 from liquid_llm.models.loading import LoadedModel, open_config
 from liquid_llm.models.positions import configured_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
@@ -46,6 +47,14 @@ class RunTeachers:
     router: TeacherRouter
     coverage: dict[str, Coverage]
     identities: dict[str, Any]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Type -> which model its signal is of, as far as its teacher tells."""
+        told = {key: one.get("id") or one.get("teacher_id") for key, one in self.identities.items()}
+        return {
+            type: str(name) for key, name in told.items() if name for type in self.identities[key].get("types", [key])
+        }
 
     @property
     def models(self) -> list[nn.Module]:
@@ -113,13 +122,16 @@ def make_teachers(
         precision=config.teacher.precision,
         attention=partial(choose_attention_of, config.teacher),
         token=token,
-        stored_id=name_in_store(config.teacher.stored_id),
         strict=config.teacher.hybrid_strict,
         deterministic=config.deterministic,
     )
     specs = {type: spec for type in inputs.types if (spec := teacher_spec(config, type)) != NONE}
-    made = {spec: make_teacher(spec, setup) for spec in dict.fromkeys(specs.values())}
-    router = TeacherRouter({type: made[spec] for type, spec in specs.items()})
+    keys = {type: (spec, _stored_id(config, type)) for type, spec in specs.items()}
+    made = {key: make_teacher(key[0], replace(setup, stored_id=key[1])) for key in dict.fromkeys(keys.values())}
+    router = TeacherRouter({type: made[key] for type, key in keys.items()})
+    if config.data.document_mask:
+        for model in [teacher.model for teacher in made.values() if teacher.model is not None]:
+            check_documents(model)
     if not router:
         log.warning("no teacher is named: plain cross-entropy")
     for type in router:
@@ -128,6 +140,9 @@ def make_teachers(
         check_form(divergence_of(config, type), router[type].form, type, router[type].most_ids)
         if not router.answers(type, 1.0):
             log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
+    if config.teacher.mode == "precomputed" and not config.teacher.hybrid:
+        for type in [one for one in inputs.types if config.source(one).teacher is None]:
+            log.warning("%s: no store is named (--signal %s=URI): plain cross-entropy", type, type)
     datasets = {type: [one.dataset for one in inputs.mixture if one.dataset.type == type] for type in router}
     coverage = router.coverage(datasets, config.data.seq_len)
     for type, row in coverage.items():
@@ -140,6 +155,13 @@ def make_teachers(
             row.checked,
         )
     return RunTeachers(router, coverage, _identities(specs, router))
+
+
+def _stored_id(config: RunConfig, type: str) -> str | None:
+    """What a store of the type must call its teacher, None for any: lm has an option of its own for whom to ask."""
+    if type != "lm":
+        return name_in_store(config.teacher.stored_id)
+    return name_in_store(config.teacher.online_id) if config.teacher.mode == "precomputed" else None
 
 
 def make_teacher(spec: str, setup: TeacherSetup) -> Teacher:

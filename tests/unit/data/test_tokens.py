@@ -393,6 +393,30 @@ def test_views_of_views() -> None:
     assert view.num_tokens == 4
 
 
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=6), st.integers(2, 17), st.sampled_from([None, 9999]))
+def test_windows_predict_every_token_but_the_first_of_a_document_once(lengths, size, begin_id):
+    rows = [list(range(100 * number, 100 * number + length)) for number, length in enumerate(lengths)]
+    whole = token_dataset(rows, type="code", framing=Framing(begin_id, 0))
+    windows = whole.windows(size)
+    found: dict[str, list[list[int]]] = {}
+    for index in range(len(windows)):
+        sample = windows.sample(index)
+        assert len(sample.input_ids) == windows.lengths[index] <= size
+        document, _, place = sample.sample_id.partition("#")
+        assert bool(place) == bool(found.get(document))
+        assert int(place or 0) == sum(len(one) - 1 for one in found.get(document, []))
+        assert windows.split_hashes[index] == whole.split_hashes[int(document.removeprefix("s"))]
+        pieces = found.setdefault(document, [])
+        if pieces:
+            assert sample.input_ids[0] == (pieces[-1][-1] if begin_id is None else begin_id)
+        pieces.append(sample.input_ids.tolist())
+    predicted = [[token for one in pieces for token in one[1:]] for pieces in found.values()]
+    assert [pieces[0][:1] + rest for pieces, rest in zip(found.values(), predicted, strict=True)] == rows
+    assert all(len(piece) > 1 for pieces in found.values() for piece in pieces[1:])
+    some = windows.subset(np.array([len(windows) - 1]))
+    assert some.sample_id(0) == windows.sample_id(len(windows) - 1)
+
+
 # ------------------------------------------------------------------------------------------------------ what is learnt
 
 PROMPT = {"prompt": "Question: two and two?\nAnswer:", "completion": " four"}

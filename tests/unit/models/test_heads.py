@@ -6,7 +6,7 @@ from tests.support.models import CAUSAL, tiny_model
 from torch import nn
 
 from liquid_llm.errors import ModelError
-from liquid_llm.models import heads
+from liquid_llm.models.documents import tell_rows
 from liquid_llm.models.heads import check_causality, check_output_head, hidden_states, output_head
 
 
@@ -147,7 +147,7 @@ def test_passes_in_several_threads_leave_transformers_as_it_was():
     seen = []
 
     def work():
-        with heads._one_sequence_a_row():
+        with tell_rows(joined=False):
             inside.wait()
             seen.append(masking_utils.find_packed_sequence_indices(packed))
             leave.wait()

@@ -1,0 +1,158 @@
+"""``liquid export``: a Hugging Face folder of any checkpoint of a run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import (
+    DATA_SUFFIX,
+    SIDECAR_SUFFIX,
+    is_known,
+    newest_first,
+    remote_sidecars,
+    sidecars,
+    step_name,
+)
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.resume import read_student_weights
+from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.runtime import torch_dtype
+from liquid_llm.terminal import setup_logging
+from liquid_llm.wiring.exports import find_tokenizer, rebuild, save_with_card
+from liquid_llm.wiring.places import cache_dir
+
+log = logging.getLogger(__name__)
+
+_STEP = "step-"
+_MODEL = "config.json"
+
+
+def run_export(
+    source: str, folder: str, *, which: str | None, dtype: str, tokenizer: str | None = None, force: bool = False
+) -> int:
+    """Write the student of a checkpoint; prints the folder and returns the exit code.
+
+    Args:
+        source: a run directory or a ``.pt`` file in one, local or a URL.
+        folder: where to, local or a URL; not there yet or empty, or with ``force`` an earlier model.
+        which: the checkpoint of a run directory; None takes the best, else the newest.
+        dtype: of the weights.
+        tokenizer: a model with the run's tokenizer, where the run itself does not have it.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    setup_logging("INFO")
+    _require_room(folder, force)
+    run, uri = _find_checkpoint(source, which)
+    work_dir = cache_dir() / "resume"
+    origin = read_student_weights(uri, work_dir)
+    if origin.metadata is None:
+        raise CheckpointError(
+            "this is not a checkpoint of a run, so nothing says which model it is",
+            where=uri,
+            remedy="name a run directory, or a .pt file in one",
+        )
+    text = find_tokenizer(origin.metadata, run, tokenizer, work_dir)
+    model = rebuild(origin, text).to(torch_dtype(dtype))
+    log.info("%s in %s", origin.description, dtype)
+    if storage.is_remote(folder):
+        with tempfile.TemporaryDirectory() as here:
+            fresh = Path(here) / "student"
+            save_with_card(model, text.student_tokenizer(), origin.metadata, fresh)
+            _send(fresh, folder)
+    else:
+        save_with_card(model, text.student_tokenizer(), origin.metadata, storage.local_path(folder))
+    print(folder)
+    return 0
+
+
+def _require_room(folder: str, force: bool) -> None:
+    """Refuse a folder in which something is, and always one that holds anything but a model."""
+    found = storage.stat(folder)
+    if found is not None and found.version:
+        raise UsageError("a student is exported to a folder, and this is a file", where=folder)
+    names = [one.name for one in storage.list_files(folder)]
+    if not names:
+        return
+    if _MODEL not in names:
+        raise UsageError(
+            "this folder holds something that is no model, and is left alone",
+            where=folder,
+            got=", ".join(names[:4]),
+            remedy="name a new or empty folder",
+        )
+    if not force:
+        raise UsageError(
+            "this folder holds a model already", where=folder, remedy="name another, or replace it with --force"
+        )
+
+
+def _find_checkpoint(source: str, which: str | None) -> tuple[str, str]:
+    """The run directory and the checkpoint's data file; neither has been opened.
+
+    Raises:
+        CheckpointError: there is none, or not the one that is asked for.
+        UsageError: ``which`` is no name of a checkpoint, or goes with one.
+    """
+    if source.endswith(DATA_SUFFIX):
+        if which is not None:
+            raise UsageError("--which chooses from a run directory, and this is one checkpoint", where=source)
+        return source.rpartition("/")[0] or ".", source
+    found = (
+        remote_sidecars(source, log.warning)[0] if storage.is_remote(source) else sidecars(storage.local_path(source))
+    )
+    if not found:
+        raise _nothing(source)
+    name = _choose(found, which, source)
+    log.info("%s: %s of step %d", source, name, found[name].step)
+    return source, storage.join(source, name + DATA_SUFFIX)
+
+
+def _choose(found: Mapping[str, CheckpointMetadata], which: str | None, source: str) -> str:
+    if which is None:
+        return "best" if "best" in found else newest_first(found)[0]
+    number = which.removeprefix(_STEP)
+    name = step_name(int(number)) if which.startswith(_STEP) and number.isdecimal() else which
+    if not is_known(name):
+        raise UsageError(
+            "this is no name of a checkpoint",
+            where=f"--which={which}",
+            expected="best, last, final, step-N or a time-... that is there",
+        )
+    if name not in found:
+        raise CheckpointError(
+            "the run has no such checkpoint",
+            where=source,
+            got=f"--which={which}",
+            expected=f"one of {', '.join(sorted(found))}",
+        )
+    return name
+
+
+def _nothing(source: str) -> CheckpointError:
+    below = {one.name.rpartition("/")[0] for one in storage.list_files(source) if one.name.endswith(SIDECAR_SUFFIX)} - {
+        ""
+    }
+    runs = [storage.join(source, name) for name in sorted(below)]
+    return CheckpointError(
+        "there is no complete checkpoint here",
+        where=source,
+        expected="a run directory with one, or a .pt file",
+        remedy=f"name one of the runs in it: {', '.join(runs[:4])}" if runs else "check the spelling of the path",
+    )
+
+
+def _send(fresh: Path, uri: str) -> None:
+    """Bring a folder to a URL, its configuration last: what has one is a model; what an earlier one had more goes."""
+    names = sorted((path.name for path in fresh.iterdir()), key=lambda name: (name == _MODEL, name))
+    storage.remove(storage.join(uri, _MODEL))
+    for one in storage.list_files(uri):
+        if one.name not in names:
+            storage.remove(one.uri)
+    for name in names:
+        storage.upload(fresh / name, storage.join(uri, name))

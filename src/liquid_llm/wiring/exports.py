@@ -1,0 +1,161 @@
+"""A run's student as a Hugging Face folder: at the run's end, and from any of its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.resume import ResumeSource
+from liquid_llm.errors import CheckpointError, ModelError, StorageError
+from liquid_llm.framing import Framing, Framings
+from liquid_llm.models.card import write_card
+from liquid_llm.models.export import save_student
+from liquid_llm.models.loading import load_tokenizer, quiet_transformers
+from liquid_llm.models.tokenizers import first_end_of_text_id
+from liquid_llm.provenance import FOLDER, OPTIONS
+from liquid_llm.wiring.students import build_from_config, load_weights
+from liquid_llm.wiring.tokenizers import TextTools
+
+log = logging.getLogger(__name__)
+
+STUDENT = "student"
+TOKENIZER = f"{FOLDER}/tokenizer"
+_NAMING = ("lm_teacher_id", "teacher_name", "mc_teacher_id", "student")  # options that name a model with a tokenizer
+
+
+def save_with_card(model: Any, tokenizer: Any, metadata: CheckpointMetadata, folder: Path) -> None:
+    """Write ``model``, the student that ``metadata`` is of, with its tokenizer and a card that says what it is.
+
+    Raises:
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    with quiet_transformers():
+        save_student(model, tokenizer, folder, _card(model, metadata))
+
+
+def _card(model: Any, metadata: CheckpointMetadata) -> str:
+    spec = Path(str(metadata.student.get("spec", STUDENT))).name.removesuffix(".json")  # no folder of this machine
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    teachers = metadata.run.get("teachers") or {}
+    taught = "; ".join(f"{type} by {name}" for type, name in teachers.items())
+    loss = metadata.best_val_loss
+    facts = {
+        "student": spec,
+        "parameters": f"{parameters:,}, {next(model.parameters()).dtype}".replace("torch.", ""),
+        "optimizer steps": f"{metadata.step:,}",
+        "tokens seen": f"{metadata.tokens_seen:,}",
+        "context in training": f"{metadata.block_size:,} tokens",
+        "teachers": taught or None,
+        "lowest validation loss so far": None if loss is None else f"{loss:.4f} nats a token",
+        "tokenizer": f"sha256 {metadata.tokenizer_hash}",
+    }
+    return write_card(spec, facts)
+
+
+def keep_tokenizer(tokenizer: Any, run_dir: Path) -> None:
+    """Put the run's tokenizer beside its provenance, once: an export then needs no teacher.
+
+    Raises:
+        StorageError: the disk is full, or the place cannot be written.
+    """
+    folder = run_dir / TOKENIZER
+    if not folder.is_dir():
+        with quiet_transformers(), storage.publish_folder(folder) as fresh:
+            tokenizer.save_pretrained(fresh)
+
+
+def rebuild(origin: ResumeSource, text: TextTools) -> Any:
+    """The student of a run's checkpoint, as it was trained, on the CPU.
+
+    Raises:
+        CheckpointError: the checkpoint is not a run's, or its weights are not those of the model it names.
+        ModelError: such a model cannot be built.
+    """
+    if origin.metadata is None or origin.config is None:
+        raise CheckpointError(
+            "this is not a checkpoint of a run, so nothing says which model it is",
+            where=origin.description,
+            remedy="name a run directory, or a .pt file in one",
+        )
+    model = build_from_config(origin.config, text, origin.description)
+    load_weights(model, origin.state_dict, origin.description)
+    return model.eval()
+
+
+def find_tokenizer(metadata: CheckpointMetadata, run: str, named: str | None, work_dir: Path) -> TextTools:
+    """The tokenizer that a checkpoint was trained with, told from others by its hash.
+
+    Args:
+        run: the run directory of the checkpoint, path or URL.
+        named: the model a person named for it; else what the run kept, its exported student, and the models its options
+            name are tried in turn.
+        work_dir: where downloads are kept.
+
+    Raises:
+        ModelError: ``named`` has another one, or none of them has it.
+    """
+    tried = []
+    for name in [named] if named is not None else _candidates(run, work_dir):
+        try:
+            text = _text_tools(load_tokenizer(name), metadata)
+        except ModelError as error:
+            if named is not None:
+                raise
+            tried.append(f"{name}: {error.problem}")
+            continue
+        if text.hash == metadata.tokenizer_hash:
+            return text
+        tried.append(f"{name}: another one, {text.hash[:12]}")
+    raise ModelError(
+        "the tokenizer of this checkpoint is not found",
+        where=run,
+        got="; ".join(tried) or f"no {TOKENIZER} and no {OPTIONS} beside it",
+        expected=f"one with the hash {metadata.tokenizer_hash[:12]}",
+        remedy="name a model that has it with --tokenizer: the teacher, for example",
+    )
+
+
+def _text_tools(tokenizer: Any, metadata: CheckpointMetadata) -> TextTools:
+    tokenizer.chat_template = metadata.run.get("chat_template")
+    recorded = metadata.run.get("framing")
+    if recorded is not None:
+        return TextTools.of(tokenizer, Framings.from_plain(recorded))
+    return TextTools.of(tokenizer, Framings(Framing(None, first_end_of_text_id(tokenizer))))  # of an earlier release
+
+
+def _candidates(run: str, work_dir: Path) -> Iterator[str]:
+    for part in (TOKENIZER, STUDENT):
+        found = [one for one in storage.list_files(storage.join(run, part)) if "/" not in one.name]
+        if found:
+            folder = work_dir / found[0].key[:16]
+            paths = [storage.fetch_once(one.uri, folder, one) for one in found if not _is_weights(one.name)]
+            yield str(paths[0].parent)
+    options = storage.join(run, FOLDER, OPTIONS)
+    if storage.exists(options):
+        yield from _models(options)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt"))
+
+
+def _models(options: str) -> list[str]:
+    """The models that a run's options name."""
+    try:
+        given = yaml.safe_load(storage.read_bytes(options))
+    except (yaml.YAMLError, StorageError) as error:
+        log.warning("%s cannot be read and is left out: %s", options, error)
+        return []
+    if not isinstance(given, Mapping):
+        return []
+    names = [given[name] for name in _NAMING if isinstance(given.get(name), str)]
+    sources = given.get("sources")
+    teachers = [one.get("teacher") for one in sources.values()] if isinstance(sources, Mapping) else []
+    online = [str(one).removeprefix("online:") for one in teachers if str(one).startswith("online:")]
+    return list(dict.fromkeys([*names, *online]))

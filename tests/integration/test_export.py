@@ -1,0 +1,181 @@
+"""``liquid export``: any checkpoint of a run as a folder that transformers opens, equal to the run's own."""
+
+import shutil
+
+import pytest
+import torch
+from tests.support.annealing import anneal, as_of, contents
+from tests.support.tokenizers import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from liquid_llm import storage
+from liquid_llm.cli.main import main
+from liquid_llm.models.tokenizers import tokenizer_hash
+from liquid_llm.training import Trainer
+
+pytestmark = pytest.mark.slow
+
+IDS = torch.arange(48).reshape(2, 24) * 7 % 512
+
+
+def export(run, folder, *words):
+    return main(["export", str(run), str(folder), *words])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def trained(checkpoint):
+    """The model in a checkpoint, put together without a line of ours."""
+    content = torch.load(checkpoint, weights_only=True)
+    described = dict(content["metadata"]["student"]["config"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(described.pop("model_type"), **described))
+    model.load_state_dict(content["student"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny, tmp_path_factory):
+    """A run of a student with short convolutions that was asked to stop after three steps of eight."""
+    run = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        train = Trainer.train
+
+        def stop_early(trainer):
+            trainer.total_steps = 3
+            train(trainer)
+            return False
+
+        patch.setattr(Trainer, "train", stop_early)
+        assert anneal(tiny, run, student=tiny.student, eval_every=0) == 75
+    return run
+
+
+def test_the_last_checkpoint_gives_what_the_run_itself_wrote(short, tmp_path):
+    assert export(short, tmp_path / "final", "--which=final") == 0
+    own = contents(short / "student")
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= own.keys()
+    assert contents(tmp_path / "final") == own
+    assert "| optimizer steps | 8 |" in own["README.md"].decode()
+    assert "| teachers | lm by teacher |" in own["README.md"].decode()
+
+
+def test_an_interrupted_run_has_a_student_with_the_very_same_logits(interrupted, tmp_path, capsys):
+    assert not (interrupted / "student").exists()
+    assert export(interrupted, tmp_path / "student") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(logits(model), logits(trained(interrupted / "last.pt")))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path / "student")) == tokenizer_hash(tiny_tokenizer(512))
+
+
+def test_any_snapshot_is_found_by_name_and_by_file(short, tmp_path):
+    assert export(short, tmp_path / "named", "--which=step-4") == 0
+    assert export(short / "step-00000004.pt", tmp_path / "file") == 0
+    assert contents(tmp_path / "named") == contents(tmp_path / "file")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "named")
+    assert torch.equal(logits(model), logits(trained(short / "step-00000004.pt")))
+    assert not torch.equal(logits(model), logits(trained(short / "final.pt")))
+
+
+def test_the_best_comes_first_and_the_newest_where_there_is_none(short, tmp_path):
+    torch.manual_seed(0)
+    for name, expected in (("with", "step-00000004"), ("without", "step-00000008")):
+        run = as_of(short, 8, tmp_path / name)
+        for suffix in (".pt", ".meta.json"):
+            shutil.copy(short / f"step-00000004{suffix}", run)
+            if name == "with":
+                shutil.copy(short / f"step-00000004{suffix}", run / f"best{suffix}")
+        shutil.copytree(short / "provenance", run / "provenance")
+        assert export(run, tmp_path / f"{name}-student") == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-student")
+        assert torch.equal(logits(model), logits(trained(short / f"{expected}.pt")))
+
+
+def test_bfloat16_rounds_and_does_nothing_else(short, tmp_path):
+    assert export(short, tmp_path / "half", "--dtype=bfloat16", "--which=final") == 0
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    whole = trained(short / "final.pt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(half.state_dict()[name], value.bfloat16()), name
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    difference = (logits(rounded).log_softmax(-1) - logits(whole).log_softmax(-1)).abs().max()
+    assert 0 < difference < 0.05
+
+
+def test_without_its_own_copy_the_tokenizer_comes_from_what_the_options_name(tiny, short, tmp_path, capsys):
+    run = as_of(short, 8, tmp_path / "run")
+    assert export(run, tmp_path / "a") == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert export(run, tmp_path / "a", f"--tokenizer={tiny.teacher}") == 0
+    (run / "provenance").mkdir()
+    shutil.copy(short / "provenance" / "options.yaml", run / "provenance")
+    assert export(run, tmp_path / "b") == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_another_tokenizer_is_never_taken(short, tmp_path, capsys):
+    run = as_of(short, 8, tmp_path / "run")
+    tiny_tokenizer(300).save_pretrained(tmp_path / "other")
+    shutil.copy(short / "student" / "config.json", tmp_path / "other")
+    assert export(run, tmp_path / "a", f"--tokenizer={tmp_path / 'other'}") == 2
+    assert "another one" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(short, tmp_path, capsys):
+    damaged = as_of(short, 8, tmp_path / "damaged")
+    data = bytearray((damaged / "step-00000008.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / "step-00000008.pt").write_bytes(data)
+    torch.save({"weights": {"a": torch.zeros(2)}}, tmp_path / "bare.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs").mkdir()
+    one = as_of(short, 8, tmp_path / "runs" / "one")
+    cases = {
+        (damaged,): (4, "sha256"),
+        (tmp_path / "bare.pt",): (4, "not a checkpoint of a run"),
+        (tmp_path / "empty",): (4, "no complete checkpoint"),
+        (one.parent,): (4, f"name one of the runs in it: {one}."),
+        (tmp_path / "nowhere.pt",): (4, "no checkpoint"),
+        (short, "--which=step-5"): (4, "step-00000004"),
+        (short, "--which=newest"): (2, "no name of a checkpoint"),
+        (short / "last.pt", "--which=best"): (2, "one checkpoint"),
+        (short, "--dtype=float16"): (2, "bfloat16"),
+    }
+    for (source, *words), (code, said) in cases.items():
+        assert export(source, tmp_path / "out", *words) == code, source
+        assert said.lower() in capsys.readouterr().err.lower(), source
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_replaced_only_when_asked_and_only_if_it_is_a_model(short, tmp_path, capsys):
+    target = tmp_path / "student"
+    assert export(short, target, "--which=step-4") == 0
+    before = contents(target)
+    assert export(short, target, "--which=final") == 2
+    assert "--force" in capsys.readouterr().err
+    assert contents(target) == before
+    assert export(short, target, "--which=final", "--force") == 0
+    assert contents(target) == contents(short / "student")
+    before = contents(short)
+    assert export(short, short, "--force") == 2
+    assert "left alone" in capsys.readouterr().err
+    assert contents(short) == before
+
+
+def test_runs_and_folders_may_be_urls(short, tmp_path, gcs, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, target = f"{gcs.uri}/runs/one", f"{gcs.uri}/models/one"
+    for name in contents(short):
+        storage.upload(short / name, f"{run}/{name}")
+    storage.write_bytes(f"{target}/config.json", b"{}")
+    storage.write_bytes(f"{target}/model-00001-of-00002.safetensors", b"of an earlier model")
+    assert export(run, target, "--which=final") == 2
+    assert export(run, target, "--which=final", "--force") == 0
+    found = {one.name: storage.read_bytes(one.uri) for one in storage.list_files(target)}
+    assert found == contents(short / "student")
