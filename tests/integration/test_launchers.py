@@ -216,6 +216,28 @@ def test_a_temperature_no_store_answers_at_is_refused_before_anything_is_trained
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_run_whose_stored_signal_is_too_noisy_for_its_steps_says_so_before_the_first(
+    captured: Tiny, tmp_path: Path, caplog
+) -> None:
+    folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
+    few = {"codec_options": "draws_t1=2,draws_t2=1,draws_t4=0.5"}
+    assert main(["capture", *captured.capture_words(**folders, **few)]) == 0
+    steps = {**SHORT, "max_steps": 1, "kd_alpha_start": 0.7, "kd_alpha_end": 0.7}
+    with caplog.at_level("INFO"):
+        assert main(["train", *captured.train_words(tmp_path / "noisy", **folders, **steps)]) == 0
+    (said,) = [one.getMessage() for one in caplog.records if one.getMessage().startswith("math_tool: the draws")]
+    assert "in steps of" in said
+    assert "at T=2: it may learn less than without a teacher. Raise --grad_accum to" in said
+    assert "or lower --kd_temperature to 1" in said
+    assert [one.levelname for one in caplog.records if one.getMessage() == said] == ["WARNING"]
+    caplog.clear()
+    quiet = {"math_logits_dir": captured.root / "signal" / "math", "code_logits_dir": captured.root / "signal" / "code"}
+    calm = {**steps, "kd_temperature": 1.0, "kd_alpha_start": 0.1, "kd_alpha_end": 0.1, "grad_accum": 64}
+    with caplog.at_level("INFO"):
+        assert main(["train", *captured.train_words(tmp_path / "calm", **quiet, **calm)]) == 0
+    assert "the draws of its stored signal" not in caplog.text
+
+
 def test_a_store_of_draws_at_one_temperature_trains_there(captured: Tiny, tmp_path: Path, caplog) -> None:
     folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
     codec = {"codec": "sampled", "codec_options": "draws=20,temperature=2"}

@@ -93,8 +93,40 @@ def masses(signal: StoredSignal) -> tuple[torch.Tensor, torch.Tensor]:
     """Mass and tail share of each position."""
     if not isinstance(signal, SparseSignal):
         return torch.ones(signal.num_positions), torch.zeros(signal.num_positions)
-    drawn = (signal.weights - signal.log_probs.exp()).abs() > _DRAWN * signal.weights
-    return signal.weights.sum(1) + signal.tail_mass, (signal.weights * drawn).sum(1) + signal.tail_mass
+    return signal.weights.sum(1) + signal.tail_mass, (signal.weights * _drawn(signal)).sum(1) + signal.tail_mass
+
+
+def _drawn(signal: SparseSignal) -> torch.Tensor:
+    """Which slots [positions, K] hold a draw."""
+    return (signal.weights - signal.log_probs.exp()).abs() > _DRAWN * signal.weights
+
+
+def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> float:
+    """Variance of a position's stored weights, summed over ids: mean over some records of ``type``; 0 for no draws.
+
+    An id that is kept i times on average, with a weight of q / i each, has a variance of q^2 / i; the squared weights
+    of what was kept sum up to that on average. That is codec ``tail``; codec ``sampled`` is not looked into.
+
+    Raises:
+        SignalError: the codec cannot answer at this temperature.
+        StorageError: the store cannot be read.
+    """
+    total, positions, seen = 0.0, 0, 0
+    for _, record in store.layout.draw(8 * samples, seed=0):
+        if seen == samples:
+            break
+        if isinstance(record, RecordError) or record.header.type != type:
+            continue
+        rows = max(record.header.num_tokens - 1, 0)
+        try:
+            signal = store.codec.decode(record.payload, 0, rows, temperature, store.identity.vocab_size)
+        except PayloadError:
+            continue
+        if not isinstance(signal, SparseSignal):
+            return 0.0
+        total += float((signal.weights.square() * _drawn(signal)).sum())
+        positions, seen = positions + rows, seen + 1
+    return total / max(positions, 1)
 
 
 def _type_values(counts: Counter[str], sums: NDArray[np.float64]) -> dict[str, Any]:

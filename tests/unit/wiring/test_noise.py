@@ -1,0 +1,67 @@
+"""The law of noise, and the variance it is fed with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.stores import writer
+from tests.support.teachers import make_samples, random_logits
+
+from liquid_llm.signal_store.codecs import get_codec
+from liquid_llm.signal_store.store import open_store
+from liquid_llm.signal_store.survey import drawn_variance
+from liquid_llm.wiring.noise import TOO_NOISY, WORTH_SAYING, predict_cost, step_noise
+
+# SmolLM2's mean variance on prose, mathematics and code with draws 48, 30, 8, by temperature.
+VARIANCE = {1.0: 0.0040, 2.0: 0.0235}
+
+
+def cost(alpha: float, temperature: float, num_tokens: int, variance: float | None = None) -> float:
+    return predict_cost(step_noise(alpha, temperature, variance or VARIANCE[temperature], num_tokens))
+
+
+def test_what_ended_worse_than_without_a_teacher_is_flagged_and_what_did_not_is_not() -> None:
+    """Settings of docs/LOG.md with what they lost against full logits, in nats."""
+    assert cost(0.7, 2.0, 256) > TOO_NOISY  # lost 0.070 of a gain of 0.037
+    for alpha, temperature, num_tokens, lost in (
+        (0.7, 1.0, 256, 0.031),
+        (0.4, 1.0, 256, 0.019),
+        (0.4, 2.0, 256, 0.060),
+        (0.7, 1.0, 1024, 0.0191),
+        (0.4, 2.0, 1024, 0.0452),
+        (0.4, 2.0, 32768, 0.0084),
+        (0.7, 1.0, 32768, 0.0064),
+    ):
+        found = cost(alpha, temperature, num_tokens)
+        assert found < TOO_NOISY
+        assert found == pytest.approx(lost, abs=0.006)
+    assert cost(0.7, 1.0, 32768) < WORTH_SAYING
+
+
+def test_more_draws_and_more_tokens_cost_less() -> None:
+    costs = [cost(0.7, 2.0, num_tokens, variance) for num_tokens in (256, 4096) for variance in (0.1, 0.01)]
+    assert costs == sorted(costs, reverse=True)
+    assert predict_cost(0.0) == 0.0
+
+
+def test_the_variance_of_a_store_is_that_of_its_captures(tmp_path: Path) -> None:
+    """Of one position encoded with 300 seeds, ids' variances summed; the store's is of 60 positions encoded once."""
+    codec, vocab = get_codec("tail", options={"draws_t1": 20, "draws_t2": 12, "draws_t4": 4}), 2000
+    logits = random_logits(1, vocab, seed=3, spread=2.5)
+    store = writer(tmp_path, codec=codec, vocab_size=vocab)
+    for number, sample in enumerate(make_samples(6, type="code", low=11, high=11)):
+        rows = codec.encode(logits.expand(10, -1).clone(), number, 0)
+        store.write(sample, 11, codec.pack(rows))
+    store.finish()
+    reader = open_store(str(tmp_path))
+    for temperature in (1.0, 2.0):
+        dense = torch.zeros(300, vocab)
+        for seed in range(300):
+            signal = codec.decode(codec.pack(codec.encode(logits.clone(), seed, 0)), 0, 1, temperature, vocab)
+            dense[seed].scatter_add_(0, signal.ids[0], signal.weights[0])
+        found = drawn_variance(reader, "code", samples=6, temperature=temperature)
+        assert found == pytest.approx(float(dense.var(0).sum()), rel=0.25)
+    assert drawn_variance(reader, "math_tool", samples=6, temperature=1.0) == 0.0
+    reader.close()
