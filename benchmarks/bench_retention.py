@@ -146,7 +146,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", type=Path, help="print the table of this folder and end")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.texts is None and arguments.report is None:
+        parser.error("--texts is missing: benchmarks/retention/texts.py makes them")
+    return arguments
 
 
 def prepare(arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> tuple[Laboratory, dict[str, float]]:
