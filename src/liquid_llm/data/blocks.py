@@ -4,8 +4,9 @@ stream: the documents of a dataset (or of a split of it) in their order on disk,
 begin and end are one token, one stands between two documents, as in pre-training, and one before the first;
 block ``b``: tokens ``b * block_size`` up to ``(b + 1) * block_size`` of the stream.
 
-The stream is never built: an index of document ends (8 bytes a document) finds the tokens in the memory map. Where not
-all is learnt, the token behind a document is if the document's last token is, and one before it never.
+The stream is never built: an index of document ends (8 bytes a document) finds the tokens in the memory map. A begin
+token of its own is never learnt: only the end of another document could predict it. Where not all is learnt, the token
+behind a document is if the document's last token is.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class TokenStream:
 
     def read_learnt(self, start: int, count: int) -> NDArray[np.bool_] | None:
         """Which of the tokens that ``read`` gives are learnt: [count] bool; None where all tokens are."""
-        if self._dataset.learnt is None:
+        framing, learnt = self._dataset.framing, self._dataset.learnt
+        if learnt is None and framing.begin_id in (None, framing.end_id):
             return None
         source, _, is_begin = self._sources(start, count)
-        return self._dataset.learnt[source].astype(bool) & ~is_begin
+        return ~is_begin if learnt is None else learnt[source].astype(bool) & ~is_begin
 
     def learnt_blocks(self, block_size: int) -> NDArray[np.int64]:
         """The numbers of the full blocks in which something is learnt, ascending."""

@@ -208,6 +208,21 @@ def test_the_layout_of_a_dataset_decides_whatever_its_type(type: str) -> None:
                 assert EOS not in [token for row in rows(batch) for token in row]
 
 
+def test_the_label_of_a_blocks_begin_tokens_is_ignored() -> None:
+    begin = 10**6
+    dataset = token_dataset([list(range(n * 20 + 1, n * 20 + 8)) for n in range(30)], framing=Framing(begin, EOS))
+    training = stream([WeightedDataset(dataset, 1.0)])
+    seen: set[int] = set()
+    for batch in (*first_epoch(training, 0), *validation_batches(dataset, block_size=24, batch_size=3)):
+        for ids, labels, length in zip(
+            batch.input_ids.tolist(), batch.labels.tolist(), batch.lengths.tolist(), strict=True
+        ):
+            after = ids[1:length]
+            seen.update(after)
+            assert labels[: length - 1] == [IGNORE_INDEX if token == begin else token for token in after]
+    assert begin in seen
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
