@@ -97,8 +97,10 @@ def test_a_run_from_the_store_is_that_of_the_teacher_asked_online(
     for one, other in zip(stored, asked, strict=True):
         assert one["kd_coverage"] == other["kd_coverage"] == 1.0
         assert (one["tokens"], one["positions"]) == (other["tokens"], other["positions"])
-        for name in ("loss", "ce", "kd"):
-            assert one[name] == pytest.approx(other[name], rel=2e-4), name
+        # the first step starts from the same weights; what 16 bits leave out then adds up
+        bound = 7e-6 if one["step"] == 1 else 2e-4
+        for name in ("loss", "ce", "kd", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=bound), name
     counts = [row["by_type"]["math_tool"] for row in stored if "math_tool" in row["by_type"]]
     assert counts
     assert all(0 < one["tokens"] < one["positions"] for one in counts)
