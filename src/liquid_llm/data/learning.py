@@ -116,6 +116,16 @@ class Encoder:
                 found.append(self._join(pieces, whole, [next(ids) for _ in pieces]))
         return found
 
+    def end_of_turn(self) -> int | None:
+        """The token of its own that ends the assistant's turns; None where there is no such one."""
+        said = ({"role": "user", "content": "x"}, {"role": ASSISTANT, "content": "x"})
+        try:
+            (turn,) = (text for text, is_learnt in self._conversation(said) if is_learnt)
+        except (LearningError, ValueError):  # no template, or one that will not say
+            return None
+        last = self._ids([turn])[0][-1]
+        return last if last in self._tokenizer.added_tokens_decoder else None
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: a text longer than the model is no mistake here, windows are cut later
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

@@ -20,6 +20,7 @@ from liquid_llm.models.loading import load_tokenizer, quiet_transformers
 from liquid_llm.models.tokenizers import first_end_of_text_id
 from liquid_llm.provenance import FOLDER, OPTIONS
 from liquid_llm.wiring.students import build_from_config, load_weights
+from liquid_llm.wiring.templates import stop_at_turns
 from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def save_with_card(model: Any, tokenizer: Any, metadata: CheckpointMetadata, fol
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
+    stop_at_turns(model, tokenizer)
     with quiet_transformers():
         save_student(model, tokenizer, folder, _card(model, metadata))
 

@@ -1,4 +1,4 @@
-"""The chat template by which a run writes conversations out."""
+"""The chat template by which a run writes conversations out, and the token by which it ends turns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.data.learning import CHATML
+from liquid_llm.data.learning import CHATML, Encoder, Learning
 from liquid_llm.errors import UsageError
 from liquid_llm.models.loading import load_tokenizer
 
@@ -39,6 +39,13 @@ def find_chat_template(name: str | None, tokenizer: Any, token: str | None = Non
             expected="chatml, a Jinja file, or a Hugging Face id or folder whose tokenizer has a template",
         )
     return template
+
+
+def stop_at_turns(model: Any, tokenizer: Any) -> None:
+    """Let a student whose tokenizer has a chat template stop at the end of a turn, as at the end of a text."""
+    turn_id = Encoder(tokenizer, Learning(chat_template=_template_of(tokenizer))).end_of_turn()
+    if turn_id not in (None, tokenizer.eos_token_id) and model.generation_config is not None:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_id]
 
 
 def _template_of(tokenizer: Any) -> str | None:

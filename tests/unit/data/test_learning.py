@@ -190,3 +190,13 @@ def test_a_template_that_is_asked_for_all_needs_no_marks() -> None:
     ids, learnt = encode(chat_tokenizer(), chat(messages), learn=ALL, chat_template=THINKING)
     assert learnt is None
     assert decode(chat_tokenizer(), ids) == "<user>q<assistant>x<user>q<assistant><think>hm</think>x"
+
+
+def test_the_token_that_ends_a_turn() -> None:
+    tokenizer = chat_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert Encoder(tokenizer, Learning(chat_template=CHATML)).end_of_turn() == end
+    assert Encoder(tokenizer, Learning(chat_template=MARKED)).end_of_turn() == end
+    assert Encoder(tokenizer, Learning(chat_template=BARE)).end_of_turn() is None, "a blank ends no turn"
+    assert Encoder(tokenizer, Learning()).end_of_turn() is None
+    assert Encoder(tiny_tokenizer(), Learning(chat_template=CHATML)).end_of_turn() is None, "it has no such token"

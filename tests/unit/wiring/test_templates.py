@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from tests.support.gcs import Bucket
-from tests.support.models import tiny_config
+from tests.support.models import tiny_config, tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm import storage
 from liquid_llm.data.learning import CHATML
 from liquid_llm.errors import ModelError, StorageError, UsageError
-from liquid_llm.wiring.templates import find_chat_template
+from liquid_llm.wiring.templates import find_chat_template, stop_at_turns
 
 
 def save(tokenizer: Any, folder: Path) -> None:
@@ -49,3 +49,18 @@ def test_what_is_no_template_is_refused(tmp_path: Path) -> None:
         find_chat_template(str(tmp_path / "not-there.jinja"), tiny_tokenizer())
     with pytest.raises(ModelError):
         find_chat_template("no-such-model-anywhere", tiny_tokenizer())
+
+
+def test_a_student_of_conversations_stops_at_the_end_of_a_turn() -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama", vocab_size=520)
+    model.generation_config.eos_token_id = 0
+    tokenizer.chat_template = CHATML
+    stop_at_turns(model, tokenizer)
+    assert model.generation_config.eos_token_id == 0, "this vocabulary has no token that ends a turn"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = None
+    stop_at_turns(model, tokenizer)
+    assert model.generation_config.eos_token_id == 0, "no conversation was trained on"
+    tokenizer.chat_template = CHATML
+    stop_at_turns(model, tokenizer)
+    assert model.generation_config.eos_token_id == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
