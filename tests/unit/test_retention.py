@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,8 @@ def test_every_epoch_has_each_text_once_and_no_batch_is_too_full() -> None:
     for start in range(0, len(order) - 5, 6):
         assert sorted(order[start : start + 6]) == list(range(6))
     assert all(sum(texts.ids[one].size for one in batch) <= 10 for batch in batches)
+    for batch, after in pairwise(batches):  # nor too empty
+        assert sum(texts.ids[one].size for one in [*batch, after[0]]) > 10
     assert list(draw_batches(texts, 10, 9, seed=1)) == batches
 
 
