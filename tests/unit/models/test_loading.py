@@ -94,7 +94,7 @@ def install_package(monkeypatch, root, name, *gguf_files):
 
 def test_a_model_inside_a_package_is_found_without_importing_it(gguf_file, monkeypatch, tmp_path):
     install_package(monkeypatch, tmp_path, "model_wheel", gguf_file)
-    loaded = load_teacher("package:model_wheel", **CPU)
+    loaded = load_teacher("package:model-wheel", **CPU)  # as pip writes it
     torch.testing.assert_close(loaded.model(ids()).logits, tiny_model("llama")(ids()).logits)
     assert loaded.identity.id == "package:model_wheel"
 
