@@ -507,3 +507,29 @@ def test_one_name_for_two_texts_that_are_learnt_differently_is_refused(tmp_path:
 def test_a_conversation_that_cannot_be_written_out_says_where(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:2: there is no chat template.*--chat_template"):
         build(write(tmp_path / "a.jsonl", PROMPT, CHAT), cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("begin_id", [None, 10**6])
+def test_windows_of_long_documents_learn_each_learnt_token_once(begin_id: int | None) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 60, 40).tolist()
+    ends = np.cumsum(lengths).tolist()
+    samples = [list(range(end - length + 1, end + 1)) for length, end in zip(lengths, ends, strict=True)]
+    learnt = [[*np.repeat(rng.random(length) < 0.3, 7)[: length - 1].tolist(), True] for length in lengths]
+    whole = token_dataset(samples, "code", learnt=learnt, framing=Framing(begin_id, 0))
+    cut = whole.subset(np.arange(0, 40, 2)).windows(10)
+    seen: list[int] = []
+    for index in range(len(cut)):
+        sample = cut.sample(index)
+        positions = sample.learnt_positions(10)
+        assert positions.any(), "a window of which nothing is learnt is left out"
+        assert cut.first_learnt is not None
+        assert int(cut.first_learnt[index]) == 1 + int(positions.argmax())
+        seen += sample.input_ids[1:][positions].tolist()
+    wanted = [
+        token
+        for ids, mask in list(zip(samples, learnt, strict=True))[::2]
+        for token, flag in list(zip(ids, mask, strict=True))[1:]
+        if flag
+    ]
+    assert sorted(seen) == wanted
