@@ -18,7 +18,7 @@ distribution, at every temperature:
     temperature. Roundings are dithered, so that they do not bias a weight.
 
 At T = 2 no weight depends on a rounding. Between the stored temperatures a position's weights have a common factor that
-is off by a percent or two (the error of interpolating its log-partition), and by less than 0.2 % on average.
+is off by a percent or two (the error of interpolating its log-partition), and by less than 0.3 % on average.
 ``docs/LOG.md`` has the measurements, and what was tried and left out.
 
 Version 1 has no log-partition at T = 4/3; its average is up to 1.4 % off between T = 1 and 2. Records say which version
