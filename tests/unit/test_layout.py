@@ -29,7 +29,6 @@ WALKED = {
     "wiring/shapes": "integration/test_memory_command.py",
     "wiring/students": "integration/test_annealing.py",
     "wiring/tokenizers": "integration/test_hybrid_run.py",
-    "wiring/tokens": "integration/test_hf_token.py",
 }
 
 FILES = {str(path.relative_to(SOURCE)): path for path in module_files().values()}

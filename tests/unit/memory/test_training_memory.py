@@ -18,6 +18,7 @@ from tests.support.memory import (
     preset,
     shape_of,
 )
+from tests.support.models import tiny_config
 
 from liquid_llm import memory
 from liquid_llm.errors import ModelError
@@ -234,3 +235,13 @@ def test_a_shape_is_worked_out_once_in_a_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "_ANSWERS", {})
     other = replace(shape, batches=(BatchShape(2, 4),))  # as many tokens, another shape
     assert [predict_training(one).rest_bytes for one in (shape, shape, other, shape)] == [1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_documents_kept_apart_take_the_mask_beside_the_rest(name: str, device: str) -> None:
+    model = ModelShape.of(tiny_config(name))
+    joined = TrainingShape(model, "float32", 512, (BatchShape(4, 256, "dense"),), teacher=model, device=device)
+    apart = replace(joined, batches=(replace(joined.batches[0], documents=True),))
+    more = predict_training(apart).peak_bytes - predict_training(joined).peak_bytes
+    assert 0 < more < 40 * 256 * 256, "a few masks at most, which a larger consumer's moment may hide"
