@@ -201,6 +201,12 @@ class StoreConfig:
     codec_options: str | None
     topk: int | None
     overwrite: bool
+    distilled_share: float
+
+    @property
+    def positions(self) -> float | None:
+        """The share of the positions that is kept; None: all."""
+        return None if self.distilled_share == 1.0 else self.distilled_share
 
 
 @dataclass(frozen=True)

@@ -69,15 +69,17 @@ def _divergence_problems(config: RunConfig) -> list[str]:
     for type, source in config.source.named.items():
         if source.divergence is not None:
             asked[f"the divergence of {type}"] = source.divergence
-    problems = []
-    if config.objective.distilled_share > 1:
-        problems.append(f"--kd_positions must lie above 0 and at most at 1; got {config.objective.distilled_share}")
+    problems = _share_problems(config.objective.distilled_share)
     for where, spec in asked.items():
         try:
             get_divergence(spec)
         except ValueError as error:
             problems.append(f"{where}: {error}")
     return problems
+
+
+def _share_problems(share: float) -> list[str]:
+    return [f"--kd_positions must lie above 0 and at most at 1; got {share}"] if share > 1 else []
 
 
 def _batch_problems(config: RunConfig, block_size_known: bool) -> list[str]:
@@ -136,7 +138,7 @@ def _token_problems(teacher: TeacherConfig) -> list[str]:
 
 def capture_problems(config: CaptureConfig) -> list[str]:
     """Every combination of values that cannot work, in words."""
-    problems = []
+    problems = _share_problems(config.store.distilled_share)
     if not config.teacher.stored_id:
         problems.append("--mc_teacher_id is missing: name the teacher to capture")
     if config.data.dataset_name:

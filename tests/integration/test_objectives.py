@@ -133,3 +133,24 @@ def test_chosen_positions_are_the_share_asked_for_and_a_continued_run_chooses_th
     assert mine == theirs
     ends = [torch.load(one / "run" / "final.pt", weights_only=True) for one in (killed, whole)]
     assert all(torch.equal(ends[0]["student"][name], one) for name, one in ends[1]["student"].items())
+
+
+def test_a_store_of_chosen_positions_is_smaller_and_serves_a_run(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Captured and read through the command lines: the others train on cross-entropy."""
+    sizes = {}
+    for share in (1, 0.25):
+        store = tmp_path / str(share)
+        words = tiny.capture_words(math_logits_dir=store, code_logits_dir=None, codec="tail", kd_positions=share)
+        assert main(["capture", *words, "--signal=code=none"]) == 0
+        sizes[share] = sum(path.stat().st_size for path in store.iterdir())
+    assert sizes[0.25] < 0.4 * sizes[1]
+    rows = train(tiny, tmp_path / "out", math_logits_dir=tmp_path / "0.25", max_steps=12)
+    shares = by_type(rows, "train", "math_tool", "kd_coverage")
+    assert shares
+    assert all(0.2 < share < 0.35 for share in shares)
+    assert by_type(rows, "eval", "math_tool", "val_kd")
+    words = tiny.capture_words(math_logits_dir=tmp_path / "0.25", code_logits_dir=None, codec="tail")
+    assert main(["capture", *words, "--signal=code=none"]) == 3
+    assert "positions" in capsys.readouterr().err

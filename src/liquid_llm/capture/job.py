@@ -20,6 +20,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from liquid_llm.capture.plan import Window, batches, plan
 from liquid_llm.capture.scoring import Scratch, score
 from liquid_llm.data.types import SampleSource
@@ -226,12 +229,12 @@ class _Job:
         try:
             codec = {window.type: self._writers[window.type].codec for window in batch}
             self.summary.padded_tokens += padded_tokens
-            for window, outcome in score(self._teacher, batch, codec, self._scratch):
+            for window, outcome, positions in score(self._teacher, batch, codec, self._scratch, self._num_kept):
                 left.remove(window)
                 if isinstance(outcome, SignalError):
                     self.fail(window, str(outcome))
                 else:
-                    self._write(window, outcome)
+                    self._write(window, outcome, positions)
         except (RuntimeError, IndexError) as error:  # what torch raises: out of memory, a kernel that refuses
             no_room = is_out_of_memory(error)
             if not no_room and is_lost(error):
@@ -262,7 +265,10 @@ class _Job:
             for window in left:
                 self._score([window])
 
-    def _write(self, window: Window, rows: Rows) -> None:
+    def _num_kept(self, window: Window, num_learnt: int) -> int:
+        return self._writers[window.type].identity.num_chosen(num_learnt)
+
+    def _write(self, window: Window, rows: Rows, positions: NDArray[np.bool_]) -> None:
         size = sum(tensor.nbytes for tensor in rows.values())
         while self._pending and self._pending_bytes + size > _PENDING_BYTES:
             self._collect(FIRST_COMPLETED)
@@ -271,7 +277,7 @@ class _Job:
         packed = writer.codec.pack(rows) if self._teacher.device.type == "cpu" else None
 
         def work() -> int:
-            return writer.write(window.sample(), window.num_tokens, packed or writer.codec.pack(rows))
+            return writer.write(window.sample(), window.num_tokens, packed or writer.codec.pack(rows), positions)
 
         self._pending[self._threads.submit(work)] = (window, size, len(next(iter(rows.values()))))
         self._pending_bytes += size

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from liquid_llm.capture.plan import Window
@@ -66,16 +67,22 @@ class Scratch:
 
 
 def score(
-    teacher: OnlineTeacher, batch: Sequence[Window], codecs: Mapping[str, Codec], scratch: Scratch
-) -> Iterator[tuple[Window, Rows | SignalError]]:
-    """The encoded rows of each sample of a batch, or why it has none; one forward pass, logits chunk by chunk.
+    teacher: OnlineTeacher,
+    batch: Sequence[Window],
+    codecs: Mapping[str, Codec],
+    scratch: Scratch,
+    count: Callable[[Window, int], int] = lambda window, learnt: learnt,
+) -> Iterator[tuple[Window, Rows | SignalError, NDArray[np.bool_]]]:
+    """The encoded rows of each sample of a batch, or why it has none, and which positions they are of.
 
-    A row is of a position that is learnt; of the others no logits are formed.
+    A row is of a position that is learnt; of the others no logits are formed. One forward pass, logits chunk by chunk;
+    where positions are chosen they are formed twice, for what the teacher's entropies are and for what is kept.
 
     Args:
         batch: samples of near-equal length.
         codecs: type -> codec.
         scratch: the same for all batches.
+        count: how many of a sample's learnt positions are kept: those where the teacher is least sure.
 
     Raises:
         RuntimeError, IndexError: the teacher or a codec failed; samples already yielded are finished.
@@ -83,28 +90,32 @@ def score(
     vocab_size = teacher.head.vocab_size
     input_ids: list[np.ndarray] = []
     good: list[Window] = []
-    places: list[Tensor | None] = []  # of the learnt positions; None: all
+    places: list[NDArray[np.bool_]] = []  # the learnt positions
     for window in batch:
         sample = window.sample()
         ids = sample.input_ids[: window.num_tokens]
         if not ids.size:
-            yield window, SignalError("the sample has no tokens")
+            yield window, SignalError("the sample has no tokens"), _NOWHERE
         elif (largest := int(ids.max())) >= vocab_size:
-            yield window, SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
+            error = SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
+            yield window, error, _NOWHERE
         else:
             good.append(window)
             input_ids.append(ids)
-            learnt = sample.learnt_positions(window.num_tokens)
-            places.append(None if learnt.all() else torch.from_numpy(np.flatnonzero(learnt)))
+            places.append(sample.learnt_positions(window.num_tokens))
     if not good:
         return
     with torch.inference_mode():
         hidden = teacher.hidden(padded_ids(input_ids))
         encoders = [_Encoder(window, codecs[window.type]) for window in good]
-        states = [
-            hidden[number, : len(ids) - 1] if where is None else hidden[number].index_select(0, where.to(hidden.device))
-            for number, (ids, where) in enumerate(zip(input_ids, places, strict=True))
-        ]
+        for number, window in enumerate(good):
+            kept = count(window, int(places[number].sum()))
+            if kept < places[number].sum():
+                where = np.flatnonzero(places[number])
+                entropies = _entropies(teacher.head, _at(hidden[number], places[number]), scratch)
+                surest_last = entropies.sort(descending=True, stable=True).indices[:kept]
+                places[number] = np.isin(np.arange(len(places[number])), where[surest_last.cpu().numpy()])
+        states = [_at(hidden[number], where) for number, where in enumerate(places)]
         num_rows = [len(one) for one in states]
         for chunk in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
             rows = torch.cat([states[number][start:stop] for number, start, stop in chunk])
@@ -112,7 +123,27 @@ def score(
             for (number, _, stop), part in zip(chunk, parts, strict=True):
                 encoders[number].add(part)
                 if stop == num_rows[number]:
-                    yield good[number], encoders[number].result()
+                    yield good[number], encoders[number].result(), places[number]
+
+
+_NOWHERE = np.zeros(0, dtype=bool)
+
+
+def _at(hidden: Tensor, places: NDArray[np.bool_]) -> Tensor:
+    """The states [time, hidden] at the positions that are True."""
+    if places.all():
+        return hidden[: len(places)]
+    return hidden.index_select(0, torch.from_numpy(np.flatnonzero(places)).to(hidden.device))
+
+
+def _entropies(head: OutputHead, states: Tensor, scratch: Scratch) -> Tensor:
+    """The teacher's entropy at each position [positions], nats, at T = 1."""
+    found = [states.new_empty(0, dtype=torch.float32)]
+    for part in torch.split(states, scratch.rows(head.vocab_size, states.device)):
+        logits = scratch.logits(head, part)
+        totals = logits.logsumexp(dim=1)
+        found.append(totals - torch.linalg.vecdot(torch.softmax(logits, dim=1), logits))
+    return torch.cat(found)
 
 
 class _Encoder:

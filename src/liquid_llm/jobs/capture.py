@@ -115,7 +115,9 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     for type in datasets:
         folder = _folder(config, type)
         layout, framing = stores[folder].layout, stores[folder].framing
-        open_writer = partial(StoreWriter, vocab_size=vocab_size, layout=layout, framing=framing)
+        open_writer = partial(
+            StoreWriter, vocab_size=vocab_size, layout=layout, framing=framing, positions=config.store.positions
+        )
         writers[type] = open_writer(folder, loaded.identity, codecs[folder])
         log.info("%s goes to %s, layout %s", type, folder, layout)
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
@@ -164,7 +166,7 @@ def _choose_stores(
         if source.store is not None:
             framing = framing_to_record(source.store, text.framings(type))
             begun = _codec_of_begun(config.store, asked, source.store)
-            identity = SignalIdentity.of(begun or asked, teacher, text.vocab_size, framing)
+            identity = SignalIdentity.of(begun or asked, teacher, text.vocab_size, framing, config.store.positions)
             layout = _choose_layout(config, source.store, identity, new_layout)
             found[source.store] = _Store(layout, framing, begun)
     return found
@@ -229,7 +231,8 @@ def _choose_codecs(
     positions: Counter[str] = Counter()
     for type, parts in datasets.items():
         positions[_folder(config, type)] += sum(
-            int((part.lengths.clip(max=config.data.seq_len) - 1).clip(min=0).sum()) for part in parts
+            int((part.lengths.clip(max=config.data.seq_len) - 1).clip(min=0).sum() * config.store.distilled_share)
+            for part in parts
         )
     chosen = {}
     for folder, count in positions.items():

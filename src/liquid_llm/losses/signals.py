@@ -144,7 +144,7 @@ class _SignalRows:
 
     def take(self: _Rows, rows: Tensor) -> _Rows:
         """The rows whose numbers are given, [n] int64, in that order; on the CPU, as ``part``."""
-        taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in self._TENSORS}
+        taken: dict[str, Any] = {name: getattr(self, name)[rows] for name in self._names}
         return self._changed(taken | dict.fromkeys(self._COUNTS))
 
     def pinned(self: _Rows) -> _Rows:
@@ -231,6 +231,15 @@ class _StoredRows(_SignalRows):
             ]
             columns[name] = torch.cat(tensors)
         return widest._changed(columns | dict.fromkeys(cls._COUNTS))
+
+    def spread(self: _Stored, places: Tensor) -> _Stored:
+        """The rows at the places that are True [n] bool, in order, and rows without a record at the others."""
+        columns: dict[str, Any] = {}
+        for name in self._names:
+            rows: Tensor = getattr(self, name)
+            columns[name] = rows.new_zeros(len(places), *rows.shape[1:])
+            columns[name][places] = rows
+        return self._changed(columns | dict.fromkeys(self._COUNTS))
 
     def _check_mask(self) -> None:
         """Check the mask, and count it or compare the count that was given, where that costs nothing."""

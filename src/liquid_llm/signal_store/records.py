@@ -13,6 +13,7 @@ How it becomes bytes is a matter of the layout: ``pt.py``, ``shards/file.py``.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -48,6 +49,8 @@ class SignalIdentity:
         vocab_size: entries the codec was given, after cutting the embedding's padding.
         codec, codec_version, codec_options: enough to make the codec again.
         begin_id, end_id: the tokens around each text, see ``framing``; both None in stores from before they were said.
+        positions: the share of each record's learnt positions that has a row, those where the teacher is least sure;
+            None: all.
     """
 
     teacher_id: str
@@ -59,6 +62,7 @@ class SignalIdentity:
     codec_options: dict[str, int | float | str]
     begin_id: int | None = None
     end_id: int | None = None
+    positions: float | None = None
 
     @property
     def teacher(self) -> str:
@@ -71,9 +75,14 @@ class SignalIdentity:
         return None if self.end_id is None else Framing(self.begin_id, self.end_id)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values; an identity without framing is written as it always was."""
+        """Plain values; an identity without framing or chosen positions is written as it always was."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if self.end_id is not None or name not in _FRAMING}
+        left_out = {*(_FRAMING if self.end_id is None else ()), *(("positions",) if self.positions is None else ())}
+        return {name: value for name, value in values.items() if name not in left_out}
+
+    def num_chosen(self, num_learnt: int) -> int:
+        """How many rows a record of so many learnt positions has."""
+        return num_learnt if self.positions is None else math.ceil(self.positions * num_learnt)
 
     def difference(self, other: SignalIdentity) -> tuple[str, object, object] | None:
         """The first field that differs: its name, this value, the other's; None when equal."""
@@ -85,13 +94,18 @@ class SignalIdentity:
 
     @classmethod
     def of(
-        cls, codec: Codec, teacher: ModelIdentity, vocab_size: int, framing: Framing | None = None
+        cls,
+        codec: Codec,
+        teacher: ModelIdentity,
+        vocab_size: int,
+        framing: Framing | None = None,
+        positions: float | None = None,
     ) -> SignalIdentity:
-        """What ``teacher``'s signal of texts in this framing is in this codec."""
+        """What ``teacher``'s signal of texts in this framing is in this codec, at this share of the positions."""
         options = dict(codec.options)
         model = (teacher.id, teacher.revision, teacher.tokenizer_hash)
-        around = (None, None) if framing is None else (framing.begin_id, framing.end_id)
-        return cls(*model, vocab_size, codec.name, codec.version, options, *around)
+        begin_id, end_id = (None, None) if framing is None else (framing.begin_id, framing.end_id)
+        return cls(*model, vocab_size, codec.name, codec.version, options, begin_id, end_id, positions)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from liquid_llm import storage
 from liquid_llm.data.types import Sample
@@ -119,6 +120,8 @@ class StoreReader:
             return Lookup("corrupt", f"the payload is not one of codec {self.codec.name!r}: {error}")
         if not learnt[stored].all():  # a record of more than is learnt
             signal = signal.take(torch.from_numpy(np.flatnonzero(learnt[stored])))
+        if self.identity.positions is not None:
+            signal = signal.spread(torch.from_numpy(stored[learnt]))
         return Lookup("usable", signal=signal)
 
     def get_many(self, samples: Sequence[Sample], windows: Sequence[int], temperature: float) -> list[Lookup]:
@@ -158,6 +161,7 @@ class StoreWriter:
         vocab_size: entries given to the codec.
         layout: ``pt`` or ``shards``.
         framing: of the samples; None adds to a store from before it was said.
+        positions: the share of each record's positions that is kept; None: all.
         versions: that the records of a new store were made with, this release's if None.
         shard_bytes, part_seconds: of layout ``shards``, see ``ShardsWriter``.
 
@@ -175,13 +179,14 @@ class StoreWriter:
         vocab_size: int,
         layout: str = "pt",
         framing: Framing | None = None,
+        positions: float | None = None,
         versions: Mapping[str, int] | None = None,
         shard_bytes: int = SHARD_BYTES,
         part_seconds: float = PART_SECONDS,
     ) -> None:
         self.uri = uri
         self.codec = codec
-        self.identity = SignalIdentity.of(codec, teacher, vocab_size, framing)
+        self.identity = SignalIdentity.of(codec, teacher, vocab_size, framing, positions)
         infos = storage.list_files(uri)
         names = {info.name for info in infos}
         if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):
@@ -211,15 +216,17 @@ class StoreWriter:
             mine.runs,
         )
 
-    def write(self, sample: Sample, num_tokens: int, payload: Payload) -> int:
+    def write(
+        self, sample: Sample, num_tokens: int, payload: Payload, positions: NDArray[np.bool_] | None = None
+    ) -> int:
         """Store the first ``num_tokens`` tokens of ``sample``, replacing any record; returns its bytes.
 
-        The payload has a row for each learnt position of them.
+        The payload has a row for each learnt position of them, or of ``positions`` [num_tokens - 1].
 
         Layout ``pt`` publishes it at once, ``shards`` with others, all of them by ``finish``.
         """
         hashes = token_hashes(sample.input_ids[:num_tokens])
-        runs = runs_of(sample.learnt_positions(num_tokens))
+        runs = runs_of(sample.learnt_positions(num_tokens) if positions is None else positions)
         version = FORMAT_VERSION if runs else WHOLE_VERSION
         names = (sample.sample_id, sample.type, self.identity)
         return self.put(Record(RecordHeader(version, *names, num_tokens, hashes, runs), payload))
@@ -326,7 +333,11 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
     reason = first_difference(header, sample.input_ids, needed)
     if reason is None and header.num_tokens < needed:
         reason = f"captured at {header.num_tokens} tokens, {needed} wanted"
-    if reason is None and header.runs:
+    if reason is None and identity.positions is not None:
+        learnt, stored = sample.learnt_positions(header.num_tokens), header.positions()
+        if (stored & ~learnt).any() or stored.sum() != identity.num_chosen(int(learnt.sum())):
+            reason = "captured for other positions than are learnt"
+    elif reason is None and header.runs:
         lacking = sample.learnt_positions(needed) & ~header.positions()[: needed - 1]
         if lacking.any():
             reason = f"captured for other positions than are learnt: {int(lacking.sum())} of these have no row"

@@ -25,7 +25,7 @@ from liquid_llm.capture import scoring
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.capture.plan import Window, batches, plan
 from liquid_llm.data.types import Sample
-from liquid_llm.errors import StorageError, UsageError
+from liquid_llm.errors import SignalError, StorageError, UsageError
 from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
@@ -408,7 +408,7 @@ def drawn(teacher: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Te
     items = [Window(source, n, s.sample_id, s.type, len(s.input_ids)) for n, s in enumerate(samples)]
     codecs: dict[str, Codec] = {"math_tool": DrawCodec(1)}
     found = {}
-    for item, rows in scoring.score(OnlineTeacher(teacher, VOCAB), items, codecs, scoring.Scratch()):
+    for item, rows, _ in scoring.score(OnlineTeacher(teacher, VOCAB), items, codecs, scoring.Scratch()):
         assert isinstance(rows, dict)
         found[item.sample_id] = rows["draw"]
     return found
@@ -473,7 +473,7 @@ def test_all_chunks_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch, cod
     monkeypatch.setattr(WatchedProducts, "places", set())
     monkeypatch.setattr(WatchedProducts, "_last", None)
     scratch = scoring.Scratch()
-    together = [rows for _, rows in scoring.score(online, items, {"math_tool": codec}, scratch)]
+    together = [rows for _, rows, _ in scoring.score(online, items, {"math_tool": codec}, scratch)]
     assert len(WatchedProducts.held) > 4
     assert not any(WatchedProducts.held)
     assert len(WatchedProducts.places) == 1
@@ -519,7 +519,7 @@ def test_logits_of_one_chunk_at_most(teacher: LoadedModel, monkeypatch: pytest.M
     items = [Window(source, n, str(n), "math_tool", 90) for n in range(8)]
     online = OnlineTeacher(teacher, VOCAB)
     with LargestVocabularyTensor() as seen:
-        for _, rows in scoring.score(online, items, {"math_tool": codec}, scoring.Scratch()):
+        for _, rows, _ in scoring.score(online, items, {"math_tool": codec}, scoring.Scratch()):
             if "logits" in rows:  # codec full keeps all of a sample, in 16 bits and not as logits of a chunk
                 break
     assert 0 < seen.rows <= 4 * 32  # the powers behind the tail's log-partition are four tensors in one, of few rows
@@ -556,3 +556,41 @@ def test_one_name_for_a_sample_that_is_learnt_in_two_ways_is_refused(tmp_path: P
     summary = run(tmp_path, [whole, *with_prompts([whole])], teacher)
     assert (summary.written, summary.failed) == (1, 1)
     assert summary.failures[0].reason == "another sample, of which something else is learnt, has the same sample id"
+
+
+# ---------------------------------------------------------------------------------------------------- chosen positions
+
+
+def test_the_positions_on_which_the_teacher_is_least_sure_are_kept(tmp_path: Path, teacher: LoadedModel) -> None:
+    """Of what is learnt; they say what they say in a store of all, and the others nothing."""
+    samples = [*make_samples(4, low=20, high=90), *with_prompts(make_samples(3, low=30, high=90, seed=5))]
+    samples = [replace(sample, sample_id=f"s{number}") for number, sample in enumerate(samples)]
+    stores = []
+    for share in (None, 0.3):
+        folder = str(tmp_path / str(share))
+        writer = StoreWriter(folder, teacher.identity, FullCodec(), vocab_size=VOCAB, positions=share)
+        summary = capture(
+            {"math_tool": [ListSource(samples)]}, {"math_tool": writer}, teacher, seq_len=64, batch_size=2
+        )
+        assert summary.failed == 0
+        stores.append(open_store(folder))
+    whole, chosen = stores
+    for sample in samples:
+        every, some = (store.get(sample, 64, 1.0).signal for store in (whole, chosen))
+        assert isinstance(every, LogitsSignal)
+        assert isinstance(some, LogitsSignal)
+        entropy = torch.distributions.Categorical(logits=every.rows.float()).entropy()
+        kept = -(-3 * len(entropy) // 10)
+        assert (some.num_positions, some.num_signal) == (len(entropy), kept)
+        assert float(entropy[some.mask].min()) > float(entropy[~some.mask].max()) - 1e-3
+        assert torch.equal(some.rows[some.mask], every.rows[some.mask])
+        short = chosen.get(sample, 40, 1.0).signal
+        assert isinstance(short, LogitsSignal)
+        assert torch.equal(short.mask, some.mask[: short.num_positions])
+    again = StoreWriter(str(tmp_path / "0.3"), teacher.identity, FullCodec(), vocab_size=VOCAB, positions=0.3)
+    summary = capture({"math_tool": [ListSource(samples)]}, {"math_tool": again}, teacher, seq_len=64, batch_size=2)
+    assert (summary.written, summary.skipped) == (0, len(samples)), "what is there is complete"
+    with pytest.raises(SignalError, match="positions"):
+        StoreWriter(str(tmp_path / "0.3"), teacher.identity, FullCodec(), vocab_size=VOCAB)
+    changed = replace(samples[0], learnt=np.arange(len(samples[0].input_ids)) > 15)
+    assert chosen.check(changed, 64).status == "stale", "another choice is wanted"

@@ -58,6 +58,7 @@ def pack(
         vocab_size=identity.vocab_size,
         layout="shards",
         framing=identity.framing,
+        positions=identity.positions,
         versions=source.versions,
         shard_bytes=shard_bytes,
     )
