@@ -115,10 +115,8 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     for type in datasets:
         folder = _folder(config, type)
         layout, framing = stores[folder].layout, stores[folder].framing
-        open_writer = partial(
-            StoreWriter, vocab_size=vocab_size, layout=layout, framing=framing, positions=config.store.positions
-        )
-        writers[type] = open_writer(folder, loaded.identity, codecs[folder])
+        open_writer = partial(StoreWriter, vocab_size=vocab_size, positions=config.store.positions)
+        writers[type] = open_writer(folder, loaded.identity, codecs[folder], layout=layout, framing=framing)
         log.info("%s goes to %s, layout %s", type, folder, layout)
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
