@@ -1,5 +1,6 @@
 """``liquid export``: any checkpoint of a run as a folder that transformers opens, equal to the run's own."""
 
+import json
 import shutil
 
 import pytest
@@ -179,3 +180,19 @@ def test_runs_and_folders_may_be_urls(short, tmp_path, gcs, monkeypatch):
     assert export(run, target, "--which=final", "--force") == 0
     found = {one.name: storage.read_bytes(one.uri) for one in storage.list_files(target)}
     assert found == contents(short / "student")
+
+
+def test_a_student_of_conversations_has_the_template_that_it_was_trained_with(tiny, tmp_path):
+    turns = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "That is four, as always."}]
+    rows = [json.dumps({"messages": turns, "sample_id": f"chat-{number}"}) + "\n" for number in range(40)]
+    (tmp_path / "chat.jsonl").write_text("".join(rows))
+    (tmp_path / "manifest.jsonl").write_text('{"path": "chat.jsonl", "type": "lm"}\n')
+    data = {"dataset_name": None, "dataset_manifest": tmp_path / "manifest.jsonl", "chat_template": "chatml"}
+    assert anneal(tiny, tmp_path / "run", train_steps=2, warmup_steps=1, **data) == 0
+    assert export(tmp_path / "run", tmp_path / "kept", "--which=final") == 0
+    assert contents(tmp_path / "kept") == contents(tmp_path / "run" / "student")
+    shutil.rmtree(tmp_path / "run" / "provenance" / "tokenizer")
+    shutil.rmtree(tmp_path / "run" / "student")
+    assert export(tmp_path / "run", tmp_path / "named", "--which=final") == 0, "the teacher has no template"
+    assert contents(tmp_path / "named") == contents(tmp_path / "kept")
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "kept").chat_template
