@@ -12,7 +12,7 @@ from tests.support.distillation import SIGNALS, make_dense, make_signal
 from tests.support.teachers import random_logits
 
 from liquid_llm.losses import signals
-from liquid_llm.losses.signals import DenseSignal, LogitsSignal, OutputHead, Signal, SparseSignal
+from liquid_llm.losses.signals import DRAWS, HEAD_AND_DRAWS, DenseSignal, LogitsSignal, OutputHead, Signal, SparseSignal
 from liquid_llm.signal_store.codecs import StoredSignal
 from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.tail import TailCodec
@@ -185,3 +185,25 @@ def _repeats(signal: SparseSignal) -> int:
         len(used) - len(set(used))
         for used in (ids[weights > 0].tolist() for ids, weights in zip(signal.ids, signal.weights, strict=True))
     )
+
+
+def test_a_head_stays_first_and_in_its_order_where_repeats_are_merged() -> None:
+    """Likeliest first is no order of ids; what is drawn twice is one slot behind it."""
+    ids = torch.tensor([[9, 2, 7, 4, 7, 4], [5, 8, 1, 1, 0, 0]])
+    weights = torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.1, 0.1], [0.5, 0.1, 0.2, 0.2, 0.0, 0.0]])
+    counts, mask = torch.tensor([2, 1]), torch.ones(2, dtype=torch.bool)
+    made = SparseSignal(
+        ids, weights, weights.log(), torch.zeros(2), mask, 1.0, form=HEAD_AND_DRAWS, num_exact=counts
+    ).merge_repeats()
+    assert made.num_exact is counts
+    assert made.ids[0, :4].tolist() == [9, 2, 4, 7]
+    assert made.ids[1].tolist() == [5, 0, 1, 8, 0, 0]  # unused slots have the id 0, wherever they are
+    torch.testing.assert_close(made.weights[0], torch.tensor([0.4, 0.3, 0.2, 0.2, 0.0, 0.0]))
+    torch.testing.assert_close(made.weights[1], torch.tensor([0.5, 0.0, 0.4, 0.1, 0.0, 0.0]))
+
+
+def test_a_form_that_does_not_fit_is_refused() -> None:
+    nothing, mask = torch.zeros(2, 1), torch.ones(2, dtype=torch.bool)
+    for form, counts in ((HEAD_AND_DRAWS, None), (DRAWS, torch.zeros(2)), (HEAD_AND_DRAWS, torch.zeros(3))):
+        with pytest.raises(ValueError, match=r"signal\.num_exact"):
+            SparseSignal(nothing.long(), nothing, nothing, torch.zeros(2), mask, 1.0, form=form, num_exact=counts)
