@@ -172,6 +172,16 @@ def highest_id(tokenizer: Any) -> int:
     return int(max(tokenizer.get_vocab().values()))
 
 
+def _say_as_before(template: str, before: Any, after: Any) -> str:
+    """A chat template that writes the tokens it wrote in training, whatever the tokenizer calls its own now."""
+    changed = [
+        f"{{%- set {name} = {json.dumps(getattr(before, name) or '')} -%}}"
+        for name in ("bos_token", "eos_token", "pad_token")
+        if name in template and getattr(before, name) != getattr(after, name)
+    ]
+    return "".join([*changed, template])
+
+
 def frame_tokenizer(tokenizer: Any, framing: Framing) -> Any:
     """A copy of ``tokenizer`` that by itself puts before a text what training put there, and names the same tokens.
 
@@ -185,6 +195,8 @@ def frame_tokenizer(tokenizer: Any, framing: Framing) -> Any:
     begin_id = framing.begin_id
     begin, end = framed.convert_ids_to_tokens([framing.end_id if begin_id is None else begin_id, framing.end_id])
     framed.bos_token, framed.eos_token, framed.pad_token = begin, end, end
+    if isinstance(framed.chat_template, str):
+        framed.chat_template = _say_as_before(framed.chat_template, tokenizer, framed)
     plain = encode(framed, "x")
     if encode(framed, "x", add_special_tokens=True) != ([] if begin_id is None else [begin_id]) + plain:
         single, pair = (["$A"], ["$A", "$B"]) if begin_id is None else ([begin, "$A"], [begin, "$A", begin, "$B"])

@@ -212,6 +212,22 @@ def test_a_framed_tokenizer_gives_the_ids_of_training_and_names_its_tokens(tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_begin", [True, False])
+def test_a_framed_tokenizers_chat_template_writes_what_training_wrote(tmp_path, kind, with_begin):
+    """Many templates write the tokenizer's tokens by name, and training names others as the text's begin and end."""
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    begin_id, end_id = [id for token, id in tokenizer.get_vocab().items() if token.isalpha()][:2]
+    framed = frame_tokenizer(tokenizer, Framing(begin_id if with_begin else None, end_id))
+    framed.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["samples", "blocks"])
 def test_texts_become_begin_text_end_in_every_layout(tmp_path, kind, layout):
     tokenizer = tokenizer_of(kind)
