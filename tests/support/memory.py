@@ -122,7 +122,13 @@ def _trainer(
     trainer = Trainer(
         student,
         optimizer,
-        StepSchedules(Constant(0.5), Constant(shape.temperature), Constant(gamma), Constant(1e-3)),
+        StepSchedules(
+            Constant(0.5),
+            Constant(shape.temperature),
+            Constant(gamma),
+            Constant(1e-3),
+            divergence=shape.batches[0].divergence,
+        ),
         itertools.repeat((batch, signal_of)),
         Progress(),
         total_steps=2,

@@ -45,6 +45,7 @@ class BatchShape:
             (``sparse``), a store's logits (``logits``), or nothing.
         slots: ids a position of a sparse signal.
         documents: its rows join documents that are kept apart.
+        divergence: what the KD term measures, where the signal is of whole distributions; some need more buffers.
     """
 
     rows: int
@@ -52,6 +53,7 @@ class BatchShape:
     signal: SignalKind = "none"
     slots: int = 0
     documents: bool = False
+    divergence: str = "forward_kl"
 
     @property
     def tokens(self) -> int:

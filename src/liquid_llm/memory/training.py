@@ -162,7 +162,7 @@ class _Job:
                 self._zero_gradients()
             signal = self._signal(batch, shape, self._objective.temperature, "teacher")
             with self._counter.stage("forward and loss", LOSS):
-                output = self._student(batch, signal, self._objective)
+                output = self._student(batch, signal, replace(self._objective, divergence=shape.divergence))
             with self._counter.stage("backward", ACTIVATIONS):
                 (output.loss / batch.num_positions).backward()
             self._update()

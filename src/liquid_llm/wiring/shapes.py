@@ -123,10 +123,12 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
     """The largest micro-batches that the options allow; ``device`` is its type."""
     rows, time = config.data.batch_size, config.data.block_size
     signal: SignalKind = "none" if models.teacher is None else "dense"
-    batches = [BatchShape(rows, time, signal, documents=config.data.document_mask)]
+    own = config.objective.divergence
+    divergence = config.source("lm").divergence or own
+    batches = [BatchShape(rows, time, signal, documents=config.data.document_mask, divergence=divergence)]
     if config.source.stores:
         window = min(time, config.data.seq_len)
-        batches.append(stored_batch(rows * time // window, window, models.codec.most_ids))
+        batches.append(stored_batch(rows * time // window, window, models.codec.most_ids, own))
     longest = max(config.evaluation.context_lengths, default=0)
     evaluations: tuple[BatchShape, ...] = ()
     if longest > rows * time:  # others have no more tokens than a micro-batch, and take less
@@ -134,9 +136,14 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
     return shape_of(config, models, device, tuple(batches), evaluations)
 
 
-def stored_batch(rows: int, time: int, most_ids: int) -> BatchShape:
-    """A micro-batch whose signal has so many ids a position; 0: whole logits."""
-    return BatchShape(rows, time, "sparse", most_ids) if most_ids else BatchShape(rows, time, "logits")
+def stored_batch(rows: int, time: int, most_ids: int, divergence: str = "forward_kl") -> BatchShape:
+    """A micro-batch whose signal has so many ids a position; 0: whole logits.
+
+    Of the ids of a sparse signal every divergence takes as little as the forward KL.
+    """
+    if most_ids:
+        return BatchShape(rows, time, "sparse", most_ids)
+    return BatchShape(rows, time, "logits", divergence=divergence)
 
 
 def shape_of(
@@ -197,15 +204,16 @@ def _with_signal(parts: Parts, type: str, rows: int, time: int) -> BatchShape:
     teacher = parts.teachers.router.get(type)
     if teacher is None:
         return BatchShape(rows, time, "none")
+    divergence = parts.config.source(type).divergence or parts.config.objective.divergence
     if teacher.most_ids is None:
-        return BatchShape(rows, time, "dense")
-    return stored_batch(rows, time, teacher.most_ids)
+        return BatchShape(rows, time, "dense", divergence=divergence)
+    return stored_batch(rows, time, teacher.most_ids, divergence)
 
 
 def _largest(shapes: Iterable[BatchShape]) -> tuple[BatchShape, ...]:
-    by_signal: dict[tuple[str, int, bool], list[BatchShape]] = {}
+    by_signal: dict[tuple[str, int, bool, str], list[BatchShape]] = {}
     for shape in shapes:
-        by_signal.setdefault((shape.signal, shape.slots, shape.documents), []).append(shape)
+        by_signal.setdefault((shape.signal, shape.slots, shape.documents, shape.divergence), []).append(shape)
     chosen: dict[BatchShape, None] = {}
     for those in by_signal.values():
         chosen[max(those, key=lambda one: (one.tokens, one.rows))] = None

@@ -48,6 +48,11 @@ CASES = {
     "gpt2, no teacher": shape_of("gpt2-test", BatchShape(4, 64)),
     "gpt2, logits, accumulates": shape_of("gpt2-test", BatchShape(2, 33, "logits"), accumulates=True),
     "llama, dense, T=1": shape_of("llama-test", DENSE, teacher=TEACHER, temperature=1.0),
+    **{
+        f"llama, dense, {divergence}": shape_of("llama-test", replace(DENSE, divergence=divergence), teacher=TEACHER)
+        for divergence in ("reverse_kl", "jsd", "skew_kl:skew=0.3", "decoupled_topk", "tail_aware")
+    },
+    "gpt2, logits, skew_reverse_kl": shape_of("gpt2-test", BatchShape(2, 33, "logits", divergence="skew_reverse_kl")),
     "llama, dense, bfloat16": shape_of("llama-test", DENSE, teacher=TEACHER, compute_dtype="bfloat16"),
     "liquid, bfloat16, checkpointing, reference": shape_of(
         "liquid-test", DENSE, teacher=TEACHER, compute_dtype="bfloat16", grad_checkpoint=True, reference=True
@@ -116,6 +121,14 @@ def test_the_largest_of_several_batches_counts() -> None:
     both = predict_training(shape_of("llama-test", small, large, teacher=TEACHER))
     assert both.peak_batch == str(large)
     assert both.peak_bytes == predict_training(shape_of("llama-test", large, teacher=TEACHER)).peak_bytes
+
+
+def test_a_divergence_with_more_buffers_takes_more() -> None:
+    found = {
+        name: predict_training(CASES[f"llama, dense{name and ', '}{name}"]).peak_bytes
+        for name in ("", "jsd", "skew_kl:skew=0.3")
+    }
+    assert found[""] < min(found["jsd"], found["skew_kl:skew=0.3"])
 
 
 def parameters(shape: ModelShape) -> int:
