@@ -169,7 +169,8 @@ def test_one_at_a_time_gets_in(tmp_path: Path) -> None:
         thread.join()
     assert most == 1
     assert waited
-    assert set(waited) == {str(os.getpid())}
+    # The file is there an instant before the name of who holds it is in it.
+    assert set(waited) <= {str(os.getpid()), "unknown"}
 
 
 def test_a_lock_that_was_taken_away_meanwhile_is_not_the_one_that_is_held(tmp_path: Path) -> None:
