@@ -113,7 +113,7 @@ def test_a_weight_of_zero_asks_no_teacher_and_validation_does(
 
 
 def test_chosen_positions_are_the_share_asked_for_and_a_continued_run_chooses_the_same(
-    tiny: Tiny, tmp_path: Path
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = tmp_path / "whole"
     rows = train(tiny, whole, max_steps=30, kd_positions=0.25, keep_last=9)
@@ -133,6 +133,9 @@ def test_chosen_positions_are_the_share_asked_for_and_a_continued_run_chooses_th
     assert mine == theirs
     ends = [torch.load(one / "run" / "final.pt", weights_only=True) for one in (killed, whole)]
     assert all(torch.equal(ends[0]["student"][name], one) for name, one in ends[1]["student"].items())
+    assert "changes its course" not in caplog.text
+    assert main(["train", *tiny.train_words(killed, max_steps=30, keep_last=9)]) == 0
+    assert "--kd_positions is 1.0, and was 0.25 in the run so far: the run changes its course" in caplog.text
 
 
 def test_a_store_of_chosen_positions_is_smaller_and_serves_a_run(

@@ -142,7 +142,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         summary.consumers = fit.largest()
     if summary.written and rank == 0:
         layouts = {folder: stores[folder].layout for folder in codecs}
-        choices |= {"device": device_choice, **begin_choice(text.framings)}
+        choices |= {"device": device_choice, **begin_choice(text.framings, datasets)}
         _write_provenance(config, layouts, inputs, data, choices, loaded.identity)
     return summary
 

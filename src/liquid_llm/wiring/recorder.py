@@ -20,7 +20,7 @@ from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
 from liquid_llm.wiring.parts import Parts
-from liquid_llm.wiring.start import describe_metadata
+from liquid_llm.wiring.start import course_of, describe_metadata
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +239,7 @@ class Recorder:
             "decided": self.parts.decided,
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
+            "course": course_of(config),
             "teachers": self.parts.teachers.names,
             "chat_template": self.parts.text.tokenizer.chat_template,  # there only if it was trained with
             "given_levels": {name: value for name, value in levels.items() if name in config.given},

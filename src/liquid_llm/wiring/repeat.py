@@ -7,7 +7,7 @@ repeated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ _CHOSEN = {  # choice -> option
 _PATHS = """
     student resume_gcs_uri teacher_name lm_teacher_id mc_teacher_id math_logits_dir code_logits_dir hf_token_file
     fa_wheel_gcs dataset_name dataset_manifest data_cache datasets_yaml prep_toolkit_zip_uri prep_extract_dir
+    chat_template
 """
+_WORDS = {"student": (*PRESETS,), "chat_template": ("chatml",)}  # never paths, whatever lies there
 
 
 def options_to_repeat(given: Mapping[str, object], choices: Mapping[str, Choice], **settled: object) -> dict[str, Any]:
@@ -46,12 +48,18 @@ def options_to_repeat(given: Mapping[str, object], choices: Mapping[str, Choice]
     return {name: _plain(name, value) for name, value in values.items() if value is not None}
 
 
-def begin_choice(framings: Framings) -> dict[str, Choice]:
-    """``--begin_token`` as it came out, where that can be said of all types at once."""
-    begun = {one.begin_id is not None for one in (framings.by_type.values() or [framings.usual])}
-    if len(begun) > 1:
-        return {}
-    return {"begin_token": Choice(ALWAYS if True in begun else NEVER, "as all texts of this job have it")}
+def begin_choice(framings: Framings, captured: Iterable[str] | None = None) -> dict[str, Choice]:
+    """``--begin_token`` as it came out, where that says it of all texts; else nothing, and ``auto`` finds it again.
+
+    ``always`` says that texts begin as the job's own tokenizer has it, which a store that is followed may not.
+
+    Args:
+        captured: the types whose texts the job reads; None: those of ``framings``, and any other.
+    """
+    found = {framings.usual, *framings.by_type.values()} if captured is None else {framings(one) for one in captured}
+    if all(one.begin_id is None for one in found):
+        return {"begin_token": Choice(NEVER, "as all texts of this job have it")}
+    return {"begin_token": Choice(ALWAYS, "as all texts of this job have it")} if found == {framings.usual} else {}
 
 
 def run_options_to_repeat(config: RunConfig, choices: Mapping[str, Choice]) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def _plain(name: str, value: object) -> object:
     if name == "sources":
         assert isinstance(value, Mapping)
         return {type: {key: _in_source(key, one) for key, one in fields.items()} for type, fields in value.items()}
-    return _absolute(value) if name in _PATHS.split() and value not in PRESETS else value
+    return _absolute(value) if name in _PATHS.split() and value not in _WORDS.get(name, ()) else value
 
 
 def _in_source(key: str, value: object) -> object:

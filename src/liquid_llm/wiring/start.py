@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
@@ -99,6 +100,36 @@ def describe_metadata(metadata: CheckpointMetadata) -> str:
     return json.dumps({name: value for name, value in values.items() if name not in ("sha256", "run")})
 
 
+def course_of(config: RunConfig) -> dict[str, Any]:
+    """Option -> what shapes the loss and is not taken up from a checkpoint, which keeps it to be compared."""
+    objective, named = config.objective, config.source.named.items()
+    by_type = {
+        f"{name}_by_type": {type: source.objective[name] for type, source in named if name in source.objective}
+        for name in ("divergence", "alpha", "temperature")
+    }
+    return {
+        "document_mask": config.data.document_mask,
+        "kd_positions": objective.distilled_share,
+        "divergence": objective.divergence,
+        **by_type,
+    }
+
+
+def _changes_of_course(metadata: CheckpointMetadata, config: RunConfig) -> list[tuple[str, str, str]]:
+    """Option, old value, new value, of those that differ; a checkpoint of an older release says nothing of them."""
+    known = metadata.run.get("course", {})
+    present = course_of(config)
+    changed = [name for name in present if name in known and known[name] != present[name]]
+    return [(name, _spell(known[name]), _spell(present[name])) for name in changed]
+
+
+def _spell(value: object) -> str:
+    """A value as the command line has it."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{type}={_spell(one)}" for type, one in value.items()) or "not given"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def continue_from(store: CheckpointStore, found: CheckpointInfo) -> Start:
     """The start that goes on from a complete checkpoint.
 
@@ -163,6 +194,8 @@ def settle_context(start: Start, config: RunConfig) -> Start:
     if changed:
         log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)
     _require_known_versions(metadata, config, start.origin.description)
+    for option, was, value in _changes_of_course(metadata, config):
+        log.warning("--%s is %s, and was %s in the run so far: the run changes its course", option, value, was)
     return start
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.errors import CheckpointError
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.versions import CURRENT
-from liquid_llm.wiring.start import Start, settle_context
+from liquid_llm.wiring.start import Start, course_of, settle_context
 
 STATE = {"student": {}, "optimizer": {"param_groups": [{"weight_decay": 0.25, "betas": (0.5, 0.75)}]}}
 KNOWN = {"block_size": 512, "kd_alpha": 0.9, "kd_temperature": 2.0, "alpha_schedule": "0:0.9,20:0.1", "lr": 3e-4}
@@ -87,3 +89,36 @@ def test_a_run_of_a_newer_release_does_not_go_on(face: str) -> None:
     newer = {**CURRENT, "order": CURRENT["order"] + 1}
     with pytest.raises(CheckpointError, match="newer release"):
         settle_context(start("continue", versions=newer), config(face))
+
+
+COURSE = {"document_mask": True, "kd_positions": 0.25, "divergence": "jsd:beta=0.3"}
+SOURCES = {
+    "sources": {
+        "math_tool": {"teacher": "none", "alpha": 0.5, "temperature": 1.5, "divergence": "reverse_kl"},
+        "code": {"teacher": "none"},
+    }
+}
+
+
+@pytest.mark.parametrize(("face", "kind"), [(ANNEAL, "resume"), (ANNEAL, "continue"), (TRAIN, "continue")])
+def test_a_run_that_goes_on_is_told_of_each_option_that_changes_its_course(
+    face: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = json.loads(json.dumps({"course": course_of(config(face, **COURSE, **SOURCES))}))
+    settle_context(start(kind, run=known), config(face, **COURSE, **SOURCES))
+    settle_context(start(kind), config(face))  # an older release kept nothing to be compared
+    settle_context(replace(start(kind, run=known), origin=ResumeSource({}, "weights")), config(face))
+    assert not caplog.records
+    settle_context(start(kind, run=known), config(face))
+    said = [(one.levelname, one.getMessage().partition(": the run")[0]) for one in caplog.records]
+    assert said == [
+        ("WARNING", f"--{option} is {value}, and was {was} in the run so far")
+        for option, was, value in (
+            ("document_mask", "true", "false"),
+            ("kd_positions", "0.25", "1.0"),
+            ("divergence", "jsd:beta=0.3", "forward_kl"),
+            ("divergence_by_type", "math_tool=reverse_kl", "not given"),
+            ("alpha_by_type", "math_tool=0.5", "not given"),
+            ("temperature_by_type", "math_tool=1.5", "not given"),
+        )
+    ]
