@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -25,6 +26,18 @@ CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+FIXED_DATE = datetime(2024, 7, 26)
+"""When templates are written out that print today's date, that is call ``strftime_now``."""
+_DATED = "strftime_now"
+_DIRECTIVES = [f"%{letter}" for letter in "aAbBcCdDeFgGhHIjmMprRSTuUVwWxXyY"] + ["%-d", "%-m", "%-H", "%-I"]
+# transformers hands templates no functions, so a macro of its name puts the clock away. The line's end goes with the
+# tag before it, and what follows begins a line, as in the template alone.
+_WITHOUT_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{one}', '{FIXED_DATE.strftime(one)}')" for one in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
 )
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -57,7 +70,10 @@ class Learning:
     def key(self) -> list[object]:
         """Plain values that change when the tokens of such records, or what is learnt of them, do."""
         template = self.chat_template
-        return [self.learn, None if template is None else hashlib.sha256(template.encode()).hexdigest()]
+        if template is None:
+            return [self.learn, None]
+        date = [FIXED_DATE.date().isoformat()] if _DATED in template else []
+        return [self.learn, hashlib.sha256(template.encode()).hexdigest(), *date]
 
 
 USUAL = Learning()
@@ -123,7 +139,7 @@ class Encoder:
             (turn,) = (text for text, is_learnt in self._conversation(said) if is_learnt)
         except (LearningError, ValueError):  # no template, or one that will not say
             return None
-        last = self._ids([turn])[0][-1]
+        last = self._ids([_without_gap(turn, "x")])[0][-1]  # marks may take in the blanks behind the end
         return last if last in self._tokenizer.added_tokens_decoder else None
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -198,11 +214,12 @@ class Encoder:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        template = self._learning.chat_template or ""
         plain = [{name: value for name, value in one.items() if value is not None} for one in messages]
         try:
             (text,), spans = render_jinja_template(
                 conversations=[plain],
-                chat_template=self._learning.chat_template,
+                chat_template=_WITHOUT_CLOCK + template if _DATED in template else template,
                 add_generation_prompt=opened,
                 return_assistant_tokens_mask=marks,
                 **self._tokenizer.special_tokens_map,

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.tokenizers import tiny_tokenizer
 
-from liquid_llm.data.learning import ALL, CHATML, COMPLETION, Encoder, Learning, LearningError
+from liquid_llm.data.learning import (
+    ALL,
+    CHATML,
+    COMPLETION,
+    FIXED_DATE,
+    USUAL,
+    Encoder,
+    Learning,
+    LearningError,
+)
 from liquid_llm.data.types import TextRecord
 from liquid_llm.models.loading import load_tokenizer
 
@@ -197,6 +206,51 @@ def test_the_token_that_ends_a_turn() -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert Encoder(tokenizer, Learning(chat_template=CHATML)).end_of_turn() == end
     assert Encoder(tokenizer, Learning(chat_template=MARKED)).end_of_turn() == end
+    beyond = MARKED.replace("<|im_end|>' }}{% endgeneration", "<|im_end|>' + '\\n' }}{% endgeneration")
+    assert beyond != MARKED
+    assert Encoder(tokenizer, Learning(chat_template=beyond)).end_of_turn() == end, "the marks take in the line's end"
     assert Encoder(tokenizer, Learning(chat_template=BARE)).end_of_turn() is None, "a blank ends no turn"
     assert Encoder(tokenizer, Learning()).end_of_turn() is None
     assert Encoder(tiny_tokenizer(), Learning(chat_template=CHATML)).end_of_turn() is None, "it has no such token"
+
+
+DATED = (
+    "  {%- if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% macro today() %}{{ strftime_now('%A %F') }}{% endmacro %}"
+    "{{ 'Today: ' + date + ', ' + today() + '\\n' }}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["turns", "marks"])
+@pytest.mark.parametrize("learn", [COMPLETION, ALL])
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(template: str, learn: str) -> None:
+    """As Llama 3.2's does. The tokens are those of the template with the date in the place of the call."""
+    messages = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    fixed = "Today: 26 Jul 2024, Friday 2024-07-26\\n"
+    dated = encode(chat_tokenizer(), chat(messages), learn=learn, chat_template=DATED + template)
+    assert dated == encode(
+        chat_tokenizer(), chat(messages), learn=learn, chat_template="{{ '" + fixed + "' }}" + template
+    )
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", " \n ", "text\n"])
+def test_putting_the_clock_away_changes_no_blank(start: str) -> None:
+    """Blanks and line ends before a template's first tag are as transformers alone writes them."""
+    tokenizer = chat_tokenizer()
+    template = start + "{% if false %}{{ strftime_now('%Y') }}{% endif %}\n  {% if true %}\n a{% endif %}" + CHATML
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    ids, _ = encode(tokenizer, chat(messages), learn=ALL, chat_template=template)
+    assert decode(tokenizer, ids) == tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+
+
+def test_each_directive_says_what_strftime_says() -> None:
+    for directive in [*(f"%{letter}" for letter in "FDTRYyBbhmjdeAauwHIpMSxXcG"), "%-m", "%-d", "%-H", "%-I", "%A, %d"]:
+        template = "{{ strftime_now('" + directive + "') }}"
+        ids, _ = encode(chat_tokenizer(), chat([{"role": "user", "content": ""}]), learn=ALL, chat_template=template)
+        assert decode(chat_tokenizer(), ids) == FIXED_DATE.strftime(directive), directive
+
+
+def test_the_date_is_in_the_key_of_templates_that_print_it_alone() -> None:
+    assert Learning(chat_template=CHATML + DATED).key[2:] == ["2024-07-26"]
+    assert len(Learning(chat_template=CHATML).key) == 2
+    assert USUAL.key == [COMPLETION, None]
