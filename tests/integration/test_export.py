@@ -169,6 +169,33 @@ def test_a_folder_in_use_is_replaced_only_when_asked_and_only_if_it_is_a_model(s
     assert contents(short) == before
 
 
+def test_force_replaces_nothing_that_no_export_writes(short, tmp_path, gcs, capsys):
+    """A folder with a ``config.json`` need not be a model: a run's provenance has one."""
+    provenance = tmp_path / "provenance"
+    shutil.copytree(short / "provenance", provenance)
+    thesis, below, empty = tmp_path / "thesis", tmp_path / "below", tmp_path / "empty"
+    for folder in (thesis, below, empty):
+        shutil.copytree(short / "student", folder)
+    (thesis / "thesis.txt").write_text("years of work")
+    (below / "runs").mkdir()
+    (below / "runs" / "config.json").write_text("{}")
+    (empty / "link").symlink_to(tmp_path)
+    for folder, named in {provenance: "environment.json", thesis: "thesis.txt", below: "runs/", empty: "link/"}.items():
+        before = contents(folder)
+        assert export(short, folder, "--which=final", "--force") == 2, folder
+        said = capsys.readouterr().err
+        assert named in said
+        assert "left alone" in said
+        assert contents(folder) == before
+    for name in ("thesis.txt", "runs/config.json"):
+        target = f"{gcs.uri}/{name.replace('/', '-')}"
+        storage.write_bytes(f"{target}/config.json", b"{}")
+        storage.write_bytes(f"{target}/{name}", b"years of work")
+        assert export(short, target, "--which=final", "--force") == 2
+        assert name.partition("/")[0] in capsys.readouterr().err
+        assert [one.name for one in storage.list_files(target)] == sorted(["config.json", name])
+
+
 def test_runs_and_folders_may_be_urls(short, tmp_path, gcs, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run, target = f"{gcs.uri}/runs/one", f"{gcs.uri}/models/one"

@@ -20,6 +20,7 @@ from liquid_llm.checkpoint.discovery import (
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.models.export import find_foreign
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.terminal import setup_logging
 from liquid_llm.wiring.exports import find_tokenizer, rebuild, save_with_card
@@ -72,7 +73,7 @@ def run_export(
 
 
 def _require_room(folder: str, force: bool) -> None:
-    """Refuse a folder in which something is, and always one that holds anything but a model."""
+    """Refuse a folder in which something is, and always one that holds anything but what an export writes."""
     found = storage.stat(folder)
     if found is not None and found.version:
         raise UsageError("a student is exported to a folder, and this is a file", where=folder)
@@ -84,6 +85,17 @@ def _require_room(folder: str, force: bool) -> None:
             "this folder holds something that is no model, and is left alone",
             where=folder,
             got=", ".join(names[:4]),
+            remedy="name a new or empty folder",
+        )
+    if not storage.is_remote(folder):  # a folder that is empty or a link has no files in the list
+        names += [f"{path.name}/" for path in storage.local_path(folder).iterdir() if path.is_dir()]
+    foreign = find_foreign(names)
+    if foreign:
+        raise UsageError(
+            "this folder holds more than an exported model, and is left alone",
+            where=folder,
+            got=", ".join(foreign[:4]),
+            expected="nothing that an export does not write",
             remedy="name a new or empty folder",
         )
     if not force:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.models import card as cards
+
+_WRITTEN = (
+    *(cards.NAME, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece*.model"),
+)
+"""The names, as patterns, of what a model, its tokenizer and its card are saved in: files, and no folder."""
 
 
 def save_student(model: Any, tokenizer: Any, folder: str | Path, card: str | None = None) -> Path:
@@ -27,3 +36,9 @@ def save_student(model: Any, tokenizer: Any, folder: str | Path, card: str | Non
         if card is not None:
             (fresh / cards.NAME).write_text(card, encoding="utf-8")
     return Path(folder)
+
+
+def find_foreign(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that no export writes, in order; of what lies in a subfolder the subfolder, ``name/``."""
+    tops = {head + slash for head, slash, _ in (name.partition("/") for name in names)}
+    return sorted(top for top in tops if not any(fnmatchcase(top, pattern) for pattern in _WRITTEN))
