@@ -7,7 +7,7 @@ framing  the two together. Where both are one token (SmolLM2: ``<|endoftext|>``)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Framings:
     """The framing of each type of a run: all end alike, and each begins as its own teacher expects.
 
     Attributes:
-        usual: of types that ``by_type`` does not name.
+        usual: of types that ``by_type`` does not name; ``of`` names all that a run has.
     """
 
     usual: Framing
@@ -54,10 +54,15 @@ class Framings:
     def __call__(self, type: str) -> Framing:
         return self.by_type.get(type, self.usual)
 
+    def of(self, types: Iterable[str]) -> Framings:
+        """The same for the types that a run has, each by name."""
+        return Framings(self.usual, {type: self(type) for type in types})
+
     @property
     def student(self) -> Framing:
         """What the student is said to expect: a begin token where it has seen one at all."""
-        begins = [one.begin_id for one in (self.usual, *self.by_type.values()) if one.begin_id is not None]
+        seen = self.by_type.values() or [self.usual]
+        begins = [one.begin_id for one in seen if one.begin_id is not None]
         return Framing(begins[0] if begins else None, self.usual.end_id)
 
     def plain(self) -> dict[str, Any]:

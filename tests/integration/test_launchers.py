@@ -121,6 +121,11 @@ def test_a_store_is_begun_as_it_suits_its_size_and_goes_on_as_it_was_begun(
         assert capture(capsys, other)["written"] == 0
     assert json.loads((tmp_path / "math2" / "store.json").read_text())["codec_options"]["draws_t1"] == 48
     assert sum("as asked" in message for message in caplog.messages) == 2
+    third = captured.capture_words(math_logits_dir=tmp_path / "math3", code_logits_dir=tmp_path / "code3")
+    for words in ([*third, "--codec_options=draws_t1=200"], third, [*third, "--codec_options=draws_t2=112"]):
+        capture(capsys, words)
+        options = json.loads((tmp_path / "math3" / "store.json").read_text())["codec_options"]
+        assert options == {"draws_t1": 200, "draws_t2": 112, "draws_t4": 30}, "what is not given stays as it suits"
 
 
 def test_a_sample_that_cannot_be_captured_is_reported_by_the_exit_code_and_the_rest_goes_on(
@@ -169,7 +174,7 @@ def test_a_rank_outside_its_world_is_refused(captured: Tiny, capsys, monkeypatch
         (["--codec_options=draws_t1=nan"], "not a name and a number; got 'draws_t1=nan'"),
         (
             ["--codec_options=speed=3"],
-            "does not have; got {'speed': 3}; expected some of draws_t1, draws_t2, draws_t4.",
+            "'speed': 3}; expected some of draws_t1, draws_t2, draws_t4.",
         ),
         (["--codec_options=draws_t1=9,draws_t1=8"], "'draws_t1' is there twice; got 'draws_t1=8'"),
         (["--codec_options=draws_t1=-3"], "got -3; expected more than 0"),

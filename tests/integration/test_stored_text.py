@@ -142,6 +142,27 @@ def test_precomputed_means_stores_for_text_too(world, stores, tmp_path, caplog):
     assert "lm: no store is named (--signal lm=URI): plain cross-entropy" in caplog.text
 
 
+def test_windows_of_another_length_than_the_captures_are_said(world, tmp_path, caplog):
+    lines = (world.root / "long.jsonl").read_text()
+    # Whole in a window of either length.
+    short = [json.dumps({"text": " ".join("abc" * n), "sample_id": f"short-{n}"}) + "\n" for n in range(1, 7)]
+    (tmp_path / "texts.jsonl").write_text("".join(short) + lines)
+    (tmp_path / "manifest.jsonl").write_text('{"path": "texts.jsonl", "type": "lm"}\n')
+    manifest = tmp_path / "manifest.jsonl"
+    assert capture(world, tmp_path / "store", "full", dataset_manifest=manifest) == 0
+    kept = {"lm_teacher_id": None, "mc_teacher_id": world.teacher, "block_size": 24, "seq_len": 24}
+    assert hybrid(world, tmp_path, f"--signal=lm={tmp_path / 'store'}", dataset_manifest=manifest, **kept) == 0
+    assert "windows of documents have no record and train on cross-entropy" in caplog.text
+    assert "--seq_len=24" in caplog.text
+
+
+def test_what_is_said_of_no_text_is_said(world, tmp_path, caplog):
+    options = {"lm_teacher_id": None, "mc_teacher_id": world.teacher, "kd_positions": 0.5, "alpha_by_type": "lmm=0.5"}
+    assert hybrid(world, tmp_path, "--signal=lm=none", **options) == 0
+    assert "lmm: something is said of this type and no text has it; there are lm" in caplog.text
+    assert "--kd_positions changes nothing here: no teacher is named" in caplog.text
+
+
 def test_a_named_dataset_is_captured_and_annealed_on(world, tmp_path):
     texts = world.root / "texts"
     assert capture(world, tmp_path / "store", "full", dataset_manifest=None, dataset_name=texts) == 0

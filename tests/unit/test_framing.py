@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.framing import Framing
+from liquid_llm.framing import Framing, Framings
 
 # Few ids, so that texts often begin or end with the framing's own tokens.
 IDS = st.lists(st.integers(0, 4), max_size=6)
@@ -27,3 +27,12 @@ def test_the_first_framing_only_ends_a_text(ids: list[int], end_id: int) -> None
     framing = Framing(None, end_id)
     assert framing.unwrap(ids) == ids
     assert framing.wrap(ids) == (ids if ids[-1:] == [end_id] else [*ids, end_id])
+
+
+def test_a_student_expects_a_begin_token_where_one_of_its_own_types_has_one() -> None:
+    usual, bare = Framing(1, 0), Framing(None, 0)
+    framings = Framings(usual, {"code": bare})
+    assert framings.of(["code"]).student == bare, "the usual one is of no type that there is"
+    assert framings.of(["code", "lm"]).student == usual
+    assert Framings.from_plain(framings.of(["code", "lm"]).plain()) == framings.of(["code", "lm"])
+    assert Framings(usual).student == usual

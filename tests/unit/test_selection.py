@@ -111,7 +111,19 @@ def test_the_threshold_is_the_quantile_of_what_was_seen() -> None:
 def test_where_all_are_equally_sure_the_threshold_lies_in_their_bin(value: float) -> None:
     selection = PositionSelection(0.2, ("lm",), 1000)
     selection.update(selection.count([("lm", torch.full((50,), value))], torch.device("cpu")))
-    assert abs(selection.thresholds()["lm"] - value) <= 1.01 * math.log(1000) / BINS
+    found = selection.thresholds()["lm"]
+    assert found <= value, "rather all of them than none"
+    assert found == pytest.approx(value, abs=1.01 * math.log(1000) / BINS)
+
+
+def test_the_positions_of_a_fresh_student_are_told_apart() -> None:
+    """It is all but equally unsure everywhere: entropies within a hundredth of a nat below the highest there is."""
+    highest = math.log(49_152)
+    entropies = highest - 0.011 * torch.rand(400, generator=torch.Generator().manual_seed(0)) - 1e-4
+    selection = PositionSelection(0.3, ("lm",), 49_152)
+    for _ in range(3):
+        selection.update(selection.count([("lm", entropies)], torch.device("cpu")))
+        assert float((entropies >= selection.thresholds()["lm"]).float().mean()) == pytest.approx(0.3, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -208,7 +208,7 @@ def _check_num_ids(codec: Codec, vocab_size: int) -> None:
 
 def _codec_of_begun(store: StoreConfig, asked: Codec, folder: str) -> Codec | None:
     """How the store that ``folder`` holds goes on: in the version it was begun with, and with its settings where none
-    are given; None where there is none.
+    are given; None where there is no store.
 
     Raises:
         SignalError: this program does not have that codec's version.
@@ -218,8 +218,7 @@ def _codec_of_begun(store: StoreConfig, asked: Codec, folder: str) -> Codec | No
     there = read_store_file(folder).identity
     if there.codec != asked.name:
         return asked  # which is refused in a moment, in words
-    given = store.codec_options or store.topk is not None
-    return get_codec(asked.name, there.codec_version, asked.options if given else there.codec_options)
+    return get_codec(asked.name, there.codec_version, {**there.codec_options, **_settings(store)})
 
 
 def _choose_codecs(
@@ -245,12 +244,22 @@ def _choose_codecs(
 
 
 def codec_of(store: StoreConfig, num_positions: int = 0) -> Codec:
-    """The codec asked for; without settings it has those that suit a store of about ``num_positions``.
+    """The codec asked for; what is not set suits a store of about ``num_positions``.
 
     Raises:
         UsageError: a setting is not a name and a number, is given twice, or is not one that this codec has.
     """
-    values = _settings(store.codec_options or "")
+    values = _settings(store)
+    try:
+        usual = usual_codec(store.codec, num_positions)
+        return get_codec(store.codec, options={**usual.options, **values}) if values else usual
+    except SignalError as error:
+        raise UsageError(error.problem, where="--codec_options", got=error.got, expected=error.expected) from error
+
+
+def _settings(store: StoreConfig) -> dict[str, int | float]:
+    """The settings of the codec that are given."""
+    values = _read_settings(store.codec_options or "")
     if store.topk is not None:
         if store.codec != "topk" or "k" in values:
             raise UsageError(
@@ -260,13 +269,10 @@ def codec_of(store: StoreConfig, num_positions: int = 0) -> Codec:
                 remedy="leave --topk out, or give --codec=topk",
             )
         values["k"] = store.topk
-    try:
-        return get_codec(store.codec, options=values) if values else usual_codec(store.codec, num_positions)
-    except SignalError as error:
-        raise UsageError(error.problem, where="--codec_options", got=error.got, expected=error.expected) from error
+    return values
 
 
-def _settings(text: str) -> dict[str, int | float]:
+def _read_settings(text: str) -> dict[str, int | float]:
     """``name=number,name=number`` as a mapping."""
     values: dict[str, int | float] = {}
     for part in filter(None, text.split(",")):

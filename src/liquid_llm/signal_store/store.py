@@ -335,7 +335,9 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
         reason = f"captured at {header.num_tokens} tokens, {needed} wanted"
     if reason is None and identity.positions is not None:
         learnt, stored = sample.learnt_positions(header.num_tokens), header.positions()
-        if (stored & ~learnt).any() or stored.sum() != identity.num_chosen(int(learnt.sum())):
+        if len(stored) != len(learnt):
+            reason = f"captured of {header.num_tokens} tokens of which there are {len(learnt) + 1} now"
+        elif (stored & ~learnt).any() or stored.sum() != identity.num_chosen(int(learnt.sum())):
             reason = "captured for other positions than are learnt"
     elif reason is None and header.runs:
         lacking = sample.learnt_positions(needed) & ~header.positions()[: needed - 1]

@@ -101,32 +101,37 @@ def _drawn(signal: SparseSignal) -> torch.Tensor:
     return (signal.weights - signal.log_probs.exp()).abs() > _DRAWN * signal.weights
 
 
-def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> float:
-    """Variance of a position's stored weights, summed over ids: mean over some records of ``type``; 0 for no draws.
+def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> tuple[float, float]:
+    """What the draws of some records of ``type`` leave open, and how much of their texts is learnt.
 
     An id that is kept i times on average, with a weight of q / i each, has a variance of q^2 / i; the squared weights
     of what was kept sum up to that on average. That is codec ``tail``; codec ``sampled`` is not looked into.
+
+    Returns:
+        The variance of a learnt position's stored weights, summed over ids (0 for no draws; a learnt position that the
+        store has no row for counts as none), and the share of positions that are learnt.
 
     Raises:
         SignalError: the codec cannot answer at this temperature.
         StorageError: the store cannot be read.
     """
-    total, positions, seen = 0.0, 0, 0
+    total, rows, positions, seen = 0.0, 0, 0, 0
     for _, record in store.layout.draw(8 * samples, seed=0):
         if seen == samples:
             break
         if isinstance(record, RecordError) or record.header.type != type:
             continue
-        rows = max(record.header.num_tokens - 1, 0)
+        here = record.header.num_rows
         try:
-            signal = store.codec.decode(record.payload, 0, rows, temperature, store.identity.vocab_size)
+            signal = store.codec.decode(record.payload, 0, here, temperature, store.identity.vocab_size)
         except PayloadError:
             continue
         if not isinstance(signal, SparseSignal):
-            return 0.0
+            return 0.0, 1.0
         total += float((signal.weights.square() * _drawn(signal)).sum())
-        positions, seen = positions + rows, seen + 1
-    return total / max(positions, 1)
+        rows, positions, seen = rows + here, positions + max(record.header.num_tokens - 1, 0), seen + 1
+    learnt = rows / (store.identity.positions or 1.0)
+    return (total / learnt, min(1.0, learnt / positions)) if rows else (0.0, 1.0)
 
 
 def _type_values(counts: Counter[str], sums: NDArray[np.float64]) -> dict[str, Any]:

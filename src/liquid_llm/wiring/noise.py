@@ -1,7 +1,7 @@
 """Whether a run's stored signal is too noisy for its steps: said before the first of them.
 
 variance   of a position's stored weights, summed over the ids that were drawn: what the draws of its store leave open
-noise      of a step: s = alpha T sqrt(variance / thousands of tokens in the step)
+noise      of a step: s = alpha T sqrt(variance / thousands of tokens learnt in the step)
 cost       of it in held-out cross-entropy, nats a position: 0.45 s / (1 + 3 s)
 
 The law was fitted on students of 7 and 16 million parameters after 60 to 300 steps of 256 to 32,768 tokens
@@ -35,8 +35,8 @@ def predict_cost(noise: float) -> float:
     return 0.45 * noise / (1.0 + 3.0 * noise)
 
 
-def step_noise(alpha: float, temperature: float, variance: float, num_tokens: int) -> float:
-    """The noise of steps of ``num_tokens``; ``alpha`` is the root of its mean square over the run."""
+def step_noise(alpha: float, temperature: float, variance: float, num_tokens: float) -> float:
+    """The noise of steps that learn ``num_tokens``; ``alpha`` is the root of its mean square over the run."""
     return alpha * temperature * math.sqrt(1000.0 * variance / num_tokens)
 
 
@@ -73,8 +73,8 @@ def say_noise(config: RunConfig, schedules: StepSchedules, router: TeacherRouter
 
 
 def _cost(teacher: StoredTeacher, type: str, alpha: float, temperature: float, num_tokens: int) -> float:
-    variance = drawn_variance(teacher.store, type, samples=_SAMPLES, temperature=temperature)
-    return predict_cost(step_noise(alpha, temperature, variance, num_tokens))
+    variance, learnt = drawn_variance(teacher.store, type, samples=_SAMPLES, temperature=temperature)
+    return predict_cost(step_noise(alpha, temperature, variance, learnt * num_tokens))
 
 
 def _advice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from liquid_llm.runtime import (
 )
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.selection import PositionSelection
-from liquid_llm.sources import BLOCKS, order_types
+from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
@@ -43,7 +43,7 @@ from liquid_llm.wiring.noise import say_noise
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.start import Start
-from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student
+from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student, name_tokens
 from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers, teacher_spec
 from liquid_llm.wiring.tokenizers import TextTools, choose_tokenizer
 from liquid_llm.wiring.tokens import read_token
@@ -130,6 +130,10 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = _read_inputs(config, text, basis.token, entries)
+    text = replace(text, framings=text.framings.of(inputs.types))
+    if text.framings.student != basis.text.framings.student:
+        name_tokens(built.model, text.framings.student)
+    _say_unknown_types(config, inputs.types)
     text.keep_chat_template(inputs.has_chat)
     if config.data.document_mask and not any(part.dataset.layout == BLOCKS for part in inputs.mixture):
         log.warning("--document_mask changes nothing here: no texts are joined into blocks")
@@ -146,7 +150,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
     )
     parts = Parts(
-        **{**vars(basis), "choices": {**basis.choices, **teachers.choices}},
+        **{**vars(basis), "text": text, "choices": {**basis.choices, **teachers.choices}},
         engine=engine,
         inputs=inputs,
         teachers=teachers,
@@ -172,6 +176,12 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     _restore(parts, start)
     say_noise(config, schedules, teachers.router, parts.progress.step)
     return parts
+
+
+def _say_unknown_types(config: RunConfig, types: Sequence[str]) -> None:
+    """Warn of a type that is named and that no text has: a slip of the pen, as a rule."""
+    for type in sorted(set(config.source.named) - {*types, *FIRST_TYPES}):
+        log.warning("%s: something is said of this type and no text has it; there are %s", type, ", ".join(types))
 
 
 def _selection(config: RunConfig, inputs: Inputs, text: TextTools) -> PositionSelection | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.framing import Framing
 from liquid_llm.models.positions import (
     Stretch,
     fit_positions,
@@ -134,6 +135,13 @@ def _build_spec(
         seed=seed,
         token=token,
     )
+
+
+def name_tokens(model: Any, framing: Framing) -> None:
+    """Let a student's configurations name the tokens around the texts that it is really trained on."""
+    for one in filter(None, (model.config, getattr(model, "generation_config", None))):
+        one.bos_token_id = framing.end_id if framing.begin_id is None else framing.begin_id
+        one.eos_token_id = framing.end_id
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:

@@ -23,7 +23,7 @@ from liquid_llm.models.positions import configured_positions
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve, spell_package
 from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention
-from liquid_llm.sources import NONE, SPELLINGS
+from liquid_llm.sources import NONE, SPELLINGS, WINDOWS
 from liquid_llm.teachers import online
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.teacher import Coverage, Teacher, TeacherSetup
@@ -154,6 +154,16 @@ def make_teachers(
             row.usable,
             row.checked,
         )
+        if config.source(type).layout == WINDOWS and row.listed < row.samples:
+            log.warning(
+                "%s: %d windows of documents have no record and train on cross-entropy; a record is of a window as its "
+                "capture cut it, which may be of another length than --seq_len=%d (by default the block size)",
+                type,
+                row.samples - row.listed,
+                config.data.seq_len,
+            )
+    if config.objective.distilled_share < 1.0 and not router:
+        log.warning("--kd_positions changes nothing here: no teacher is named")
     return RunTeachers(router, coverage, _identities(specs, router))
 
 

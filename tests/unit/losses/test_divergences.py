@@ -331,6 +331,7 @@ def test_a_store_of_too_few_ids_is_refused() -> None:
         ("skew_kl:skew=-0.1", "between 0 and 1"),
         ("decoupled_topk:k=0", "at least 1, got 0"),
         ("decoupled_topk:k=2.5", "whole number"),
+        ("decoupled_topk:k=1e400", "whole number"),
         ("tail_aware:k=5:beta=0", "beta must be above 0"),
     ],
 )

@@ -127,3 +127,18 @@ def test_what_leaves_nothing_out_is_written_as_earlier_releases_wrote_it(tmp_pat
         data = shard.read_bytes()
         assert version[1:] in data[:4096]
         assert read_shard_header(lambda begin, end, data=data: data[begin:end], len(data)).num_records == len(samples)  # type: ignore[misc]
+
+
+def test_a_record_of_chosen_positions_is_stale_when_its_text_got_shorter(tmp_path: Path) -> None:
+    sample = make_samples(1, low=120, high=120)[0]
+    writer = StoreWriter(str(tmp_path), IDENTITY, FullCodec(), vocab_size=VOCAB, layout="shards", positions=0.25)
+    chosen = np.zeros(119, dtype=bool)
+    chosen[: writer.identity.num_chosen(119)] = True
+    rows = FullCodec().encode(logits_of(sample)[torch.from_numpy(chosen)], 1, 0)
+    writer.write(sample, 120, FullCodec().pack(rows), chosen)
+    writer.finish()
+    store = open_store(str(tmp_path))
+    assert store.get(sample, 64, 1.0).status == "usable"
+    shorter = replace(sample, input_ids=sample.input_ids[:100])
+    lookup = store.get(shorter, 64, 1.0)
+    assert (lookup.status, lookup.reason) == ("stale", "captured of 120 tokens of which there are 100 now")

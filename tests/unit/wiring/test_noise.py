@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.support.stores import writer
@@ -61,7 +64,32 @@ def test_the_variance_of_a_store_is_that_of_its_captures(tmp_path: Path) -> None
         for seed in range(300):
             signal = codec.decode(codec.pack(codec.encode(logits.clone(), seed, 0)), 0, 1, temperature, vocab)
             dense[seed].scatter_add_(0, signal.ids[0], signal.weights[0])
-        found = drawn_variance(reader, "code", samples=6, temperature=temperature)
+        found, learnt = drawn_variance(reader, "code", samples=6, temperature=temperature)
+        assert learnt == 1.0
         assert found == pytest.approx(float(dense.var(0).sum()), rel=0.25)
-    assert drawn_variance(reader, "math_tool", samples=6, temperature=1.0) == 0.0
+    assert drawn_variance(reader, "math_tool", samples=6, temperature=1.0) == (0.0, 1.0)
     reader.close()
+
+
+@pytest.mark.parametrize("positions", [None, 0.25])
+def test_what_is_not_learnt_or_not_stored_is_no_noise_of_a_position(tmp_path: Path, positions: float | None) -> None:
+    """Prompts make a step smaller; positions without a row dilute the draws of the others."""
+    codec, vocab, whole = get_codec("tail", options={"draws_t1": 20, "draws_t2": 12, "draws_t4": 4}), 2000, {}
+    logits = random_logits(1, vocab, seed=3, spread=2.5)
+    samples = make_samples(6, type="code", low=41, high=41)
+    for name, learnt, share in (("whole", range(40), None), ("part", range(20, 40), positions)):
+        store = writer(tmp_path / name, codec=codec, vocab_size=vocab, positions=share)
+        for number, sample in enumerate(samples):
+            mask = np.zeros(41, dtype=bool)
+            mask[1:][list(learnt)] = True
+            stored = sample.learnt_positions(41) & mask[1:]
+            if share is not None:
+                stored[np.flatnonzero(stored)[store.identity.num_chosen(20) :]] = False
+            rows = codec.encode(logits.expand(int(stored.sum()), -1).clone(), number, 0)
+            store.write(replace(sample, learnt=mask), 41, codec.pack(rows), stored)
+        store.finish()
+        with closing(open_store(str(tmp_path / name))) as reader:
+            whole[name] = drawn_variance(reader, "code", samples=6, temperature=2.0)
+    assert whole["whole"][1] == 1.0
+    assert whole["part"][1] == pytest.approx(0.5)
+    assert whole["part"][0] == pytest.approx(whole["whole"][0] * (positions or 1.0), rel=0.1)

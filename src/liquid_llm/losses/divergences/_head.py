@@ -13,7 +13,7 @@ from liquid_llm.losses.largest import largest
 
 def check_size(k: float) -> int:
     """A number of ids."""
-    if k != int(k) or k < 1:
+    if not math.isfinite(k) or k != int(k) or k < 1:
         raise ValueError(f"k must be a whole number of ids, at least 1, got {k:g}")
     return int(k)
 
