@@ -24,6 +24,11 @@ class Framing:
         """Its number in ``versions``: 1 puts nothing before a text."""
         return 1 if self.begin_id is None else 2
 
+    @property
+    def bos_id(self) -> int:
+        """What a model's configuration and tokenizer name as the beginning: they have to name one."""
+        return self.end_id if self.begin_id is None else self.begin_id
+
     def wrap(self, ids: Sequence[int]) -> list[int]:
         """A whole text: begin, its tokens, end; neither is doubled where the text has it already."""
         if self.begin_id is None:

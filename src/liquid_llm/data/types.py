@@ -39,6 +39,10 @@ class ManifestEntry:
     weight: float
     where: str
 
+    def plain(self) -> dict[str, object]:
+        """What the line says, with the path as it was made absolute."""
+        return {"path": self.path, "type": self.type, "weight": self.weight}
+
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:

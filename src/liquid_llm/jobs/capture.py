@@ -22,7 +22,7 @@ from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.jobs.prepare import RunData, prepare_run_data
+from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
 from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.provenance import write_provenance
 from liquid_llm.runtime import Choice, StopSignal, choose_device, keep_freed_memory
@@ -186,9 +186,9 @@ def _write_provenance(
             store,
             options=options_to_repeat(given, choices),
             config=as_plain(config),
-            manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in inputs.entries],
+            manifest=[entry.plain() for entry in inputs.entries],
             readiness={"types": inputs.readiness(), **data.readiness},
-            datasets={"name": config.data.dataset_name, "config": config.data.dataset_config, **data.datasets},
+            datasets=describe_datasets(config.data, data),
             choices={name: vars(choice) for name, choice in choices.items()},
             extra={"teacher": asdict(teacher)},
         )
@@ -251,8 +251,7 @@ def codec_of(store: StoreConfig, num_positions: int = 0) -> Codec:
     """
     values = _settings(store)
     try:
-        usual = usual_codec(store.codec, num_positions)
-        return get_codec(store.codec, options={**usual.options, **values}) if values else usual
+        return get_codec(store.codec, options={**usual_codec(store.codec, num_positions).options, **values})
     except SignalError as error:
         raise UsageError(error.problem, where="--codec_options", got=error.got, expected=error.expected) from error
 

@@ -52,7 +52,7 @@ def run_export(
     run, uri = _find_checkpoint(source, which)
     work_dir = cache_dir() / "resume"
     origin = read_student_weights(uri, work_dir)
-    if origin.metadata is None:
+    if origin.metadata is None or origin.config is None:
         raise CheckpointError(
             "this is not a checkpoint of a run, so nothing says which model it is",
             where=uri,

@@ -49,7 +49,7 @@ def describe(uri: str) -> dict[str, Any]:
 def _manifest(uri: str) -> dict[str, Any]:
     entries = read_manifest(uri)
     files = {entry.path: len(entry_files(entry)) for entry in entries}
-    rows = [{"path": e.path, "type": e.type, "weight": e.weight, "files": files[e.path]} for e in entries]
+    rows = [{**entry.plain(), "files": files[entry.path]} for entry in entries]
     return {"kind": "manifest", "entries": rows, "types": dict(Counter(entry.type for entry in entries))}
 
 

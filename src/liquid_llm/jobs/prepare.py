@@ -76,6 +76,11 @@ class RunData:
     datasets: dict[str, Any] = field(default_factory=dict)
 
 
+def describe_datasets(config: DataConfig, data: RunData) -> dict[str, Any]:
+    """What a job's data is called, for provenance: a named dataset, or the catalog behind a manifest."""
+    return {"name": config.dataset_name, "config": config.dataset_config, **data.datasets}
+
+
 def run_prepare(given: Mapping[str, object]) -> int:
     """``liquid prepare``: prints what was done as one JSON line on stdout and returns the exit code.
 

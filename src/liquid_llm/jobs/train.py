@@ -17,7 +17,7 @@ from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.distributed import Engine, start_engine
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
-from liquid_llm.jobs.prepare import RunData, find_run_data, prepare_run_data
+from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, prepare_run_data
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
@@ -163,17 +163,13 @@ def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Part
         place.run_dir,
         options=run_options_to_repeat(config, parts.choices),
         config=as_plain(config),
-        manifest=[{"path": e.path, "type": e.type, "weight": e.weight} for e in parts.inputs.entries],
+        manifest=[entry.plain() for entry in parts.inputs.entries],
         readiness={
             "types": parts.inputs.readiness(),
             "signal": {type: row.as_dict() for type, row in parts.teachers.coverage.items()},
             **data.readiness,
         },
-        datasets={
-            "name": config.data.dataset_name,
-            "config": config.data.dataset_config,
-            **data.datasets,
-        },
+        datasets=describe_datasets(config.data, data),
         choices={name: {"value": str(choice.value), "reason": choice.reason} for name, choice in parts.choices.items()},
         extra={
             "start": _describe_start(start),

@@ -193,7 +193,7 @@ def frame_tokenizer(tokenizer: Any, framing: Framing) -> Any:
 
     framed = copy.deepcopy(tokenizer)
     begin_id = framing.begin_id
-    begin, end = framed.convert_ids_to_tokens([framing.end_id if begin_id is None else begin_id, framing.end_id])
+    begin, end = framed.convert_ids_to_tokens([framing.bos_id, framing.end_id])
     framed.bos_token, framed.eos_token, framed.pad_token = begin, end, end
     if isinstance(framed.chat_template, str):
         framed.chat_template = _say_as_before(framed.chat_template, tokenizer, framed)

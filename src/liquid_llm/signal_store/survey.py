@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from liquid_llm import storage
-from liquid_llm.losses.signals import SparseSignal
+from liquid_llm.losses.signals import HEAD, WHOLE, SparseSignal
 from liquid_llm.signal_store.codecs import PayloadError, StoredSignal
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.records import RecordError
@@ -115,6 +115,8 @@ def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: 
         SignalError: the codec cannot answer at this temperature.
         StorageError: the store cannot be read.
     """
+    if store.codec.form in (WHOLE, HEAD):
+        return 0.0, 1.0
     total, rows, positions, seen = 0.0, 0, 0, 0
     for _, record in store.layout.draw(8 * samples, seed=0):
         if seen == samples:
@@ -126,8 +128,7 @@ def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: 
             signal = store.codec.decode(record.payload, 0, here, temperature, store.identity.vocab_size)
         except PayloadError:
             continue
-        if not isinstance(signal, SparseSignal):
-            return 0.0, 1.0
+        assert isinstance(signal, SparseSignal)
         total += float((signal.weights.square() * _drawn(signal)).sum())
         rows, positions, seen = rows + here, positions + max(record.header.num_tokens - 1, 0), seen + 1
     learnt = rows / (store.identity.positions or 1.0)

@@ -12,13 +12,12 @@ import yaml
 from liquid_llm import storage
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.resume import ResumeSource
-from liquid_llm.errors import CheckpointError, ModelError, StorageError
-from liquid_llm.framing import Framing, Framings
+from liquid_llm.errors import ModelError, StorageError
 from liquid_llm.models.card import write_card
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import load_tokenizer, quiet_transformers
-from liquid_llm.models.tokenizers import first_end_of_text_id
 from liquid_llm.provenance import FOLDER, OPTIONS
+from liquid_llm.wiring.framing import framings_of
 from liquid_llm.wiring.students import build_from_config, load_weights
 from liquid_llm.wiring.templates import stop_at_turns
 from liquid_llm.wiring.tokenizers import TextTools
@@ -76,15 +75,10 @@ def rebuild(origin: ResumeSource, text: TextTools) -> Any:
     """The student of a run's checkpoint, as it was trained, on the CPU.
 
     Raises:
-        CheckpointError: the checkpoint is not a run's, or its weights are not those of the model it names.
+        CheckpointError: its weights are not those of the model it names.
         ModelError: such a model cannot be built.
     """
-    if origin.metadata is None or origin.config is None:
-        raise CheckpointError(
-            "this is not a checkpoint of a run, so nothing says which model it is",
-            where=origin.description,
-            remedy="name a run directory, or a .pt file in one",
-        )
+    assert origin.config is not None
     model = build_from_config(origin.config, text, origin.description)
     load_weights(model, origin.state_dict, origin.description)
     return model.eval()
@@ -125,10 +119,7 @@ def find_tokenizer(metadata: CheckpointMetadata, run: str, named: str | None, wo
 
 def _text_tools(tokenizer: Any, metadata: CheckpointMetadata) -> TextTools:
     tokenizer.chat_template = metadata.run.get("chat_template")
-    recorded = metadata.run.get("framing")
-    if recorded is not None:
-        return TextTools.of(tokenizer, Framings.from_plain(recorded))
-    return TextTools.of(tokenizer, Framings(Framing(None, first_end_of_text_id(tokenizer))))  # of an earlier release
+    return TextTools.of(tokenizer, framings_of(metadata, tokenizer))
 
 
 def _candidates(run: str, work_dir: Path) -> Iterator[str]:

@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from liquid_llm import storage
+from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.config import Sources
 from liquid_llm.errors import SignalError, UsageError
 from liquid_llm.framing import Framing, Framings
@@ -39,7 +40,20 @@ class Speaker:
 
 def stored_framing(identity: SignalIdentity, tokenizer: Any) -> Framing:
     """How the texts of a store are framed; ``tokenizer`` says what ended them where the store is from before it did."""
-    return identity.framing or Framing(None, first_end_of_text_id(tokenizer))
+    return identity.framing or _first_framing(tokenizer)
+
+
+def framings_of(metadata: CheckpointMetadata, tokenizer: Any, types: Iterable[str] = ()) -> Framings:
+    """How a checkpoint's texts are framed; one from before it said so put nothing before those of ``types`` either."""
+    if "framing" in metadata.run:
+        return Framings.from_plain(metadata.run["framing"])
+    first = _first_framing(tokenizer)
+    return Framings(first, dict.fromkeys(types, first))
+
+
+def _first_framing(tokenizer: Any) -> Framing:
+    """That of a release that put nothing before a text."""
+    return Framing(None, first_end_of_text_id(tokenizer))
 
 
 def framing_to_record(uri: str, framing: Framing) -> Framing | None:
@@ -54,10 +68,7 @@ def recorded_framing(start: Start, sources: Sources, tokenizer: Any) -> Framings
     metadata = start.origin.metadata
     if not start.goes_on or metadata is None:
         return None
-    if "framing" in metadata.run:
-        return Framings.from_plain(metadata.run["framing"])
-    first = Framing(None, first_end_of_text_id(tokenizer))  # of a release that put nothing before a text
-    return Framings(first, dict.fromkeys(sources.named, first))
+    return framings_of(metadata, tokenizer, sources.named)
 
 
 def choose_framings(

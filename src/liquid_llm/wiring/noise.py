@@ -6,17 +6,17 @@ cost       of it in held-out cross-entropy, nats a position: 0.45 s / (1 + 3 s)
 
 The law was fitted on students of 7 and 16 million parameters after 60 to 300 steps of 256 to 32,768 tokens
 (docs/LOG.md, 2026-11-26), to about 0.006 nats in most settings. Full logits gained 0.15 to 0.26 nats there, and 0.04
-to 0.10 where
-alpha T^2 was 2.8: a cost of ``TOO_NOISY`` is one at which a student may end worse than without a teacher.
+to 0.10 where alpha T^2 was 2.8: a cost of ``TOO_NOISY`` is one at which a student may end worse than without a teacher.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 
 from liquid_llm.config import RunConfig
-from liquid_llm.losses.objective import Objective
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.signal_store.survey import drawn_variance
 from liquid_llm.teachers.router import TeacherRouter
@@ -55,19 +55,22 @@ def say_noise(config: RunConfig, schedules: StepSchedules, router: TeacherRouter
             continue
         objectives = [schedules.at(step).objective(type) for step in steps]
         alpha = math.sqrt(sum(one.alpha**2 for one in objectives) / len(objectives))
-        cost = _cost(teacher, type, alpha, objectives[0].signal_temperature, num_tokens)
+        temperature = objectives[0].signal_temperature
+        cost = _cost(teacher, type, alpha, temperature, num_tokens)
         if cost < WORTH_SAYING:
             continue
         words = f"{type}: the draws of its stored signal are likely to cost {cost:.2f} nats of held-out cross-entropy"
         if cost < TOO_NOISY:
             log.info("%s in steps of %s tokens; full logits gain about 0.2", words, f"{num_tokens:,}")
         else:
-            advice = _advice(config, teacher, type, alpha, objectives[0], cost)
+            lower = partial(_cost, teacher, type, alpha, 1.0, num_tokens)
+            coldest = teacher.temperature_range[0]
+            advice = _advice(cost, config.optimizer.grad_accum, lower if temperature > 1.0 >= coldest else None)
             log.warning(
                 "%s in steps of %s tokens at T=%g: it may learn less than without a teacher. %s",
                 words,
                 f"{num_tokens:,}",
-                objectives[0].signal_temperature,
+                temperature,
                 advice,
             )
 
@@ -77,18 +80,14 @@ def _cost(teacher: StoredTeacher, type: str, alpha: float, temperature: float, n
     return predict_cost(step_noise(alpha, temperature, variance, learnt * num_tokens))
 
 
-def _advice(
-    config: RunConfig, teacher: StoredTeacher, type: str, alpha: float, objective: Objective, cost: float
-) -> str:
-    """What to change, and what it would come to."""
+def _advice(cost: float, grad_accum: int, lower: Callable[[], float] | None) -> str:
+    """What to change, and what it would come to; ``lower``: the cost at T = 1, where that is to be had."""
 
     def noise_of(cost: float) -> float:
         return cost / (0.45 - 3.0 * cost)
 
     times = math.ceil((noise_of(cost) / noise_of(TOO_NOISY / 2)) ** 2)
-    advice = f"Raise --grad_accum to {config.optimizer.grad_accum * times} for half of {TOO_NOISY:g} nats"
-    if objective.signal_temperature > 1.0 and teacher.temperature_range[0] <= 1.0:
-        num_tokens = config.data.batch_size * config.data.block_size * config.optimizer.grad_accum
-        lower = _cost(teacher, type, alpha, 1.0, num_tokens)
-        advice += f", or lower --kd_temperature to 1 ({lower:.2f} nats)"
+    advice = f"Raise --grad_accum to {grad_accum * times} for half of {TOO_NOISY:g} nats"
+    if lower is not None:
+        advice += f", or lower --kd_temperature to 1 ({lower():.2f} nats)"
     return f"{advice}, or capture with more draws (--codec_options)"

@@ -70,7 +70,7 @@ def describe_models(
         made = student_config(
             config.student.spec,
             vocab_size=text.vocab_size,
-            bos_id=framing.end_id if framing.begin_id is None else framing.begin_id,
+            bos_id=framing.bos_id,
             eos_id=framing.end_id,
             token=token,
         )

@@ -129,7 +129,7 @@ def _build_spec(
     return build_student(
         spec,
         vocab_size=vocab_size,
-        bos_id=framing.end_id if framing.begin_id is None else framing.begin_id,
+        bos_id=framing.bos_id,
         eos_id=framing.end_id,
         block_size=block_size,
         seed=seed,
@@ -140,8 +140,7 @@ def _build_spec(
 def name_tokens(model: Any, framing: Framing) -> None:
     """Let a student's configurations name the tokens around the texts that it is really trained on."""
     for one in filter(None, (model.config, getattr(model, "generation_config", None))):
-        one.bos_token_id = framing.end_id if framing.begin_id is None else framing.begin_id
-        one.eos_token_id = framing.end_id
+        one.bos_token_id, one.eos_token_id = framing.bos_id, framing.end_id
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:

@@ -41,6 +41,13 @@ def log_weights(rows: SparseRows) -> Tensor:
     return rows.weights.clamp(min=torch.finfo(rows.weights.dtype).tiny).log()
 
 
+def plain_likeliest(teacher: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of log q [positions, vocab]: that of the k likeliest ids, these ids, and the mass of the others [positions]."""
+    log_q, ids = teacher.topk(min(k, teacher.shape[1]), dim=1)
+    rest = 1.0 - log_q.exp().sum(dim=1) if log_q.shape[1] < teacher.shape[1] else torch.zeros_like(log_q[:, 0])
+    return log_q, ids, rest
+
+
 def plain_head(student: Tensor, inside: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Of log p [positions, vocab], that of ``ids`` [positions, K], and log of the mass on all ids but those inside."""
     held = torch.zeros_like(student, dtype=torch.int64).scatter_add(1, ids, inside.long()) > 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liquid_llm.losses.divergences import Softmax
+from liquid_llm.losses.divergences import SliceGradient, Softmax
 
 _NEVER = -1e4  # log-probability of what the teacher lacks: a probability of 0, and finite
 
@@ -55,6 +55,17 @@ def plain_kl(first: Tensor, second: Tensor) -> Tensor:
 def log_ratio(student: Softmax, teacher: Softmax) -> Tensor:
     """d = log q - log p [rows, vocab], in the place of the teacher's logits."""
     return teacher.logits.sub_(student.logits).add_((student.total.log() - teacher.total.log()).unsqueeze(1))
+
+
+def add_centred(gradient: SliceGradient, weighted: Tensor, mean: Tensor, weight: Tensor) -> None:
+    """Complete the gradient by u where that by log p is g: ``weight p (g - sum_v p[v] g[v])``.
+
+    Args:
+        weighted: [rows, vocab], g times the student's exponentials.
+        mean: [rows], ``sum_v p[v] g[v]``.
+        weight: [rows], the factor of the row over its total.
+    """
+    gradient.start(-weight * mean).addcmul_(weighted, weight.unsqueeze(1))
 
 
 def log_over_mixture(difference: Tensor, of_other: float, of_own: float) -> Tensor:

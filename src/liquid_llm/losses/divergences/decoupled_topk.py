@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax, SparseRows, empty_places
-from liquid_llm.losses.divergences._head import check_size, likeliest, log_weights, plain_head
+from liquid_llm.losses.divergences._head import check_size, likeliest, log_weights, plain_head, plain_likeliest
 from liquid_llm.losses.signals import HEAD, HEAD_AND_DRAWS, WHOLE
 
 _OUTSIDE = -1e30  # log-probability inside S of what is not there, finite
@@ -43,8 +43,7 @@ class DecoupledTopK(Divergence):
         self.k = check_size(k)
 
     def plain(self, student: Tensor, teacher: Tensor) -> Tensor:
-        log_q, ids = teacher.topk(min(self.k, teacher.shape[1]), dim=1)
-        rest = 1.0 - log_q.exp().sum(dim=1) if log_q.shape[1] < teacher.shape[1] else torch.zeros_like(log_q[:, 0])
+        log_q, ids, rest = plain_likeliest(teacher, self.k)
         return self._plain(student, ids, log_q, torch.ones_like(ids, dtype=torch.bool), rest)
 
     def plain_sparse(self, student: Tensor, teacher: SparseRows) -> Tensor:

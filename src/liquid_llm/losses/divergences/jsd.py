@@ -15,6 +15,7 @@ from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax
 from liquid_llm.losses.divergences._mixture import (
+    add_centred,
     check_share,
     log_over_mixture,
     log_ratio,
@@ -50,5 +51,5 @@ class JSD(Divergence):
         of_student = weighted.sum(dim=1) / student.total
         if gradient is not None:
             weight = (1.0 - self.beta) * gradient.weight / student.total
-            gradient.start(-weight * of_student).addcmul_(weighted, weight.unsqueeze(1))
+            add_centred(gradient, weighted, of_student, weight)
         return self.beta * of_teacher + (1.0 - self.beta) * of_student

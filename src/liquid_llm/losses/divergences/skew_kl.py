@@ -13,6 +13,7 @@ from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax
 from liquid_llm.losses.divergences._mixture import (
+    add_centred,
     check_share,
     log_over_mixture,
     log_ratio,
@@ -43,7 +44,6 @@ class SkewKL(Divergence):
         kl = torch.mul(ratio, teacher.exps, out=teacher.exps).sum(dim=1) / teacher.total
         if gradient is not None:
             weighted = ratio.exp_().mul_(student.exps)
-            weight = (1.0 - self.skew) * gradient.weight / student.total
-            mean = weighted.sum(dim=1) / student.total
-            gradient.start(weight * mean).addcmul_(weighted, weight.unsqueeze(1), value=-1.0)
+            weight = (self.skew - 1.0) * gradient.weight / student.total
+            add_centred(gradient, weighted, weighted.sum(dim=1) / student.total, weight)
         return kl

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax
 from liquid_llm.losses.divergences._mixture import (
+    add_centred,
     check_share,
     log_over_mixture,
     log_ratio,
@@ -44,7 +45,5 @@ class SkewReverseKL(Divergence):
         if gradient is not None:
             slope = torch.exp(ratio, out=teacher.exps)
             weighted = ratio.sub_(slope, alpha=self.skew).mul_(student.exps)
-            weight = gradient.weight / student.total
-            mean = weighted.sum(dim=1) / student.total
-            gradient.start(-weight * mean).addcmul_(weighted, weight.unsqueeze(1))
+            add_centred(gradient, weighted, weighted.sum(dim=1) / student.total, gradient.weight / student.total)
         return kl

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.losses.divergences import Divergence, SliceGradient, Softmax, SparseRows, empty_places
-from liquid_llm.losses.divergences._head import check_size, likeliest, plain_head
+from liquid_llm.losses.divergences._head import check_size, likeliest, plain_head, plain_likeliest
 from liquid_llm.losses.signals import HEAD_AND_DRAWS, WHOLE
 
 
@@ -49,8 +49,7 @@ class TailAware(Divergence):
         self.beta = float(beta)
 
     def plain(self, student: Tensor, teacher: Tensor) -> Tensor:
-        log_q, ids = teacher.topk(min(self.k, teacher.shape[1]), dim=1)
-        rest = 1.0 - log_q.exp().sum(dim=1) if log_q.shape[1] < teacher.shape[1] else torch.zeros_like(log_q[:, 0])
+        log_q, ids, rest = plain_likeliest(teacher, self.k)
         log_p, log_rest = plain_head(student, torch.ones_like(ids, dtype=torch.bool), ids)
         bucket = (log_q.exp() * (log_q - log_p)).sum(dim=1) + torch.xlogy(rest, rest) - rest * log_rest
         whole = (teacher.exp() * (teacher - student[:, : teacher.shape[1]])).sum(dim=1)
