@@ -166,5 +166,6 @@ def print_summary(summary: dict[str, Any], paths: dict[str, Path]) -> None:
         **{name: str(path) for name, path in paths.items()},
     }
     print_facts("", [(name, text) for name, text in facts.items() if text], console)
-    prompt, text = summary["sample"]["prompt"], summary["sample"]["text"].rstrip()
+    prompt, said = summary["sample"]["prompt"], summary["sample"]["text"].rstrip()
+    text = said or " (line ends alone: so small a student has not learnt to answer in so few steps)"
     console.print(Text(f"\nsample\n{prompt}", style="dim"), Text(text), sep="")

@@ -43,3 +43,8 @@ def test_figures_that_are_not_known_are_left_out(capsys: pytest.CaptureFixture[s
     assert "stored signal" not in out
     assert "peak device memory  1 GiB" in out
     assert "None" not in out
+
+
+def test_a_student_that_says_nothing_is_not_shown_as_an_empty_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary({**SUMMARY, "sample": {"prompt": "Q: 1", "text": "\n\n\n"}}, {})
+    assert "Q: 1 (line ends alone" in capsys.readouterr().out
