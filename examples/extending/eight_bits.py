@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from liquid_llm.losses.signals import LogitsSignal
+from liquid_llm.losses.signals import WHOLE, LogitsSignal
 from liquid_llm.signal_store.codecs.base import (
     Codec,
     Options,
@@ -35,6 +35,7 @@ class EightBitsCodec(Codec):
     version = 1
     temperature_range = (math.ulp(0.0), math.inf)
     most_ids = 0
+    form = WHOLE
 
     def __init__(self) -> None:
         self.options: Options = {}

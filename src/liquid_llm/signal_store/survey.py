@@ -128,7 +128,8 @@ def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: 
             signal = store.codec.decode(record.payload, 0, here, temperature, store.identity.vocab_size)
         except PayloadError:
             continue
-        assert isinstance(signal, SparseSignal)
+        if not isinstance(signal, SparseSignal):
+            return 0.0, 1.0
         total += float((signal.weights.square() * _drawn(signal)).sum())
         rows, positions, seen = rows + here, positions + max(record.header.num_tokens - 1, 0), seen + 1
     learnt = rows / (store.identity.positions or 1.0)

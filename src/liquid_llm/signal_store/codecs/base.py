@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
-from liquid_llm.losses.signals import DRAWS, LogitsSignal, SparseSignal
+from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 
 Rows: TypeAlias = dict[str, Tensor]
 Payload: TypeAlias = dict[str, Tensor]
@@ -48,7 +48,7 @@ class Codec(Protocol):
     options: Options
     temperature_range: tuple[float, float]
     most_ids: int
-    form: str = DRAWS
+    form: str
 
     @classmethod
     def usual_options(cls, num_positions: int) -> Options:

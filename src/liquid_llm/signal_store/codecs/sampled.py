@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
-from liquid_llm.losses.signals import SparseSignal
+from liquid_llm.losses.signals import DRAWS, SparseSignal
 from liquid_llm.signal_store.codecs.base import (
     Codec,
     Options,
@@ -39,6 +39,7 @@ class SampledCodec(Codec):
 
     name = "sampled"
     version = 1
+    form = DRAWS
 
     def __init__(self, draws: int = 50, temperature: float = 1.0) -> None:
         if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= 255:
