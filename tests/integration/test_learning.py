@@ -164,7 +164,7 @@ def test_conversations_without_a_template_are_refused_where_they_are(
     assert "code.jsonl:2: there is no chat template to write messages out with. Name one: --chat_template" in said
 
 
-@pytest.mark.parametrize("form", ["messages", "prompt", "text"])
+@pytest.mark.parametrize("form", ["messages", "cut messages", "prompt", "text"])
 def test_a_named_dataset_of_each_form_is_annealed_on(tiny: Tiny, tmp_path: Path, form: str) -> None:
     """The other face, in blocks: labels run through them, and a chat template is exported only after chat."""
     texts = [json.loads(line)["text"] for line in (tiny.root / "lm.jsonl").read_text().splitlines()]
@@ -172,6 +172,13 @@ def test_a_named_dataset_of_each_form_is_annealed_on(tiny: Tiny, tmp_path: Path,
     rows: dict[str, list[dict[str, Any]]] = {
         "messages": [
             {"messages": [{"role": "user", "content": p.strip()}, {"role": "assistant", "content": c}]} for p, c in made
+        ],
+        "cut messages": [
+            {
+                "prompt": [{"role": "user", "content": p.strip()}],
+                "completion": [{"role": "assistant", "content": c}],
+            }
+            for p, c in made
         ],
         "prompt": [{"prompt": p, "completion": c} for p, c in made],
         "text": [{"text": p + c} for p, c in made],
@@ -189,7 +196,7 @@ def test_a_named_dataset_of_each_form_is_annealed_on(tiny: Tiny, tmp_path: Path,
     assert learnt == 1 if form == "text" else 0.2 < learnt < 0.8
     assert all(row["val_loss_student"] > 0 for row in rows_of(tmp_path / "run", "eval"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
-    assert (tokenizer.chat_template is not None) == (form == "messages")
+    assert (tokenizer.chat_template is not None) == ("messages" in form)
 
 
 def test_word_problems_and_functions_are_prepared_as_prompts(

@@ -115,7 +115,9 @@ class HubRows:
             self._row = number + 1
             if body.whole.strip():
                 is_empty = False
-                yield number, TextRecord(body.text, self.type, f"{self._split}-{number}", body.prompt, body.messages)
+                name = f"{self._split}-{number}"
+                said = body.prompt, body.messages, body.prompt_messages
+                yield number, TextRecord(body.text, self.type, name, *said)
         if is_empty:
             raise DataError(f"the {self._split} split has no text", where=self._label)
 

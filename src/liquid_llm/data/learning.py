@@ -1,6 +1,7 @@
 """How a record becomes tokens, and which of them are learnt.
 
-    completion   of a prompt, or what the assistant says in a conversation: that alone is learnt, unless all is wanted
+    completion   of a prompt, or what the assistant says in a conversation: that alone is learnt, unless all is wanted.
+                 Of a conversation whose first messages are the prompt, what the assistant says after them
     piece        a run of a record's text, learnt or not; the border of two pieces is always a border of two tokens
 
 A prompt and its completion are cut where they meet, so that a student is trained on the very ids that it is asked with.
@@ -107,7 +108,7 @@ class Encoder:
         """
         found: list[Piece] = [(record.text, True)]
         if record.messages is not None:
-            found = self._conversation(record.messages)
+            found = self._conversation(record.messages, record.prompt_messages)
         elif record.prompt is not None:
             found = [(record.prompt, False), (record.text, True)]
         if self._learning.learn == ALL:
@@ -170,19 +171,24 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------- conversations
 
-    def _conversation(self, messages: Sequence[Message]) -> list[Piece]:
+    def _conversation(self, messages: Sequence[Message], prompt_messages: int = 0) -> list[Piece]:
         template = self._learning.chat_template
         if template is None:
             raise LearningError("there is no chat template to write messages out with", "name one: --chat_template")
         if self._learning.learn == ALL:
             return [(self._render(messages)[0], True)]
         marked = _GENERATION.search(template) is not None
-        whole, spans = self._render(messages, marks=True) if marked else self._turns(messages)
+        if marked:
+            whole, spans = self._render(messages, marks=True)
+            spans = _after_prompt(spans, messages, prompt_messages)
+        else:
+            whole, spans = self._turns(messages, prompt_messages)
         borders = [0, *(border for span in spans for border in span), len(whole)]
         return [(whole[a:b], n % 2 == 1) for n, (a, b) in enumerate(pairwise(borders))]
 
-    def _turns(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """A conversation written out, and where the assistant's turns lie in it, their ends of turn included.
+    def _turns(self, messages: Sequence[Message], prompt_messages: int) -> tuple[str, list[tuple[int, int]]]:
+        """A conversation written out, and where the assistant's turns lie in it, their ends of turn included; those of
+        the prompt are left out.
 
         A turn is what the template adds to all before it and the words that open a turn. It must add the same, and to
         the same, whatever follows.
@@ -190,7 +196,7 @@ class Encoder:
         whole, _ = self._render(messages)
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
+            if message["role"] != ASSISTANT or number < prompt_messages:
                 continue
             if number == 0:
                 raise LearningError("the assistant speaks first: nothing says where its turn begins", _MARKS)
@@ -230,6 +236,25 @@ class Encoder:
 
 
 _MARKS = "name a template with {% generation %} marks: --chat_template, or give --learn=all"
+
+
+def _after_prompt(
+    spans: list[tuple[int, int]], messages: Sequence[Message], prompt_messages: int
+) -> list[tuple[int, int]]:
+    """The marks of the assistant's turns without those in the prompt, which come first.
+
+    Raises:
+        LearningError: there are such, and the template does not mark each turn once.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+    in_prompt = sum(number < prompt_messages for number in turns)
+    if in_prompt and len(spans) != len(turns):
+        raise LearningError(
+            f"the chat template marks {len(spans)} runs of text and the assistant speaks {len(turns)} times, "
+            f"{in_prompt} of them in the prompt",
+            "name a template that marks each turn once: --chat_template, or give --learn=all",
+        )
+    return spans[in_prompt:]
 
 
 def _without_gap(turn: str, content: str) -> str:

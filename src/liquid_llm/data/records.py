@@ -1,9 +1,10 @@
 """Records out of files, streamed.
 
 record: ``{text, type?, sample_id?}``, anything else in it is ignored; body: what a record says, ``text`` or, where
-there is none, ``messages`` (each ``{role, content}``) or ``prompt`` and ``completion``; records of any form may be
-mixed; file: by its name ``.jsonl`` or ``.json`` (one JSON object a line; plain, ``.gz`` or ``.zst``) or ``.parquet``
-(columns of those names); location: ``file:line`` or ``file:row``, from 1, for messages.
+there is none, ``messages`` (each ``{role, content}``) or ``prompt`` and ``completion`` (two strings, or a conversation
+cut in two lists of messages); records of any form may be mixed; file: by its name ``.jsonl`` or ``.json`` (one JSON
+object a line; plain, ``.gz`` or ``.zst``) or ``.parquet`` (columns of those names); location: ``file:line`` or
+``file:row``, from 1, for messages.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ class Body(NamedTuple):
     text: str
     prompt: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    prompt_messages: int = 0
 
     @property
     def whole(self) -> str:
         """All of it as one string."""
-        return whole_text(*self)
+        return whole_text(self.text, self.prompt, self.messages)
 
     def as_record(self, type: str, sample_id: str) -> dict[str, Any]:
         """The record as an object of JSON, the body first."""
         names = {"type": type, "sample_id": sample_id}
+        if self.messages is not None and self.prompt_messages:
+            prompt, completion = self.messages[: self.prompt_messages], self.messages[self.prompt_messages :]
+            return {"prompt": list(prompt), "completion": list(completion), **names}
         if self.messages is not None:
             return {"messages": list(self.messages), **names}
         if self.prompt is not None:
@@ -60,8 +65,8 @@ class BodyError(ValueError):
 def stable_sample_id(type: str, whole: str) -> str:
     """Name of a record that has none: 32 hex digits of a hash of type and all it says, the same everywhere.
 
-    A prompt with its completion has the name of the text that they make together: a data set that is cut in two keeps
-    its names, its stored signal and its sides of the validation split.
+    A prompt with its completion has the name of the text, or conversation, that they make together: a data set that is
+    cut in two keeps its names, its stored signal and its sides of the validation split.
     """
     return hashlib.blake2b(f"{type}\0{whole}".encode(), digest_size=16).hexdigest()
 
@@ -74,9 +79,15 @@ def read_body(value: Mapping[str, Any]) -> Body:
     """
     form = next((names for names in FORMS if any(value.get(name) is not None for name in names)), FORMS[0])
     if form == ("messages",):
-        return Body("", None, _read_messages(value["messages"]))
+        return Body("", None, _read_messages(value["messages"], "messages"))
     if form == ("prompt", "completion"):
-        prompt = value.get("prompt")
+        prompt, completion = value.get("prompt"), value.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            asked = _read_messages(prompt, "prompt")
+            return Body("", None, asked + _read_messages(completion, "completion"), len(asked))
+        if isinstance(prompt, list) or isinstance(completion, list):
+            got = f"prompt {_shown(prompt)}, completion {_shown(completion)}"
+            raise BodyError("prompt and completion are neither two strings nor two lists of messages", got)
         if not isinstance(prompt, str):
             raise BodyError("prompt is not a string", _shown(prompt))
         return Body(_filled(value, "completion"), prompt)
@@ -90,12 +101,13 @@ def _filled(value: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _read_messages(value: object) -> tuple[Mapping[str, Any], ...]:
+def _read_messages(value: object, name: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list) or not value:
-        raise BodyError("messages is not a list of messages", _shown(value))
+        raise BodyError(f"{name} is not a list of messages", _shown(value))
+    of = "" if name == "messages" else f" of the {name}"
     for number, one in enumerate(value, start=1):
         if not isinstance(one, dict) or not isinstance(one.get("role"), str) or not isinstance(one.get("content"), str):
-            raise BodyError(f"message {number} is not an object with the strings role and content", _shown(one))
+            raise BodyError(f"message {number}{of} is not an object with the strings role and content", _shown(one))
     # a parquet file gives each message the keys of all others, empty
     return tuple({name: part for name, part in one.items() if part is not None} for one in value)
 
@@ -220,7 +232,7 @@ class RecordFile:
             raise DataError("half of a surrogate pair, which is not text", where=where, got=got) from error
         except ValueError as error:
             raise DataError(str(error), where=where, got=first_line(repr(name))) from error
-        return TextRecord(body.text, self.type, sample_id, body.prompt, body.messages)
+        return TextRecord(body.text, self.type, sample_id, body.prompt, body.messages, body.prompt_messages)
 
 
 def parquet_rows(stream: Any, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[dict[str, Any], float]]:

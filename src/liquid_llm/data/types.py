@@ -1,8 +1,9 @@
 """The words of the data side.
 
-record: one JSON object ``{text, type?, sample_id?}``, or with ``prompt`` and ``completion`` or ``messages`` in place of
-the text; sample: its tokenised form; type: the name of a kind of text, any that a manifest gives: it decides teacher,
-layout and objective; learnt: said of the tokens that a student is to predict.
+record: one JSON object ``{text, type?, sample_id?}``, or with ``messages``, or ``prompt`` and ``completion`` (two
+strings, or two lists of messages), in place of the text; sample: its tokenised form; type: the name of a kind of text,
+any that a manifest gives: it decides teacher, layout and objective; learnt: said of the tokens that a student is to
+predict.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class TextRecord:
         sample_id: always set: given, or a stable hash of type and ``whole``.
         prompt: what the text answers, or None.
         messages: a conversation in place of a text, each ``{"role", "content", ...}``, or None.
+        prompt_messages: how many of them are the prompt, of which nothing is learnt, whoever speaks.
     """
 
     text: str
@@ -61,6 +63,7 @@ class TextRecord:
     sample_id: str
     prompt: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    prompt_messages: int = 0
 
     @property
     def whole(self) -> str:

@@ -284,6 +284,7 @@ SAID = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "cont
     [
         ({"messages": SAID, "id": "x", "source": "y"}, ("messages",), Body("", None, tuple(SAID))),
         ({"prompt": "two?", "completion": " four", "note": "z"}, ("prompt", "completion"), Body(" four", "two?")),
+        ({"prompt": SAID[:1], "completion": SAID[1:]}, ("prompt", "completion"), Body("", None, tuple(SAID), 1)),
         ({"text": "a text", "messages": SAID}, ("text",), Body("a text")),
         ({"only": "a text", "id": 7}, ("only",), Body("a text")),
     ],

@@ -94,8 +94,8 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def chat(messages: list[dict[str, Any]]) -> TextRecord:
-    return TextRecord("", "chat", "1", None, tuple(messages))
+def chat(messages: list[dict[str, Any]], prompt_messages: int = 0) -> TextRecord:
+    return TextRecord("", "chat", "1", None, tuple(messages), prompt_messages)
 
 
 def learnt_runs(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]:
@@ -133,6 +133,38 @@ def test_what_is_learnt_of_a_conversation_is_what_the_assistant_says(
     every, mask = encode(tokenizer, chat(messages), learn=ALL, chat_template=template)
     assert mask is None
     assert decode(tokenizer, every) == whole
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["turns", "marks"])
+@given(messages=conversations(), data=st.data())
+@settings(max_examples=60)
+def test_of_a_conversation_cut_in_two_the_assistant_is_learnt_in_the_completion_alone(
+    template: str, messages: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    """The ids are those of the whole; so are the labels where the assistant has not spoken in the prompt."""
+    tokenizer = chat_tokenizer()
+    cut = data.draw(st.integers(1, len(messages) - 1))
+    ids, learnt = encode(tokenizer, chat(messages, cut), chat_template=template)
+    whole, of_whole = encode(tokenizer, chat(messages), chat_template=template)
+    assert ids == whole
+    assert learnt is not None
+    said = [one["content"] + "<|im_end|>" for one in messages[cut:] if one["role"] == "assistant"]
+    assert learnt_runs(tokenizer, ids, learnt) == said
+    if all(one["role"] != "assistant" for one in messages[:cut]):
+        assert learnt == of_whole
+    assert encode(tokenizer, chat(messages, cut), chat_template=template, learn=ALL) == (whole, None)
+
+
+def test_a_template_that_does_not_mark_each_turn_once_cannot_tell_the_prompts() -> None:
+    """It marks the last turn alone, as some do: right for a prompt in which the assistant has not spoken."""
+    last = MARKED.replace("message['role'] == 'assistant'", "message['role'] == 'assistant' and loop.last")
+    assert last != MARKED
+    messages = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    ids, learnt = encode(chat_tokenizer(), chat(messages[:2], 1), chat_template=last)
+    assert learnt is not None
+    assert learnt_runs(chat_tokenizer(), ids, learnt) == ["assistant<|im_end|>"]
+    with pytest.raises(LearningError, match="marks 1 runs of text and the assistant speaks 2 times, 1 of them in"):
+        encode(chat_tokenizer(), chat(messages, 3), chat_template=last)
 
 
 @given(prompt=texts, completion=texts.filter(bool))

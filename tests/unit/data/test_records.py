@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from liquid_llm import storage
 from liquid_llm.data import records as records_module
-from liquid_llm.data.records import RecordFile, read_records, stable_sample_id
+from liquid_llm.data.records import Body, RecordFile, read_body, read_records, stable_sample_id
 from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, StorageError
 
@@ -260,13 +260,39 @@ def test_prompts_and_conversations_beside_texts(tmp_path: Path, ending: str) -> 
     assert found[1].whole == "p c"
 
 
+@pytest.mark.parametrize("ending", ENCODERS)
+def test_a_conversation_cut_in_prompt_and_completion_is_that_conversation(tmp_path: Path, ending: str) -> None:
+    """It keeps the name, so its stored signal and its side of the split; what it is written as can be read again."""
+    said = ({"role": "system", "content": "s"}, *MESSAGES)
+    rows: list[dict[str, Any]] = [
+        {"prompt": list(said[:2]), "completion": list(said[2:])},
+        {"prompt": [*said, said[1]], "completion": [said[2]], "sample_id": "own"},
+    ]
+    (tmp_path / f"s{ending}").write_bytes(ENCODERS[ending]([{"sample_id": None, **row} for row in rows]))
+    first, second = read_records(str(tmp_path / f"s{ending}"), "code")
+    whole = Body("", None, said)
+    assert first == TextRecord("", "code", stable_sample_id("code", whole.whole), None, said, 2)
+    assert second == TextRecord("", "code", "own", None, (*said, said[1], said[2]), 4)
+    written = read_body(rows[0]).as_record("code", "1")
+    assert written == {**rows[0], "type": "code", "sample_id": "1"}
+    assert read_body(written) == Body("", None, said, 2)
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
         ({"prompt": "p"}, "completion is not a non-empty string; got none"),
         ({"prompt": "p", "completion": ""}, "completion is not a non-empty string; got an empty string"),
         ({"completion": "c"}, "prompt is not a string; got none"),
-        ({"prompt": ["p"], "completion": "c"}, r"prompt is not a string; got \['p'\]"),
+        ({"prompt": 7, "completion": "c"}, "prompt is not a string; got 7"),
+        (
+            {"prompt": ["p"], "completion": "c"},
+            r"prompt and completion are neither two strings nor two lists of messages; got prompt \['p'\], comp",
+        ),
+        ({"prompt": "p", "completion": [MESSAGES[1]]}, "prompt and completion are neither two strings nor two lists"),
+        ({"prompt": [MESSAGES[0]]}, "prompt and completion are neither .* completion none"),
+        ({"prompt": [], "completion": [MESSAGES[1]]}, r"prompt is not a list of messages; got \[\]"),
+        ({"prompt": [MESSAGES[0]], "completion": ["x"]}, "message 1 of the completion is not an object with"),
         ({"messages": []}, r"messages is not a list of messages; got \[\]"),
         ({"messages": "hello"}, "messages is not a list of messages; got 'hello'"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}, "message 2 is not an object with"),

@@ -249,6 +249,9 @@ def test_conversations_and_prompts_are_kept_as_they_are(tmp_path: Path) -> None:
     (found,) = read(tmp_path / "b.jsonl", jsonl([{"prompt": "q", "completion": " a"}]))
     assert isinstance(found, Document)
     assert found.body == Body(" a", "q")
+    (found,) = read(tmp_path / "d.jsonl", jsonl([{"prompt": said[:1], "completion": said[1:]}]))
+    assert isinstance(found, Document)
+    assert found.body == Body("", None, tuple(said), 1)
     (found,) = read(tmp_path / "c.jsonl", jsonl([{"messages": "none", "id": 3}]))
     assert isinstance(found, Reject)
     assert found.reason == "messages is not a list of messages"
