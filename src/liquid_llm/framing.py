@@ -36,6 +36,10 @@ class Framing:
         inner = self.unwrap(ids)
         return [self.begin_id, *inner, self.end_id] if inner else []
 
+    def open(self, ids: Sequence[int]) -> list[int]:
+        """The beginning of a text, such as a prompt that is to be gone on with: begin, not doubled, and its tokens."""
+        return list(ids) if self.begin_id is None or ids[:1] == [self.begin_id] else [self.begin_id, *ids]
+
     def unwrap(self, ids: Sequence[int]) -> list[int]:
         """A text's own tokens, as blocks keep them; the first framing left whatever stood there."""
         if self.begin_id is None:

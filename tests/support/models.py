@@ -79,6 +79,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),  # other names throughout
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),  # alibi
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),  # no positions, recurrent
+    "qwen3": ("qwen3", {**_COMMON, "head_dim": 8}),  # norms on queries and keys
     "mixtral": ("mixtral", {**_COMMON, "num_local_experts": 4}),  # experts
     "bert": (
         "bert",

@@ -22,6 +22,16 @@ def test_a_text_has_its_framing_once(ids: list[int], framing: Framing) -> None:
     assert inner == ids or framing.begin_id == ids[0] or framing.end_id == ids[-1]
 
 
+@given(IDS, FRAMINGS)
+def test_a_prompt_is_opened_as_the_text_that_it_begins(ids: list[int], framing: Framing) -> None:
+    opened = framing.open(ids)
+    assert framing.open(opened) == opened
+    for behind in (3, 4):  # never a framing's own, so that the text does not end in one
+        if framing.unwrap([*ids, behind]):
+            assert framing.wrap([*ids, behind])[: len(opened)] == opened
+    assert Framing(None, framing.end_id).open(ids) == ids
+
+
 @given(IDS, st.integers(0, 4))
 def test_the_first_framing_only_ends_a_text(ids: list[int], end_id: int) -> None:
     framing = Framing(None, end_id)

@@ -67,6 +67,8 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "teachers": {"models", "signal_store"},
     "capture": {"data", "models", "signal_store", "teachers"},
     "evaluation": {"teachers", "training"},
+    "generation": {"models"},
+    "answers": {"data", "generation"},
     "memory": {"capture", "models", "signal_store", "teachers", "training"},
 }
 

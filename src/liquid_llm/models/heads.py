@@ -109,7 +109,7 @@ def _scale(config: Any) -> float:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients, and the former mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -150,7 +150,7 @@ def check_output_head(model: Any) -> None:
     """
     module, ids = _head_module(model), _random_ids(model, 2, 8)
     problem = None
-    with _evaluating(model):
+    with evaluating(model):
         head, hidden = output_head(model), hidden_states(model, ids)
         size = float(nn.functional.linear(hidden, head.weight, head.bias).abs().max())
         for gain in (1.0, 300.0 / max(size, 1e-6)):
@@ -201,7 +201,7 @@ def check_causality(model: Any, num_tokens: int = 24) -> None:
     kept = num_tokens // 2
     padded = ids.clone()
     padded[:, kept:] = 0
-    with _evaluating(model):
+    with evaluating(model):
         alone = hidden_states(model, ids[:, :kept])
         batch = hidden_states(model, torch.cat((ids, padded)))[:, :kept]
     distance = _distance(batch, alone.expand_as(batch))
@@ -229,7 +229,7 @@ def check_documents(model: Any, num_tokens: int = 12) -> None:
     places = torch.stack(rows).to(ids.device)
     others = torch.where(number_documents(places) == 1, ids, ids.flip(0))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             joined, beside_others = hidden_states(model, ids, places), hidden_states(model, others, places)
             alone = [
                 hidden_states(model, ids[row : row + 1, start:stop])[0]
