@@ -26,7 +26,7 @@ from liquid_llm.errors import CheckpointError, DeviceError, NumericalError
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan
-from liquid_llm.losses.signals import DenseSignal, LossOutput, Signal
+from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import StepSchedules, StepValues
@@ -111,10 +111,24 @@ class Student(nn.Module):
             ValueError: a gamma above zero without a reference student.
         """
         with self._arithmetic():
-            hidden = self._states(self.model, batch)
+            return self.loss(self._states(self.model, batch), batch, signal, objective)
+
+    def states(self, batch: MicroBatch) -> Tensor:
+        """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take."""
+        with self._arithmetic():
+            return self._states(self.model, batch)
+
+    @property
+    def head(self) -> OutputHead:
+        """The output head, with the parameters themselves."""
+        return output_head(self.model)
+
+    def loss(self, hidden: Tensor, batch: MicroBatch, signal: Signal | None, objective: Objective) -> LossOutput:
+        """As ``forward``, of ``states`` that are there already."""
+        with self._arithmetic():
             return fused_loss(
                 hidden,
-                output_head(self.model),
+                self.head,
                 batch.targets,
                 signal=signal,
                 objective=objective,
@@ -130,7 +144,7 @@ class Student(nn.Module):
             return DenseSignal(self._states(self.reference, batch), output_head(self.reference))
 
     def _states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take.
+        """As ``states``, of either model.
 
         Under autocast the last norm hands out float32, and the product with the head would follow it.
         """

@@ -32,6 +32,10 @@ class TokenStream:
         around = 1 if begin_id in (None, end_id) else 2
         self._ends = np.cumsum(dataset.lengths + around) + (begin_id == end_id)  # one before the first document
 
+    def document_name(self, number: int) -> str:
+        """The sample id of a document."""
+        return self._dataset.sample_id(number)
+
     def __len__(self) -> int:
         """Tokens in the stream, framing included."""
         return int(self._ends[-1]) if self._ends.size else 0
@@ -81,6 +85,11 @@ class TokenStream:
         ends = self._dataset.starts[document] + lengths
         is_end, is_begin = to_end == 0, to_end > lengths
         return ends - np.clip(to_end, 1, lengths), is_end, is_begin
+
+    def documents(self, start: int, count: int) -> NDArray[np.int64]:
+        """The document of each token that ``read`` gives: [count]. A token between two of them is of the one before."""
+        positions = np.arange(start, min(start + count, len(self)), dtype=np.int64)
+        return np.searchsorted(self._ends, positions, side="right")
 
     def borders(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Where the documents of the tokens that ``read`` gives begin and end.

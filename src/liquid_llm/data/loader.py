@@ -11,7 +11,7 @@ over it is an epoch in an order of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from liquid_llm.data.blocks import TokenStream
 from liquid_llm.data.buckets import plan_buckets
 from liquid_llm.data.sampling import WeightedDraws, keyed_permutation
 from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.data.types import IGNORE_INDEX, MicroBatch, Sample
+from liquid_llm.data.types import IGNORE_INDEX, Documents, MicroBatch, Sample
 from liquid_llm.errors import DataError
 
 
@@ -210,17 +210,15 @@ def validation_batches(
         sample_tokens, document_mask: as for ``TrainingStream``.
 
     Returns:
-        nothing for an empty dataset.
+        batches that name the texts of their positions; nothing for an empty dataset.
     """
     if dataset.layout == "blocks":
         stream = TokenStream(dataset)
         end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
         blocks = [(start, min(block_size, end - start)) for start in range(0, end, block_size)]
         blocks = [(start, count) for start, count in blocks if _is_learnt(stream, start, count)]
-        batches = [
-            read_blocks(dataset.type, stream, blocks[n : n + batch_size], document_mask)
-            for n in range(0, len(blocks), batch_size)
-        ]
+        cuts = [blocks[n : n + batch_size] for n in range(0, len(blocks), batch_size)]
+        batches = [_with_documents(read_blocks(dataset.type, stream, cut, document_mask), stream, cut) for cut in cuts]
         return [batch for batch in batches if batch.num_positions]
     chosen = np.argsort(dataset.split_hashes, kind="stable")
     if max_tokens is not None:
@@ -233,10 +231,13 @@ def validation_batches(
     windows = np.minimum(dataset.lengths[chosen], window)
     chosen = chosen[np.argsort(windows, kind="stable")]
     plan = plan_buckets(windows, batch_size, block_size)
-    return [
-        _whole_samples(dataset, chosen[start:end], window)
-        for start, end in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)
-    ]
+    found = []
+    for start, end in zip(plan.bounds[:-1], plan.bounds[1:], strict=True):
+        batch = _whole_samples(dataset, chosen[start:end], window)
+        rows = torch.arange(end - start).repeat_interleave(batch.row_positions)
+        names = tuple(dataset.document_id(int(index)) for index in chosen[start:end])
+        found.append(replace(batch, documents=Documents(names, rows)))
+    return found
 
 
 def collate(
@@ -284,6 +285,15 @@ def read_blocks(
         places[row, : len(ends)] = torch.from_numpy(row_places)
         labels[row, : len(ends)][torch.from_numpy(ends)] = IGNORE_INDEX
     return MicroBatch(type, batch.input_ids, labels, batch.lengths, places=places)
+
+
+def _with_documents(batch: MicroBatch, stream: TokenStream, spans: Sequence[tuple[int, int]]) -> MicroBatch:
+    """Blocks with the documents of their labels."""
+    of_label = torch.zeros_like(batch.labels)
+    for row, (start, count) in enumerate(spans):
+        of_label[row, : count - 1] = torch.from_numpy(stream.documents(start + 1, count - 1))
+    numbers, of_position = torch.unique(of_label.reshape(-1)[batch.positions], return_inverse=True)
+    return replace(batch, documents=Documents(tuple(map(stream.document_name, numbers.tolist())), of_position))
 
 
 def _is_learnt(stream: TokenStream, start: int, count: int) -> bool:

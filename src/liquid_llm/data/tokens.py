@@ -97,9 +97,13 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def sample_id(self, index: int) -> str:
+    def document_id(self, index: int) -> str:
+        """The sample id of the document that a window is of, or of the sample itself."""
         start = self._id_starts[index]
-        name = self._ids[start : start + self._id_lengths[index]].tobytes().decode()
+        return self._ids[start : start + self._id_lengths[index]].tobytes().decode()
+
+    def sample_id(self, index: int) -> str:
+        name = self.document_id(index)
         return name if self.offsets is None or not self.offsets[index] else f"{name}#{self.offsets[index]}"
 
     def input_ids(self, index: int, limit: int | None = None) -> NDArray[np.int32]:

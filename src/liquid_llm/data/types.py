@@ -99,6 +99,19 @@ class Sample:
         return np.ones(rows, dtype=bool) if self.learnt is None else self.learnt[1 : rows + 1].astype(bool)
 
 
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Which text each labelled position of a micro-batch belongs to, where that is asked for: that of its label.
+
+    Attributes:
+        names: sample ids of the texts; of windows, those of their documents.
+        numbers: [labelled] int64, which of ``names`` each position's text is; always on the CPU.
+    """
+
+    names: tuple[str, ...]
+    numbers: Tensor
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward pass sees: one type, right-padded.
@@ -130,6 +143,7 @@ class MicroBatch:
     targets: Tensor = _FROM_LABELS
     row_positions: Tensor = _FROM_LABELS
     places: Tensor | None = None
+    documents: Documents | None = None
 
     def __post_init__(self) -> None:
         if self.positions is not _FROM_LABELS:
@@ -174,6 +188,7 @@ class MicroBatch:
             self.targets[held],
             self.row_positions[start:stop],
             None if self.places is None else self.places[start:stop],
+            None if self.documents is None else replace(self.documents, numbers=self.documents.numbers[held]),
         )
         return part, held
 

@@ -397,3 +397,34 @@ def test_blocks_and_windows_without_anything_to_learn_are_left_out() -> None:
     assert batch.labels.tolist() == [[2, 3, 4, IGNORE_INDEX]]
     with pytest.raises(DataError, match="nothing is learnt in the first 20 tokens of any code sample"):
         stream([WeightedDataset(samples.subset(np.array([1])), 1.0)], block_size=20)
+
+
+@pytest.mark.parametrize("begin", [None, 0, 2])
+def test_every_position_of_validation_names_the_text_that_its_label_is_of(begin):
+    """Each document is runs of one token of its own; a token between two is of the one before."""
+    framing = Framing(begin, 0)
+    texts = [[10 + number] * size for number, size in enumerate((5, 40, 2, 17, 3, 9))]
+    names = [f"d{number}" for number in range(len(texts))]
+    blocks = token_dataset(texts, sample_ids=names, layout="blocks", framing=framing)
+    framed = [framing.wrap(ids) for ids in texts]
+    samples = token_dataset(framed, "code", names, layout="samples", framing=framing)
+    for dataset in (blocks, samples, samples.windows(8)):
+        found = validation_batches(dataset, block_size=16, batch_size=2)
+        assert found
+        for batch in found:
+            parts = [batch.rows(row, row + 1) for row in range(len(batch.lengths))]
+            assert [n for part, _ in parts for n in part.documents.numbers.tolist()] == batch.documents.numbers.tolist()
+            before = None
+            for target, number in zip(batch.targets.tolist(), batch.documents.numbers.tolist(), strict=True):
+                name = batch.documents.names[number]
+                if target >= 10:
+                    assert name == f"d{target - 10}"
+                elif dataset is blocks and before is not None:
+                    assert name == before
+                before = name
+    of_windows = [
+        name
+        for batch in validation_batches(samples.windows(8), block_size=8, batch_size=2)
+        for name in batch.documents.names
+    ]
+    assert of_windows.count("d1") == 6

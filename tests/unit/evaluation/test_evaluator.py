@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests.support.models import tiny_model
 
-from liquid_llm import evaluation
 from liquid_llm.data.loader import collate
 from liquid_llm.errors import DeviceError
 from liquid_llm.evaluation import Evaluator
@@ -162,7 +161,7 @@ def test_no_more_of_it_is_kept_than_the_bound_and_the_rest_is_asked_again(models
     sets = {length: {"lm": cut(length, 3)} for length in LENGTHS}
     batches = sum(len(one["lm"]) for one in sets.values())
     one_row = 16 * teacher.config.hidden_size * 4
-    monkeypatch.setattr(evaluation, "CACHE_BYTES", 10 * one_row)
+    monkeypatch.setattr("liquid_llm.evaluation.evaluator.CACHE_BYTES", 10 * one_row)
     evaluator = Evaluator(sets, 16, LENGTHS, router_of(teacher))
     try:
         found = [evaluator(Student(student, torch.float32)) for _ in range(2)]
