@@ -1,6 +1,7 @@
 """Plain text from a store: captured once, window by window, for annealing and hybrid runs alike."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,17 @@ def test_windows_of_another_length_than_the_captures_are_said(world, tmp_path, c
     assert hybrid(world, tmp_path, f"--signal=lm={tmp_path / 'store'}", dataset_manifest=manifest, **kept) == 0
     assert "windows of documents have no record and train on cross-entropy" in caplog.text
     assert "--seq_len=24" in caplog.text
+
+
+def test_noise_is_said_of_the_positions_that_steps_learn(world, stores, tmp_path, caplog):
+    """The last window of a document is short: steps learn 4 % less than they have room for."""
+    caplog.set_level("INFO")
+    options = {"lm_teacher_id": None, "batch_size": 8, "max_steps": 12, "grad_accum": 2, "metrics_interval": 1}
+    assert hybrid(world, tmp_path, f"--signal=lm={stores['tail']}", **options, mc_teacher_id=world.teacher) == 0
+    said = re.search(r"lm: the draws of its stored signal .* in steps of ([\d,]+) positions", caplog.text)
+    learnt = figures(tmp_path / "run", "positions")
+    assert float(said[1].replace(",", "")) == pytest.approx(sum(learnt) / len(learnt), rel=0.01)
+    assert sum(learnt) / len(learnt) < 0.97 * 2 * 8 * 32
 
 
 def test_what_is_said_of_no_text_is_said(world, tmp_path, caplog):

