@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from liquid_llm.errors import UsageError
 from liquid_llm.losses.divergences import get_divergence
+from liquid_llm.models.spec import parse_student
 from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
 from liquid_llm.schedules import parse_piecewise
 from liquid_llm.sources import BLOCKS
@@ -58,6 +59,7 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
         problems.append(
             f"--eval_ctx_lens takes lengths of at least 2; got {','.join(map(str, config.evaluation.context_lengths))}"
         )
+    problems += _collect(lambda: parse_student(config.student.spec))
     problems += _collect(lambda: parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: parse_schedule(objective.temp_schedule, "--temp_schedule", None))
     problems += _divergence_problems(config)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from liquid_llm.models.spec import parse_student
 from liquid_llm.options import AUTO, AUTO_BATCH, OPTIONS, OUTPUT, options_of
 
 if TYPE_CHECKING:
@@ -103,5 +104,6 @@ def old_run_name(config: RunConfig) -> str:
 
 def _name(config: RunConfig, counted: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
-    student = config.student.spec.rstrip("/").rsplit("/", 1)[-1]
-    return f"{student}-{digest}"
+    student = parse_student(config.student.spec)
+    name = (student.base or str(student.teacher)).rstrip("/").rsplit("/", 1)[-1]
+    return f"{name if student.base else f'{name}-cut'}-{digest}"

@@ -23,6 +23,7 @@ from liquid_llm.memory.free import available_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import CaptureShape, ModelShape
 from liquid_llm.memory.verdict import Verdict
+from liquid_llm.models.spec import parse_student
 from liquid_llm.models.student import PRESETS, student_config
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
@@ -153,13 +154,15 @@ def _student(config: RunConfig, teacher: ModelShape | None, token: str | None) -
     if uri not in (None, NOWHERE) and "student" not in config.given:
         return ModelShape(_read_resumed_config(str(uri)))
     spec = config.student.spec
-    if teacher is None and spec in PRESETS:
+    student = parse_student(spec)
+    named = student.teacher or student.base
+    if teacher is None and named in PRESETS:
         raise UsageError(
             "nothing says how large the vocabulary is",
             where=f"--student={spec}",
             remedy="name a teacher, or a model or config.json as --student",
         )
-    vocab_size = _vocab_size(teacher or open_shape(spec, "float32", token))
+    vocab_size = _vocab_size(teacher or open_shape(named, "float32", token))
     made = student_config(spec, vocab_size=vocab_size, bos_id=0, eos_id=0, token=token)
     return ModelShape.of(with_positions(made, config))
 

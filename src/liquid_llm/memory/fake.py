@@ -107,7 +107,7 @@ def build(shape: ModelShape) -> Any:
     with as_model_error(str(kind), "no causal language model can be built from this configuration"):
         config = AutoConfig.for_model(kind, **values)
         model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=torch_dtype(shape.dtype), trust_remote_code=False
+            config, attn_implementation=None, dtype=torch_dtype(shape.dtype), trust_remote_code=False
         )
     return model.eval()
 

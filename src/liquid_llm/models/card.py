@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 NAME = "README.md"
 
 _CARD = """---
-library_name: transformers
+{base}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - distillation
@@ -31,15 +32,17 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 """
 
 
-def write_card(title: str, facts: Mapping[str, object]) -> str:
+def write_card(title: str, facts: Mapping[str, object], base_model: str | None = None) -> str:
     """The text of a card.
 
     Args:
         title: what the student is called.
         facts: what is known of it, in words: name -> value; None is left out.
+        base_model: the model whose weights it began with, where there was one.
     """
     rows = [f"| {_in_cell(name)} | {_in_cell(value)} |" for name, value in facts.items() if value is not None]
-    return _CARD.format(title=_in_cell(title), rows="\n".join(rows))
+    base = "" if base_model is None else f"base_model: {json.dumps(base_model)}\n"
+    return _CARD.format(base=base, title=_in_cell(title), rows="\n".join(rows))
 
 
 def _in_cell(value: object) -> str:

@@ -26,7 +26,7 @@ def gguf_tokenizer(source: Source) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(source.place, gguf_file=source.gguf_file)
 
 
-def gguf_model(source: Source, *, dtype: torch.dtype, attention: str) -> tuple[Any, dict[str, Any]]:
+def gguf_model(source: Source, *, dtype: torch.dtype, attention: str | None) -> tuple[Any, dict[str, Any]]:
     """A plain model with the file's weights in ``dtype``, and transformers' report on missing or unexpected weights."""
     import transformers
     from accelerate import init_empty_weights

@@ -142,7 +142,7 @@ def open_weights(
 
     with as_model_error(model_id, "the model cannot be opened"), quiet_transformers():
         if source.gguf_file is not None:
-            model, report = gguf_model(source, dtype=dtype, attention=attention)
+            model, report = gguf_model(source, dtype=dtype, attention=choose_attention(attention))
             model.to(device)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -150,7 +150,7 @@ def open_weights(
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
-                attn_implementation=attention,
+                attn_implementation=choose_attention(attention),
                 output_loading_info=True,
                 **source.load_arguments(token),
             )
@@ -163,6 +163,11 @@ def open_weights(
         names = sorted(report["unexpected_keys"])
         logger.warning("%s: %d weights have no place in the model, such as %s", model_id, len(names), names[0])
     return model.eval()
+
+
+def choose_attention(asked: str) -> str | None:
+    """``sdpa`` as transformers chooses it by itself: where a model has none (Gemma 2), it takes eager attention."""
+    return None if asked == "sdpa" else asked
 
 
 def open_config(source: Source, model_id: str, token: str | None = None) -> Any:

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from liquid_llm.errors import ModelError
+from liquid_llm.models.cut import cut_config
 from liquid_llm.models.heads import check_causality, check_output_head
 from liquid_llm.models.loading import as_model_error, open_config, open_weights, quiet_transformers
 from liquid_llm.models.positions import fit_positions
 from liquid_llm.models.sources import Source, resolve
+from liquid_llm.models.spec import StudentSpec, parse_student
 
 _HEAD_DIM = 64
 _DEFAULT_POSITIONS = 4096  # rotary presets; learned tables have 1024 rows like GPT-2's
@@ -103,7 +105,7 @@ def build_student(
 
     Args:
         spec: a preset, a ``config.json`` file (both start from random weights), or a model id, folder or ``.gguf`` file
-            whose weights are taken.
+            whose weights are taken; a student that takes weights of a teacher is ``taking``'s to build.
         vocab_size: tokens of the shared tokenizer. New weights get exactly this vocabulary; a loaded model may have
             more (a padded embedding) but not fewer.
         bos_id, eos_id: kept in its configuration for generation.
@@ -114,10 +116,16 @@ def build_student(
         ModelError: an unknown spec, a model that cannot be opened or distilled, a vocabulary that is too small, or
             positions it cannot be given.
     """
-    if _is_configuration(spec):
-        model = _from_configuration(spec, vocab_size, bos_id, eos_id, seed)
+    base = parse_student(spec).base
+    if _is_configuration(base):
+        model = from_configuration(base, vocab_size, bos_id, eos_id, seed)
     else:
-        model = _from_weights(spec, vocab_size, bos_id, eos_id, token)
+        model = _from_weights(base, vocab_size, bos_id, eos_id, token)
+    return finish_student(model, bos_id, eos_id, block_size)
+
+
+def finish_student(model: Any, bos_id: int, eos_id: int, block_size: int) -> Any:
+    """Give a new student its special ids and positions, and look whether it can be distilled; raises likewise."""
     if model.generation_config is not None:
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         model.generation_config.update(**ids)
@@ -140,21 +148,35 @@ def student_config(spec: str, *, vocab_size: int, bos_id: int, eos_id: int, toke
     """
     from transformers import AutoConfig
 
+    asked = parse_student(spec)
+    if asked.cut is not None:
+        config = cut_config(open_taken_config(asked, token)[1], asked.cut, vocab_size, f"--student={spec}")
+        prepare_config(config, bos_id, eos_id)
+        return config
+    spec = asked.base
     if not _is_configuration(spec):
         config = open_config(_student_source(spec, token), spec, token)
-        _prepare(config, bos_id, eos_id)
+        prepare_config(config, bos_id, eos_id)
         return config
     if spec in PRESETS:
         preset = PRESETS[spec]
         config = AutoConfig.for_model(preset.model_type, tie_word_embeddings=True, **preset.settings)
     else:
         config = file_config(spec)
-    _prepare(config, bos_id, eos_id)
+    prepare_config(config, bos_id, eos_id)
     config.get_text_config(decoder=True).vocab_size = vocab_size
     return config
 
 
-def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int) -> Any:
+def open_taken_config(asked: StudentSpec, token: str | None) -> tuple[Source, Any]:
+    """The model that a student takes weights of, and its configuration. Raises ``ModelError`` where there is none."""
+    assert asked.teacher is not None
+    source = resolve(asked.teacher, token=token)
+    return source, open_config(source, asked.teacher, token)
+
+
+def from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, seed: int) -> Any:
+    """A student with random weights, of a preset or a ``config.json``; raises as ``build_student``."""
     from transformers import AutoModelForCausalLM
 
     config = student_config(spec, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
@@ -164,7 +186,7 @@ def _from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, se
         quiet_transformers(),
     ):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=None, dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     return model
 
@@ -194,9 +216,9 @@ def _student_source(spec: str, token: str | None) -> Source:
 def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, token: str | None) -> Any:
     source = _student_source(spec, token)
     config = open_config(source, spec, token)
-    _prepare(config, bos_id, eos_id)
+    prepare_config(config, bos_id, eos_id)
     model = open_weights(source, spec, dtype=torch.float32, device="cpu", attention="sdpa", token=token, config=config)
-    _prepare(model.config, bos_id, eos_id)
+    prepare_config(model.config, bos_id, eos_id)
     available = model.get_output_embeddings().weight.shape[0]
     if available < vocab_size:
         raise ModelError(
@@ -209,7 +231,7 @@ def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, token: s
     return model
 
 
-def _prepare(config: Any, bos_id: int, eos_id: int) -> None:
+def prepare_config(config: Any, bos_id: int, eos_id: int) -> None:
     """Dropout off, the tokenizer's special ids, and no token for padding (its embedding row would be kept at zero).
 
     Where the configuration was read is forgotten: a checkpoint and an exported student name no folder of this machine.

@@ -126,6 +126,9 @@ def load_online(
     kernel = attention(device, dtype.value)
     log.info("teacher %s in %s (%s), attention %s (%s)", model_id, *vars(dtype).values(), *vars(kernel).values())
     loaded = load_teacher(model_id, dtype=torch_dtype(dtype.value), device=device, attention=kernel.value, token=token)
+    used = loaded.model.config._attn_implementation
+    if used != kernel.value:  # transformers has no other for Gemma 2, whose scores are capped
+        kernel = Choice(used, f"{loaded.model.config.model_type} has no {kernel.value}")
     return loaded, {"teacher_dtype": dtype, "attention": kernel}
 
 

@@ -16,9 +16,10 @@ from liquid_llm.errors import ModelError, StorageError
 from liquid_llm.models.card import write_card
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import load_tokenizer, quiet_transformers
+from liquid_llm.models.spec import parse_student
 from liquid_llm.provenance import FOLDER, OPTIONS
 from liquid_llm.wiring.framing import framings_of
-from liquid_llm.wiring.students import build_from_config, load_weights
+from liquid_llm.wiring.students import build_from_config, describe_taken, load_weights
 from liquid_llm.wiring.templates import stop_at_turns
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 STUDENT = "student"
 TOKENIZER = f"{FOLDER}/tokenizer"
-_NAMING = ("lm_teacher_id", "teacher_name", "mc_teacher_id", "student")  # options that name a model with a tokenizer
+_NAMING = ("lm_teacher_id", "teacher_name", "mc_teacher_id")  # options that name a model with a tokenizer
 
 
 def save_with_card(model: Any, tokenizer: Any, metadata: CheckpointMetadata, folder: Path) -> None:
@@ -41,13 +42,20 @@ def save_with_card(model: Any, tokenizer: Any, metadata: CheckpointMetadata, fol
 
 
 def _card(model: Any, metadata: CheckpointMetadata) -> str:
-    spec = Path(str(metadata.student.get("spec", STUDENT))).name.removesuffix(".json")  # no folder of this machine
+    taken, asked = metadata.student.get("taken"), str(metadata.student.get("spec", STUDENT))
+    spec = Path(asked).name.removesuffix(".json")  # no folder of this machine
+    if taken is not None:
+        student = parse_student(asked)
+        spec = (
+            f"a cut of {taken['model']}" if student.cut is not None else Path(student.base).name.removesuffix(".json")
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     teachers = metadata.run.get("teachers") or {}
     taught = "; ".join(f"{type} by {name}" for type, name in teachers.items())
     loss = metadata.best_val_loss
     facts = {
         "student": spec,
+        "weights to begin with": None if taken is None else describe_taken(taken),
         "parameters": f"{parameters:,}, {next(model.parameters()).dtype}".replace("torch.", ""),
         "optimizer steps": f"{metadata.step:,}",
         "tokens seen": f"{metadata.tokens_seen:,}",
@@ -56,7 +64,7 @@ def _card(model: Any, metadata: CheckpointMetadata) -> str:
         "lowest validation loss so far": None if loss is None else f"{loss:.4f} nats a token",
         "tokenizer": f"sha256 {metadata.tokenizer_hash}",
     }
-    return write_card(spec, facts)
+    return write_card(spec, facts, None if taken is None else str(taken["model"]))
 
 
 def keep_tokenizer(tokenizer: Any, run_dir: Path) -> None:
@@ -148,6 +156,9 @@ def _models(options: str) -> list[str]:
     if not isinstance(given, Mapping):
         return []
     names = [given[name] for name in _NAMING if isinstance(given.get(name), str)]
+    if isinstance(given.get("student"), str):
+        student = parse_student(given["student"])
+        names.append(student.teacher or student.base)
     sources = given.get("sources")
     teachers = [one.get("teacher") for one in sources.values()] if isinstance(sources, Mapping) else []
     online = [str(one).removeprefix("online:") for one in teachers if str(one).startswith("online:")]

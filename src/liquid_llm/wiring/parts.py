@@ -43,7 +43,15 @@ from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.start import Start
-from liquid_llm.wiring.students import BuiltStudent, load_weights, make_student, name_tokens
+from liquid_llm.wiring.students import (
+    BuiltStudent,
+    calibration_text,
+    check_shape,
+    load_weights,
+    make_student,
+    name_tokens,
+    takes_weights,
+)
 from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers, teacher_spec
 from liquid_llm.wiring.tokenizers import TextTools, choose_tokenizer
 from liquid_llm.wiring.tokens import read_token
@@ -58,6 +66,7 @@ class Basis:
     Attributes:
         config: the run's, with nothing left to be decided by memory.
         decided: what memory decided, for checkpoints.
+        built: the student; None where it is made of a teacher's weights, which takes text of the run.
         dtype: of the student's products.
     """
 
@@ -65,7 +74,7 @@ class Basis:
     decided: dict[str, Any]
     token: str | None
     text: TextTools
-    built: BuiltStudent
+    built: BuiltStudent | None
     device: torch.device
     dtype: torch.dtype
     choices: dict[str, Choice]
@@ -75,6 +84,7 @@ class Basis:
 class Parts(Basis):
     """What a training job is made of; see each class."""
 
+    built: BuiltStudent
     engine: Engine
     inputs: Inputs
     teachers: RunTeachers
@@ -104,9 +114,13 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
     config, choices, decided = settle(config, start, text, device, token)
-    built = make_student(config, start, text, device, token)
-    if config.data.document_mask:
-        check_documents(built.model)
+    built = None
+    if takes_weights(config, start):
+        check_shape(config, text, token)
+    else:
+        built = make_student(config, start, text, device, token)
+        if config.data.document_mask:
+            check_documents(built.model)
     check_teachers(config, token)
     return Basis(
         config=config,
@@ -126,11 +140,18 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     Raises:
         LiquidError: any problem a user can cause.
     """
-    config, text, built = basis.config, basis.text, basis.built
+    config, text = basis.config, basis.text
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = _read_inputs(config, text, basis.token, entries)
     text = replace(text, framings=text.framings.of(inputs.types))
+    stream = _make_stream(config, inputs, engine)
+    built = basis.built
+    if built is None:
+        calibration = calibration_text(_make_stream(config, inputs, Engine()))
+        built = make_student(config, start, basis.text, basis.device, basis.token, calibration)
+        if config.data.document_mask:
+            check_documents(built.model)
     if text.framings.student != basis.text.framings.student:
         name_tokens(built.model, text.framings.student)
     _say_unknown_types(config, inputs.types)
@@ -150,7 +171,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
     )
     parts = Parts(
-        **{**vars(basis), "text": text, "choices": {**basis.choices, **teachers.choices}},
+        **{**vars(basis), "text": text, "built": built, "choices": {**basis.choices, **teachers.choices}},
         engine=engine,
         inputs=inputs,
         teachers=teachers,
@@ -160,22 +181,26 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         evaluator=Evaluator(
             sets, config.data.block_size, config.evaluation.context_lengths, teachers.router, engine=engine
         ),
-        stream=TrainingStream(
-            inputs.mixture,
-            block_size=config.data.block_size,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            sample_tokens=config.data.seq_len,
-            document_mask=config.data.document_mask,
-            rank=engine.rank,
-            world_size=engine.world_size,
-        ),
+        stream=stream,
         progress=Progress(selection=_selection(config, inputs, text)),
         accumulator=StepAccumulator(inputs.types, engine),
     )
     _restore(parts, start)
     say_noise(config, schedules, teachers.router, learnt_positions(parts.stream, inputs.mixture), parts.progress.step)
     return parts
+
+
+def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine) -> TrainingStream:
+    return TrainingStream(
+        inputs.mixture,
+        block_size=config.data.block_size,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        sample_tokens=config.data.seq_len,
+        document_mask=config.data.document_mask,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
 
 
 def _say_unknown_types(config: RunConfig, types: Sequence[str]) -> None:

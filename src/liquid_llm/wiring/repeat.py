@@ -14,6 +14,7 @@ from typing import Any
 from liquid_llm import storage
 from liquid_llm.config import RunConfig
 from liquid_llm.framing import Framings
+from liquid_llm.models.spec import parse_student
 from liquid_llm.models.student import PRESETS
 from liquid_llm.options import AUTO
 from liquid_llm.runtime import Choice
@@ -27,11 +28,11 @@ _CHOSEN = {  # choice -> option
     "begin_token": "begin_token",
 }
 _PATHS = """
-    student resume_gcs_uri teacher_name lm_teacher_id mc_teacher_id math_logits_dir code_logits_dir hf_token_file
+    resume_gcs_uri teacher_name lm_teacher_id mc_teacher_id math_logits_dir code_logits_dir hf_token_file
     fa_wheel_gcs dataset_name dataset_manifest data_cache datasets_yaml prep_toolkit_zip_uri prep_extract_dir
     chat_template
 """
-_WORDS = {"student": (*PRESETS,), "chat_template": ("chatml",)}  # never paths, whatever lies there
+_WORDS = {"chat_template": ("chatml",)}  # never paths, whatever lies there
 
 
 def options_to_repeat(given: Mapping[str, object], choices: Mapping[str, Choice], **settled: object) -> dict[str, Any]:
@@ -79,6 +80,8 @@ def _plain(name: str, value: object) -> object:
     if name == "sources":
         assert isinstance(value, Mapping)
         return {type: {key: _in_source(key, one) for key, one in fields.items()} for type, fields in value.items()}
+    if name == "student":
+        return str(parse_student(str(value)).with_names(lambda one: one if one in PRESETS else str(_absolute(one))))
     return _absolute(value) if name in _PATHS.split() and value not in _WORDS.get(name, ()) else value
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from liquid_llm.config import RunConfig
+from liquid_llm.data.loader import TrainingStream
 from liquid_llm.errors import CheckpointError, UsageError
 from liquid_llm.framing import Framing
+from liquid_llm.models.importance import Text, mean_loss
 from liquid_llm.models.positions import (
     Stretch,
     fit_positions,
@@ -24,11 +27,15 @@ from liquid_llm.models.positions import (
     plan_stretch,
     positional_embedding,
 )
-from liquid_llm.models.student import build_student, enable_gradient_checkpointing
+from liquid_llm.models.spec import parse_student
+from liquid_llm.models.student import build_student, enable_gradient_checkpointing, student_config
+from liquid_llm.models.taking import TakenStudent, take_student
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
+
+_CALIBRATION_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,55 @@ class BuiltStudent:
     stretch: Stretch | None = None
 
 
+def takes_weights(config: RunConfig, start: Start) -> bool:
+    """Whether the student is made of a teacher's weights, for which text of the run is needed; one goes on without."""
+    fresh = start.origin.config is None and not start.origin.state_dict
+    return fresh and parse_student(config.student.spec).teacher is not None
+
+
+def calibration_text(stream: TrainingStream) -> list[Text]:
+    """The first sequences that the run is going to train on, some thousand tokens: a function of its seed."""
+    found: list[Text] = []
+    tokens = 0
+    for index in itertools.count():
+        batch = stream.micro_batch(index)
+        for ids, labels, length in zip(batch.input_ids, batch.labels, batch.lengths.tolist(), strict=True):
+            if tokens >= _CALIBRATION_TOKENS:
+                return found
+            length = min(length, _CALIBRATION_TOKENS)
+            found.append((ids[:length], labels[:length]))
+            tokens += length
+    raise AssertionError("a stream has no end")
+
+
+def check_shape(config: RunConfig, text: TextTools, token: str | None) -> None:
+    """Refuse a student that cannot be made of its teacher, from configurations alone; raises as ``make_student``."""
+    framing = text.framings.student
+    student_config(
+        config.student.spec, vocab_size=text.vocab_size, bos_id=framing.bos_id, eos_id=framing.end_id, token=token
+    )
+
+
 def make_student(
-    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None
+    config: RunConfig,
+    start: Start,
+    text: TextTools,
+    device: torch.device,
+    token: str | None,
+    calibration: Sequence[Text] = (),
 ) -> BuiltStudent:
     """Build the student a run starts from.
+
+    Args:
+        calibration: text of the run, where ``takes_weights``.
 
     Raises:
         CheckpointError: the weights are of another architecture or vocabulary.
         ModelError: the architecture's head is not one the loss understands.
         UsageError: an evaluation length past what the student supports.
     """
-    model = _build(config, start, text, token)
+    taken = _take(config, text, device, token, calibration) if takes_weights(config, start) else None
+    model = _build(config, start, text, token) if taken is None else taken.model
     if start.origin.state_dict:
         load_weights(model, start.origin.state_dict, start.origin.description)
     metadata = start.origin.metadata
@@ -73,7 +118,50 @@ def make_student(
     kind = positional_embedding(model)
     trained = longest if start.kind == "fresh" else max(longest, trained or max_positions(model) or longest)
     description = {"spec": _spec(config, start), "config": model.config.to_dict(), "trained_positions": trained}
+    if taken is not None:
+        log.info("%s", _say_taken(taken, mean_loss(model, calibration)))
+        description["taken"] = taken.facts
+    elif metadata is not None and "taken" in metadata.student:
+        description["taken"] = metadata.student["taken"]
     return BuiltStudent(model, kind, description, stretch)
+
+
+def _take(
+    config: RunConfig, text: TextTools, device: torch.device, token: str | None, calibration: Sequence[Text]
+) -> TakenStudent:
+    framing = text.framings.student
+    return take_student(
+        config.student.spec,
+        vocab_size=text.vocab_size,
+        bos_id=framing.bos_id,
+        eos_id=framing.end_id,
+        block_size=config.longest_context,
+        seed=config.seed,
+        device=device,
+        text=calibration,
+        token=token,
+    )
+
+
+def _say_taken(taken: TakenStudent, loss: float) -> str:
+    """What was taken and what the student makes of the run's text before it is trained, on one line."""
+    parameters = sum(parameter.numel() for parameter in taken.model.parameters())
+    known = "" if taken.teacher_loss is None else f", that model's {taken.teacher_loss:.4f}"
+    return f"student: {describe_taken(taken.facts)}; {parameters:,} parameters; loss untrained {loss:.4f}{known}"
+
+
+def describe_taken(facts: Mapping[str, Any]) -> str:
+    """What a checkpoint's ``taken`` says, in words."""
+    if "embedding" in facts:
+        narrow, wide = facts["embedding"]
+        return f"embedding of {facts['model']}, {wide} channels projected to {narrow} ({facts['kept']:.0%} kept)"
+    sizes = {name: pair for name, pair in facts["sizes"].items() if pair[0] != pair[1]}
+    layers, all_layers = facts["sizes"]["num_hidden_layers"]
+    words = [f"{layers} of {all_layers} layers of {facts['model']}"]
+    if layers < all_layers:
+        words[0] += f" ({'+'.join(map(str, facts['layers']))})"
+    words += [f"{name} {ours} of {all}" for name, (ours, all) in sizes.items() if name != "num_hidden_layers"]
+    return ", ".join(words)
 
 
 def _spec(config: RunConfig, start: Start) -> str:
@@ -88,13 +176,33 @@ def _spec(config: RunConfig, start: Start) -> str:
 def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) -> Any:
     """The architecture: the checkpoint's own where it says, else ``--student`` with the tokenizer's vocabulary."""
     if start.origin.config is None:
+        if parse_student(config.student.spec).teacher is not None:  # weights that are there already fill it
+            return _build_shape(config.student.spec, text, text.vocab_size, config.seed, token, {})
         return _build_spec(config.student.spec, text, text.vocab_size, config.longest_context, config.seed, token)
     known = None if start.origin.metadata is None else start.origin.metadata.student.get("spec")
     if "student" in config.given and config.student.spec != known:
         vocab_size = int(start.origin.config.get("vocab_size", text.vocab_size))
-        expected = _build_spec(config.student.spec, text, vocab_size, 2, config.seed, token)
+        expected = _build_shape(config.student.spec, text, vocab_size, config.seed, token, start.origin.config)
         require_weights_of(expected, start.origin.state_dict, start.origin.description)
     return build_from_config(start.origin.config, text, start.origin.description, config.seed)
+
+
+def _build_shape(
+    spec: str, text: TextTools, vocab_size: int, seed: int, token: str | None, like: Mapping[str, Any]
+) -> Any:
+    """A student as ``spec`` asks for it, whose weights count for nothing.
+
+    Of a cut the blocks that importance chose are unknown, so they are taken to be of the kinds that ``like`` has.
+    """
+    if parse_student(spec).teacher is None:
+        return _build_spec(spec, text, vocab_size, 2, seed, token)
+    framing = text.framings.student
+    config = student_config(spec, vocab_size=vocab_size, bos_id=framing.bos_id, eos_id=framing.end_id, token=token)
+    values = {**config.to_dict(), "model_type": config.model_type}
+    kinds = like.get("layer_types")
+    if kinds is not None and len(kinds) == values.get("num_hidden_layers"):
+        values["layer_types"] = kinds
+    return build_from_config(values, text, f"--student={spec}", seed)
 
 
 def build_from_config(config: Mapping[str, Any], text: TextTools, source: str, seed: int = 0) -> Any:

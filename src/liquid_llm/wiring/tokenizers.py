@@ -11,6 +11,7 @@ from liquid_llm.data.learning import USUAL, Learning
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.framing import Framings
 from liquid_llm.models.loading import load_tokenizer
+from liquid_llm.models.spec import parse_student
 from liquid_llm.models.student import PRESETS
 from liquid_llm.models.tokenizers import frame_tokenizer, highest_id, require_same_tokenizer, tokenizer_hash
 from liquid_llm.wiring.framing import Speaker, choose_framings, recorded_framing
@@ -64,18 +65,22 @@ def choose_tokenizer(config: RunConfig, start: Start, token: str | None) -> Text
         sources.append((start.origin.description, start.origin.tokenizer_folder))
     named = [] if config.teacher.online_id is None else [config.teacher.online_id]
     sources += [(f"online teacher {model_id}", model_id) for model_id in dict.fromkeys([*named, *config.source.online])]
+    student = parse_student(config.student.spec)
+    needed = start.kind == "fresh" or not sources
+    if student.teacher is not None and needed and all(model_id != student.teacher for _, model_id in sources):
+        sources.append((f"--student={config.student.spec}", student.teacher))
     if not sources and config.teacher.stored_id is not None:
         # Otherwise it is not needed here: the store itself says which tokenizer its signal is of.
         sources.append((f"stored teacher {config.teacher.stored_id}", config.teacher.stored_id))
     if not sources:
-        if config.student.spec in PRESETS or config.student.spec.endswith(".json"):
+        if student.base in PRESETS or student.base.endswith(".json"):
             raise UsageError(
                 "nothing says which tokenizer to use",
                 where=f"--student={config.student.spec}",
                 got="a shape without a tokenizer, and no teacher",
                 remedy=f"give --{config.teacher_option}, or a Hugging Face model or folder as --student",
             )
-        sources.append((f"--student={config.student.spec}", config.student.spec))
+        sources.append((f"--student={config.student.spec}", student.base))
     speakers = {model_id: Speaker(name, load_tokenizer(model_id, token=token)) for name, model_id in sources}
     own, *others = speakers.values()
     for other in others:
