@@ -19,6 +19,7 @@ from liquid_llm.sources import SPELLINGS, SourceConfig, default_layout, read_giv
 
 T = TypeVar("T")
 
+BARE = ANNEAL  # whose options name texts and a teacher and nothing else, for a job that trains nothing
 NOWHERE = "-"  # for a file that a job needs and its memory does not depend on
 
 

@@ -108,6 +108,13 @@ def test_bfloat16_rounds_and_does_nothing_else(short, tmp_path):
     assert 0 < difference < 0.05
 
 
+def test_the_copy_of_the_tokenizer_that_a_run_keeps_is_enough(short, tmp_path):
+    run = as_of(short, 8, tmp_path / "run")
+    shutil.copytree(short / "provenance" / "tokenizer", run / "provenance" / "tokenizer")
+    assert export(run, tmp_path / "student") == 0
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path / "student")) == tokenizer_hash(tiny_tokenizer(512))
+
+
 def test_without_its_own_copy_the_tokenizer_comes_from_what_the_options_name(tiny, short, tmp_path, capsys):
     run = as_of(short, 8, tmp_path / "run")
     assert export(run, tmp_path / "a") == 2

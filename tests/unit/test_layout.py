@@ -17,6 +17,8 @@ LONGER: dict[str, str] = {}
 WALKED = {
     "jobs/capture": "integration/test_hybrid_run.py",
     "jobs/dry_run": "integration/test_hybrid_run.py",
+    "jobs/evaluate": "integration/test_evaluate.py",
+    "jobs/evaluation_table": "integration/test_evaluate.py",
     "jobs/export": "integration/test_export.py",
     "jobs/memory": "integration/test_memory_command.py",
     "jobs/prepare": "integration/test_prepare.py",
@@ -24,6 +26,8 @@ WALKED = {
     "jobs/train": "integration/test_hybrid_run.py",
     "wiring/exports": "integration/test_export.py",
     "wiring/inputs": "integration/test_prepare.py",
+    "wiring/judging": "integration/test_evaluate.py",
+    "wiring/opening": "integration/test_evaluate.py",
     "wiring/parts": "integration/test_hybrid_run.py",
     "wiring/repeat": "integration/test_repeat.py",
     "wiring/shapes": "integration/test_memory_command.py",

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from liquid_llm.cli.evaluate import evaluate
 from liquid_llm.cli.export import export
 from liquid_llm.cli.memory import memory
 from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prepare": (lambda rest: _face(PREPARE, rest), "stream raw datasets into shards"),
         "memory": (memory, "how much memory a job takes, and whether it fits"),
         "store": (store, "pack, verify, measure and compare stores of teacher signal"),
+        "evaluate": (evaluate, "how good students are on held-out text, beside their teacher"),
         "export": (export, "a run's student as a Hugging Face folder: the best, any snapshot, of an interrupted run"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
         "report": (_report, "make report.html of a run again from its files"),

@@ -35,11 +35,12 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Positional:
-    """A word of a command line that is no option: a file, folder or URL."""
+    """A word of a command line that is no option: a file, folder or URL. ``many``: one or several of them, a list."""
 
     name: str
     metavar: str
     help: str
+    many: bool = False
 
 
 def build_parser(
@@ -48,7 +49,8 @@ def build_parser(
     """The parser of one command; values not given stay absent from the namespace."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for one in positionals:
-        parser.add_argument(one.name, metavar=one.metavar, type=_path, help=one.help)
+        nargs = {"nargs": "+"} if one.many else {}
+        parser.add_argument(one.name, metavar=one.metavar, type=_path, help=one.help, **nargs)  # type: ignore[arg-type]
     if options:
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     groups: dict[str, argparse._ArgumentGroup] = {}

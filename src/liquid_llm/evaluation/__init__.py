@@ -6,7 +6,20 @@ evaluator  the rows that a run writes while it trains (``evaluator``)
 """
 
 from liquid_llm.evaluation.evaluator import MEASURED, Evaluator, Score
+from liquid_llm.evaluation.judge import Judge
 from liquid_llm.evaluation.measures import NUM_BINS, PositionMeasures, compare
+from liquid_llm.evaluation.result import Evaluation
 from liquid_llm.evaluation.sums import Estimate, TextSums
 
-__all__ = ["MEASURED", "NUM_BINS", "Estimate", "Evaluator", "PositionMeasures", "Score", "TextSums", "compare"]
+__all__ = [
+    "MEASURED",
+    "NUM_BINS",
+    "Estimate",
+    "Evaluation",
+    "Evaluator",
+    "Judge",
+    "PositionMeasures",
+    "Score",
+    "TextSums",
+    "compare",
+]

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.discovery import (
-    DATA_SUFFIX,
-    SIDECAR_SUFFIX,
-    is_known,
-    newest_first,
-    remote_sidecars,
-    sidecars,
-    step_name,
-)
-from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.errors import CheckpointError, UsageError
 from liquid_llm.models.export import find_foreign
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.terminal import setup_logging
-from liquid_llm.wiring.exports import find_tokenizer, rebuild, save_with_card
+from liquid_llm.wiring.exports import find_checkpoint, find_tokenizer, rebuild, save_with_card
 from liquid_llm.wiring.places import cache_dir
 
 log = logging.getLogger(__name__)
 
-_STEP = "step-"
 _MODEL = "config.json"
 
 
@@ -49,7 +37,7 @@ def run_export(
     """
     setup_logging("INFO")
     _require_room(folder, force)
-    run, uri = _find_checkpoint(source, which)
+    run, uri = find_checkpoint(source, which)
     work_dir = cache_dir() / "resume"
     origin = read_student_weights(uri, work_dir)
     if origin.metadata is None or origin.config is None:
@@ -102,61 +90,6 @@ def _require_room(folder: str, force: bool) -> None:
         raise UsageError(
             "this folder holds a model already", where=folder, remedy="name another, or replace it with --force"
         )
-
-
-def _find_checkpoint(source: str, which: str | None) -> tuple[str, str]:
-    """The run directory and the checkpoint's data file; neither has been opened.
-
-    Raises:
-        CheckpointError: there is none, or not the one that is asked for.
-        UsageError: ``which`` is no name of a checkpoint, or goes with one.
-    """
-    if source.endswith(DATA_SUFFIX):
-        if which is not None:
-            raise UsageError("--which chooses from a run directory, and this is one checkpoint", where=source)
-        return source.rpartition("/")[0] or ".", source
-    found = (
-        remote_sidecars(source, log.warning)[0] if storage.is_remote(source) else sidecars(storage.local_path(source))
-    )
-    if not found:
-        raise _nothing(source)
-    name = _choose(found, which, source)
-    log.info("%s: %s of step %d", source, name, found[name].step)
-    return source, storage.join(source, name + DATA_SUFFIX)
-
-
-def _choose(found: Mapping[str, CheckpointMetadata], which: str | None, source: str) -> str:
-    if which is None:
-        return "best" if "best" in found else newest_first(found)[0]
-    number = which.removeprefix(_STEP)
-    name = step_name(int(number)) if which.startswith(_STEP) and number.isdecimal() else which
-    if not is_known(name):
-        raise UsageError(
-            "this is no name of a checkpoint",
-            where=f"--which={which}",
-            expected="best, last, final, step-N or a time-... that is there",
-        )
-    if name not in found:
-        raise CheckpointError(
-            "the run has no such checkpoint",
-            where=source,
-            got=f"--which={which}",
-            expected=f"one of {', '.join(sorted(found))}",
-        )
-    return name
-
-
-def _nothing(source: str) -> CheckpointError:
-    below = {one.name.rpartition("/")[0] for one in storage.list_files(source) if one.name.endswith(SIDECAR_SUFFIX)} - {
-        ""
-    }
-    runs = [storage.join(source, name) for name in sorted(below)]
-    return CheckpointError(
-        "there is no complete checkpoint here",
-        where=source,
-        expected="a run directory with one, or a .pt file",
-        remedy=f"name one of the runs in it: {', '.join(runs[:4])}" if runs else "check the spelling of the path",
-    )
 
 
 def _send(fresh: Path, uri: str) -> None:

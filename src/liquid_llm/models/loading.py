@@ -40,11 +40,14 @@ class LoadedModel:
 
 
 def load_tokenizer(model_id: str, *, token: str | None = None) -> Any:
-    """The tokenizer of ``model_id``.
+    """The tokenizer of ``model_id``, which may be a folder with a tokenizer alone, as a run keeps it.
 
     Raises:
         ModelError: not found, not reachable, or no usable tokenizer in it.
     """
+    folder = Path(model_id).expanduser()
+    if (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file():
+        return _open_tokenizer(Source(folder.name, "", str(folder.resolve())), model_id, token)
     return _open_tokenizer(resolve(model_id, token=token), model_id, token)
 
 

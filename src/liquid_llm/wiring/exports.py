@@ -10,9 +10,18 @@ from typing import Any
 import yaml
 
 from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import (
+    DATA_SUFFIX,
+    SIDECAR_SUFFIX,
+    is_known,
+    newest_first,
+    remote_sidecars,
+    sidecars,
+    step_name,
+)
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.resume import ResumeSource
-from liquid_llm.errors import ModelError, StorageError
+from liquid_llm.errors import CheckpointError, ModelError, StorageError, UsageError
 from liquid_llm.models.card import write_card
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import load_tokenizer, quiet_transformers
@@ -26,6 +35,7 @@ from liquid_llm.wiring.tokenizers import TextTools
 log = logging.getLogger(__name__)
 
 STUDENT = "student"
+_STEP = "step-"
 TOKENIZER = f"{FOLDER}/tokenizer"
 _NAMING = ("lm_teacher_id", "teacher_name", "mc_teacher_id")  # options that name a model with a tokenizer
 
@@ -163,3 +173,58 @@ def _models(options: str) -> list[str]:
     teachers = [one.get("teacher") for one in sources.values()] if isinstance(sources, Mapping) else []
     online = [str(one).removeprefix("online:") for one in teachers if str(one).startswith("online:")]
     return list(dict.fromkeys([*names, *online]))
+
+
+def find_checkpoint(source: str, which: str | None) -> tuple[str, str]:
+    """The run directory and the checkpoint's data file; neither has been opened.
+
+    Raises:
+        CheckpointError: there is none, or not the one that is asked for.
+        UsageError: ``which`` is no name of a checkpoint, or goes with one.
+    """
+    if source.endswith(DATA_SUFFIX):
+        if which is not None:
+            raise UsageError("--which chooses from a run directory, and this is one checkpoint", where=source)
+        return source.rpartition("/")[0] or ".", source
+    found = (
+        remote_sidecars(source, log.warning)[0] if storage.is_remote(source) else sidecars(storage.local_path(source))
+    )
+    if not found:
+        raise _nothing(source)
+    name = _choose(found, which, source)
+    log.info("%s: %s of step %d", source, name, found[name].step)
+    return source, storage.join(source, name + DATA_SUFFIX)
+
+
+def _choose(found: Mapping[str, CheckpointMetadata], which: str | None, source: str) -> str:
+    if which is None:
+        return "best" if "best" in found else newest_first(found)[0]
+    number = which.removeprefix(_STEP)
+    name = step_name(int(number)) if which.startswith(_STEP) and number.isdecimal() else which
+    if not is_known(name):
+        raise UsageError(
+            "this is no name of a checkpoint",
+            where=f"--which={which}",
+            expected="best, last, final, step-N or a time-... that is there",
+        )
+    if name not in found:
+        raise CheckpointError(
+            "the run has no such checkpoint",
+            where=source,
+            got=f"--which={which}",
+            expected=f"one of {', '.join(sorted(found))}",
+        )
+    return name
+
+
+def _nothing(source: str) -> CheckpointError:
+    below = {one.name.rpartition("/")[0] for one in storage.list_files(source) if one.name.endswith(SIDECAR_SUFFIX)} - {
+        ""
+    }
+    runs = [storage.join(source, name) for name in sorted(below)]
+    return CheckpointError(
+        "there is no complete checkpoint here",
+        where=source,
+        expected="a run directory with one, or a .pt file",
+        remedy=f"name one of the runs in it: {', '.join(runs[:4])}" if runs else "check the spelling of the path",
+    )

@@ -113,7 +113,8 @@ def read_manifest_inputs(
         layout = layout_of(entry.type)
         seen = sys.maxsize if layout == WINDOWS else min(config.seq_len, config.block_size)
         dataset = _keep_learnt(dataset, seen, unlearnt)
-        train, held = split(dataset, config.val_fraction)
+        # All of it is held out where nothing is trained on.
+        train, held = split(dataset, config.val_fraction) if config.val_fraction < 1 else (dataset, dataset)
         if len(train) == 0:
             raise DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
         cut = _cutter(config, layout)

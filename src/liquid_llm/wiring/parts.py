@@ -143,7 +143,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     config, text = basis.config, basis.text
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
-    inputs = _read_inputs(config, text, basis.token, entries)
+    inputs = read_inputs(config, text, basis.token, entries)
     text = replace(text, framings=text.framings.of(inputs.types))
     stream = _make_stream(config, inputs, engine)
     built = basis.built
@@ -214,7 +214,8 @@ def _selection(config: RunConfig, inputs: Inputs, text: TextTools) -> PositionSe
     return None if share == 1.0 else PositionSelection(share, inputs.types, text.vocab_size)
 
 
-def _read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]) -> Inputs:
+def read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]) -> Inputs:
+    """The texts of a configuration, tokenised: of a manifest's entries, or of a named dataset."""
     with Stage("tokenise", unit="tokens", total=None) as stage:
 
         def progress(fraction: float, num_tokens: int) -> None:

@@ -1,0 +1,64 @@
+"""``liquid evaluate``: words in, exit code out."""
+
+from __future__ import annotations
+
+from liquid_llm.cli.parse import Positional, parse
+from liquid_llm.options import ANNEAL, DATA, OUTPUT, STUDENT, TEACHER, TRAIN, Option, options_of
+
+_DESCRIPTION = (
+    "Say how good students are on held-out text, beside their teacher: loss, bits a byte, KL at T=1, agreement, "
+    "overlap, calibration, each with its standard error over texts. Several students are compared on the same texts. "
+    "A run is evaluated on what it held out itself, beside its own teachers, unless others are named."
+)
+_STUDENTS = Positional(
+    "students",
+    "STUDENT",
+    "run directory (its best checkpoint, else its last), .pt file of a run, Hugging Face folder, zip or id, .gguf; "
+    "paths may be URLs",
+    many=True,
+)
+_RECORDS = (
+    "files of records in place of a manifest, all of which is evaluated on: FILE (texts of type lm) or TYPE=FILE, "
+    "comma-separated"
+)
+_TEACHER = "teacher of every type: Hugging Face id or folder, store:URI, or none (default: the run's own)"
+_OWN = (
+    Option("which", "str", STUDENT, "which", None, "of run directories: best, last, final, step-N or time-..."),
+    Option(
+        "tokenizer", "str", STUDENT, "tokenizer", None, "a model with the students' tokenizer, where none came along"
+    ),
+    Option("teacher", "str", TEACHER, "teacher", None, _TEACHER),
+    Option("records", "str", DATA, "records", None, _RECORDS),
+    Option(
+        "json",
+        "str",
+        OUTPUT,
+        "json",
+        None,
+        "file or URL for all that was found, as JSON; evaluation.json of a run has it too",
+    ),
+)
+_SHARED = """
+    precision signal teacher_precision hf_token_file hf_token_uri hf_token_secret dataset_name dataset_config
+    dataset_manifest block_size seq_len batch_size document_mask val_fraction begin_token num_workers data_cache learn
+    chat_template eval_ctx_lens eval_tokens device
+"""
+
+
+def _options() -> tuple[Option, ...]:
+    """Its own and those that mean the same as in training, which runs have their values of."""
+    shared = {one.name: one for face in (ANNEAL, TRAIN) for one in options_of(face) if one.name in _SHARED.split()}
+    return (*_OWN, *shared.values())
+
+
+def evaluate(words: list[str]) -> int:
+    """Parse and run one ``liquid evaluate``; returns the exit code.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    given = parse(_options(), words, "liquid evaluate", _DESCRIPTION, positionals=(_STUDENTS,))
+    students = given.pop("students")
+    from liquid_llm.jobs.evaluate import run_evaluate
+
+    return run_evaluate(students, given)  # type: ignore[arg-type]

@@ -1,0 +1,110 @@
+"""``liquid evaluate``: students on held-out text, beside their teacher, with the uncertainty of each figure."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from liquid_llm import storage
+from liquid_llm.evaluation import Evaluation, Judge
+from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
+from liquid_llm.jobs.evaluation_table import print_evaluations
+from liquid_llm.jobs.prepare import find_run_data
+from liquid_llm.models.token_bytes import token_bytes
+from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
+from liquid_llm.terminal import Stage, setup_logging
+from liquid_llm.training import Student
+from liquid_llm.wiring.judging import Judgement, evaluation_config, judge_on, records_entries
+from liquid_llm.wiring.opening import OpenedStudent, open_student
+from liquid_llm.wiring.tokens import read_token
+
+log = logging.getLogger(__name__)
+
+
+def run_evaluate(students: Sequence[str], given: Mapping[str, Any]) -> int:
+    """Evaluate, print a table, write ``evaluation.json`` beside each run and where ``json`` says; the exit code.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    setup_logging("INFO")
+    found = evaluate_students(students, given)
+    for one in found:
+        if one.about["run"] is not None:
+            storage.write_bytes(storage.join(one.about["run"], FILE_NAME), _as_json(one.plain()))
+    if given.get("json"):
+        storage.write_bytes(str(given["json"]), _as_json([one.plain() for one in found]))
+    print_evaluations(found)
+    return 0
+
+
+def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None = None) -> list[Evaluation]:
+    """Evaluate students on the same texts; the teacher is asked once a batch for all of them.
+
+    Args:
+        students: see ``wiring.opening.open_student``. All have one tokenizer.
+        given: options of ``liquid evaluate`` by name (``cli/evaluate.py``); without any texts named, those that the
+            first run among the students has held out, and without a teacher named that run's own.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    given = given or {}
+    which, tokenizer = given.get("which"), given.get("tokenizer")
+    opened = [open_student(one, which=which, tokenizer=tokenizer) for one in students]
+    config = evaluation_config(given, opened)
+    device = torch.device(choose_device(config.device).value)
+    entries = records_entries(str(given["records"])) if given.get("records") else find_run_data(config.data).entries
+    judgement = judge_on(config, opened, entries, device, read_token(config.teacher))
+    with closing(judgement.teachers.router):
+        return _judge(opened, judgement, device)
+
+
+def _judge(opened: Sequence[OpenedStudent], on: Judgement, device: torch.device) -> list[Evaluation]:
+    dtype = choose_dtype(on.config.student.precision, device.type)
+    log.info("students in %s: %s", dtype.value, dtype.reason)
+    students = [Student(one.model.to(device), torch_dtype(dtype.value)) for one in opened]
+    total = sum(batch.num_tokens for by_type in on.sets.values() for those in by_type.values() for batch in those)
+    sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
+    with Stage("evaluate", unit="tokens", total=total) as stage:
+        found = Judge(on.sets, on.teachers.router, sizes, advance=stage.advance)(students)
+    return [
+        Evaluation(
+            student=one.name,
+            teacher={type: name for type, name in on.teachers.names.items() if type in on.sets[on.length]},
+            measures=summarise(sums, on.length),
+            texts=list_texts(sums[on.length]),
+            length=on.length,
+            about=_describe(one, on, dtype.value),
+        )
+        for one, sums in zip(opened, found, strict=True)
+    ]
+
+
+def _describe(student: OpenedStudent, on: Judgement, dtype: str) -> dict[str, Any]:
+    """What the figures were worked out from."""
+    data = on.config.data
+    return {
+        "student": student.description,
+        "step": None if student.metadata is None else student.metadata.step,
+        "run": student.run if student.is_run else None,
+        "parameters": sum(one.numel() for one in student.model.parameters()),
+        "dtype": dtype,
+        "data": [entry.plain() for entry in on.inputs.entries] or {"name": data.dataset_name},
+        "val_fraction": data.val_fraction,
+        "max_tokens": on.config.evaluation.max_tokens,
+        "learn": data.learn,
+        "tokenizer_hash": on.text.hash,
+        "teachers": on.teachers.identities,
+        "version": version("liquid-llm"),
+    }
+
+
+def _as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=False, ensure_ascii=False, default=str) + "\n").encode()

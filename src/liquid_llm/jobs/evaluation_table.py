@@ -1,0 +1,83 @@
+"""An evaluation for people: one line a student and type, each figure with its standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from liquid_llm.evaluation import Evaluation
+
+_COLUMNS = (  # heading, figure, factor, digits
+    ("loss", "ce", 1.0, 3),
+    ("teacher's", "teacher_ce", 1.0, 3),
+    ("bits/byte", "bits_per_byte", 1.0, 3),
+    ("KL", "kl", 1.0, 3),
+    ("agree %", "agreement", 100.0, 1),
+    ("overlap %", "overlap", 100.0, 1),
+    ("ECE %", "calibration", 100.0, 1),
+    ("teacher's %", "teacher_calibration", 100.0, 1),
+)
+_WIDTH = 170
+
+
+def print_evaluations(found: Sequence[Evaluation], console: Console | None = None) -> None:
+    """Show what was found on standard output."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)  # a file or a pipe has no edge
+    rows = [row for one in found for row in _rows(one)]
+    shown = [column for column in _COLUMNS if any(column[1] in figures for _, _, figures in rows)]
+    title = "held-out text, each figure with its standard error over texts (nats a token, T=1; docs/evaluation.md)"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("student", overflow="fold")
+    table.add_column("text", no_wrap=True)
+    for heading in ("texts", *(column[0] for column in shown)):
+        table.add_column(heading, justify="right")
+    before = None
+    for student, kind, figures in rows:
+        if before not in (None, student):
+            table.add_section()
+        cells = [_estimate(figures.get(name), factor, digits) for _, name, factor, digits in shown]
+        name = student if student != before else ""
+        table.add_row(*map(Text, (name, kind, f"{figures['texts']:,}", *cells)))
+        before = student
+    console.print(table)
+    for one in found:
+        remark = _remark(one)
+        if remark:
+            console.print(Text(remark), soft_wrap=True)
+
+
+def _rows(one: Evaluation) -> list[tuple[str, str, Mapping[str, Any]]]:
+    measures = one.measures
+    rows = [(one.student, type, figures) for type, figures in measures["by_type"].items()]
+    if len(rows) != 1:
+        rows.append((one.student, "all", measures["all"]))
+    for length, those in measures["by_length"].items():
+        if int(length) != one.length:
+            rows.append((one.student, f"all @{length}", those["all"]))
+    return rows
+
+
+def _estimate(figure: Mapping[str, Any] | None, factor: float, digits: int) -> str:
+    if figure is None:
+        return "-"
+    error = "" if figure["error"] is None else f" ±{figure['error'] * factor:.{digits}f}"
+    return f"{figure['value'] * factor:.{digits}f}{error}"
+
+
+def _remark(one: Evaluation) -> str:
+    """Where the teacher answers for some positions alone, the student's loss on these very positions."""
+    every = one.measures["all"]
+    if not 0 < every["teacher_positions"] < every["positions"]:
+        return ""
+    beside = every["ce_beside_teacher"]["value"]
+    return (
+        f"{one.student}: on the {every['teacher_positions']:,} of {every['positions']:,} positions that the teacher "
+        f"answers whole, the student's loss is {beside:.3f} and the teacher's {every['teacher_ce']['value']:.3f}"
+    )

@@ -1,0 +1,245 @@
+"""``liquid evaluate`` by the real command: its figures against float64 passes over every held-out text."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.tiny import Tiny, build
+from tests.support.tokenizers import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from liquid_llm.cli.main import main
+from liquid_llm.data.tokens import is_held_out
+from liquid_llm.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+BLOCK, BITS = 64, 1 / math.log(2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Tiny:
+    return build(tmp_path_factory.mktemp("tiny"), teacher_steps=60)
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory) -> Path:
+    """A run whose types have three kinds of teacher: a model, a store, none."""
+    assert main(["capture", *world.capture_words(code_logits_dir=None, signal="code=none", codec="topk", topk=24)]) == 0
+    output = tmp_path_factory.mktemp("out")
+    words = world.train_words(output, code_logits_dir=None, signal="code=none", max_steps=8, eval_every=4)
+    assert main(["train", *words]) == 0
+    return output / "run"
+
+
+def evaluate(*words, code=0):
+    assert main(["evaluate", *map(str, words)]) == code
+
+
+def found(*words, folder):
+    """What ``--json`` holds."""
+    evaluate(*words, f"--json={folder / 'found.json'}")
+    return json.loads((folder / "found.json").read_text())
+
+
+def held_out(world, type, fraction=0.2):
+    """Token ids of the held-out records, framed as the tiny tokenizer's teacher expects, by id."""
+    tokenizer, end = tiny_tokenizer(), 0
+    rows = map(json.loads, (world.root / f"{type}.jsonl").read_text().splitlines())
+    chosen = [row for row in rows if is_held_out(row["sample_id"], fraction)]
+    return {row["sample_id"]: ([end, *tokenizer(row["text"])["input_ids"], end], row["text"]) for row in chosen}
+
+
+def plain(model, ids):
+    """Log-probabilities in float64 of every token but the first."""
+    with torch.no_grad():
+        logits = model.double()(input_ids=torch.tensor([ids])).logits[0, :-1]
+    return torch.log_softmax(logits, dim=-1)
+
+
+def opened(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def expected_sums(student, teacher, ids):
+    """The sums of one text by their definitions."""
+    p, q, y = plain(student, ids), plain(teacher, ids), torch.tensor(ids[1:])
+    rows = torch.arange(len(y))
+    return {
+        "positions": len(y),
+        "ce": float(-p[rows, y].sum()),
+        "teacher_ce": float(-q[rows, y].sum()),
+        "kl": float((q.exp() * (q - p)).sum()),
+        "agreement": int((p.argmax(1) == q.argmax(1)).sum()),
+        "overlap": float(torch.minimum(p.exp(), q.exp()).sum()),
+    }
+
+
+def test_a_folder_beside_a_teacher_equals_float64_passes_over_every_text(world, run, tmp_path):
+    words = [f"--dataset_manifest={world.manifest}", "--val_fraction=0.2", f"--block_size={BLOCK}"]
+    (one,) = found(run / "student", *words, f"--teacher={world.teacher}", folder=tmp_path)
+    student, teacher = opened(run / "student"), opened(world.teacher)
+    total = dict.fromkeys(expected_sums(student, teacher, [0, 1]), 0.0)
+    size = 0
+    for type in ("math_tool", "code"):
+        texts = {row["id"]: row for row in one["texts"] if row["type"] == type}
+        wanted = held_out(world, type)
+        assert set(texts) == set(wanted)
+        for name, (ids, text) in wanted.items():
+            expected = expected_sums(student, teacher, ids[:BLOCK])
+            for key, value in expected.items():
+                assert texts[name][key] == pytest.approx(value, rel=1e-4), (name, key)
+            if len(ids) <= BLOCK:
+                assert texts[name]["bytes"] == len(text.encode())
+            for key, value in expected.items():
+                total[key] += value
+            size += texts[name]["bytes"]
+    both = [one["measures"]["by_type"][type] for type in ("math_tool", "code")]
+    positions = sum(part["positions"] for part in both)
+    assert positions == total["positions"]
+    for key in ("ce", "teacher_ce", "kl", "agreement", "overlap"):
+        mean = sum(part[key]["value"] * part["positions"] for part in both) / positions
+        assert mean == pytest.approx(total[key] / positions, rel=1e-4), key
+    bits = sum(part["bits_per_byte"]["value"] * part["bytes"] for part in both)
+    assert bits == pytest.approx(total["ce"] * BITS, rel=1e-4)
+    assert sum(part["bytes"] for part in both) == size
+
+
+def test_standard_errors_are_over_texts(world, run, tmp_path):
+    (one,) = found(run / "student", f"--records=code={world.root / 'code.jsonl'}", "--block_size=64", folder=tmp_path)
+    rows = one["texts"]
+    assert len(rows) == one["measures"]["all"]["texts"] == 40
+    mean = sum(row["ce"] for row in rows) / sum(row["positions"] for row in rows)
+    spread = sum((row["ce"] - mean * row["positions"]) ** 2 for row in rows)
+    error = math.sqrt(len(rows) / (len(rows) - 1) * spread) / sum(row["positions"] for row in rows)
+    assert one["measures"]["all"]["ce"] == pytest.approx({"value": mean, "error": error})
+
+
+def test_a_run_is_judged_on_what_it_held_out_beside_its_own_teachers(world, run, capsys):
+    """The figures are those of the run's own rows, and each teacher tells what its signal holds."""
+    evaluate(run)
+    shown = capsys.readouterr().out
+    one = json.loads((run / "evaluation.json").read_text())
+    best = json.loads((run / "best.meta.json").read_text())["step"]
+    (row,) = [row for row in read_metrics(run) if row["kind"] == "eval" and row["step"] == best]
+    assert one["about"]["step"] == best
+    assert set(one["teacher"]) == {"lm", "math_tool"}
+    for type, measures in one["measures"]["by_type"].items():
+        told = row["by_type"][type]
+        assert measures["positions"] == told["positions"]
+        assert measures["ce"]["value"] == pytest.approx(told["val_loss"], rel=1e-5)
+        for figure, key in (("kl", "val_kd"), ("teacher_ce", "val_loss_teacher")):
+            assert (figure in measures) == (key in told)
+            if key in told:
+                assert measures[figure]["value"] == pytest.approx(told[key], rel=1e-4)
+    by_type = one["measures"]["by_type"]
+    assert {"overlap", "teacher_bits_per_byte", "teacher_calibration"} <= set(by_type["lm"])
+    assert {"agreement", "teacher_calibration"} <= set(by_type["math_tool"])
+    assert not {"overlap", "teacher_ce"} & set(by_type["math_tool"]), "a sparse signal does not tell these"
+    assert not {"kl", "agreement", "teacher_ce"} & set(by_type["code"])
+    assert one["measures"]["all"]["ce"]["value"] == pytest.approx(row["val_loss_student"], rel=1e-5)
+    for word in ("lm", "math_tool", "code", "all", "bits/byte", "ECE"):
+        assert word in shown
+    assert "positions that the teacher answers whole" in shown
+
+
+def test_several_students_have_the_texts_in_common_and_one_pass_of_the_teacher(world, run, tmp_path, monkeypatch):
+    from liquid_llm.teachers.online import OnlineTeacher
+
+    asked = []
+    signal = OnlineTeacher.signal
+    monkeypatch.setattr(OnlineTeacher, "signal", lambda *args: asked.append(1) or signal(*args))
+    students = [run, run / "student", run / "last.pt", world.teacher]
+    words = [f"--teacher={world.teacher}", "--eval_ctx_lens=16,32"]
+    several = found(*students, *words, folder=tmp_path)
+    calls = len(asked)
+    (alone,) = found(run, *words, folder=tmp_path)
+    assert len(asked) == 2 * calls, "as many as for one student"
+    assert [one["student"] for one in several] == list(map(str, students))
+    assert len({tuple((row["type"], row["id"]) for row in one["texts"]) for one in several}) == 1
+    assert_near(several[0]["measures"]["all"], alone["measures"]["all"])
+    itself = several[3]["measures"]["all"]
+    assert itself["kl"]["value"] == pytest.approx(0, abs=1e-5)
+    assert itself["agreement"]["value"] == 1
+    assert itself["overlap"]["value"] == pytest.approx(1, abs=1e-5)
+    assert itself["ce"] == pytest.approx(itself["teacher_ce"], rel=1e-5)
+    for one in several:
+        lengths = one["measures"]["by_length"]
+        assert set(lengths) == {"16", "32", "64"}
+        assert lengths["64"]["all"] == one["measures"]["all"]
+        assert lengths["16"]["by_type"]["lm"]["texts"] == lengths["64"]["by_type"]["lm"]["texts"]
+
+
+def assert_near(got, expected):
+    """Equal to rounding, number by number."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key in expected:
+            assert_near(got[key], expected[key])
+    elif isinstance(expected, list):
+        for one, other in zip(got, expected, strict=True):
+            assert_near(one, other)
+    else:
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_with_no_teacher_the_student_stands_alone(world, run, tmp_path):
+    (one,) = found(run, "--teacher=none", folder=tmp_path)
+    assert one["teacher"] == {}
+    assert {"ce", "bits_per_byte", "calibration"} <= set(one["measures"]["all"])
+    assert not {"kl", "teacher_ce", "agreement", "overlap"} & set(one["measures"]["all"])
+    assert all(not row["kl_positions"] for row in one["texts"])
+
+
+def test_prompts_are_neither_positions_nor_bytes(world, run, tmp_path):
+    rows = [
+        {"prompt": "Question: what is it?\n", "completion": "It is a café, number 12."},
+        {"prompt": "Question: and then?\n", "completion": "Then nothing."},
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (one,) = found(run / "student", f"--records=qa={tmp_path / 'asked.jsonl'}", "--block_size=64", folder=tmp_path)
+    tokenizer = tiny_tokenizer()
+    for text, row in zip(sorted(one["texts"], key=lambda one: -one["bytes"]), rows, strict=True):
+        assert text["bytes"] == len(row["completion"].encode())
+        assert text["positions"] == len(tokenizer(row["completion"])["input_ids"]) + 1  # the end is learnt too
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path):
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.save_pretrained(tmp_path / "other")
+    from tests.support.models import tiny_model
+
+    tiny_model("llama", 300).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_what_cannot_be_evaluated_is_said_in_one_message(world, run, tmp_path, other_tokenizer, capsys):
+    texts = f"--dataset_manifest={world.manifest}"
+    (tmp_path / "empty").mkdir()
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare, ignore=shutil.ignore_patterns("options.yaml", "student", "tb"))
+    cases = [
+        ((run / "student",), 2, "nothing says which texts"),
+        ((run, texts, "--val_fraction=0"), 3, "no text is held out"),
+        ((run, texts, "--dataset_name=x"), 2, "named twice"),
+        ((run, f"--teacher={other_tokenizer}"), 2, "different tokenizers"),
+        ((run, other_tokenizer), 2, "different tokenizers"),
+        ((tmp_path / "empty", texts), 4, "no complete checkpoint"),
+        ((run.parent, texts), 4, f"ame one of the runs in it: {run}"),
+        ((tmp_path / "nothing", texts), 2, "no such model"),
+        ((run / "none.pt", texts), 4, "no checkpoint"),
+        ((run, "--which=step-99"), 4, "no such checkpoint"),
+        ((bare,), 2, "does not say what it was trained on"),
+        ((run, "--block_size=4096"), 2, "no positions that far|cannot see so long"),
+        ((run, "--records=/nowhere/x.jsonl"), 3, "matches no file"),
+        ((), 2, "STUDENT"),
+    ]
+    for words, code, said in cases:
+        evaluate(*words, code=code)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1, words
+        assert any(one in errors[0] for one in said.split("|")), (words, errors)
