@@ -114,6 +114,10 @@ class EvaluationConfig:
     every_steps: int
     context_lengths: tuple[int, ...]
     max_tokens: int
+    answers: int
+    answer_tokens: int
+    sample_prompts: str | None
+    sample_tokens: int
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Framing:
 
     def open(self, ids: Sequence[int]) -> list[int]:
         """The beginning of a text, such as a prompt that is to be gone on with: begin, not doubled, and its tokens."""
-        return list(ids) if self.begin_id is None or ids[:1] == [self.begin_id] else [self.begin_id, *ids]
+        return list(ids) if self.begin_id is None or [*ids[:1]] == [self.begin_id] else [self.begin_id, *ids]
 
     def unwrap(self, ids: Sequence[int]) -> list[int]:
         """A text's own tokens, as blocks keep them; the first framing left whatever stood there."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from liquid_llm.losses.signals import LossOutput
 
 FILE_NAME = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"  # rows of what a student says to given prompts, which trackers do not get
 _OF_MEMORY = ("peak_memory_bytes", "device_peak_memory_bytes", "device_reserved_bytes", "rss_bytes")  # the first: host
 TIMING_KEYS = frozenset({"seconds", "tokens_per_second", "signal_wait_seconds", "eval_seconds", "time", *_OF_MEMORY})
 
@@ -43,12 +44,13 @@ Row = dict[str, Any]
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def iter_metrics(run_dir: str | Path) -> Iterator[tuple[int, Row | None]]:
-    """Yield ``(line number, row)`` of a run's metrics; the row is None where a line is torn or no JSON object.
+def iter_metrics(run_dir: str | Path, name: str = FILE_NAME) -> Iterator[tuple[int, Row | None]]:
+    """Yield ``(line number, row)`` of a run's metrics, or of another file of rows; the row is
+    None where a line is torn or no JSON object.
 
     Nothing is yielded when the file does not exist.
     """
-    path = Path(run_dir) / FILE_NAME
+    path = Path(run_dir) / name
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -89,6 +91,48 @@ def _parse(line: bytes) -> Row | None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+class RowFile:
+    """JSON objects appended to a file, a line each, flushed; each has a ``step``.
+
+    Args:
+        path: the file; it and its folder are made if absent.
+        resume_step: finished steps of what is gone on with: rows after it are dropped, atomically. None starts the
+            file afresh.
+
+    Raises:
+        StorageError: the file cannot be written (full disk, no permission).
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        self._path = path
+        with translate_errors(path, writing=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _rewrite(path, -1 if resume_step is None else resume_step)
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row. Raises StorageError where it could not be written: the file then ends in a torn line."""
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        with translate_errors(self._path, writing=True):
+            _write_all(self._file.fileno(), line.encode())
+
+    def sync(self) -> None:
+        """Force what was written to the disk; called before a checkpoint, so that none outlives its rows."""
+        with translate_errors(self._path, writing=True):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with translate_errors(self._path, writing=True):
+            self._file.close()
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class MetricsWriter:
     """Appends rows to ``metrics.jsonl`` and hands them to trackers; one writer a run directory, on the main process.
 
@@ -103,11 +147,7 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int | None, trackers: Sequence[Tracker] = ()) -> None:
-        self._path = Path(run_dir) / FILE_NAME
-        with translate_errors(self._path, writing=True):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _rewrite(self._path, -1 if resume_step is None else resume_step)
-            self._file = self._path.open("ab", buffering=0)
+        self._file = RowFile(Path(run_dir) / FILE_NAME, resume_step=resume_step)
         self._trackers = trackers
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> Row:
@@ -127,22 +167,18 @@ class MetricsWriter:
         row.update({str(key): _plain(value, str(key), not_finite) for key, value in values.items()})
         if not_finite:
             row["not_finite"] = not_finite
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        with translate_errors(self._path, writing=True):
-            _write_all(self._file.fileno(), line.encode())
+        self._file.write(row)
         for tracker in self._trackers:
             tracker.log(row)
         return row
 
     def sync(self) -> None:
         """Force what was written to the disk; called before a checkpoint, so that none outlives its rows."""
-        with translate_errors(self._path, writing=True):
-            os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Let go of the file and of the trackers."""
-        with translate_errors(self._path, writing=True):
-            self._file.close()
+        self._file.close()
         for tracker in self._trackers:
             tracker.close()
 

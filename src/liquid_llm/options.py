@@ -152,6 +152,10 @@ OPTIONS = (
     Option("eval_every", "int", EVALUATION, "every_steps", 500, "steps between evaluations (0: only before and after)", face_defaults={TRAIN: 1000}, minimum=0),
     Option("eval_ctx_lens", "ints", EVALUATION, "context_lengths", (), "context lengths to evaluate at, beside block_size"),
     Option("eval_tokens", "int", EVALUATION, "max_tokens", 65536, "validation tokens a type and length", minimum=2),
+    Option("eval_answers", "int", EVALUATION, "answers", 0, "held-out prompts answered at each evaluation and marked: those whose answer ends in '#### 42', or is a number", minimum=0),
+    Option("answer_tokens", "int", EVALUATION, "answer_tokens", 256, "longest of these answers, in tokens", minimum=1),
+    Option("sample_prompts", "str", EVALUATION, "sample_prompts", None, "file of prompts, one a line or .jsonl: what the student says to each goes to samples.jsonl at each evaluation"),
+    Option("sample_tokens", "int", EVALUATION, "sample_tokens", 64, "longest of these samples, in tokens", minimum=1),
     # output
     Option("output_gcs_uri", "str", OUTPUT, "uri", None, "where the run goes: path or URL (default: AIP_CHECKPOINT_DIR, else runs/ID here)"),
     Option("local_workdir", "str", OUTPUT, "workdir", None, "local folder of the run when the output is a URL"),

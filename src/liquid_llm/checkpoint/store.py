@@ -53,7 +53,7 @@ from liquid_llm.storage import TEMPORARY_SUFFIX, sync, translate_errors
 
 __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 
-METRICS_FILE = "metrics.jsonl"
+ROW_FILES = ("metrics.jsonl", "samples.jsonl")
 LOCK_FILE = ".lock"
 _log = logging.getLogger(__name__)
 
@@ -286,8 +286,8 @@ def fetch_latest(
             fetched.unlink()
             log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX} does not have the sha256 its sidecar says")
             continue
-        if METRICS_FILE in present:
-            storage.download(storage.join(remote_uri, METRICS_FILE), run_dir / METRICS_FILE)
+        for file in present.intersection(ROW_FILES):
+            storage.download(storage.join(remote_uri, file), run_dir / file)
         target = data_path(run_dir, name)
         with translate_errors(target, writing=True):
             sidecar_path(run_dir, name).unlink(missing_ok=True)

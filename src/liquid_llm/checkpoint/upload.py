@@ -33,7 +33,7 @@ from liquid_llm.checkpoint.mirror import Mirror
 from liquid_llm.errors import StorageError
 
 _log = logging.getLogger(__name__)
-WATCHED = ("metrics.jsonl", "tb", "provenance", "report.html", "student")
+WATCHED = ("metrics.jsonl", "samples.jsonl", "tb", "provenance", "report.html", "student")
 _STAGE = ".upload"
 _LISTING = "the list of what is there"
 

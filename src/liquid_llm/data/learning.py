@@ -115,6 +115,16 @@ class Encoder:
             found = [("".join(text for text, _ in found), True)]
         return [piece for piece in found if piece[0]]
 
+    def ask(self, messages: Sequence[Message]) -> str:
+        """A conversation written out up to where the assistant is to speak.
+
+        Raises:
+            LearningError: there is no chat template, or it refuses the conversation.
+        """
+        if self._learning.chat_template is None:
+            raise LearningError("there is no chat template to write messages out with", "name one: --chat_template")
+        return self._render(messages, opened=True)[0]
+
     def encode(self, records: Sequence[Sequence[Piece]]) -> list[Encoded | LearningError]:
         """The tokens of each record, given its pieces: of the whole text, cut where pieces meet.
 

@@ -79,12 +79,12 @@ def read_body(value: Mapping[str, Any]) -> Body:
     """
     form = next((names for names in FORMS if any(value.get(name) is not None for name in names)), FORMS[0])
     if form == ("messages",):
-        return Body("", None, _read_messages(value["messages"], "messages"))
+        return Body("", None, read_messages(value["messages"], "messages"))
     if form == ("prompt", "completion"):
         prompt, completion = value.get("prompt"), value.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            asked = _read_messages(prompt, "prompt")
-            return Body("", None, asked + _read_messages(completion, "completion"), len(asked))
+            asked = read_messages(prompt, "prompt")
+            return Body("", None, asked + read_messages(completion, "completion"), len(asked))
         if isinstance(prompt, list) or isinstance(completion, list):
             got = f"prompt {_shown(prompt)}, completion {_shown(completion)}"
             raise BodyError("prompt and completion are neither two strings nor two lists of messages", got)
@@ -101,7 +101,8 @@ def _filled(value: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _read_messages(value: object, name: str) -> tuple[Mapping[str, Any], ...]:
+def read_messages(value: object, name: str) -> tuple[Mapping[str, Any], ...]:
+    """A record's messages under ``name``. Raises BodyError where they are none."""
     if not isinstance(value, list) or not value:
         raise BodyError(f"{name} is not a list of messages", _shown(value))
     of = "" if name == "messages" else f" of the {name}"

@@ -51,6 +51,10 @@ _PLOTS: dict[str, list[tuple[Figure, _Wanted]]] = {
         (Figure("l2", "Distance to the old logits", "mean squared", "Before its weight.", from_zero=True),
          [("training", "train.l2", 4)]),
     ],
+    "Answers": [
+        (Figure("answers", "Held-out answers that are right, by type", "answers", "Of as many at each evaluation.",
+                from_zero=True), "eval.*/answers_right"),
+    ],
     "Schedules": [
         (Figure("alpha", "KD weight α", "share", from_zero=True, small=True), [("α", "train.kd_alpha", 1)]),
         (Figure("temperature", "KD temperature", "T", from_zero=True, small=True), [("T", "train.kd_temperature", 2)]),

@@ -21,7 +21,7 @@ import yaml
 from numpy.typing import NDArray
 
 from liquid_llm.errors import UsageError
-from liquid_llm.metrics import FILE_NAME, iter_metrics
+from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE, iter_metrics
 
 Floats = NDArray[np.float64]
 
@@ -84,6 +84,7 @@ class RunData:
     environment: Any = None
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     summary: Any = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_run(run_dir: str | Path) -> RunData:
@@ -122,6 +123,7 @@ def read_run(run_dir: str | Path) -> RunData:
         environment=_read(provenance / "environment.json", notices),
         checkpoints=_read_checkpoints(sidecars, notices),
         summary=_read(folder / "summary.json", notices),
+        samples=[row for _, row in iter_metrics(folder, SAMPLES_FILE) if row is not None],
     )
 
 

@@ -20,6 +20,8 @@ from liquid_llm.report.data import RunData, Series
 from liquid_llm.report.plot import Figure, draw_figure, short_number
 from liquid_llm.report.tables import Html, card, cards, matrix, pairs, table, text
 
+_MAX_SAMPLES = 6  # of one prompt
+
 
 def render_page(run: RunData) -> Html:
     """The whole HTML of a run's report."""
@@ -34,6 +36,7 @@ def render_page(run: RunData) -> Html:
     sections = {
         "Result": _result(run.summary),
         **{heading: _plots(figures, span) for heading, figures in choose_figures(run).items()},
+        "Samples": _samples(run.samples),
         "Checkpoints": _checkpoints(run.checkpoints),
         "Data": _data(run),
         "Configuration": cards(run.config, "General") if isinstance(run.config, Mapping) else "",
@@ -172,6 +175,22 @@ def _result(summary: Any) -> Html:
     by_type = matrix({str(row.get("type")): {k: v for k, v in row.items() if k != "type"} for row in rows})
     rest = {name: value for name, value in summary.items() if name != "rows" and value is not None}
     return (card("Validation, nats a token", by_type, "wide") if by_type else "") + card("Cost and sample", pairs(rest))
+
+
+def _samples(rows: list[dict[str, Any]]) -> Html:
+    """What the student said to each prompt: at the first evaluation, the last ones and some between them."""
+    by_prompt: dict[str, dict[int, list[Any]]] = {}
+    for row in rows:
+        share = row.get("repeated_4grams")
+        repeated = f"{share:.0%}" if isinstance(share, int | float) else None
+        by_prompt.setdefault(str(row.get("prompt")), {})[row["step"]] = [row["step"], row.get("text"), repeated]
+    parts = []
+    for prompt, by_step in by_prompt.items():
+        said = [by_step[step] for step in sorted(by_step)]
+        chosen = sorted({round(place * (len(said) - 1) / (_MAX_SAMPLES - 1)) for place in range(_MAX_SAMPLES)})
+        body = table(["step", "text", "repeated 4-grams"], [said[place] for place in chosen])
+        parts.append(card(f"After: {prompt}", body, "wide samples"))
+    return "".join(parts)
 
 
 _CHECKPOINT_COLUMNS = {

@@ -42,6 +42,7 @@ from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_
 from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.repeat import begin_choice
+from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.students import (
     BuiltStudent,
@@ -68,6 +69,7 @@ class Basis:
         decided: what memory decided, for checkpoints.
         built: the student; None where it is made of a teacher's weights, which takes text of the run.
         dtype: of the student's products.
+        prompts: of the samples that a person asked for.
     """
 
     config: RunConfig
@@ -78,6 +80,7 @@ class Basis:
     device: torch.device
     dtype: torch.dtype
     choices: dict[str, Choice]
+    prompts: Sequence[Prompt]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Parts(Basis):
     optimizer: torch.optim.Optimizer
     schedules: StepSchedules
     evaluator: Evaluator
+    speech: Speech
     stream: TrainingStream
     progress: Progress
     accumulator: StepAccumulator
@@ -113,6 +117,7 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     seed_everything(config.seed)
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
+    prompts = read_prompts(config.evaluation.sample_prompts, text)
     config, choices, decided = settle(config, start, text, device, token)
     built = None
     if takes_weights(config, start):
@@ -131,6 +136,7 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
         device=device,
         dtype=torch_dtype(dtype.value),
         choices={"device": device_choice, "student_dtype": dtype, **begin_choice(text.framings), **choices},
+        prompts=prompts,
     )
 
 
@@ -182,6 +188,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
             sets, config.data.block_size, config.evaluation.context_lengths, teachers.router, engine=engine
         ),
         stream=stream,
+        speech=make_speech(config.evaluation, basis.prompts, text, inputs.validation, engine, config.seed),
         progress=Progress(selection=_selection(config, inputs, text)),
         accumulator=StepAccumulator(inputs.types, engine),
     )

@@ -14,7 +14,7 @@ from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
 from liquid_llm.device import device_memory
-from liquid_llm.metrics import MetricsWriter, iter_metrics
+from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
@@ -56,6 +56,8 @@ class Recorder:
         # A run killed between its last evaluation and its end is evaluated already.
         rows = (row for _, row in iter_metrics(self.store.run_dir) if row is not None)
         self._evaluated_at = max((row["step"] for row in rows if row.get("kind") == "eval"), default=-1)
+        if self.parts.engine.is_main and (self.store.run_dir / SAMPLES_FILE).exists():
+            self._open_samples().close()  # of steps that are run again nothing stays, asked for now or not
 
     def hooks(self, stage: Stage) -> Hooks:
         """The trainer's hooks in the order they must run; ``stage`` shows how far it is."""
@@ -137,6 +139,8 @@ class Recorder:
             return
         began = self.clock()
         row = self.parts.evaluator(self.parts.student)
+        self.parts.speech.add_answers(self.parts.student, row)
+        self._write_samples()
         row["eval_seconds"] = self.clock() - began
         if self.parts.engine.is_main:
             self.metrics.write("eval", progress.step, row)
@@ -149,6 +153,19 @@ class Recorder:
             progress.best_val_loss = loss
             if progress.step > 0:
                 self._save(names=("best",), snapshot=True)
+
+    def _write_samples(self) -> None:
+        """What the student says; before the row of its evaluation, without which all of it is asked again."""
+        if not (self.parts.speech.prompts and self.parts.engine.is_main):
+            return
+        with self._open_samples() as file:
+            for row in self.parts.speech.sample(self.parts.student):
+                file.write({"step": self.parts.progress.step, **row})
+            file.sync()
+
+    def _open_samples(self) -> RowFile:
+        done = self._evaluated_at if self._evaluated_at >= 0 else None
+        return RowFile(self.store.run_dir / SAMPLES_FILE, resume_step=done)
 
     def save(self, *, snapshot: bool) -> None:
         """Write a checkpoint of this step, unless there is one."""

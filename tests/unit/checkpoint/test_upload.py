@@ -398,4 +398,4 @@ def test_data_without_a_sidecar_is_not_fetched(
 
 
 def test_watched_names_are_those_of_the_design() -> None:
-    assert set(upload.WATCHED) == {"metrics.jsonl", "tb", "provenance", "report.html", "student"}
+    assert set(upload.WATCHED) == {"metrics.jsonl", "samples.jsonl", "tb", "provenance", "report.html", "student"}

@@ -10,11 +10,13 @@ import torch
 from tests.support.ranks import World
 
 from liquid_llm.distributed import Engine
+from liquid_llm.framing import Framing
 from liquid_llm.losses import LossOutput, Objective
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.schedules import StepValues
 from liquid_llm.training import Progress
 from liquid_llm.wiring.recorder import Recorder
+from liquid_llm.wiring.speech import Speech
 
 
 class Written:
@@ -70,6 +72,7 @@ def recorder(engine: Engine, folder: Path, clock: Any) -> tuple[Plain, Written]:
         engine=engine,
         accumulator=StepAccumulator(("lm",), engine),
         evaluator=Evaluate(),
+        speech=Speech(tokenizer=None, framing=Framing(None, 0), end_ids=()),
         progress=Progress(),
         student=SimpleNamespace(model=module),
         optimizer=module,
