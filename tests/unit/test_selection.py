@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from liquid_llm.metrics import StepAccumulator
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import Constant, StepSchedules
-from liquid_llm.selection import BINS, PositionSelection
+from liquid_llm.selection import BINS, PositionSelection, _shift
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.training import Progress, Student, Trainer, build_optimizer
 
@@ -126,6 +127,77 @@ def test_the_positions_of_a_fresh_student_are_told_apart() -> None:
         assert float((entropies >= selection.thresholds()["lm"]).float().mean()) == pytest.approx(0.3, abs=0.03)
 
 
+def shares_of(selection: PositionSelection, steps: list[Tensor]) -> list[float]:
+    """The share of each step's entropies that reach the threshold from before it."""
+    found = []
+    for entropies in steps:
+        found.append(float((entropies >= selection.thresholds()["lm"]).float().mean()))
+        selection.update(selection.count([("lm", entropies)], torch.device("cpu")))
+    return found
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_student_that_becomes_surer_by_more_than_its_positions_differ(share: float) -> None:
+    """As one from random weights does: faster and faster for a while, then slower; each step has its own chance."""
+    numbers = torch.Generator().manual_seed(0)
+    falls = torch.cat([torch.linspace(0.0, 0.04, 60), torch.linspace(0.04, 0.0, 40)])
+    levels = 10.5 - falls.cumsum(0) + 0.002 * torch.randn(100, generator=numbers)
+    steps = [level + 0.015 * torch.randn(1000, generator=numbers) for level in levels]
+    found = shares_of(PositionSelection(share, ("lm",), 49_152), steps)
+    assert sum(found[1:]) / 99 == pytest.approx(share, abs=0.1)
+    assert sum(one < share / 4 for one in found) < 10
+    assert sum(found[-20:]) / 20 == pytest.approx(share, abs=0.1)
+
+
+def test_the_threshold_of_a_student_that_hardly_changes_rests() -> None:
+    """Chance moves the mean of a batch, and a threshold that ran after it would let now few and now many through."""
+    numbers = torch.Generator().manual_seed(0)
+    steps = [
+        torch.cat([2.0 * (1 + 0.25 * torch.randn(1, generator=numbers)) * row for row in rows])
+        for rows in -torch.rand(100, 4, 256, generator=numbers).log()
+    ]
+    for share in (0.2, 0.5):
+        found = torch.tensor(shares_of(PositionSelection(share, ("lm",), 1000), steps)[10:])
+        still = torch.tensor(
+            [float((one >= torch.cat(steps).quantile(1 - share)).float().mean()) for one in steps[10:]]
+        )
+        assert float(found.mean()) == pytest.approx(share, abs=0.02)
+        assert float((found - share).square().mean()) < 1.7 * float((still - share).square().mean())
+
+
+def test_a_threshold_from_before_there_were_levels_goes_on_where_it_was() -> None:
+    selection, before = (PositionSelection(0.3, ("lm",), 1000) for _ in range(2))
+    entropies = torch.rand(5000, generator=torch.Generator().manual_seed(0)) + 2.0
+    shares_of(before, [entropies])
+    state = before.state_dict()
+    selection.load_state_dict({name: state[name] for name in ("highest", "counts")})
+    assert selection.thresholds() == before.thresholds()
+    assert shares_of(selection, [entropies - 0.5 * n / 9 for n in range(10)])[-1] == pytest.approx(0.3, abs=0.05)
+
+
+def test_after_a_step_that_let_hardly_any_through_all_are_taken() -> None:
+    """A student far off from what was expected, as with learning rates of toys; and never two such steps in a row."""
+    selection = PositionSelection(0.3, ("lm", "code"), 1000)
+    entropies = 0.01 * torch.rand(500, generator=torch.Generator().manual_seed(0))
+    found = shares_of(selection, [entropies + level for level in (6.0, 6.0, 5.0, 4.4, 3.0, 1.0, 1.0)])
+    assert found[:4] == [1.0, pytest.approx(0.3, abs=0.05), 0.0, 1.0]
+    assert not any(one == other == 0.0 for one, other in pairwise(found))
+    assert selection.thresholds()["code"] == -math.inf, "never seen"
+    for number, is_miss in ((20, False), (10, True)):  # of 500, where 150 are wanted and a tenth of that is too few
+        few = PositionSelection(0.3, ("lm",), 1000)
+        shares_of(few, [torch.cat([entropies[:one] + 6.0, entropies[one:] + 3.0]) for one in (150, number)])
+        assert (few.thresholds()["lm"] == -math.inf) == is_miss
+
+
+@pytest.mark.parametrize("bins", [0, 3, -3, 70_000, -70_000])
+def test_moved_counts_stay_whole(bins: int) -> None:
+    counts = torch.arange(float(BINS), dtype=torch.float64)
+    moved = _shift(counts, bins)
+    assert moved.sum() == counts.sum()
+    inside = torch.arange(BINS)[max(0, bins) + 1 : max(0, BINS - 1 + min(0, bins))]
+    assert torch.equal(moved[inside], counts[inside - bins])
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -200,6 +272,9 @@ def run(
 
 def assert_same_course(got: dict[str, Any], expected: dict[str, Any]) -> None:
     """To rounding: the counts exactly, for no entropy here lies so near an edge."""
+    for name in ("levels", "trends"):
+        for type, value in expected["selection"][name].items():
+            torch.testing.assert_close(got["selection"][name][type], value, rtol=0.0, atol=1.0)
     for type, counts in expected["selection"]["counts"].items():
         torch.testing.assert_close(got["selection"]["counts"][type], counts, rtol=0.0, atol=2.0)
         assert counts.sum() == got["selection"]["counts"][type].sum()
@@ -234,8 +309,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(models: tuple[Any, Any]) -> None
     rest = run(models, steps=6, state=half)
     assert half["rows"] + rest["rows"] == whole["rows"]
     assert all(torch.equal(rest["model"][name], one) for name, one in whole["model"].items())
-    assert all(
-        torch.equal(rest["selection"]["counts"][type], one) for type, one in whole["selection"]["counts"].items()
-    )
+    for name in ("counts", "levels", "trends", "missed"):
+        kept = whole["selection"][name]
+        assert all(torch.equal(rest["selection"][name][type], one) for type, one in kept.items()), name
     lost = run(models, steps=6, state={**half, "selection": {"highest": 0.0, "counts": {}}})
     assert lost["rows"] != rest["rows"], "else the state is of no use"
