@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.models import tiny_model
 from tests.support.tiny import Tiny, build
 from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from liquid_llm.cli.main import main
 from liquid_llm.data.tokens import is_held_out
+from liquid_llm.jobs.evaluate_answers import wilson_interval
 from liquid_llm.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -211,8 +213,6 @@ def test_prompts_are_neither_positions_nor_bytes(world, run, tmp_path):
 def other_tokenizer(tmp_path):
     tokenizer = tiny_tokenizer(300)
     tokenizer.save_pretrained(tmp_path / "other")
-    from tests.support.models import tiny_model
-
     tiny_model("llama", 300).save_pretrained(tmp_path / "other")
     return tmp_path / "other"
 
@@ -243,3 +243,60 @@ def test_what_cannot_be_evaluated_is_said_in_one_message(world, run, tmp_path, o
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert len(errors) == 1, words
         assert any(one in errors[0] for one in said.split("|")), (words, errors)
+
+
+@pytest.fixture
+def sums_world(tmp_path):
+    """Little sums as prompts and completions, and a model that was trained on them until it knows them."""
+    tokenizer = tiny_tokenizer()
+    pairs = [(f"{a}+{b}=", f" #### {a + b}") for a in range(2, 5) for b in range(2, 5)]
+    rows = [{"prompt": q, "completion": a, "sample_id": q} for q, a in pairs]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny_model("llama", 512, seed=1, max_position_embeddings=128).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    ids = [[0, *tokenizer(q)["input_ids"], *tokenizer(a)["input_ids"], 0] for q, a in pairs]
+    width = max(map(len, ids))
+    batch = torch.tensor([one + [0] * (width - len(one)) for one in ids])
+    labels = torch.tensor([one + [-100] * (width - len(one)) for one in ids])
+    for _ in range(120):
+        model(input_ids=batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, one in (("teacher", model.eval()), ("student", tiny_model("llama", 512, seed=2))):
+        one.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_prompts_are_answered_and_marked_the_teachers_beside_them(sums_world, capsys):
+    words = [f"--records=sums={sums_world / 'sums.jsonl'}", "--block_size=64", f"--teacher={sums_world / 'teacher'}"]
+    (one,) = found(sums_world / "student", *words, "--answer_tokens=8", folder=sums_world)
+    assert len(one["answers"]) == len(one["teacher_answers"]) == 9
+    assert {row["id"] for row in one["answers"]} == {row["id"] for row in one["teacher_answers"]}
+    for row in one["teacher_answers"]:
+        a, b = row["id"].removesuffix("=").split("+")
+        assert row["expected"] == str(int(a) + int(b))
+        assert row["right"] == (row["said"] == row["expected"])
+    told = one["measures"]["teacher_answers"]["all"]
+    assert told["right"] == sum(row["right"] for row in one["teacher_answers"]) >= 6
+    assert one["measures"]["answers"]["all"]["right"] == 0
+    shown = capsys.readouterr().out
+    assert f"sums 0/9 (0% to 30%); the teacher {told['right']}/9" in shown
+    (few,) = found(sums_world / "student", *words, "--answers=3", "--answer_tokens=8", folder=sums_world)
+    assert len(few["answers"]) == 3
+    (none,) = found(sums_world / "student", *words, "--answers=0", folder=sums_world)
+    assert none["answers"] == []
+    assert "answers" not in none["measures"]
+
+
+def test_answers_that_cannot_be_had_are_said(world, run, capsys):
+    evaluate(run, "--answers=5", code=2)
+    assert "no held-out text has an answer that can be marked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 9), (9, 9), (3, 20), (50, 100)])
+def test_wilsons_interval_holds_the_shares_whose_test_does_not_refuse_them(right, total):
+    """Its ends solve (share - p)^2 = z^2 p (1 - p) / n."""
+    for end in wilson_interval(right, total):
+        assert 0 <= end <= 1
+        assert (right / total - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / total, abs=1e-12)

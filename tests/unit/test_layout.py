@@ -18,6 +18,7 @@ WALKED = {
     "jobs/capture": "integration/test_hybrid_run.py",
     "jobs/dry_run": "integration/test_hybrid_run.py",
     "jobs/evaluate": "integration/test_evaluate.py",
+    "jobs/evaluate_answers": "integration/test_evaluate.py",
     "jobs/evaluation_table": "integration/test_evaluate.py",
     "jobs/export": "integration/test_export.py",
     "jobs/memory": "integration/test_memory_command.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liquid_llm.cli.parse import Positional, parse
-from liquid_llm.options import ANNEAL, DATA, OUTPUT, STUDENT, TEACHER, TRAIN, Option, options_of
+from liquid_llm.options import ANNEAL, DATA, EVALUATION, OUTPUT, STUDENT, TEACHER, TRAIN, Option, options_of
 
 _DESCRIPTION = (
     "Say how good students are on held-out text, beside their teacher: loss, bits a byte, KL at T=1, agreement, "
@@ -22,21 +22,18 @@ _RECORDS = (
     "comma-separated"
 )
 _TEACHER = "teacher of every type: Hugging Face id or folder, store:URI, or none (default: the run's own)"
+_WHICH = "of run directories: best, last, final, step-N or time-..."
+_TOKENIZER = "a model with the students' tokenizer, where none came along"
+_ANSWERS = "held-out prompts that are answered greedily and marked by #### n [20 where there are any; 0: none]"
+_JSON = "file or URL for all that was found, as JSON; evaluation.json of a run has it too"
 _OWN = (
-    Option("which", "str", STUDENT, "which", None, "of run directories: best, last, final, step-N or time-..."),
-    Option(
-        "tokenizer", "str", STUDENT, "tokenizer", None, "a model with the students' tokenizer, where none came along"
-    ),
+    Option("which", "str", STUDENT, "which", None, _WHICH),
+    Option("tokenizer", "str", STUDENT, "tokenizer", None, _TOKENIZER),
     Option("teacher", "str", TEACHER, "teacher", None, _TEACHER),
     Option("records", "str", DATA, "records", None, _RECORDS),
-    Option(
-        "json",
-        "str",
-        OUTPUT,
-        "json",
-        None,
-        "file or URL for all that was found, as JSON; evaluation.json of a run has it too",
-    ),
+    Option("answers", "int", EVALUATION, "answers", None, _ANSWERS, minimum=0),
+    Option("answer_tokens", "int", EVALUATION, "answer_tokens", 256, "most tokens of an answer", minimum=1),
+    Option("json", "str", OUTPUT, "json", None, _JSON),
 )
 _SHARED = """
     precision signal teacher_precision hf_token_file hf_token_uri hf_token_secret dataset_name dataset_config

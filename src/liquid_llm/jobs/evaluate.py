@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from liquid_llm import storage
+from liquid_llm.answers import MAX_NEW_TOKENS
 from liquid_llm.evaluation import Evaluation, Judge
 from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
+from liquid_llm.jobs.evaluate_answers import answer_all, tally
 from liquid_llm.jobs.evaluation_table import print_evaluations
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.token_bytes import token_bytes
@@ -63,10 +65,12 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
     entries = records_entries(str(given["records"])) if given.get("records") else find_run_data(config.data).entries
     judgement = judge_on(config, opened, entries, device, read_token(config.teacher))
     with closing(judgement.teachers.router):
-        return _judge(opened, judgement, device)
+        return _judge(opened, judgement, device, given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS)
 
 
-def _judge(opened: Sequence[OpenedStudent], on: Judgement, device: torch.device) -> list[Evaluation]:
+def _judge(
+    opened: Sequence[OpenedStudent], on: Judgement, device: torch.device, num_answers: int | None, answer_tokens: int
+) -> list[Evaluation]:
     dtype = choose_dtype(on.config.student.precision, device.type)
     log.info("students in %s: %s", dtype.value, dtype.reason)
     students = [Student(one.model.to(device), torch_dtype(dtype.value)) for one in opened]
@@ -74,17 +78,27 @@ def _judge(opened: Sequence[OpenedStudent], on: Judgement, device: torch.device)
     sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
     with Stage("evaluate", unit="tokens", total=total) as stage:
         found = Judge(on.sets, on.teachers.router, sizes, advance=stage.advance)(students)
+    models = [one.model for one in students]
+    answers, of_teacher = answer_all(on, models, torch_dtype(dtype.value), num_answers, answer_tokens)
     return [
         Evaluation(
             student=one.name,
             teacher={type: name for type, name in on.teachers.names.items() if type in on.sets[on.length]},
-            measures=summarise(sums, on.length),
+            measures={**summarise(sums, on.length), **_tallies(answered, of_teacher)},
             texts=list_texts(sums[on.length]),
             length=on.length,
+            answers=answered,
+            teacher_answers=of_teacher,
             about=_describe(one, on, dtype.value),
         )
-        for one, sums in zip(opened, found, strict=True)
+        for one, sums, answered in zip(opened, found, answers, strict=True)
     ]
+
+
+def _tallies(answers: Sequence[Mapping[str, Any]], of_teacher: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The answers' part of the measures; nothing without any."""
+    told = {"answers": answers, "teacher_answers": of_teacher}
+    return {name: tally(rows) for name, rows in told.items() if rows}
 
 
 def _describe(student: OpenedStudent, on: Judgement, dtype: str) -> dict[str, Any]:

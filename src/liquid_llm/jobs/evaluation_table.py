@@ -47,10 +47,8 @@ def print_evaluations(found: Sequence[Evaluation], console: Console | None = Non
         table.add_row(*map(Text, (name, kind, f"{figures['texts']:,}", *cells)))
         before = student
     console.print(table)
-    for one in found:
-        remark = _remark(one)
-        if remark:
-            console.print(Text(remark), soft_wrap=True)
+    for line in (line for one in found for line in (_remark(one), _answers(one)) if line):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _rows(one: Evaluation) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -69,6 +67,22 @@ def _estimate(figure: Mapping[str, Any] | None, factor: float, digits: int) -> s
         return "-"
     error = "" if figure["error"] is None else f" ±{figure['error'] * factor:.{digits}f}"
     return f"{figure['value'] * factor:.{digits}f}{error}"
+
+
+def _answers(one: Evaluation) -> str:
+    """How many generated answers are right, with the interval, and the teacher's beside it."""
+    if "answers" not in one.measures:
+        return ""
+    parts = []
+    teacher = one.measures.get("teacher_answers", {"by_type": {}})["by_type"]
+    for type, own in one.measures["answers"]["by_type"].items():
+        beside = f"; the teacher {_share(teacher[type])}" if type in teacher else ""
+        parts.append(f"{type} {_share(own)}{beside}")
+    return f"{one.student}: answers generated and right: {', '.join(parts)}"
+
+
+def _share(count: Mapping[str, Any]) -> str:
+    return f"{count['right']}/{count['total']} ({count['low']:.0%} to {count['high']:.0%})"
 
 
 def _remark(one: Evaluation) -> str:

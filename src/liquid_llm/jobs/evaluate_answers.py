@@ -1,0 +1,108 @@
+"""The part of an evaluation that generates: held-out prompts answered greedily by each student and the teacher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from liquid_llm.answers import Question, answer_questions, end_tokens, pick_questions
+from liquid_llm.errors import UsageError
+from liquid_llm.models.loading import load_tokenizer
+from liquid_llm.terminal import Stage
+from liquid_llm.wiring.judging import Judgement
+
+log = logging.getLogger(__name__)
+
+USUAL_ANSWERS = 20
+_SEED = 0
+_AT_ONCE = 16
+
+Rows = list[dict[str, Any]]
+
+
+def answer_all(
+    on: Judgement, models: Sequence[Any], dtype: torch.dtype, count: int | None, max_new_tokens: int
+) -> tuple[list[Rows], Rows]:
+    """The marked answers of each model, and those of the online teachers to the questions of their types.
+
+    All answer the same questions, and end where the framing, the tokenizer, a turn of the chat template or the
+    teacher's own end token ends a text.
+
+    Args:
+        count: how many questions; None: ``USUAL_ANSWERS``, or as many as there are. 0: none.
+
+    Raises:
+        UsageError: some are asked for, and no held-out text has a prompt and an answer that can be marked.
+    """
+    wanted = USUAL_ANSWERS if count is None else count
+    datasets = [one for those in on.inputs.validation.values() for one in those]
+    questions = pick_questions(datasets, on.text.tokenizer, count=wanted, seed=_SEED) if wanted else []
+    if not questions:
+        if count:
+            raise UsageError(
+                "no held-out text has an answer that can be marked",
+                where=f"--answers={count}",
+                expected="records with a prompt and a completion, or messages, that hold #### n or are a number",
+                remedy="leave --answers out, or name other texts",
+            )
+        return [[] for _ in models], []
+    ends = _ends(on, questions)
+    by_teacher: dict[Any, list[Question]] = {}
+    for question in questions:
+        teacher = on.teachers.router.get(question.type)
+        if teacher is not None and teacher.model is not None:
+            by_teacher.setdefault(teacher.model, []).append(question)
+    total = len(questions) * len(models) + sum(map(len, by_teacher.values()))
+    with Stage("answer", unit="prompts", total=total) as stage:
+
+        def answer(model: Any, asked: Sequence[Question], products: torch.dtype | None) -> Rows:
+            rows: Rows = []
+            for start in range(0, len(asked), _AT_ONCE):
+                some = asked[start : start + _AT_ONCE]
+                told = {"end_ids": ends, "max_new_tokens": max_new_tokens, "dtype": products, "batch_size": _AT_ONCE}
+                rows += answer_questions(model, on.text.tokenizer, some, **told)  # type: ignore[arg-type]
+                stage.advance(len(some))
+            return rows
+
+        own = None if dtype == torch.float32 else dtype
+        students = [answer(model, questions, own) for model in models]
+        teachers = [row for model, asked in by_teacher.items() for row in answer(model, asked, None)]
+    return students, teachers
+
+
+def _ends(on: Judgement, questions: Sequence[Question]) -> list[int]:
+    """The tokens that end an answer, the same for students and teachers."""
+    tokenizer, found = on.text.tokenizer, dict[int, None]()
+    for type in dict.fromkeys(question.type for question in questions):
+        found |= dict.fromkeys(end_tokens(tokenizer, on.text.framings(type), on.text.learning))
+        online = on.config.source(type).online
+        end = None if online is None else load_tokenizer(online).eos_token_id
+        found |= {} if end is None else {int(end): None}
+    return list(found)
+
+
+def tally(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many answers are right, of all and by type, with Wilson's interval of 95 %."""
+    by_type: dict[str, list[bool]] = {}
+    for row in rows:
+        by_type.setdefault(row["type"], []).append(bool(row["right"]))
+    every = [right for marks in by_type.values() for right in marks]
+    return {"all": _count(every), "by_type": {type: _count(marks) for type, marks in by_type.items()}}
+
+
+def _count(marks: Sequence[bool]) -> dict[str, float]:
+    low, high = wilson_interval(sum(marks), len(marks))
+    return {"right": sum(marks), "total": len(marks), "low": low, "high": high}
+
+
+def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927; it holds near 0 and 1 too, where a normal one does not)."""
+    if not total:
+        return 0.0, 1.0
+    share, spread = right / total, z * z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
