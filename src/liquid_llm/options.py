@@ -76,7 +76,7 @@ class Option:
 # fmt: off
 OPTIONS = (
     # student
-    Option("student", "str", STUDENT, "spec", "liquid-16m", "preset, Hugging Face id or folder, or config.json of the student"),
+    Option("student", "str", STUDENT, "spec", "liquid-16m", "preset, Hugging Face id or folder, or config.json of the student; from:TEACHER,layers=N cuts it out of a teacher (docs/student.md)"),
     Option("resume_gcs_uri", "str", STUDENT, "resume_uri", None, "checkpoint, Hugging Face folder or zip the student starts from"),
     Option("rope_scale", "float", STUDENT, "rope_scale", None, "RoPE scaling factor of a rotary student", above=0),
     Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from tests.support.annealing import anneal, contents, metadata, rows
+from tests.support.models import tiny_model
+from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from liquid_llm.cli.main import main
@@ -43,11 +45,11 @@ def test_the_run_says_what_was_cut(tiny, cut, run, tmp_path, caplog):
     said = [line for line in caplog.messages if line.startswith("student: ")]
     assert len(said) == 1
     assert "1 of 2 layers of teacher (" in said[0]
-    assert "hidden_size 16 of 32" in said[0]
+    assert "width 16 of 32" in said[0]
     assert "loss untrained" in said[0]
     known = metadata(run)["student"]["taken"]
     assert known["model"] == "teacher"
-    assert known["sizes"]["hidden_size"] == [16, 32]
+    assert known["sizes"]["width"] == [16, 32]
     assert json.loads((run / "provenance" / "environment.json").read_text())["student"]["taken"] == known
     assert metadata(run)["student"]["config"]["num_hidden_layers"] == 1
 
@@ -93,7 +95,7 @@ def test_it_is_exported_with_a_card_that_names_its_base(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out"), "--which=final"]) == 0
     assert contents(run / "student").keys() == contents(tmp_path / "out").keys()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert 'base_model: "teacher"' in card.split("---")[1]
+    assert "base_model" not in card  # the hub has no such model
     assert "1 of 2 layers of teacher" in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 16)
@@ -153,3 +155,38 @@ def test_a_preset_takes_the_embedding(tiny, tmp_path, caplog):
     assert any("32 channels projected to 32 (100% kept)" in line for line in caplog.messages)
     assert len(rows(tmp_path)) == 2
     assert metadata(tmp_path)["student"]["taken"]["embedding"] == [32, 32]
+
+
+def test_the_hybrid_face_cuts_too_and_its_text_decides(tiny, tmp_path, caplog):
+    words = {
+        "hybrid": "false",
+        "teacher_mode": "online",
+        "max_steps": 2,
+        "math_logits_dir": None,
+        "code_logits_dir": None,
+    }
+    spec = f"from:{tiny.teacher},layers=1,mlp=40"
+    with caplog.at_level(logging.INFO):
+        for run_id in ("a", "b"):
+            assert main(["train", *tiny.train_words(tmp_path, student=spec, run_id=run_id, **words)]) == 0
+    assert sum(line.startswith("student: 1 of 2 layers") for line in caplog.messages) == 2
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert metadata(tmp_path / "a")["student"]["taken"]["sizes"]["mlp"] == [40, 64]
+    assert main(["train", *tiny.train_words(tmp_path, student=spec, run_id=None, **words)]) == 0
+    assert [path.name.rpartition("-")[0] for path in tmp_path.glob("teacher-*")] == ["teacher-cut"]
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    tiny_model("llama", 700).save_pretrained(other)
+    tiny_tokenizer(700).save_pretrained(other)
+    assert anneal(tiny, tmp_path / "run", student=f"from:{other},layers=1") == 2
+    said = capsys.readouterr().err
+    assert "tokenizer" in said
+    assert str(other) in said
+    assert str(tiny.teacher) in said
+
+
+def test_a_run_without_a_teacher_takes_the_tokenizer_of_what_it_cuts(tiny, tmp_path):
+    assert anneal(tiny, tmp_path, student=f"from:{tiny.teacher},layers=1", teacher_name=None, train_steps=1) == 0
+    assert metadata(tmp_path)["student"]["taken"]["layers"] in ([0], [1])

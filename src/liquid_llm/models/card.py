@@ -38,7 +38,7 @@ def write_card(title: str, facts: Mapping[str, object], base_model: str | None =
     Args:
         title: what the student is called.
         facts: what is known of it, in words: name -> value; None is left out.
-        base_model: the model whose weights it began with, where there was one.
+        base_model: the model of the Hugging Face hub whose weights it began with, where there was one.
     """
     rows = [f"| {_in_cell(name)} | {_in_cell(value)} |" for name, value in facts.items() if value is not None]
     base = "" if base_model is None else f"base_model: {json.dumps(base_model)}\n"

@@ -41,7 +41,7 @@ _NORMS = (  # over hidden channels
     *("operator_norm", "ffn_norm"),
 )
 _HEAD_NORMS = ["self_attn.q_norm", "self_attn.k_norm", "self_attn.q_layernorm", "self_attn.k_layernorm"]
-_FINAL_NORMS = ("norm", "embedding_norm")
+FINAL_NORMS = ("norm", "embedding_norm")
 GEMMA = ("gemma", "gemma2", "gemma3_text")  # norms multiply by 1 + weight; the embedding by the root of the width
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "lfm2", *GEMMA)
 """The architectures, as transformers names them, that a student can be cut out of."""
@@ -54,7 +54,7 @@ class Sizes:
     """What a model has of each."""
 
     layers: int
-    hidden: int
+    width: int
     mlp: int
     heads: int
     kv_heads: int
@@ -130,11 +130,11 @@ def _cut_width(cut: Cut, sizes: Sizes, where: str, model_type: str) -> dict[str,
     """The values that change in a configuration where channels, neurons or heads go."""
     if (cut.width, cut.mlp, cut.kv_heads) == (None, None, None):
         return {}
-    width = cut.width or sizes.hidden
-    share = width / sizes.hidden
-    mlp = cut.mlp or (sizes.mlp if width == sizes.hidden else max(8, 8 * round(sizes.mlp * share / 8)))
+    width = cut.width or sizes.width
+    share = width / sizes.width
+    mlp = cut.mlp or (sizes.mlp if width == sizes.width else max(8, 8 * round(sizes.mlp * share / 8)))
     kv_heads = cut.kv_heads or max(1, round(sizes.kv_heads * share))
-    for key, asked, there in (("width", width, sizes.hidden), ("mlp", mlp, sizes.mlp)):
+    for key, asked, there in (("width", width, sizes.width), ("mlp", mlp, sizes.mlp)):
         if asked > there:
             raise _too_many(key, asked, there, where)
     if kv_heads > sizes.kv_heads:
@@ -190,7 +190,7 @@ def axes_of(name: str) -> tuple[str, ...] | None:
     part, _, kind = name.rpartition(".")
     if part == "embed_tokens":
         return (VOCAB, HIDDEN)
-    if part in _FINAL_NORMS:
+    if part in FINAL_NORMS:
         return (HIDDEN,)
     inside = part.split(".", 2)[2] if part.startswith("layers.") else part
     if inside in LINEAR:

@@ -20,6 +20,7 @@ from liquid_llm.errors import ModelError
 from liquid_llm.models.cut import (
     CONV,
     CONV3,
+    FINAL_NORMS,
     GEMMA,
     HIDDEN,
     KV,
@@ -33,7 +34,7 @@ from liquid_llm.models.cut import (
     read_sizes,
     without_weights,
 )
-from liquid_llm.models.importance import Importance, Text, measure
+from liquid_llm.models.importance import Importance, Text, measure, weigh_blocks
 from liquid_llm.models.spec import EVENLY, Cut
 
 # The linear maps back to the hidden channels: what goes into them tells how much each neuron or head has to say.
@@ -71,9 +72,10 @@ def cut_weights(
     parts = [name.removesuffix(".weight") for name, _ in body.named_parameters() if name.endswith(".weight")]
     outputs = [name for name in parts if name.endswith(_OUTPUTS)]
     norms = [name for name in parts if axes_of(f"{name}.weight") == (HIDDEN,)]
-    found = measure(teacher, body, list(body.layers), outputs, norms, text)
-    if isinstance(cut.layers, int) and cut.choose != EVENLY:
-        named = largest(found.blocks, cut.layers)
+    found = measure(teacher, body, outputs, norms, text)
+    if isinstance(cut.layers, int) and cut.layers < sizes.layers and cut.choose != EVENLY:
+        final = next(getattr(body, name) for name in FINAL_NORMS if hasattr(body, name))
+        named = largest(weigh_blocks(teacher, body, final, text), cut.layers)
     student = without_weights(cut_config(config, cut, vocab_size, where, named), where)
     _fill(student, teacher, named, found)
     student.config.architectures = [type(student).__name__]

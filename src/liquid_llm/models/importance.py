@@ -1,13 +1,15 @@
 """What of a model matters on a text: its blocks, hidden channels, MLP neurons and attention heads.
 
-    block      one layer of the stack; its importance is one minus the cosine between its input and its output (Men et
-               al. 2024, ShortGPT, arXiv:2403.03853, equation 1): a block that changes nothing has 0
+    block      one layer of the stack; its importance is how far the model's predictions move when it is left out: the
+               mean KL divergence of what is left from the whole model
     channel    one of the hidden states' numbers: how large it is behind the norms
     neuron     one of an MLP's inner numbers: how large it is before the down projection
     head       a key-value head with its query heads: how long their outputs are
 
 Sizes are root mean squares over the tokens of a short text, summed over norms where there are several (Muralidharan et
-al. 2024, Minitron, arXiv:2407.14679, section 2.2, which takes means of absolute values).
+al. 2024, Minitron, arXiv:2407.14679, section 2.2, which takes means of absolute values). That paper and Men et al. 2024
+(ShortGPT, arXiv:2403.03853) rank blocks by what leaving them out does to the loss, or by the cosine between input and
+output of a block; docs/decisions/0016 has both measured.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 from liquid_llm.models.heads import hidden_states, output_head
 
+_WEIGHED_TOKENS, _ROW_TOKENS = 512, 256
+
 Text = tuple[Tensor, Tensor]
 """One sequence and what follows each of its tokens, -100 where that is not learnt: both [time] int64."""
 
@@ -31,14 +35,12 @@ class Importance:
     """Sums over the tokens of a calibration text.
 
     Attributes:
-        blocks: [layers] one minus the cosine, a token's mean.
         inputs: module name -> [width] sum of squares of what goes into that linear map.
         norms: module name -> [width] sum of squares of what goes into that norm, each token divided by its mean square.
         num_tokens: how many there were.
         loss: the model's own mean cross-entropy on the text.
     """
 
-    blocks: Tensor
     inputs: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     num_tokens: int = 0
@@ -46,21 +48,55 @@ class Importance:
 
 
 @torch.no_grad()
-def measure(
-    model: Any,
-    body: Any,
-    layers: Sequence[nn.Module],
-    linears: Sequence[str],
-    norms: Sequence[str],
-    text: Sequence[Text],
-) -> Importance:
+def measure(model: Any, body: Any, linears: Sequence[str], norms: Sequence[str], text: Sequence[Text]) -> Importance:
     """Pass ``text`` through ``model`` once and look at what goes into the modules of ``body`` that are named."""
-    found = Importance(torch.zeros(len(layers), dtype=torch.float64))
-    with _watch(body, layers, linears, norms, found):
+    found = Importance()
+    with _watch(body, linears, norms, found):
         found.loss = mean_loss(model, text)
     found.num_tokens = sum(len(ids) for ids, _ in text)
-    found.blocks /= found.num_tokens
     return found
+
+
+@torch.no_grad()
+def weigh_blocks(model: Any, body: Any, final_norm: nn.Module, text: Sequence[Text]) -> Tensor:
+    """How much each block of ``body.layers`` matters: [layers], nats a token, 0 for one that does nothing.
+
+    Of each sequence the first tokens are looked at, a few hundred in all: for every block the ones behind it and the
+    output head are computed anew.
+    """
+    head, layers = output_head(model), list(body.layers)
+    moved, count = torch.zeros(len(layers), dtype=torch.float64), 0
+    for ids, _ in text:
+        if count >= _WEIGHED_TOKENS:
+            break
+        ids = ids[: min(_ROW_TOKENS, _WEIGHED_TOKENS - count)].to(head.weight.device)
+        with _record(layers) as calls:
+            whole = head.logits(hidden_states(model, ids[None])[0]).float().log_softmax(dim=-1)
+        for number, (first, *_) in enumerate(call[0] for call in calls):
+            hidden = first
+            for layer, (given, options) in list(zip(layers, calls, strict=True))[number + 1 :]:
+                output = layer(hidden, *given[1:], **options)
+                hidden = output[0] if isinstance(output, tuple) else output
+            left = head.logits(final_norm(hidden)[0].to(head.weight.dtype)).float().log_softmax(dim=-1)
+            moved[number] += float(nn.functional.kl_div(left, whole, reduction="sum", log_target=True))
+        count += len(ids)
+    return moved / max(count, 1)
+
+
+@contextmanager
+def _record(layers: Sequence[nn.Module]) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Collect the arguments of every layer, in their order."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls.append((given, options))
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -78,18 +114,7 @@ def mean_loss(model: Any, text: Sequence[Text]) -> float:
 
 
 @contextmanager
-def _watch(
-    body: Any, layers: Sequence[nn.Module], linears: Sequence[str], norms: Sequence[str], found: Importance
-) -> Iterator[None]:
-    def block(number: int) -> Callable[..., None]:
-        def look(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-            before = given[0] if given else options["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            found.blocks[number] += float((1 - cosine).double().sum())
-
-        return look
-
+def _watch(body: Any, linears: Sequence[str], norms: Sequence[str], found: Importance) -> Iterator[None]:
     def squares(sums: dict[str, Tensor], name: str, *, normalise: bool) -> Callable[..., None]:
         def look(_: nn.Module, given: tuple[Any, ...]) -> None:
             size = given[0].float().flatten(0, -2).square()
@@ -100,7 +125,7 @@ def _watch(
 
         return look
 
-    handles = [layer.register_forward_hook(block(number), with_kwargs=True) for number, layer in enumerate(layers)]
+    handles = []
     for names, sums, normalise in ((linears, found.inputs, False), (norms, found.norms, True)):
         for name in names:
             hook = squares(sums, name, normalise=normalise)

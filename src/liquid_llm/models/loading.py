@@ -217,6 +217,8 @@ def quiet_transformers() -> Iterator[None]:
 @contextmanager
 def as_model_error(model_id: str, problem: str) -> Iterator[None]:
     """Turn what libraries raise for a damaged, foreign or unsupported model into a ``ModelError``."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
     except LiquidError:
@@ -225,7 +227,9 @@ def as_model_error(model_id: str, problem: str) -> Iterator[None]:
         if not _about_the_model(error):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        # A configuration that contradicts itself says why in its last line.
+        told = lines[-1:] if isinstance(error, StrictDataclassError) else lines[:1]
+        message = f"{type(error).__name__}: {told[0] if told else 'no message'}"
         raise ModelError(problem, where=model_id, got=message[:300]) from error
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from liquid_llm.errors import ModelError
+from liquid_llm.models.cut import read_sizes
 from liquid_llm.models.cut_weights import cut_weights
 from liquid_llm.models.embedding import take_embedding
 from liquid_llm.models.importance import Text
@@ -21,11 +22,6 @@ from liquid_llm.models.sources import Source
 from liquid_llm.models.spec import StudentSpec, parse_student
 from liquid_llm.models.student import finish_student, from_configuration, open_taken_config, prepare_config
 
-_SIZES = (
-    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    "vocab_size",
-)
-
 
 @dataclass(frozen=True)
 class TakenStudent:
@@ -33,8 +29,9 @@ class TakenStudent:
 
     Attributes:
         model: as ``build_student`` gives it.
-        facts: plain values that say what was taken: ``model`` and ``revision`` of the teacher; of a cut its ``layers``
-            as the teacher counts them and ``sizes``, name in the configuration -> of the student and of the teacher.
+        facts: plain values that say what was taken: ``model`` and ``revision`` of the teacher, and whether it came from
+            the Hugging Face hub; of a cut its ``layers`` as the teacher counts them and ``sizes``, what is
+            counted -> how many of it student and teacher have; of an embedding see ``take_embedding``.
         teacher_loss: the teacher's mean cross-entropy on the calibration text; None where it was not asked.
     """
 
@@ -66,7 +63,7 @@ def take_student(
     """
     asked = parse_student(spec)
     source, config = open_taken_config(asked, token)
-    facts: dict[str, Any] = {"model": source.id, "revision": source.revision}
+    facts: dict[str, Any] = {"model": source.id, "revision": source.revision, "on_hub": source.commit is not None}
     teacher, loss = _open_teacher(asked, source, config, device, token), None
     if asked.cut is None:
         model = from_configuration(asked.base, vocab_size, bos_id, eos_id, seed)
@@ -76,7 +73,7 @@ def take_student(
         prepare_config(prepared, bos_id, eos_id)
         model, layers, found = cut_weights(teacher, asked.cut, vocab_size, f"--student={spec}", text, prepared)
         loss = found.loss
-        facts |= {"layers": list(layers), "sizes": _sizes(model.config, teacher.config)}
+        facts |= {"layers": list(layers), "sizes": _sizes(model, teacher, f"--student={spec}")}
     del teacher
     return TakenStudent(finish_student(model, bos_id, eos_id, block_size), facts, loss)
 
@@ -95,6 +92,10 @@ def _open_teacher(asked: StudentSpec, source: Source, config: Any, device: torch
     return model.requires_grad_(False)
 
 
-def _sizes(ours: Any, theirs: Any) -> dict[str, list[int]]:
-    theirs = theirs.get_text_config(decoder=True)
-    return {name: [int(getattr(ours, name)), int(getattr(theirs, name))] for name in _SIZES}
+def _sizes(ours: Any, theirs: Any, where: str) -> dict[str, list[int]]:
+    """Of each thing that is counted, how many the student and the teacher have."""
+    found = [
+        {**asdict(read_sizes(model.config, where)), "vocabulary": int(model.get_output_embeddings().weight.shape[0])}
+        for model in (ours, theirs)
+    ]
+    return {name: [found[0][name], found[1][name]] for name in found[0]}

@@ -74,7 +74,7 @@ def _card(model: Any, metadata: CheckpointMetadata) -> str:
         "lowest validation loss so far": None if loss is None else f"{loss:.4f} nats a token",
         "tokenizer": f"sha256 {metadata.tokenizer_hash}",
     }
-    return write_card(spec, facts, None if taken is None else str(taken["model"]))
+    return write_card(spec, facts, str(taken["model"]) if taken is not None and taken["on_hub"] else None)
 
 
 def keep_tokenizer(tokenizer: Any, run_dir: Path) -> None:

@@ -156,11 +156,11 @@ def describe_taken(facts: Mapping[str, Any]) -> str:
         narrow, wide = facts["embedding"]
         return f"embedding of {facts['model']}, {wide} channels projected to {narrow} ({facts['kept']:.0%} kept)"
     sizes = {name: pair for name, pair in facts["sizes"].items() if pair[0] != pair[1]}
-    layers, all_layers = facts["sizes"]["num_hidden_layers"]
+    layers, all_layers = facts["sizes"]["layers"]
     words = [f"{layers} of {all_layers} layers of {facts['model']}"]
     if layers < all_layers:
         words[0] += f" ({'+'.join(map(str, facts['layers']))})"
-    words += [f"{name} {ours} of {all}" for name, (ours, all) in sizes.items() if name != "num_hidden_layers"]
+    words += [f"{name} {ours} of {all}" for name, (ours, all) in sizes.items() if name != "layers"]
     return ", ".join(words)
 
 
