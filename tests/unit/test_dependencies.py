@@ -14,6 +14,7 @@ PACKAGES = {
     "google": "google-auth",
     "huggingface_hub": "huggingface-hub",
 }  # where module and package differ
+EXTRAS = {"lm_eval": "lm-eval"}  # module -> package of an extra of its own name, which some commands ask for
 NOT_IMPORTED = {
     "gguf": "transformers reads GGUF files with it",
     "tensorboard": "torch.utils.tensorboard writes event files with it",
@@ -29,8 +30,18 @@ def declared() -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     found = [one for name, path in module_files().items() for one in imports(name, parse(path), set())]
     modules = {one.name.partition(".")[0] for one in found}
-    foreign = {name for name in modules if name not in OURS and not is_standard_library(name)}
+    foreign = {name for name in modules if name not in OURS and not is_standard_library(name)} - EXTRAS.keys()
     packages = {PACKAGES.get(name, name) for name in foreign}
     assert packages - declared() == set(), "imported and not declared"
     assert declared() - packages - NOT_IMPORTED.keys() == set(), "declared and not imported"
     assert declared() >= NOT_IMPORTED.keys()
+
+
+def test_an_extra_is_declared_and_never_needed_to_import_a_module() -> None:
+    text = PYPROJECT.read_text(encoding="utf-8")
+    found = [one for name, path in module_files().items() for one in imports(name, parse(path), set())]
+    for module, package in EXTRAS.items():
+        assert re.search(rf'^{package} = \["{package}[>=]', text, re.M)
+        used = [one for one in found if one.name.partition(".")[0] == module]
+        assert used
+        assert not [one for one in used if one.at_import_time]

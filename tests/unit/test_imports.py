@@ -69,6 +69,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "evaluation": {"teachers", "training"},
     "generation": {"models"},
     "answers": {"data", "generation"},
+    "lm_eval_tasks": {"generation"},
     "memory": {"capture", "models", "signal_store", "teachers", "training"},
 }
 

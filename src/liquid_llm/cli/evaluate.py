@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liquid_llm.cli.parse import Positional, parse
-from liquid_llm.options import ANNEAL, DATA, EVALUATION, OUTPUT, STUDENT, TEACHER, TRAIN, Option, options_of
+from liquid_llm.options import ANNEAL, DATA, EVALUATION, OUTPUT, RUN, STUDENT, TEACHER, TRAIN, Option, options_of
 
 _DESCRIPTION = (
     "Say how good students are on held-out text, beside their teacher: loss, bits a byte, KL at T=1, agreement, "
@@ -26,6 +26,12 @@ _WHICH = "of run directories: best, last, final, step-N or time-..."
 _TOKENIZER = "a model with the students' tokenizer, where none came along"
 _ANSWERS = "held-out prompts that are answered greedily and marked by #### n [20 where there are any; 0: none]"
 _JSON = "file or URL for all that was found, as JSON; evaluation.json of a run has it too"
+_TASKS = (
+    "benchmarks of lm-eval to run too, comma-separated: names it knows, YAML files of one's own, folders of them; "
+    "needs the extra: pip install 'liquid-llm[lm-eval]'"
+)
+_TASK_LIMIT = "most samples of each of these tasks"
+_TASK_FEWSHOT = "examples before each question of these tasks (default: as the task says)"
 _OWN = (
     Option("which", "str", STUDENT, "which", None, _WHICH),
     Option("tokenizer", "str", STUDENT, "tokenizer", None, _TOKENIZER),
@@ -33,6 +39,9 @@ _OWN = (
     Option("records", "str", DATA, "records", None, _RECORDS),
     Option("answers", "int", EVALUATION, "answers", None, _ANSWERS, minimum=0),
     Option("answer_tokens", "int", EVALUATION, "answer_tokens", 256, "most tokens of an answer", minimum=1),
+    Option("tasks", "str", RUN, "tasks", None, _TASKS),
+    Option("task_limit", "int", RUN, "task_limit", None, _TASK_LIMIT, minimum=1),
+    Option("task_fewshot", "int", RUN, "task_fewshot", None, _TASK_FEWSHOT, minimum=0),
     Option("json", "str", OUTPUT, "json", None, _JSON),
 )
 _SHARED = """

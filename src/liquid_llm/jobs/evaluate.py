@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
 from liquid_llm.jobs.evaluate_answers import answer_all, tally
 from liquid_llm.jobs.evaluation_table import print_evaluations
 from liquid_llm.jobs.prepare import find_run_data
+from liquid_llm.lm_eval_tasks import TaskPlan, plan_tasks, run_tasks
 from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
 from liquid_llm.terminal import Stage, setup_logging
@@ -58,6 +60,7 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
         LiquidError: any problem a user can cause.
     """
     given = given or {}
+    plan = _plan_tasks(given)
     which, tokenizer = given.get("which"), given.get("tokenizer")
     opened = [open_student(one, which=which, tokenizer=tokenizer) for one in students]
     config = evaluation_config(given, opened)
@@ -65,7 +68,28 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
     entries = records_entries(str(given["records"])) if given.get("records") else find_run_data(config.data).entries
     judgement = judge_on(config, opened, entries, device, read_token(config.teacher))
     with closing(judgement.teachers.router):
-        return _judge(opened, judgement, device, given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS)
+        found = _judge(opened, judgement, device, given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS)
+    if plan is None:
+        return found
+    tasks = [_run_tasks(plan, student, judgement) for student in opened]
+    return [replace(one, tasks=results) for one, results in zip(found, tasks, strict=True)]
+
+
+def _plan_tasks(given: Mapping[str, Any]) -> TaskPlan | None:
+    """The benchmarks that are asked for, found out to be there before anything is opened."""
+    names = [one.strip() for one in str(given.get("tasks") or "").split(",")]
+    if not any(names):
+        return None
+    told = {"limit": given.get("task_limit"), "num_fewshot": given.get("task_fewshot")}
+    return plan_tasks([one for one in names if one], **told)
+
+
+def _run_tasks(plan: TaskPlan, student: OpenedStudent, on: Judgement) -> dict[str, Any]:
+    log.info("lm-eval: %s on %s", ", ".join(plan.names), student.name)
+    tokenizer = student.tokenizer if student.text is None else student.text.student_tokenizer()
+    device = next(student.model.parameters()).device.type
+    dtype = torch_dtype(choose_dtype(on.config.student.precision, device).value)
+    return run_tasks(plan, student.model, tokenizer, dtype=dtype)
 
 
 def _judge(

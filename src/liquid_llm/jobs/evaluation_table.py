@@ -49,6 +49,28 @@ def print_evaluations(found: Sequence[Evaluation], console: Console | None = Non
     console.print(table)
     for line in (line for one in found for line in (_remark(one), _answers(one)) if line):
         console.print(Text(line), soft_wrap=True)
+    if any(one.tasks for one in found):
+        _print_tasks(found, console)
+
+
+def _print_tasks(found: Sequence[Evaluation], console: Console) -> None:
+    """What lm-eval's benchmarks gave: one line a student, task and metric."""
+    title = "lm-eval, each figure with its standard error"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("student", "task", "metric"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("samples", "shots", "value"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        for task, result in one.tasks.items():
+            about = (_plain(result["samples"]), _plain(result["num_fewshot"]))
+            for metric, figure in result["metrics"].items():
+                table.add_row(*map(Text, (one.student, task, metric, *about, _estimate(figure, 1.0, 4))))
+    console.print(table)
+
+
+def _plain(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 def _rows(one: Evaluation) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -63,7 +85,7 @@ def _rows(one: Evaluation) -> list[tuple[str, str, Mapping[str, Any]]]:
 
 
 def _estimate(figure: Mapping[str, Any] | None, factor: float, digits: int) -> str:
-    if figure is None:
+    if figure is None or figure["value"] is None:
         return "-"
     error = "" if figure["error"] is None else f" ±{figure['error'] * factor:.{digits}f}"
     return f"{figure['value'] * factor:.{digits}f}{error}"
