@@ -430,6 +430,13 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
         begun = [entry for step, entry in entries if step <= first_step]
         if begun and level in config.given and name in config.given and begun[-1] != value:
             remarks.append(f"--{level}={value:g} is never used: --{name} says {begun[-1]:g} from the first step on")
+    if "kd_alpha_start" in config.given and "kd_alpha_end" not in config.given:
+        first, last = objective.alpha_start, objective.alpha_end
+        if first < last and objective.anneal_share > 0:
+            remarks.append(
+                f"--kd_alpha_start={first:g} alone: the KD weight rises to {last:g}, the default of --kd_alpha_end, "
+                f"over the first {round(objective.anneal_share * steps):,} steps and stays; give --kd_alpha_end too"
+            )
     return remarks
 
 

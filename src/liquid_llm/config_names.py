@@ -27,8 +27,8 @@ _UNCOUNTED = """
 """
 
 
-def run_name(config: RunConfig) -> str:
-    """This release's name: of what differs from the defaults, so that a new option leaves all names as they are."""
+def counted_options(config: RunConfig) -> dict[str, Any]:
+    """What changes a run's numbers, as plain values: options that differ from their defaults, and what teaches it."""
     uncounted = _UNCOUNTED.split()
     options = {option.name: option for option in options_of(config.face) if option.group != OUTPUT}
     counted = {
@@ -36,7 +36,12 @@ def run_name(config: RunConfig) -> str:
         for name, value in config.given.items()
         if name in options and name not in uncounted and value != options[name].default_for(config.face)
     }
-    return _name(config, {"face": config.face, "options": counted, "source": dataclasses.asdict(config.source)})
+    return {"face": config.face, "options": counted, "source": dataclasses.asdict(config.source)}
+
+
+def run_name(config: RunConfig) -> str:
+    """This release's name: of what differs from the defaults, so that a new option leaves all names as they are."""
+    return _name(config, counted_options(config))
 
 
 _OLD_FIELDS = {

@@ -47,7 +47,8 @@ class Option:
         kind: ``str``, ``int``, ``float``, ``bool``, ``ints`` or ``floats`` (comma-separated); ``auto int`` and ``auto
             bool`` also take the word auto; ``names`` (comma-separated, each one of ``choices``, or none); ``spec``
             (one of ``choices``, options after it: ``NAME:option=number``); ``sources`` (``TYPE=VALUE``,
-            comma-separated, may be given several times: a field of those types, see ``sources.py``).
+            comma-separated, may be given several times: a field of those types, see ``sources.py``); ``texts`` (may
+            be given several times, each as it is).
         group, field: the configuration value it sets.
         default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
         faces: the commands that take it.

@@ -187,7 +187,8 @@ class StopSignal:
     """While entered, SIGTERM and SIGINT set a flag instead of ending the process; a second SIGINT interrupts at once.
 
     Handlers can only be set from the main thread; elsewhere entering changes nothing and the flag stays down unless
-    ``request`` is called. Earlier handlers return on exit.
+    ``request`` is called. Earlier handlers return on exit; another ``StopSignal`` that had set them (a study's
+    around a run's) is told of what came meanwhile.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -211,6 +212,9 @@ class StopSignal:
         for number, handler in self._previous.items():
             # None: a handler that was not set from Python and so cannot be given back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            outer = getattr(handler, "__self__", None)
+            if self.requested and isinstance(outer, StopSignal):
+                outer.request()
         self._previous = {}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

@@ -70,6 +70,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "generation": {"models"},
     "answers": {"data", "generation"},
     "lm_eval_tasks": {"generation"},
+    "study": {"metrics", "report"},
     "memory": {"capture", "models", "signal_store", "teachers", "training"},
 }
 

@@ -51,7 +51,7 @@ _SHARED = """
 """
 
 
-def _options() -> tuple[Option, ...]:
+def options_of_evaluate() -> tuple[Option, ...]:
     """Its own and those that mean the same as in training, which runs have their values of."""
     shared = {one.name: one for face in (ANNEAL, TRAIN) for one in options_of(face) if one.name in _SHARED.split()}
     return (*_OWN, *shared.values())
@@ -63,7 +63,7 @@ def evaluate(words: list[str]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    given = parse(_options(), words, "liquid evaluate", _DESCRIPTION, positionals=(_STUDENTS,))
+    given = parse(options_of_evaluate(), words, "liquid evaluate", _DESCRIPTION, positionals=(_STUDENTS,))
     students = given.pop("students")
     from liquid_llm.jobs.evaluate import run_evaluate
 

@@ -16,6 +16,7 @@ from liquid_llm.cli.export import export
 from liquid_llm.cli.memory import memory
 from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
+from liquid_llm.cli.study import study
 from liquid_llm.errors import LiquidError
 from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of
 
@@ -42,13 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (lambda rest: _face(TRAIN, rest), "hybrid training"),
         "anneal": (lambda rest: _face(ANNEAL, rest), "annealing of schedules and context length"),
         "capture": (lambda rest: _face(CAPTURE, rest), "store a teacher's signal"),
+        "study": (study, "options varied over values and seeds: is it better, by how much, how sure is that"),
         "prepare": (lambda rest: _face(PREPARE, rest), "stream raw datasets into shards"),
         "memory": (memory, "how much memory a job takes, and whether it fits"),
         "store": (store, "pack, verify, measure and compare stores of teacher signal"),
         "evaluate": (evaluate, "how good students are on held-out text, beside their teacher"),
         "export": (export, "a run's student as a Hugging Face folder: the best, any snapshot, of an interrupted run"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
-        "report": (_report, "make report.html of a run again from its files"),
+        "report": (_report, "make report.html of a run, or study.html of a study, again from its files"),
     }
     listed = {name: text for name, (_, text) in commands.items()}
     if words[:1] == ["--version"]:
@@ -127,11 +129,13 @@ def _inspect(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    run = Positional("run", "RUN", "run directory")
-    given = parse(
-        (), words, "liquid report", "Make report.html of a run again from its files alone.", positionals=[run]
-    )
+    run = Positional("run", "RUN", "run directory, or a study's folder")
+    given = parse((), words, "liquid report", "Make a run's or study's page again from files alone.", positionals=[run])
+    from liquid_llm.jobs.study_result import is_study, show_study
     from liquid_llm.report import build_report
+
+    if is_study(str(given["run"])):
+        return show_study(str(given["run"]))
 
     print(build_report(str(given["run"])))
     return 0

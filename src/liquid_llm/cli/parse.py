@@ -67,7 +67,7 @@ def build_parser(
             group.add_argument(without, dest=option.name, action="store_const", const=False, help=hidden)
         else:
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
-            action = "extend" if option.kind == "sources" else "store"
+            action = "extend" if option.kind in ("sources", "texts") else "store"
             group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar, action=action)
     return parser
 
@@ -80,6 +80,7 @@ def parse(
     *,
     face: str = "",
     positionals: Sequence[Positional] = (),
+    read_file: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> dict[str, object]:
     """What is given, by name, from the command line and (behind it) from ``--config FILE``.
 
@@ -87,6 +88,7 @@ def parse(
         options: those of the command.
         face: whose defaults the help shows.
         positionals: words it takes beside options; all must be there.
+        read_file: gives the options of ``--config FILE``, where that may hold more than options.
 
     Raises:
         UsageError: an unknown option or a value that cannot be used.
@@ -100,7 +102,8 @@ def parse(
     if sources := _take_by_type(given, options, prog):
         given["sources"] = sources
     if config_file is not None:
-        given = overlay(read_config_file(Path(str(config_file)), options), given)
+        path = Path(str(config_file))
+        given = overlay(read_config_file(path, options) if read_file is None else read_file(path), given)
     return {name: _expand_dates(value) for name, value in given.items()}
 
 
@@ -204,11 +207,13 @@ _KIND_WORDS = {
     "names": "comma-separated names",
     "spec": "a name, or name:option=number",
     "sources": "comma-separated TYPE=VALUE",
+    "texts": "text",
 }
 _METAVARS = {
     "auto int": "INT|auto",
     **{kind: kind.upper() for kind in ("str", "int", "float", "ints", "floats", "size", "names")},
     "sources": "TYPE=VALUE",
+    "texts": "TEXT",
 }
 _UNITS = {"": 2**30, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _MOST_BARE = 4096  # GiB; a larger number alone is likely meant in another unit
@@ -220,10 +225,10 @@ def _convert(kind: str, text: str) -> object:
         return AUTO if text.lower() == AUTO else _convert(kind.removeprefix("auto "), text)
     if kind == "size":
         return _size(text)
-    if kind in ("str", "spec"):
+    if kind in ("str", "spec", "texts"):
         if not text:
             raise ValueError("empty")
-        return text
+        return (text,) if kind == "texts" else text
     if kind == "int":
         return int(text)
     if kind == "float":
@@ -263,10 +268,18 @@ def read_config_file(path: Path, options: Sequence[Option]) -> dict[str, object]
         UsageError: the file is missing, is not a mapping, gives a name twice, or holds an unknown option or an unusable
             value.
     """
-    loaded = _load_yaml(path)
+    return read_options(load_yaml(path), options, path)
+
+
+def read_options(loaded: object, options: Sequence[Option], where: object) -> dict[str, object]:
+    """The same from such a mapping.
+
+    Raises:
+        UsageError: it is none, gives a name twice, or holds an unknown option or an unusable value.
+    """
     if not isinstance(loaded, Mapping):
         raise UsageError(
-            "not a mapping of options", where=path, got=type(loaded).__name__, expected="name: value lines"
+            "not a mapping of options", where=where, got=type(loaded).__name__, expected="name: value lines"
         )
     known = {option.name: option for option in options}
     values: dict[str, object] = {}
@@ -274,17 +287,17 @@ def read_config_file(path: Path, options: Sequence[Option]) -> dict[str, object]
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name in seen:
-            raise UsageError("an option is given twice", where=path, got=f"{seen[name]} and {key}", remedy="keep one")
+            raise UsageError("an option is given twice", where=where, got=f"{seen[name]} and {key}", remedy="keep one")
         seen[name] = key
         if name not in known and not (name == "sources" and "signal" in known):
-            raise unknown_option(f"--{name}", list(known), str(path))
+            raise unknown_option(f"--{name}", list(known), str(where))
         if is_blank(value):
             continue
         try:
             values[name] = read_sources(value) if name == "sources" else converter(known[name])(_as_words(value))
         except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UsageError(str(error), where=f"{path}: {name}") from None
-    sources = _take_by_type(values, options, path)
+            raise UsageError(str(error), where=f"{where}: {name}") from None
+    sources = _take_by_type(values, options, where)
     return overlay(values, {"sources": sources}) if sources else values
 
 
@@ -295,7 +308,7 @@ def _as_words(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _load_yaml(path: Path) -> object:
+def load_yaml(path: Path) -> object:
     """What a YAML file holds, every plain word but null as it is written: ``0:30`` is a schedule and no time of day.
 
     Raises:

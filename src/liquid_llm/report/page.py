@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any
@@ -25,6 +25,25 @@ _MAX_SAMPLES = 6  # of one prompt
 
 def render_page(run: RunData) -> Html:
     """The whole HTML of a run's report."""
+    span = _span(run)  # one range of steps for all plots, so that they can be read together
+    sections = {
+        "Result": _result(run.summary),
+        **{heading: draw_plots(figures, span) for heading, figures in choose_figures(run).items()},
+        "Samples": _samples(run.samples),
+        "Checkpoints": _checkpoints(run.checkpoints),
+        "Data": _data(run),
+        "Configuration": cards(run.config, "General") if isinstance(run.config, Mapping) else "",
+        "Provenance": _provenance(run.environment) if isinstance(run.environment, Mapping) else "",
+    }
+    footer = (
+        "Faint lines are single rows, strong ones over them their running mean. Made from the run directory's files "
+        "alone; <code>liquid report</code> makes it again."
+    )
+    return assemble_page(f"{text(run.name)} – run report", _header(run), sections, footer)
+
+
+def assemble_page(title: Html, header: Html, sections: Mapping[str, Html], footer: Html) -> Html:
+    """A whole page, in the report's style, of ready parts; a section without contents is left out."""
     style, script = (
         files("liquid_llm.report").joinpath(name).read_text("utf-8") for name in ("style.css", "script.js")
     )
@@ -32,30 +51,19 @@ def render_page(run: RunData) -> Html:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    span = _span(run)  # one range of steps for all plots, so that they can be read together
-    sections = {
-        "Result": _result(run.summary),
-        **{heading: _plots(figures, span) for heading, figures in choose_figures(run).items()},
-        "Samples": _samples(run.samples),
-        "Checkpoints": _checkpoints(run.checkpoints),
-        "Data": _data(run),
-        "Configuration": cards(run.config, "General") if isinstance(run.config, Mapping) else "",
-        "Provenance": _provenance(run.environment) if isinstance(run.environment, Mapping) else "",
-    }
-    sections = {title: html for title, html in sections.items() if html}
-    links = "".join(f'<li><a href="#{title.lower()}">{title}</a></li>' for title in sections)
-    body = "".join(f'<h2 id="{title.lower()}">{title}</h2>{html}' for title, html in sections.items())
+    sections = {name: html for name, html in sections.items() if html}
+    links = "".join(f'<li><a href="#{name.lower()}">{name}</a></li>' for name in sections)
+    body = "".join(f'<h2 id="{name.lower()}">{name}</h2>{html}' for name, html in sections.items())
     return "".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
-            f"<title>{text(run.name)} – run report</title><style>{style}</style></head><body>",
-            _header(run),
+            f"<title>{title}</title><style>{style}</style></head><body>",
+            header,
             f'<nav aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main>',
-            "<footer>Faint lines are single rows, strong ones over them their running mean. Made from the run ",
-            "directory's files alone; <code>liquid report</code> makes it again.</footer>",
+            f"<footer>{footer}</footer>",
             f"<script>{script}</script></body></html>\n",
         ]
     )
@@ -65,7 +73,8 @@ def _hash(source: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-def _plots(figures: list[Figure], span: tuple[float, float]) -> Html:
+def draw_plots(figures: Sequence[Figure], span: tuple[float, float]) -> Html:
+    """Plots side by side over the same range."""
     columns = " three" if all(figure.small for figure in figures) else ""
     return f'<div class="plots{columns}">{"".join(draw_figure(figure, span) for figure in figures)}</div>'
 

@@ -48,6 +48,7 @@ class Figure:
         from_zero: whether the axis begins at zero.
         noisy: whether lines of many rows are drawn faint, with their running mean over them.
         small: whether a lower plot does.
+        across: what the horizontal axis counts.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Figure:
     from_zero: bool = False
     noisy: bool = False
     small: bool = False
+    across: str = "step"
 
 
 def draw_figure(figure: Figure, span: tuple[float, float]) -> str:
@@ -147,7 +149,9 @@ def _read_out(figure: Figure, main: list[Series], x: Axis, y: Axis) -> str:
         for line, one in zip(figure.lines, main, strict=True)
     ]
     text = json.dumps(
-        {"x": [x.low, x.high], "y": [y.low, y.high], "lines": lines}, separators=(",", ":"), allow_nan=False
+        {"across": figure.across, "x": [x.low, x.high], "y": [y.low, y.high], "lines": lines},
+        separators=(",", ":"),
+        allow_nan=False,
     )
     return text.replace("<", "\\u003c")  # a label must not be able to end the script element
 
@@ -158,7 +162,9 @@ def _sentence(figure: Figure) -> str:
     for line in figure.lines:
         steps, values = line.series.finite.steps, line.series.finite.values
         points = [(values[at], steps[at]) for at in (0, -1, int(values.argmin()), int(values.argmax()))]
-        first, last, lowest, highest = (f"{short_number(value)} at step {step:,.0f}" for value, step in points)
+        first, last, lowest, highest = (
+            f"{short_number(value)} at {figure.across} {step:,.0f}" for value, step in points
+        )
         words = f"from {first} to {last}, lowest {lowest}, highest {highest}" if len(values) > 1 else first
         parts.append(f"{line.label}: {words}")
     return f"{'; '.join(parts)}."

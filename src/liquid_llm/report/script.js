@@ -50,7 +50,7 @@
       rule.setAttribute("x1", at);
       rule.setAttribute("x2", at);
       const table = document.createElement("table");
-      table.createCaption().textContent = "step " + best.toLocaleString("en-US");
+      table.createCaption().textContent = data.across + " " + best.toLocaleString("en-US");
       data.lines.forEach((line, i) => {
         const index = nearest(line.steps, best), there = line.steps[index], value = line.values[index];
         const visible = value !== null && Math.abs(there - best) <= reach;

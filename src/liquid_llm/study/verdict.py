@@ -74,6 +74,7 @@ MEASURES = {
         Measure("ce", "held-out cross-entropy", "nats a token"),
         Measure("kl", "KL from the teacher at T=1", "nats a token"),
         Measure("agreement", "agreement with the teacher's first choice", "points", 100.0, True),
+        Measure("overlap", "overlap with the teacher, sum of min(p, q)", "points", 100.0, True),
         Measure("answers", "marked answers", "points", 100.0, True, is_share=True),
     )
 }
@@ -142,9 +143,13 @@ class Verdict:
         return f"neither {MAX_SEEDS} seeds nor more texts would tell: the difference is too small"
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data for a file; None for an end of the interval that is not known, as of a single text."""
+        """Plain data for a file; None for an end of the interval that is not known, as of a single text.
+
+        The means are ``value`` and ``baseline_value``.
+        """
+        names = {"arm": "value", "baseline": "baseline_value"}
         plain = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            names.get(name, name): None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in vars(self).items()
             if name != "measure"
         }

@@ -1,0 +1,284 @@
+"""``liquid study``: all runs of a study, their students' evaluation, and the verdict.
+
+Every run is one of ``liquid train`` or ``liquid anneal`` in a directory of its own, so an interrupted one goes on as
+those do. Runs are claimed by locks: any number of processes, on any machines that share the folder, may take part.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from liquid_llm import storage
+from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX
+from liquid_llm.config import RunConfig, build_capture_config, build_run_config, build_schedules, schedule_remarks
+from liquid_llm.config_names import counted_options
+from liquid_llm.distributed import start_engine
+from liquid_llm.errors import DataError, Interrupted, LiquidError, UsageError
+from liquid_llm.jobs.capture import capture_signal, exit_code
+from liquid_llm.jobs.evaluate import evaluate_students
+from liquid_llm.jobs.study_result import open_folder, show_study
+from liquid_llm.jobs.train import run_training
+from liquid_llm.options import OPTIMIZER, options_of
+from liquid_llm.runtime import StopSignal
+from liquid_llm.sources import overlay
+from liquid_llm.study.folder import CAPTURES, PACE, Busy, StudyFolder
+from liquid_llm.study.plan import SECONDS, Study, Unit
+from liquid_llm.study.results import measure_pace, units_at_seconds
+from liquid_llm.terminal import setup_logging
+
+log = logging.getLogger(__name__)
+
+FINAL = "final.pt"
+AT_ONCE = 6
+"""Students that are evaluated together: all of them are in memory, and the teacher is asked once for them."""
+
+_WAIT_SECONDS = 1.0
+_FOR_EVALUATION = ("device", "num_workers", "hf_token_file", "hf_token_uri", "hf_token_secret")
+
+
+def run_study(study: Study, folder: str) -> int:
+    """Run what the study lacks, and show its result; returns the exit code.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+        Interrupted: the process was asked to stop; what was begun is saved.
+    """
+    setup_logging("INFO")
+    if start_engine().world_size > 1:
+        raise UsageError("a study's runs are of one process each", where="liquid study", remedy="use --processes")
+    place = open_folder(folder)
+    plan = place.add_to_plan(_describe(study, place))
+    for remark in plan["remarks"]:
+        log.warning("%s", remark)
+    with StopSignal() as stop:
+        work = _Work(study, place, lambda: stop.requested)
+        for number in range(len(study.captures)):
+            work.once(f"capture-{number}", lambda number=number: work.capture(number))  # type: ignore[misc]
+        work.train(study.units())
+        if SECONDS in study.at:
+            with place.change():
+                pace = measure_pace(place, plan)
+                place.write(PACE, pace.at_seconds)
+            work.train([one for one in units_at_seconds(plan, pace) if one.seed in study.seeds])
+        units = [one for one in _all_units(plan, place) if place.is_done(one)]
+        work.once("evaluate", lambda: work.evaluate(units))
+    return show_study(str(place.root))
+
+
+# ----------------------------------------------------------------------------------------------------------- what to do
+
+
+def _options(study: Study, place: StudyFolder, unit: Unit) -> dict[str, object]:
+    """The options of a run: what all arms share, the arm's own, and the place and length that the study gives it."""
+    options = overlay(study.options, study.arm(unit.arm).options)
+    options = {"keep_last": 1, **options, "seed": unit.seed}
+    if unit.steps is not None:
+        options[_steps_option(study.face)] = unit.steps
+    run_dir = place.run_dir(unit)
+    options["output_gcs_uri"] = str(run_dir)
+    if build_run_config(study.face, options).below_output:
+        options |= {"output_gcs_uri": str(run_dir.parent), "run_id": run_dir.name}
+    return options
+
+
+def _steps_option(face: str) -> str:
+    return next(one.name for one in options_of(face) if (one.group, one.field) == (OPTIMIZER, "steps"))
+
+
+def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
+    """What the plan keeps of a study; every arm's options are checked before anything is run.
+
+    Raises:
+        UsageError: an arm's options cannot work, or two arms are the same.
+    """
+    arms: list[dict[str, Any]] = []
+    remarks: list[str] = []
+    captured = [store for one in study.captures for store in build_capture_config(one).source.stores]
+    for arm in study.arms:
+        try:
+            config = build_run_config(study.face, _options(study, place, Unit(arm.name, study.seeds[0])))
+        except UsageError as error:
+            raise UsageError(f"arm {arm.name!r}: {error}") from None
+        counts = counted_options(config)
+        counts = {**counts["options"], "teachers": counts["source"]}
+        counts.pop("seed", None)
+        stores = _stores_read(config)
+        plain = {"name": arm.name, "options": arm.options, "counts": counts, "stores": stores}
+        arms.append(json.loads(json.dumps({**plain, "steps": config.optimizer.steps})))
+        remarks += [f"{arm.name}: {remark}" for remark in schedule_remarks(config, 0)]
+        foreign = [store for store in stores if store not in captured]
+        if SECONDS in study.at and foreign:
+            remarks.append(
+                f"{arm.name}: reads {', '.join(foreign)}, whose capture is not part of the study nor counted."
+            )
+    for number, last in enumerate(arms):
+        same = next((one["name"] for one in arms[:number] if one["counts"] == last["counts"]), None)
+        if same is not None:
+            raise UsageError(f"arms {same!r} and {last['name']!r} are the same training", remedy="leave one out")
+    return {
+        "face": study.face,
+        "arms": arms,
+        "seeds": list(study.seeds),
+        "at": list(study.at),
+        "least_gain": study.least_gain,
+        "remarks": remarks,
+    }
+
+
+def _stores_read(config: RunConfig) -> list[str]:
+    """The stores whose signal a run uses: one whose weight is 0 at every step asks for none."""
+    schedules = build_schedules(config)
+    used = {
+        source.store: any(schedules.at(step).objective(type).alpha > 0 for step in range(config.optimizer.steps))
+        for type, source in config.source.named.items()
+        if source.store is not None
+    }
+    return [store for store, is_used in used.items() if is_used]
+
+
+def _all_units(plan: Mapping[str, Any], place: StudyFolder) -> list[Unit]:
+    """All runs that are planned so far."""
+    units = [Unit(arm["name"], seed) for seed in plan["seeds"] for arm in plan["arms"]]
+    return units + (units_at_seconds(plan, measure_pace(place, plan)) if SECONDS in plan["at"] else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------- doing
+
+
+@dataclass
+class _Work:
+    """What one process does of a study; ``stopping`` says that it was asked to stop."""
+
+    study: Study
+    place: StudyFolder
+    stopping: Callable[[], bool]
+
+    def train(self, units: Sequence[Unit]) -> None:
+        """Take part in these runs until all are done, together with as many other processes as are asked for."""
+        lacking = [one for one in units if not self.place.is_done(one)]
+        if not lacking:
+            return
+        context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
+        others = [
+            context.Process(target=_help, args=(self.study, self.place, lacking))
+            for _ in range(min(self.study.processes, len(lacking)) - 1)
+        ]
+        for one in others:
+            one.start()
+        try:
+            self.take(lacking)
+        except BaseException:
+            for one in others:
+                one.terminate()  # SIGTERM: its run is saved
+            raise
+        finally:
+            for one in others:
+                one.join()
+
+    def take(self, units: Sequence[Unit]) -> None:
+        """Run what nobody else does, and wait for what others do: should one of them end, its run is taken up."""
+        lacking = list(units)
+        while lacking:
+            before = len(lacking)
+            for unit in list(lacking):
+                self.check()
+                if self._try(unit.folder, lambda unit=unit: self._train_one(unit)):  # type: ignore[misc]
+                    lacking.remove(unit)
+            if len(lacking) == before:
+                time.sleep(_WAIT_SECONDS)
+
+    def once(self, what: str, work: Callable[[], None]) -> None:
+        """Do what one process alone does at a time; the others wait, and see then whether anything is left to do."""
+        while not self._try(what, work):
+            self.check()
+            time.sleep(_WAIT_SECONDS)
+
+    def _try(self, what: str, work: Callable[[], None]) -> bool:
+        """Do something under its lock; False where another process holds it."""
+        try:
+            with self.place.claim(what):
+                work()
+        except Busy:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raise Interrupted where the process was asked to stop."""
+        if self.stopping():
+            raise Interrupted("the study was stopped", where=self.place.root, remedy=_GO_ON)
+
+    def _train_one(self, unit: Unit) -> None:
+        if self.place.is_done(unit):
+            return
+        log.info("study: %s", unit.title)
+        try:
+            run_training(self.study.face, _options(self.study, self.place, unit))
+        except Interrupted as error:
+            raise Interrupted(f"the study was stopped in {unit.title}: {error.problem}", remedy=_GO_ON) from None
+        run_dir = self.place.run_dir(unit)
+        for path in run_dir.glob("*.pt"):  # optimizer states of many runs fill a disk
+            if path.stem != "final":
+                for one in (path, path.with_name(path.stem + SIDECAR_SUFFIX)):
+                    storage.remove(str(one))
+        self.place.mark_done(unit)
+        gc.collect()  # models refer to themselves in circles: the next run needs their memory
+
+    def capture(self, number: int) -> None:
+        """One of the captures that come before, unless it is complete; what all attempts took is kept."""
+        options = self.study.captures[number]
+        config = build_capture_config(options)
+        key = json.loads(json.dumps({"stores": config.source.stores, "options": dict(options)}))
+        known = self.place.read(CAPTURES) or []
+        mine = next((one for one in known if {name: one[name] for name in key} == key), None)
+        if mine is not None and mine["complete"]:
+            return
+        mine = mine or {**key, "seconds": 0.0, "complete": False, "begun": 0, "ended": 0}
+        others = [one for one in known if one["stores"] != mine["stores"]]
+        log.info("study: capture into %s", ", ".join(config.source.stores))
+        mine["begun"] += 1
+        self.place.write(CAPTURES, [*others, mine])
+        began = time.monotonic()
+        summary = capture_signal(config, "shards")
+        mine["seconds"] += time.monotonic() - began
+        mine["ended"] += 1
+        mine["written"] = mine.get("written", 0) + summary.written
+        mine["complete"] = not summary.interrupted
+        self.place.write(CAPTURES, [*others, mine])
+        if code := exit_code(summary):
+            raise DataError("samples could not be captured", where="captures", got=f"exit code {code}")
+
+    def evaluate(self, units: Sequence[Unit]) -> None:
+        """Evaluate the students that are not yet, all on what the baseline's first run has held out."""
+        first, *_ = units
+        lacking = [one for one in units if self.place.evaluation(one) is None]
+        options = {name: self.study.options[name] for name in _FOR_EVALUATION if name in self.study.options}
+        for start in range(0, len(lacking), AT_ONCE):
+            self.check()
+            group = [one for one in lacking[start : start + AT_ONCE] if one != first]
+            log.info("study: evaluate %d students", len(group))
+            students = [str(self.place.run_dir(one) / FINAL) for one in (first, *group)]
+            found = evaluate_students(students, {**options, **self.study.evaluation})
+            for unit, one in zip((first, *group), found, strict=True):
+                self.place.keep_evaluation(unit, one.plain())
+            gc.collect()
+
+
+_GO_ON = "run the same command again to go on"
+
+
+def _help(study: Study, place: StudyFolder, units: Sequence[Unit]) -> None:
+    """A further process: take part in the runs; what goes wrong is said, and ends it with the error's exit code."""
+    setup_logging("INFO")
+    with StopSignal() as stop:
+        try:
+            _Work(study, place, lambda: stop.requested).take(units)
+        except LiquidError as error:
+            log.error("%s", error)
+            raise SystemExit(error.exit_code) from None

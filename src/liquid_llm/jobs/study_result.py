@@ -1,0 +1,132 @@
+"""What a study found, from its files alone: ``study.json``, ``study.html`` and the verdict on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from liquid_llm import storage
+from liquid_llm.errors import UsageError
+from liquid_llm.formatting import format_seconds
+from liquid_llm.study.folder import PAGE, PLAN, RESULT, StudyFolder
+from liquid_llm.study.page import render_study
+from liquid_llm.study.results import summarise
+from liquid_llm.study.verdict import BETTER, MEASURES, NOT_BETTER
+from liquid_llm.terminal import print_facts, setup_logging
+
+_HEADS = {"ce": "cross-entropy", "kl": "KL", "agreement": "agree %", "overlap": "overlap %", "answers": "answers %"}
+_STYLES = {BETTER: "green", NOT_BETTER: "red"}
+_WIDTH = 150
+
+
+def is_study(folder: str) -> bool:
+    """Whether this is a study's folder."""
+    return not storage.is_remote(folder) and (storage.local_path(folder) / PLAN).is_file()
+
+
+def open_folder(folder: str) -> StudyFolder:
+    """A study's folder, there or not yet.
+
+    Raises:
+        UsageError: it is on no file system.
+    """
+    if storage.is_remote(folder):
+        raise UsageError(
+            "a study's folder must be on a file system: its runs are claimed by locks",
+            where="--study_dir",
+            got=folder,
+            remedy="name a local or shared folder, and copy it when the study is finished",
+        )
+    return StudyFolder(storage.local_path(folder))
+
+
+def show_study(folder: str) -> int:
+    """Make ``study.json`` and ``study.html`` again, and print the verdict; the exit code.
+
+    Raises:
+        LiquidError: the folder is no study's, or its files cannot be used.
+    """
+    setup_logging("INFO")
+    place = open_folder(folder)
+    result = summarise(place)
+    place.write(RESULT, result)
+    page = place.root / PAGE
+    storage.write_bytes(str(page), render_study(place.root.resolve().name, result).encode("utf-8", errors="replace"))
+    print_study(result, {"result": place.root / RESULT, "page": page})
+    return 0
+
+
+def print_study(result: Mapping[str, Any], paths: Mapping[str, Path], console: Console | None = None) -> None:
+    """Show the arms' costs, the differences and the verdict in words on standard output."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)  # a file or a pipe has no edge
+    console.print(_costs(result))
+    if result["verdicts"]:
+        console.print(_differences(result))
+    for sentence in result["sentences"]:
+        console.print(Text(sentence))
+    facts = [("comparisons", _say_comparisons(result)), *(("note", one) for one in result["remarks"])]
+    print_facts("", [*facts, *((name, str(path)) for name, path in paths.items())], console)
+
+
+def _say_comparisons(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['comparisons']}, each with an interval of its own that nothing is corrected for: with no effect at "
+        f"all, about {result['by_chance']:g} of them would be called better by chance"
+    )
+
+
+def _costs(result: Mapping[str, Any]) -> Table:
+    table = _table(f"arms; the baseline is {result['baseline']}; seeds {', '.join(map(str, result['seeds']))}", "arm")
+    for name in ("steps", "s a step", "training", "capture, its share", "baseline steps in as long"):
+        table.add_column(name, justify="right")
+    for arm in result["arms"]:
+        pace, same = arm["seconds_per_step"], arm["baseline_steps_at_seconds"]
+        table.add_row(
+            Text(arm["name"]),
+            f"{arm['steps']:,}",
+            "–" if pace is None else f"{pace:.3g}",
+            "–" if pace is None else format_seconds(pace * arm["steps"]),
+            format_seconds(arm["capture_seconds"]) if arm["capture_seconds"] else "–",
+            "–" if same is None else f"{same:,}",
+        )
+    return table
+
+
+def _differences(result: Mapping[str, Any]) -> Table:
+    measures = [key for key in MEASURES if any(one["measure"] == key for one in result["verdicts"])]
+    table = _table("difference from the baseline and its 95 % interval, held-out text (nats a token; T=1)", "arm")
+    for name in ("at equal", "text"):
+        table.add_column(name)
+    for key in measures:
+        table.add_column(_HEADS[key], justify="right")
+    rows = dict.fromkeys((one["arm"], one["at"], one["type"]) for one in result["verdicts"])
+    for arm, at, type in rows:
+        cells = {
+            one["measure"]: one for one in result["verdicts"] if (one["arm"], one["at"], one["type"]) == (arm, at, type)
+        }
+        table.add_row(Text(arm), at, Text(type), *(_cell(cells.get(key)) for key in measures))
+    return table
+
+
+def _cell(verdict: Mapping[str, Any] | None) -> Text:
+    if verdict is None:
+        return Text("–")
+    measure = MEASURES[verdict["measure"]]
+    digits = 3 if measure.scale == 1 else 1
+    ends = ("−∞" if one is None else f"{one * measure.scale:+.{digits}f}" for one in (verdict["low"], verdict["high"]))
+    text = f"{verdict['difference'] * measure.scale:+.{digits}f} [{', '.join(ends)}]".replace("-", "−")
+    return Text(text, _STYLES.get(verdict["word"], ""))
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    return table
