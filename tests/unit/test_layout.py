@@ -24,6 +24,8 @@ WALKED = {
     "jobs/memory": "integration/test_memory_command.py",
     "jobs/prepare": "integration/test_prepare.py",
     "jobs/store": "integration/test_store_command.py",
+    "jobs/study": "integration/test_study.py",
+    "jobs/study_result": "unit/study/test_results.py",
     "jobs/train": "integration/test_hybrid_run.py",
     "wiring/exports": "integration/test_export.py",
     "wiring/inputs": "integration/test_prepare.py",

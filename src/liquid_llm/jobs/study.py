@@ -257,7 +257,8 @@ class _Work:
     def evaluate(self, units: Sequence[Unit]) -> None:
         """Evaluate the students that are not yet, all on what the baseline's first run has held out."""
         first, *_ = units
-        lacking = [one for one in units if self.place.evaluation(one) is None]
+        asked = json.loads(json.dumps(self.study.evaluation))
+        lacking = [one for one in units if (self.place.evaluation(one) or {}).get("asked") != asked]
         options = {name: self.study.options[name] for name in _FOR_EVALUATION if name in self.study.options}
         for start in range(0, len(lacking), AT_ONCE):
             self.check()
@@ -266,7 +267,7 @@ class _Work:
             students = [str(self.place.run_dir(one) / FINAL) for one in (first, *group)]
             found = evaluate_students(students, {**options, **self.study.evaluation})
             for unit, one in zip((first, *group), found, strict=True):
-                self.place.keep_evaluation(unit, one.plain())
+                self.place.keep_evaluation(unit, {**one.plain(), "asked": asked})
             gc.collect()
 
 

@@ -43,7 +43,7 @@ def test_errors_never_show_a_secret_of_the_environment(capsys, monkeypatch):
     assert "planted" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "report", "demo", "store", "prepare"])
+@pytest.mark.parametrize("command", ["inspect", "report", "demo", "store", "prepare", "study"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

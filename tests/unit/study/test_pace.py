@@ -17,9 +17,7 @@ def write_rows(folder, rows):
 
 
 def test_seconds_of_a_step_are_the_median_over_the_rows_of_all_runs(tmp_path):
-    quiet = write_rows(
-        tmp_path / "a", [(10, 1000, 500.0), (20, 1000, 250.0), (25, 500, 500.0)]
-    )
+    quiet = write_rows(tmp_path / "a", [(10, 1000, 500.0), (20, 1000, 250.0), (25, 500, 500.0)])
     busy = write_rows(tmp_path / "b", [(10, 1000, 100.0), (20, 1000, 400.0), (30, 1000, None)])
     assert step_seconds([quiet]) == pytest.approx(0.2)
     assert step_seconds([quiet, busy]) == pytest.approx(0.25)
