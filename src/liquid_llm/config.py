@@ -111,9 +111,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """``teacher``: whether it is asked in evaluation, or ``auto``."""
+
     every_steps: int
     context_lengths: tuple[int, ...]
     max_tokens: int
+    measures: bool
+    teacher: bool | str
     answers: int
     answer_tokens: int
     sample_prompts: str | None
@@ -192,6 +196,30 @@ class RunConfig:
     def teacher_option(self) -> str:
         """The option of the command that names its online teacher, for messages."""
         return "teacher_name" if self.face == ANNEAL else "lm_teacher_id"
+
+    def asks_teacher(self, type: str) -> bool:
+        """Whether the teacher of ``type`` is asked at all: its KD term weighs something at some step, or evaluation
+        asks for it. One that is not is never loaded."""
+        own = self.source.named[type].alpha if type in self.source.named else None
+        weighs = self._weighs if own is None else own > 0
+        return weighs or self.evaluation.teacher is True
+
+    @property
+    def asked_online(self) -> list[str]:
+        """The models that are asked, of those that are named."""
+        named = [one.online for type, one in self.source.named.items() if self.asks_teacher(type)]
+        other = self._weighs or self.evaluation.teacher is True
+        named += [SourceConfig(self.source.other_teacher).online] * other
+        return list(dict.fromkeys(one for one in named if one is not None))
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether the run's own alpha is above 0 at some step."""
+        objective = self.objective
+        if self.face == TRAIN:
+            return objective.alpha_end > 0 or (objective.alpha_start > 0 and objective.anneal_share > 0)
+        entries = dict(parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
+        return any(level > 0 for level in {0: objective.alpha, **entries}.values())
 
     @property
     def longest_context(self) -> int:

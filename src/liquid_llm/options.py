@@ -152,6 +152,8 @@ OPTIONS = (
     # evaluation
     Option("eval_every", "int", EVALUATION, "every_steps", 500, "steps between evaluations (0: only before and after)", face_defaults={TRAIN: 1000}, minimum=0),
     Option("eval_ctx_lens", "ints", EVALUATION, "context_lengths", (), "context lengths to evaluate at, beside block_size"),
+    Option("eval_measures", "bool", EVALUATION, "measures", False, "also agreement and overlap with the teacher, calibration and bits a byte at each evaluation (docs/evaluation.md)"),
+    Option("eval_teacher", "auto bool", EVALUATION, "teacher", AUTO, "evaluate beside the teacher; auto: for types whose KD weight is above 0 at some step, as no other teacher is loaded"),
     Option("eval_tokens", "int", EVALUATION, "max_tokens", 65536, "validation tokens a type and length", minimum=2),
     Option("eval_answers", "int", EVALUATION, "answers", 0, "held-out prompts answered at each evaluation and marked: those whose answer ends in '#### 42', or is a number", minimum=0),
     Option("answer_tokens", "int", EVALUATION, "answer_tokens", 256, "longest of these answers, in tokens", minimum=1),

@@ -19,6 +19,14 @@ from liquid_llm.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
+FURTHER = {
+    "agreement": "val_agreement",
+    "overlap": "val_overlap",
+    "calibration": "val_calibration",
+    "teacher_calibration": "val_calibration_teacher",
+    "bits_per_byte": "val_bits_per_byte",
+    "teacher_bits_per_byte": "val_bits_per_byte_teacher",
+}
 BLOCK, BITS = 64, 1 / math.log(2)
 
 
@@ -32,7 +40,8 @@ def run(world, tmp_path_factory) -> Path:
     """A run whose types have three kinds of teacher: a model, a store, none."""
     assert main(["capture", *world.capture_words(code_logits_dir=None, signal="code=none", codec="topk", topk=24)]) == 0
     output = tmp_path_factory.mktemp("out")
-    words = world.train_words(output, code_logits_dir=None, signal="code=none", max_steps=8, eval_every=4)
+    sizes = {"max_steps": 8, "eval_every": 4, "eval_measures": True}
+    words = world.train_words(output, code_logits_dir=None, signal="code=none", **sizes)
     assert main(["train", *words]) == 0
     return output / "run"
 
@@ -133,7 +142,7 @@ def test_a_run_is_judged_on_what_it_held_out_beside_its_own_teachers(world, run,
         told = row["by_type"][type]
         assert measures["positions"] == told["positions"]
         assert measures["ce"]["value"] == pytest.approx(told["val_loss"], rel=1e-5)
-        for figure, key in (("kl", "val_kd"), ("teacher_ce", "val_loss_teacher")):
+        for figure, key in (("kl", "val_kd"), ("teacher_ce", "val_loss_teacher"), *FURTHER.items()):
             assert (figure in measures) == (key in told)
             if key in told:
                 assert measures[figure]["value"] == pytest.approx(told[key], rel=1e-4)
@@ -143,9 +152,17 @@ def test_a_run_is_judged_on_what_it_held_out_beside_its_own_teachers(world, run,
     assert not {"overlap", "teacher_ce"} & set(by_type["math_tool"]), "a sparse signal does not tell these"
     assert not {"kl", "agreement", "teacher_ce"} & set(by_type["code"])
     assert one["measures"]["all"]["ce"]["value"] == pytest.approx(row["val_loss_student"], rel=1e-5)
+    for figure, key in FURTHER.items():
+        assert one["measures"]["all"][figure]["value"] == pytest.approx(row[key], rel=1e-4), key
     for word in ("lm", "math_tool", "code", "all", "bits/byte", "ECE"):
         assert word in shown
     assert "positions that the teacher answers whole" in shown
+
+
+def test_the_report_of_a_run_shows_the_measures(run):
+    page = (run / "report.html").read_text()
+    for heading in ("Agreement with the teacher", "Overlap with the teacher", "Bits a byte", "calibration error"):
+        assert heading in page
 
 
 def test_several_students_have_the_texts_in_common_and_one_pass_of_the_teacher(world, run, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def test_kl_to_the_teacher_falls_for_every_type(finished):
 
 def test_without_the_kd_term_the_student_does_not_come_near_the_teacher(captured, tmp_path):
     # The control of the test above: what passes it cannot be cross-entropy alone.
-    muted = {**LONGER, "kd_alpha_start": 0.0, "kd_alpha_end": 0.0}
+    muted = {**LONGER, "kd_alpha_start": 0.0, "kd_alpha_end": 0.0, "eval_teacher": True}
     assert main(["train", *captured.train_words(tmp_path, **muted)]) == 0
     before, after = evaluations(tmp_path / "run")[0], evaluations(tmp_path / "run")[-1]
     for kind, row in before["by_type"].items():

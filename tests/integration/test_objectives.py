@@ -83,10 +83,10 @@ def test_what_a_store_cannot_answer_is_refused_before_a_step(
     assert not read_metrics(tmp_path / "out" / "run")
 
 
-def test_a_weight_of_zero_asks_no_teacher_and_validation_does(
+def test_a_weight_of_zero_asks_no_teacher_but_validation_that_is_told_to(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control of an experiment: the numbers of a run without teachers, the teacher's distance beside them."""
+    """The control of an experiment: the numbers of a run without teachers, and the teacher's distance if wanted."""
     asked: list[str] = []
     for teacher in (OnlineTeacher, StoredTeacher):
         prepare = teacher.prepare
@@ -99,10 +99,25 @@ def test_a_weight_of_zero_asks_no_teacher_and_validation_does(
             )[1],
         )
     zero = {"kd_alpha_start": 0, "kd_alpha_end": 0, "max_steps": 8, "eval_every": 8}
-    rows = train(tiny, tmp_path / "zero", **zero)
+    rows = train(tiny, tmp_path / "zero", **zero, eval_teacher="true")
     assert {one.partition(" at ")[2] for one in asked} == {"1"}, "only validation asks, and at T = 1"
     assert all(row["kd_coverage"] == 0.0 and row["kd"] is None for row in rows if row["kind"] == "train")
     assert all(by_type(rows, "eval", type, "val_kd") for type in ("lm", "math_tool", "code"))
+    asked.clear()
+    loaded: list[object] = []
+    for opener in ("online.load_teacher", "stored.open_store"):
+        monkeypatch.setattr(f"liquid_llm.teachers.{opener}", lambda *args, **options: loaded.append(args))
+    alone = train(tiny, tmp_path / "alone", **zero)
+    assert not asked, "no teacher is asked"
+    assert not loaded, "nor even loaded"
+    assert not [key for row in alone for key in row if "teacher" in key or key.startswith("val_kd")]
+    assert [row["loss"] for row in rows if row["kind"] == "train"] == [
+        row["loss"] for row in alone if row["kind"] == "train"
+    ]
+    assert [row["val_loss_student"] for row in rows if row["kind"] == "eval"] == [
+        row["val_loss_student"] for row in alone if row["kind"] == "eval"
+    ]
+    monkeypatch.undo()
     none = {"lm_teacher_id": None, "math_logits_dir": None, "code_logits_dir": None}
     words = tiny.train_words(tmp_path / "none", **zero, **none)
     assert main(["train", *words, "--signal=lm=none,math_tool=none,code=none"]) == 0

@@ -265,3 +265,25 @@ def test_capture_writes_where_a_source_says():
     given = {"mc_teacher_id": "m", "dataset_manifest": "m.jsonl", "sources": {"essays": {"teacher": "store:u"}}}
     assert build_capture_config({**given, "code_logits_dir": "c"}).source("code").store == "c"
     assert build_capture_config(given).source("essays").store == "u"
+
+
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [
+        (hybrid(lm_teacher_id="t"), ["lm", "code"]),
+        (hybrid(lm_teacher_id="t", kd_alpha_start=0, kd_alpha_end=0), []),
+        (hybrid(lm_teacher_id="t", kd_alpha_start=0), ["lm", "code"]),
+        (hybrid(lm_teacher_id="t", kd_alpha_end=0), ["lm", "code"]),
+        (hybrid(lm_teacher_id="t", kd_alpha_end=0, kd_anneal_pct=0), []),
+        (hybrid(lm_teacher_id="t", kd_alpha_start=0, kd_alpha_end=0, eval_teacher=True), ["lm", "code"]),
+        (hybrid(lm_teacher_id="t", kd_alpha_start=0, kd_alpha_end=0, sources={"code": {"alpha": 0.5}}), ["code"]),
+        (hybrid(lm_teacher_id="t", sources={"lm": {"alpha": 0.0}}), ["code"]),
+        (anneal(teacher_name="t"), ["lm", "code"]),
+        (anneal(teacher_name="t", alpha=0), []),
+        (anneal(teacher_name="t", alpha=0, alpha_schedule="5:0.3"), ["lm", "code"]),
+        (anneal(teacher_name="t", alpha=0.5, alpha_schedule="0:0"), []),
+    ],
+)
+def test_a_teacher_that_never_weighs_is_not_asked(config, asked):
+    assert [type for type in ("lm", "code") if config.asks_teacher(type)] == asked
+    assert config.asked_online == (["t"] if "lm" in asked else [])

@@ -122,11 +122,12 @@ def test_ranks_evaluate_as_one_process(size: int, model: Any) -> None:
         for position in range(9):
             batch = order.micro_batch(position)
             found[batch.type].append(batch)
-        return Evaluator({16: found}, 16, (16,), TeacherRouter({}), engine=engine)(
+        return Evaluator({16: found}, 16, (16,), TeacherRouter({}), engine=engine, measures=True)(
             Student(copy.deepcopy(model), torch.float32)
         )
 
     expected = evaluate(Engine())
+    assert "val_calibration" in expected["by_type"]["code"]
     for found in World(size).run(evaluate):
         assert_equal_rows(found, expected)
 

@@ -11,11 +11,16 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.distributed import Engine
+from liquid_llm.evaluation.judge import Sets, SumsOfSets
+from liquid_llm.evaluation.measures import PositionMeasures, compare
+from liquid_llm.evaluation.sums import TextSums
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import Signal
 from liquid_llm.passes import PassLimit
@@ -79,20 +84,24 @@ class Evaluator:
         passes: how much of a batch is scored at a time; evaluation has its own limit, as it needs less than training.
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
         engine: the ranks among which the batches are dealt out.
+        measures: whether agreement, overlap, calibration and bits a byte are in the row too.
+        token_bytes: [vocab], the bytes that each token stands for, for bits a byte.
     """
 
-    sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
+    sets: Sets
     block_size: int
     context_lengths: Sequence[int]
     router: TeacherRouter
     passes: PassLimit = field(default_factory=PassLimit)
     consumers: Callable[[], str] = lambda: ""
     engine: Engine = field(default_factory=Engine)
+    measures: bool = False
+    token_bytes: Tensor | None = None
     _kept: dict[tuple[int, int, int], Signal] = field(default_factory=dict)
     _teacher_ce: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
     _cached_bytes: int = 0
 
-    def __call__(self, student: Student) -> dict[str, object]:
+    def __call__(self, student: Student) -> dict[str, Any]:
         """The ``eval`` row of ``metrics.jsonl``, without its step.
 
         Raises:
@@ -103,9 +112,10 @@ class Evaluator:
             length: {type: batches[rank::ranks] for type, batches in by_type.items()}
             for length, by_type in self.sets.items()
         }
+        sums = SumsOfSets(self.sets, self.token_bytes) if self.measures else None
         scores = {
             length: {type: score.sum_over(self.engine) for type, score in by_type.items()}
-            for length, by_type in self._score(student, own).items()
+            for length, by_type in self._score(student, own, sums).items()
         }
         row = _summarise(scores[self.block_size], "")
         row["by_type"] = {
@@ -121,7 +131,17 @@ class Evaluator:
         }
         for length in self.context_lengths:
             row.update(_summarise(scores[length], f"@{length}"))
+        if sums is not None:
+            self._add_measures(row, sums.sum_over(self.engine))
         return row
+
+    def _add_measures(self, row: dict[str, Any], found: Mapping[int, Mapping[str, TextSums]]) -> None:
+        """Put the further measures into a row: of all types, at each length, and by type."""
+        row.update(_measures(TextSums.join(list(found[self.block_size].values())), ""))
+        for type, sums in found[self.block_size].items():
+            row["by_type"][type].update(_measures(sums, ""))
+        for length in self.context_lengths:
+            row.update(_measures(TextSums.join(list(found[length].values())), f"@{length}"))
 
     def probe(self, student: Student) -> None:
         """Score the largest batch of each type and length, so that what evaluation lacks is found out at once.
@@ -133,19 +153,17 @@ class Evaluator:
             length: {type: [max(batches, key=lambda one: one.padded_tokens)] for type, batches in by_type.items()}
             for length, by_type in self.sets.items()
         }
-        self._score(student, largest)
+        self._score(student, largest, SumsOfSets(largest, self.token_bytes) if self.measures else None)
 
-    def _score(
-        self, student: Student, sets: Mapping[int, Mapping[str, Sequence[MicroBatch]]]
-    ) -> dict[int, dict[str, Score]]:
-        """The sums of each length and type, without dropout or gradients."""
+    def _score(self, student: Student, sets: Sets, sums: SumsOfSets | None) -> dict[int, dict[str, Score]]:
+        """The sums of each length and type, without dropout or gradients; the further measures go to ``sums``."""
         training = student.model.training
         student.model.eval()
         try:
             with torch.no_grad():
                 return {
                     length: {
-                        type: sum((self._score_batch(student, one) for one in batches), Score())
+                        type: sum((self._score_batch(student, length, one, sums) for one in batches), Score())
                         for type, batches in by_type.items()
                     }
                     for length, by_type in sets.items()
@@ -153,7 +171,7 @@ class Evaluator:
         finally:
             student.model.train(training)
 
-    def _score_batch(self, student: Student, batch: MicroBatch) -> Score:
+    def _score_batch(self, student: Student, length: int, batch: MicroBatch, sums: SumsOfSets | None) -> Score:
         """Score a batch in as many passes as its memory asks for."""
         passes = self.passes.run(
             [(batch, self._prepare(batch))],
@@ -163,7 +181,9 @@ class Evaluator:
             where="evaluation",
             consumers=self.consumers,
         )
-        return sum(passes, Score())
+        if sums is not None:
+            sums.add(length, batch, PositionMeasures.join([measured for _, measured in passes if measured is not None]))
+        return sum((score for score, _ in passes), Score())
 
     def _forget(self, batch: MicroBatch) -> None:
         """Give up what was kept of a batch: its passes will not come again."""
@@ -172,17 +192,23 @@ class Evaluator:
 
     def _score_part(
         self, student: Student, batch: MicroBatch, part: MicroBatch, positions: slice, prepared: Prepared | None
-    ) -> Score:
+    ) -> tuple[Score, PositionMeasures | None]:
         # The batches live as long as the evaluator, so their identity is a safe key.
         key = (id(batch), positions.start, positions.stop)
         part = part.to(student.device)
         signal = self._signal(key, part, None if prepared is None else prepared.part(positions))
-        output = student(part, signal, MEASURED)
+        measured = None
+        if self.measures:
+            hidden = student.states(part)
+            output = student.loss(hidden, part, signal, MEASURED)
+            (measured,) = compare([(hidden, student.head)], part.targets, signal)
+        else:
+            output = student(part, signal, MEASURED)
         score = Score(float(output.ce), float(output.kd), 0.0, 0.0, output.num_positions, output.num_signal, 0)
         teacher_ce = None if signal is None else self._teacher_loss(key, part, signal)
         if teacher_ce is not None:
             score.teacher_ce, score.shared_ce, score.num_teacher = teacher_ce, score.ce, output.num_positions
-        return score
+        return score, measured
 
     def _prepare(self, batch: MicroBatch) -> Prepared | None:
         """What the teacher's answer for a batch is made from; None where it is not asked."""
@@ -222,6 +248,22 @@ def _summarise(scores: Mapping[str, Score], suffix: str) -> dict[str, object]:
             f"val_loss_student_with_teacher{suffix}": total.val_loss_shared,
         }
     )
+
+
+_FURTHER = {
+    "agreement": "val_agreement",
+    "overlap": "val_overlap",
+    "calibration": "val_calibration",
+    "teacher_calibration": "val_calibration_teacher",
+    "bits_per_byte": "val_bits_per_byte",
+    "teacher_bits_per_byte": "val_bits_per_byte_teacher",
+}
+
+
+def _measures(sums: TextSums, suffix: str) -> dict[str, float]:
+    """The further measures of some texts, by the names that rows have for them."""
+    found = sums.estimates()
+    return {f"{key}{suffix}": found[name].value for name, key in _FURTHER.items() if name in found}
 
 
 def _without_none(row: dict[str, object]) -> dict[str, object]:

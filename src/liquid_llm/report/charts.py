@@ -16,7 +16,8 @@ _NUM_COLOURS = 6
 _AT_LENGTH = re.compile(r"val_loss_(student|teacher)@(\d+)")
 _GIB = 2.0**-30
 _FACTORS = {
-    **dict.fromkeys(("kd_coverage", "padding_share", "waited_share"), 100.0),
+    **dict.fromkeys(("kd_coverage", "padding_share", "waited_share", "val_agreement", "val_overlap"), 100.0),
+    **dict.fromkeys(("val_calibration", "val_calibration_teacher"), 100.0),
     **dict.fromkeys(("device_peak_memory_bytes", "peak_memory_bytes", "rss_bytes"), _GIB),
 }
 
@@ -50,6 +51,15 @@ _PLOTS: dict[str, list[tuple[Figure, _Wanted]]] = {
          "train.*/kd_coverage"),
         (Figure("l2", "Distance to the old logits", "mean squared", "Before its weight.", from_zero=True),
          [("training", "train.l2", 4)]),
+    ],
+    "Nearness": [
+        (Figure("agreement", "Agreement with the teacher, by type", "% of positions",
+                "How often both have the same likeliest token."), "eval.*/val_agreement"),
+        (Figure("overlap", "Overlap with the teacher, by type", "% of the mass",
+                "Sum of min(p, q): how often a drafted token would be kept."), "eval.*/val_overlap"),
+        (Figure("bits", "Bits a byte, by type", "bits a byte of text"), "eval.*/val_bits_per_byte"),
+        (Figure("calibration", "Expected calibration error", "% of the confidence", from_zero=True),
+         [("student", "eval.val_calibration", 4), ("teacher", "eval.val_calibration_teacher", 5)]),
     ],
     "Answers": [
         (Figure("answers", "Held-out answers that are right, by type", "answers", "Of as many at each evaluation.",

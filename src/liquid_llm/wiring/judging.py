@@ -94,6 +94,8 @@ def evaluation_config(given: Mapping[str, Any], students: Sequence[OpenedStudent
     config = build_run_config(face, {**kept, **own}, inherited)
     if everything:
         config = replace(config, data=replace(config.data, val_fraction=1.0))
+    # Who asks for an evaluation asks for the teacher, whatever it weighed in training.
+    config = replace(config, evaluation=replace(config.evaluation, teacher=True))
     return _with_teachers(config, given.get("teacher"), given.get("sources") or {})
 
 

@@ -22,6 +22,7 @@ from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.models.heads import check_documents
+from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
     Choice,
@@ -35,6 +36,7 @@ from liquid_llm.runtime import (
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.selection import PositionSelection
 from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
+from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.fitting import settle
@@ -185,7 +187,13 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         optimizer=optimizer,
         schedules=schedules,
         evaluator=Evaluator(
-            sets, config.data.block_size, config.evaluation.context_lengths, teachers.router, engine=engine
+            sets,
+            config.data.block_size,
+            config.evaluation.context_lengths,
+            TeacherRouter({}) if config.evaluation.teacher is False else teachers.router,
+            engine=engine,
+            measures=config.evaluation.measures,
+            token_bytes=token_bytes(text.tokenizer, text.vocab_size) if config.evaluation.measures else None,
         ),
         stream=stream,
         speech=make_speech(config.evaluation, basis.prompts, text, inputs.validation, engine, config.seed),

@@ -146,7 +146,7 @@ class Recorder:
             self.metrics.write("eval", progress.step, row)
         self._evaluated_at = progress.step
         self._row_started += self.clock() - began  # a row's rate is that of training
-        loss = float(row["val_loss_student"])  # type: ignore[arg-type]
+        loss = float(row["val_loss_student"])
         extra = "".join(f" {key} {row[key]:.4f}" for key in row if "@" in key and key.startswith("val_loss"))
         log.info("evaluation at step %d: val_loss_student %.4f%s", progress.step, loss, extra)
         if loss < progress.best_val_loss:

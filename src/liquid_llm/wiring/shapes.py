@@ -86,7 +86,7 @@ def open_teachers(config: RunConfig, dtype: str, token: str | None) -> tuple[Mod
     Raises:
         ModelError: one of them cannot be read.
     """
-    teachers = [open_shape(model_id, dtype, token) for model_id in config.source.online]
+    teachers = [open_shape(model_id, dtype, token) for model_id in config.asked_online]
     if len(teachers) < 2:
         return next(iter(teachers), None), 0
     sizes = [weight_bytes(teacher) for teacher in teachers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def check_teachers(config: RunConfig, token: str | None) -> None:
     Raises:
         LiquidError: as ``make_teachers``, which comes after the data and loads the weights.
     """
-    for model_id in config.source.online:
+    for model_id in config.asked_online:
         source = resolve(model_id, token=token)
         if source.gguf_file is not None:
             continue  # a packed file's configuration takes seconds to read
@@ -125,15 +125,13 @@ def make_teachers(
         strict=config.teacher.hybrid_strict,
         deterministic=config.deterministic,
     )
-    specs = {type: spec for type in inputs.types if (spec := teacher_spec(config, type)) != NONE}
+    specs = _asked_specs(config, inputs.types)
     keys = {type: (spec, _stored_id(config, type)) for type, spec in specs.items()}
     made = {key: make_teacher(key[0], replace(setup, stored_id=key[1])) for key in dict.fromkeys(keys.values())}
     router = TeacherRouter({type: made[key] for type, key in keys.items()})
     if config.data.document_mask:
         for model in [teacher.model for teacher in made.values() if teacher.model is not None]:
             check_documents(model)
-    if not router:
-        log.warning("no teacher is named: plain cross-entropy")
     for type in router:
         for temperature in _temperatures(config, type):
             router.check_temperature(type, temperature)
@@ -163,8 +161,22 @@ def make_teachers(
                 config.data.seq_len,
             )
     if config.objective.distilled_share < 1.0 and not router:
-        log.warning("--kd_positions changes nothing here: no teacher is named")
+        log.warning("--kd_positions changes nothing here: no teacher is asked")
     return RunTeachers(router, coverage, _identities(specs, router))
+
+
+def _asked_specs(config: RunConfig, types: Sequence[str]) -> dict[str, str]:
+    """What names the teacher of each type that has one which is asked; says of which others there is none."""
+    named = {type: spec for type in types if (spec := teacher_spec(config, type)) != NONE}
+    if not named:
+        log.warning("no teacher is named: plain cross-entropy")
+    asked = {type: spec for type, spec in named.items() if config.asks_teacher(type)}
+    if len(asked) < len(named):
+        said = (
+            "%s: the teacher is not asked, as its weight is 0 at every step (in evaluation it is with --eval_teacher)"
+        )
+        log.info(said, ", ".join(type for type in named if type not in asked))
+    return asked
 
 
 def _stored_id(config: RunConfig, type: str) -> str | None:

@@ -245,3 +245,56 @@ def test_what_is_not_learnt_does_not_count(models):
     assert row["val_loss_student"] == pytest.approx(-float(p.gather(1, labels[:, None]).mean()), rel=1e-5)
     assert row["val_loss_teacher"] == pytest.approx(-float(q.gather(1, labels[:, None]).mean()), rel=1e-5)
     assert row["val_kd"] == pytest.approx(float((q.exp() * (q - p)).sum(1).mean()), rel=1e-4)
+
+
+def test_further_measures_are_added_and_the_others_are_the_same_bits(models, row):
+    student, teacher = models
+    sets = {length: {"lm": cut(length, 3)} for length in LENGTHS}
+    sizes = torch.arange(VOCAB_SIZE) % 5
+    evaluator = Evaluator(sets, 16, LENGTHS, router_of(teacher), measures=True, token_bytes=sizes)
+    found = evaluator(Student(student, torch.float32))
+    assert found == evaluator(Student(student, torch.float32)), "nothing is left of the evaluation before"
+    new = {key for key in found if key not in row}
+    assert {key: found[key] for key in row if key != "by_type"} == {key: row[key] for key in row if key != "by_type"}
+    assert {key.partition("@")[0] for key in new} == {
+        *("val_agreement", "val_overlap", "val_calibration", "val_calibration_teacher"),
+        *("val_bits_per_byte", "val_bits_per_byte_teacher"),
+    }
+    for length in LENGTHS:
+        ours, labels = by_hand(student.eval(), length)
+        theirs, _ = by_hand(teacher, length)
+        student.train()
+        agreed = (ours.argmax(1) == theirs.argmax(1)).double().mean().item()
+        overlap = torch.minimum(ours.exp(), theirs.exp()).sum(1).mean().item()
+        bits = -ours.gather(1, labels[:, None]).sum().item() / math.log(2) / sizes[labels].sum().item()
+        assert found[f"val_agreement@{length}"] == pytest.approx(agreed)
+        assert found[f"val_overlap@{length}"] == pytest.approx(overlap, rel=1e-5)
+        assert found[f"val_bits_per_byte@{length}"] == pytest.approx(bits, rel=1e-5)
+        assert found[f"val_calibration@{length}"] == pytest.approx(plain_calibration(ours, labels), rel=1e-4)
+        assert found[f"val_calibration_teacher@{length}"] == pytest.approx(plain_calibration(theirs, labels), rel=1e-4)
+    assert found["by_type"]["lm"]["val_agreement"] == found["val_agreement"] == found["val_agreement@16"]
+    evaluator.probe(Student(student, torch.float32))
+    assert found == evaluator(Student(student, torch.float32))
+
+
+def plain_calibration(log_probs, labels):
+    """Guo et al. 2017, equation 3, with fifteen bins."""
+    confidence, best = log_probs.exp().max(1)
+    total = 0.0
+    for n in range(15):
+        held = (confidence >= n / 15) & (confidence < (n + 1) / 15)
+        if held.any():
+            gap = confidence[held].mean() - (best == labels)[held].double().mean()
+            total += float(gap.abs()) * int(held.sum())
+    return total / len(labels)
+
+
+def test_measures_of_a_batch_in_parts_are_those_of_the_whole(models):
+    student, teacher = models
+    sets = {50: {"lm": cut(50, 3)}}
+    whole = Evaluator(sets, 50, (), router_of(teacher), measures=True)
+    parts = Evaluator(sets, 50, (), router_of(teacher), measures=True)
+    parts.passes.max_tokens = 50
+    expected, found = (one(Student(student, torch.float32)) for one in (whole, parts))
+    for key in ("val_agreement", "val_overlap", "val_calibration", "val_calibration_teacher"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4)
