@@ -122,6 +122,16 @@ def test_training_without_a_teacher_gives_the_losses_of_the_cpu(tiny, tmp_path):
     assert {row["kd_coverage"] for row in read_metrics(got) if row["kind"] == "train"} == {0.0}
 
 
+def test_a_student_says_what_it_says_on_the_cpu(tiny, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The first\nQuestion: what\nSo\n")
+    asked = {"sample_prompts": prompts, "sample_tokens": 6, **scoring(tiny, "no teacher")}
+    runs = [train(tiny, tmp_path / device, device, **asked) for device in DEVICES]
+    expected, got = ((run / "samples.jsonl").read_text() for run in runs)
+    assert expected == got
+    assert len(got.splitlines()) == 9
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_training_on_a_store_gives_the_losses_of_the_cpu(tiny, tmp_path, codec):
     expected, got = (train(tiny, tmp_path / device, device, **scoring(tiny, codec)) for device in DEVICES)
