@@ -152,6 +152,15 @@ def test_a_run_that_goes_on_doubles_no_sample(tiny: Tiny, spoken: Path, tmp_path
     assert (run / "samples.jsonl").read_bytes() == whole
 
 
+def test_a_dry_run_counts_what_is_said(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    for told in ({}, {**asked(tiny), "answer_tokens": 60, "sample_tokens": 60}):
+        assert main(words(tiny, tmp_path / "out", dry_run="true", **told)) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["evaluation_seconds"])
+    assert seconds[1] > seconds[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_samples_are_mirrored_and_come_back(tiny: Tiny, tmp_path: Path) -> None:
     told = {**asked(tiny), "max_steps": 4}
     output = "memory://samples-mirror"
