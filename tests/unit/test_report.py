@@ -364,8 +364,10 @@ def test_no_string_of_a_run_can_become_markup(tmp_path: Path, hostile: str) -> N
     )
     row = {"type": hostile, "val_loss_before": hostile, "val_kd_after": hostile}
     sample = {"prompt": hostile, "text": hostile}
+    of_student = {"student": hostile, "prompt": hostile, "text": hostile}
+    told = {"rows": [row, {"student": hostile, "ce": hostile}], "sentences": [hostile], "samples": [of_student]}
     (run / "summary.json").write_text(
-        json.dumps({"rows": [row], "bytes_per_token": hostile, "sample": sample, "seconds": hostile})
+        json.dumps({**told, "bytes_per_token": hostile, "sample": sample, "seconds": hostile})
     )
     page = page_of(run)
     plain = page_of(make_run(tmp_path / "plain"))

@@ -1,8 +1,8 @@
-"""The demo's own training data, made from what every machine with Python has.
+"""The demo's own texts, made from what every machine with Python has: some to train on, others held out.
 
-``lm``: the language reference that ``help()`` shows, then long docstrings of the standard library; ``code``: short
-documented functions of the standard library; ``math_tool``: generated word problems. Sources are parsed, never
-imported, so nothing runs.
+``lm``: passages of the language reference that ``help()`` shows, then docstrings of the standard library; ``code``:
+short documented functions of the standard library; ``math_tool``: generated word problems. Sources are parsed, never
+imported, so nothing runs. Held-out passages are of pages, functions and problems that training never sees.
 
 The same Python version, seed and sizes give the same bytes.
 """
@@ -21,37 +21,75 @@ from itertools import chain, islice
 from pathlib import Path
 
 from liquid_llm import storage
+from liquid_llm.data.records import Body
 from liquid_llm.data.types import TextRecord
-from liquid_llm.demo.word_problems import word_problems
+from liquid_llm.demo.word_problems import Problem, held_out_problems, word_problems
 from liquid_llm.errors import DataError
 
 WEIGHTS = {"lm": 0.5, "math_tool": 0.25, "code": 0.25}
 _FILES = 2  # of each type
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils", "pydoc_data", "encodings"}
 _CODE_LINES, _CODE_CHARACTERS = range(5, 41), 700  # of a function; 700 characters are about 200 tokens
-_LONG_DOCSTRING = 400
+_PASSAGE = 600  # characters, about 150 tokens
+_DOCSTRING_CHARACTERS = range(400, 1200)
+_HELD_PAGES = 12
 
 
-def make_demo_data(out_dir: str | Path, *, seed: int, num_lm: int, num_math: int, num_code: int) -> str:
-    """Write JSONL files of all three types and their manifest; gives the manifest's URI.
+@dataclass(frozen=True)
+class Sizes:
+    """How many texts: passages of plain text (about 170 tokens each), word problems (85), functions (100)."""
+
+    lm: int
+    math_tool: int
+    code: int
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Where the texts are.
+
+    Attributes:
+        manifest: of what is trained on.
+        held_out: type -> file of texts that are not.
+        questions: file of the held-out word problems whose completion is the result alone, so that an answer in any
+            words can be marked by its last number.
+    """
+
+    manifest: str
+    held_out: dict[str, str]
+    questions: str
+
+
+def make_demo_data(out_dir: str | Path, *, seed: int, train: Sizes, held_out: Sizes) -> DemoData:
+    """Write JSONL files of all three types, their manifest, and files of held-out texts.
 
     Args:
-        out_dir: a folder or URL; files go to ``lm/``, ``math_tool/`` and ``code/`` in it.
-        seed: which problems, functions and docstrings are taken.
-        num_lm: documents of plain text, about 400 tokens each; the 80 or so pages of the language reference come first.
-        num_math: word problems, about 100 tokens each.
-        num_code: functions, about 130 tokens each.
+        out_dir: a folder or URL; files go to ``lm/``, ``math_tool/``, ``code/`` and ``held_out/`` in it.
+        seed: which problems, functions and passages are taken.
+        held_out: half of its word problems have new numbers, half new wordings.
 
     Raises:
-        DataError: this Python has no sources of its standard library, or fewer functions or docstrings than asked.
+        DataError: this Python has no sources of its standard library, or fewer functions or passages than asked.
         StorageError: the folder cannot be written.
     """
     library = read_library()
-    problems = enumerate(word_problems(num_math, seed))
+    held_lm, train_lm = _lm_records(library, seed, held_out.lm, train.lm)
+    held_code, train_code = _code_records(library, seed, held_out.code, train.code)
+    problems = held_out_problems((held_out.math_tool + 1) // 2, seed)
+    asked = [
+        (f"math-{kind.replace(' ', '-')}-{n}", one) for kind, those in problems.items() for n, one in enumerate(those)
+    ]
     records = {
-        "lm": _lm_records(library, seed, num_lm),
-        "math_tool": [TextRecord(text, "math_tool", f"math-{number:06d}") for number, text in problems],
-        "code": _code_records(library, seed, num_code),
+        "lm": train_lm,
+        "math_tool": [
+            _conversation(one, f"math-{n:06d}") for n, one in enumerate(word_problems(train.math_tool, seed))
+        ],
+        "code": train_code,
+    }
+    held = {
+        "lm": held_lm,
+        "math_tool": [_conversation(one, name) for name, one in asked],
+        "code": held_code,
     }
     lines = []
     for type, rows in records.items():
@@ -59,9 +97,14 @@ def make_demo_data(out_dir: str | Path, *, seed: int, num_lm: int, num_math: int
             name = f"part-{number:05d}-of-{_FILES:05d}.jsonl"
             storage.write_bytes(storage.join(str(out_dir), type, name), _jsonl(rows[number::_FILES]))
         lines.append({"path": f"{type}/part-*-of-{_FILES:05d}.jsonl", "type": type, "weight": WEIGHTS[type]})
+    held_files = {type: storage.join(str(out_dir), "held_out", f"{type}.jsonl") for type in held}
+    for type, rows in held.items():
+        storage.write_bytes(held_files[type], _jsonl(rows))
+    questions = storage.join(str(out_dir), "held_out", "questions.jsonl")
+    storage.write_bytes(questions, _jsonl([_question(one, name) for name, one in asked]))
     manifest = storage.join(str(out_dir), "manifest.jsonl")
     storage.write_bytes(manifest, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return manifest
+    return DemoData(manifest, held_files, questions)
 
 
 @dataclass
@@ -114,29 +157,65 @@ def _put(table: dict[str, str], name: str, text: str | None) -> None:
         table.setdefault(name, text)
 
 
-def _lm_records(library: Library, seed: int, count: int) -> list[TextRecord]:
+def _lm_records(library: Library, seed: int, held: int, count: int) -> tuple[list[TextRecord], list[TextRecord]]:
+    """Held-out passages of some pages, and passages of the others with docstrings behind them."""
     from pydoc_data.topics import topics
 
-    names = {text.strip(): name for name, text in sorted(topics.items(), reverse=True)}  # some pages go by two
-    once = {name: text for text, name in names.items()}
-    pages = (TextRecord(f"{text}\n", "lm", f"lm-topic-{name}") for name, text in _shuffle(once, f"topics {seed}"))
-    long = {name: text for name, text in library.docstrings.items() if len(text) >= _LONG_DOCSTRING}
-    documents = (
-        TextRecord(f"{name}\n\n{text.strip()}\n", "lm", f"lm-doc-{name}")
-        for name, text in _shuffle(long, f"docstrings {seed}")
+    pages = dict(_shuffle(_pages(topics), f"pages {seed}"))
+    apart = dict(islice(pages.items(), _HELD_PAGES))
+    docstrings = {
+        f"doc-{name}": f"{name}\n\n{text.strip()}"
+        for name, text in library.docstrings.items()
+        if len(text) in _DOCSTRING_CHARACTERS
+    }
+    held_passages = _cut(apart)
+    known = set(held_passages.values())
+    rest = _cut({name: text for name, text in pages.items() if name not in apart})
+    rest = {name: text for name, text in rest.items() if text not in known}
+    rows = chain(_shuffle(rest, f"topics {seed}"), _shuffle(docstrings, f"docstrings {seed}"))
+    return (
+        _enough(list(map(_passage, islice(_shuffle(held_passages, f"held out {seed}"), held))), held, "passages"),
+        _enough(list(map(_passage, islice(rows, count))), count, "passages"),
     )
-    records = list(islice(chain(pages, documents), count))
-    random.Random(f"order {seed}").shuffle(records)
-    return _enough(records, count, "documents")
 
 
-def _code_records(library: Library, seed: int, count: int) -> list[TextRecord]:
+def _passage(row: tuple[str, str]) -> TextRecord:
+    name, text = row
+    return TextRecord(f"{text}\n", "lm", f"lm-{name}")
+
+
+def _cut(pages: Mapping[str, str]) -> dict[str, str]:
+    """The passages of pages, each once: some pages hold others, and a passage goes with the first page that has it."""
+    texts: dict[str, str] = {}
+    for name, page in pages.items():
+        for place, text in _passages(page):
+            texts.setdefault(text.strip(), f"topic-{name}-{place:03d}")
+    return {name: text for text, name in texts.items()}
+
+
+def _pages(topics: Mapping[str, str]) -> dict[str, str]:
+    """Each page once, though some go by two names."""
+    names = {text.strip(): name for name, text in sorted(topics.items(), reverse=True)}
+    return {name: text for text, name in names.items()}
+
+
+def _passages(page: str) -> Iterator[tuple[int, str]]:
+    """A page cut at empty lines into passages of about ``_PASSAGE`` characters."""
+    passage, place = "", 0
+    for paragraph in page.split("\n\n"):
+        passage += f"{paragraph}\n\n"
+        if len(passage) >= _PASSAGE:
+            yield place, passage
+            passage, place = "", place + 1
+
+
+def _code_records(library: Library, seed: int, held: int, count: int) -> tuple[list[TextRecord], list[TextRecord]]:
     short: dict[str, str] = {}
     for name, text in _shuffle(library.functions, f"functions {seed}"):
         if len(text) <= _CODE_CHARACTERS and text.count("\n") in _CODE_LINES:
             short.setdefault(text, name)  # some stand in several modules
-    records = [TextRecord(text, "code", f"code-{name}") for text, name in islice(short.items(), count)]
-    return _enough(records, count, "short functions")
+    records = [TextRecord(text, "code", f"code-{name}") for text, name in islice(short.items(), held + count)]
+    return _enough(records[:held], held, "short functions"), _enough(records[held:], count, "short functions")
 
 
 def _enough(records: list[TextRecord], count: int, what: str) -> list[TextRecord]:
@@ -156,6 +235,16 @@ def _shuffle(table: Mapping[str, str], key: str) -> Iterator[tuple[str, str]]:
     return ((name, table[name]) for name in names)
 
 
+def _conversation(problem: Problem, sample_id: str) -> TextRecord:
+    turns = ({"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.answer})
+    return TextRecord("", "math_tool", sample_id, messages=turns)
+
+
+def _question(problem: Problem, sample_id: str) -> TextRecord:
+    return TextRecord(str(problem.result), "math_tool", sample_id, prompt=problem.question)
+
+
 def _jsonl(records: Sequence[TextRecord]) -> bytes:
-    rows = ({"text": one.text, "type": one.type, "sample_id": one.sample_id} for one in records)
+    bodies = ((Body(one.text, one.prompt, one.messages), one) for one in records)
+    rows = (body.as_record(one.type, one.sample_id) for body, one in bodies)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -1,6 +1,10 @@
-"""``liquid demo``: teacher, data, capture, hybrid training, evaluation and report, by the same code every user runs.
+"""``liquid demo``: a student cut from a teacher, trained with and without it for the same time, and judged.
 
-Nothing here is special to the demo but its sizes: capture and training get the options a person would type.
+Nothing here is special to the demo but its sizes: capture, training and evaluation get the options a person would type.
+
+    before      the student as it is cut from the teacher
+    distilled   trained on texts and on the teacher's stored signal of them
+    plain       the same on the texts alone, for as long as capture and distilled training took together
 """
 
 from __future__ import annotations
@@ -8,36 +12,44 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import build_capture_config, build_run_config
-from liquid_llm.demo.data import make_demo_data
-from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
+from liquid_llm.demo.data import DemoData, Sizes, make_demo_data
+from liquid_llm.demo.judge import BEFORE, DISTILLED, PLAIN, judge_students
+from liquid_llm.demo.result import print_first, print_summary, sentences
+from liquid_llm.distributed import start_engine
 from liquid_llm.jobs.capture import capture_signal, exit_code
+from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.jobs.train import run_training
 from liquid_llm.metrics import read_metrics
-from liquid_llm.models.loading import quiet_transformers, unpack
+from liquid_llm.models.export import save_student
+from liquid_llm.models.loading import load_tokenizer, unpack
 from liquid_llm.options import TRAIN
 from liquid_llm.report import build_report
 from liquid_llm.runtime import process_peak_memory_bytes
-from liquid_llm.terminal import print_facts, setup_logging
+from liquid_llm.terminal import setup_logging
+from liquid_llm.wiring.parts import build_basis, build_parts
 from liquid_llm.wiring.places import resolve_place
+from liquid_llm.wiring.start import find_start
 
 log = logging.getLogger(__name__)
 
-PROMPT = "Question: A baker fills 12 trays with 7 rolls each. How many rolls is that?\nAnswer:"
-NUM_CODE, NUM_MATH, NUM_LM = 90, 180, 400
-STEPS = 110
+TRAIN_SIZES = Sizes(lm=70, math_tool=70, code=40)
+HELD_SIZES = Sizes(lm=24, math_tool=32, code=16)
+STEPS = 60  # of the distilled arm, 768 tokens each
+PLAIN_PACE = 1.1  # steps that training without a signal takes in the time of one with it
+ALPHA, ALPHA_OF_PROBLEMS = 0.7, 0.3  # the teacher gets every second problem wrong, the answers are all right
+WINDOW = 256
 
 
-def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int) -> int:
+def run_demo(directory: str, teacher: str, student: str | None, scale: float, seed: int) -> int:
     """Run every stage; a second call goes on where the first stopped, or shows its result again.
 
     Raises:
@@ -46,126 +58,156 @@ def run_demo(directory: str, teacher: str, student: str, scale: float, seed: int
     setup_logging("INFO")
     began = time.monotonic()
     base = Path(directory).resolve()
-    log.info("1/5 teacher: %s", teacher)
+    log.info("1/6 teacher: %s", teacher)
     teacher_dir = str(unpack(teacher, base / "teacher", torch.bfloat16))
-    log.info("2/5 data: Python's documentation, standard library and a generator of word problems")
-    manifest = make_demo_data(
-        base / "data",
-        seed=seed,
-        num_lm=_scale(NUM_LM, scale),
-        num_code=_scale(NUM_CODE, scale),
-        num_math=_scale(NUM_MATH, scale),
+    log.info("2/6 data: Python's documentation, standard library and a generator of word problems")
+    data = make_demo_data(
+        base / "data", seed=seed, train=_scaled(TRAIN_SIZES, scale), held_out=_scaled(HELD_SIZES, scale)
     )
-    log.info("3/5 capture: the teacher's signal for maths and code")
-    common: dict[str, object] = {
-        "mc_teacher_id": teacher_dir,
-        "dataset_manifest": manifest,
-        "math_logits_dir": str(base / "signal" / "math"),
-        "code_logits_dir": str(base / "signal" / "code"),
-        "data_cache": str(base / "tokens"),
-    }
-    captured = capture_signal(build_capture_config({**common, "seq_len": 256, "batch_size": 8}), "shards")
-    if captured.written:
-        (base / "capture.json").write_text(json.dumps(captured.as_dict(), indent=1), encoding="utf-8")
-    if code := exit_code(captured):
+    log.info("3/6 capture: what the teacher says to each text, stored")
+    if code := _capture(base, teacher_dir, data):
         return code
-    log.info("4/5 training and 5/5 evaluation: %s", student)
+    captured = _read(base / "capture.json")
+    spec = student or f"from:{teacher_dir},layers={_two_thirds(teacher_dir)}"
+    before = _cut(base, spec, data, seed)
     steps = _scale(STEPS, scale)
-    options = {
-        **common,
+    log.info("4/6 distilled: %d steps on the texts and the teacher's signal", steps)
+    if code := _train(base, DISTILLED, before, data, steps, seed):
+        return code
+    runs = {name: base / "runs" / name for name in (PLAIN, DISTILLED)}
+    print_first(read_metrics(runs[DISTILLED]))
+    seconds = captured["seconds"] + training_seconds(runs[DISTILLED])
+    plain_steps = _decide(base / "plan.json", round(PLAIN_PACE * steps * seconds / training_seconds(runs[DISTILLED])))
+    log.info("5/6 plain: the same student, %d steps on the texts alone: as much time as 3/6 and 4/6", plain_steps)
+    if code := _train(base, PLAIN, before, data, plain_steps, seed):
+        return code
+    log.info("6/6 evaluation: both, the student before and the teacher, on texts that no training has seen")
+    students = {BEFORE: before, **{name: str(run) for name, run in runs.items()}}
+    summary = {
+        **judge_students(students, teacher_dir, data, {"block_size": WINDOW, **_tokens(base)}),
+        "training_seconds": {name: training_seconds(run) for name, run in runs.items()},
+        "training_steps": {DISTILLED: steps, PLAIN: plain_steps},
+        "capture": captured,
+        "tokens_per_second": _rate(runs[DISTILLED]),
+        "peak_memory_bytes": _peak(runs, "peak_memory_bytes", process_peak_memory_bytes() or 0),
+        "device_peak_memory_bytes": _peak(runs, "device_peak_memory_bytes", 0) or None,
+        "seconds": time.monotonic() - began,
+    }
+    summary["sentences"] = sentences(summary)
+    run = runs[DISTILLED]
+    (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print_summary(summary, {"run": run, "student": run / "student", "report": build_report(run)})
+    return 0
+
+
+def _capture(base: Path, teacher_dir: str, data: DemoData) -> int:
+    """Store the signal of all types; what it took is added up in ``capture.json``, as it may go on later."""
+    options: dict[str, object] = {
+        "mc_teacher_id": teacher_dir,
+        "dataset_manifest": data.manifest,
+        "sources": {type: {"teacher": f"store:{base / 'signal' / type}"} for type in data.held_out},
+        **_tokens(base),
+        "seq_len": WINDOW,
+        "batch_size": 8,
+    }
+    captured = capture_signal(build_capture_config(options), "shards")
+    place = base / "capture.json"
+    before = _read(place) if place.exists() else {}
+    if captured.written:
+        now = {name: getattr(captured, name) for name in ("written", "tokens", "positions", "bytes", "seconds")}
+        place.write_text(json.dumps({name: before.get(name, 0) + n for name, n in now.items()}), encoding="utf-8")
+    return exit_code(captured)
+
+
+def _cut(base: Path, student: str, data: DemoData, seed: int) -> str:
+    """The student that both arms begin with, as a Hugging Face folder; it is made once."""
+    folder = base / "before"
+    if not folder.exists():
+        config = build_run_config(TRAIN, _options(base, BEFORE, student, data, 1, seed))
+        with CheckpointStore(resolve_place(config).run_dir, keep_last=1, log=log.warning) as store:
+            start = find_start(config, resolve_place(config), store)
+        parts = build_parts(build_basis(config, start), start, find_run_data(config.data).entries, start_engine())
+        with closing(parts.teachers.router):
+            save_student(parts.built.model, parts.text.student_tokenizer(), folder)
+    return str(folder)
+
+
+def _train(base: Path, name: str, student: str, data: DemoData, steps: int, seed: int) -> int:
+    return run_training(TRAIN, _options(base, name, student, data, steps, seed))
+
+
+def _options(base: Path, name: str, student: str, data: DemoData, steps: int, seed: int) -> dict[str, object]:
+    def teach(type: str) -> dict[str, Any]:
+        teacher = f"store:{base / 'signal' / type}" if name == DISTILLED else "none"
+        own = {"alpha": ALPHA_OF_PROBLEMS} if type == "math_tool" else {}
+        return {"teacher": teacher, "layout": "windows" if type == "lm" else "samples", **own}
+
+    return {
         "student": student,
-        "lm_teacher_id": teacher_dir,
+        "mc_teacher_id": str(base / "teacher"),
+        "dataset_manifest": data.manifest,
+        "sources": {type: teach(type) for type in data.held_out},
+        **_tokens(base),
         "output_gcs_uri": str(base / "runs"),
-        "block_size": 256,
+        "run_id": name,
+        "block_size": WINDOW,
         "batch_size": 3,
         "max_steps": steps,
-        "warmup_steps": max(1, steps // 10),
-        "lr": 2e-3,
-        "eval_every": 0,
-        "eval_tokens": 2048,
+        "warmup_steps": max(1, steps // 8),
+        "lr": 5e-4,
+        "kd_temperature": 1.0,
+        "kd_alpha_start": ALPHA,
+        "kd_alpha_end": ALPHA,
+        "eval_every": max(1, steps // 2),
+        "eval_tokens": 768,
         "save_every": max(1, steps // 2),
         "metrics_interval": max(1, steps // 30),
         "seed": seed,
     }
-    if code := run_training(TRAIN, options):
-        return code
-    run_dir = resolve_place(build_run_config(TRAIN, options)).run_dir
-    summary = _summary(run_dir, base, time.monotonic() - began)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    print_summary(summary, {"run": run_dir, "report": build_report(run_dir)})
-    return 0
+
+
+def training_seconds(run: Path) -> float:
+    """What the steps of a run took; a continued run's row may lack the seconds of the process before, not its rate."""
+    rows = [row for row in read_metrics(run) if row["kind"] == "train"]
+    return float(sum(row["positions"] / row["tokens_per_second"] for row in rows if row.get("tokens_per_second")))
+
+
+def _rate(run: Path) -> float:
+    rows = [row for row in read_metrics(run) if row["kind"] == "train"]
+    return float(sum(row["positions"] for row in rows) / training_seconds(run))
+
+
+def _peak(runs: Mapping[str, Path], name: str, least: float) -> float:
+    return max([least, *(row.get(name) or 0 for run in runs.values() for row in read_metrics(run))])
+
+
+def _decide(place: Path, steps: int) -> int:
+    """The steps of the plain arm, as a call before has decided: times are never the same twice."""
+    if not place.exists():
+        place.write_text(json.dumps({"plain_steps": steps}), encoding="utf-8")
+    return int(_read(place)["plain_steps"])
+
+
+def _tokens(base: Path) -> dict[str, object]:
+    """Options about tokens that all stages share; a teacher that was never taught to chat is asked in ChatML."""
+    template = load_tokenizer(str(base / "teacher")).chat_template
+    return {"data_cache": str(base / "tokens"), **({} if template else {"chat_template": "chatml"})}
+
+
+def _two_thirds(teacher_dir: str) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(teacher_dir).get_text_config(decoder=True)
+    return max(1, round(int(config.num_hidden_layers) * 2 / 3))
+
+
+def _scaled(sizes: Sizes, scale: float) -> Sizes:
+    return Sizes(*(_scale(count, scale) for count in (sizes.lm, sizes.math_tool, sizes.code)))
 
 
 def _scale(count: int, scale: float) -> int:
     return max(8, round(count * scale))
 
 
-def _summary(run_dir: Path, base: Path, seconds: float) -> dict[str, Any]:
-    """What ``summary.json`` holds, and the table at the end shows."""
-    rows = read_metrics(run_dir)
-    first, *_, last = (row["by_type"] for row in rows if row["kind"] == "eval")
-    trained = [row for row in rows if row["kind"] == "train"]
-    said = base / "capture.json"  # by the capture that wrote the signal: a second demo finds it written
-    captured = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
-    losses = [
-        {
-            "type": type,
-            **{f"{name}_before": first[type][name] for name in ("val_loss", "val_kd")},
-            **{f"{name}_after": values[name] for name in ("val_loss", "val_kd")},
-        }
-        for type, values in last.items()
-    ]
-    return {
-        "rows": losses,
-        "bytes_per_token": captured.get("bytes_per_token"),
-        "tokens_per_second": sum(r["tokens"] for r in trained) / sum(r["seconds"] for r in trained),
-        "peak_memory_bytes": max(process_peak_memory_bytes() or 0, *(r.get("peak_memory_bytes") or 0 for r in trained)),
-        "device_peak_memory_bytes": max((r.get("device_peak_memory_bytes") or 0 for r in trained), default=0) or None,
-        "sample": _generate(run_dir / "student", PROMPT),
-        "seconds": seconds,
-    }
-
-
-def _generate(folder: Path, prompt: str) -> dict[str, str]:
-    """What the finished student writes, greedily: read back from disk as a user would."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    with torch.no_grad(), quiet_transformers():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=0
-        )
-    return {"prompt": prompt, "text": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}
-
-
-def print_summary(summary: dict[str, Any], paths: dict[str, Path]) -> None:
-    """Show what was reached on standard output: losses and KL by type, what it cost, a sample, where to look."""
-    console = Console(highlight=False)
-    title = "validation, nats a token: loss, and KL divergence from the teacher"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("type")
-    for name in ("loss before", "after", "change", "KL before", "after", "change"):
-        table.add_column(name, justify="right")
-    for row in summary["rows"]:
-        cells = [Text(row["type"])]
-        for name in ("val_loss", "val_kd"):
-            before, after = row[f"{name}_before"], row[f"{name}_after"]
-            change = format_change(before, after)
-            cells += [Text(f"{before:.3f}"), Text(f"{after:.3f}"), Text(change, "green" if change[0] == "−" else "")]
-        table.add_row(*cells)
-    console.print(table)
-    facts = {
-        "stored signal": summary["bytes_per_token"] and f"{summary['bytes_per_token']:,.1f} bytes a token",
-        "speed": f"{format_count(summary['tokens_per_second'])} real tokens a second",
-        "peak device memory": summary["device_peak_memory_bytes"] and format_bytes(summary["device_peak_memory_bytes"]),
-        "peak host memory": format_bytes(summary["peak_memory_bytes"]),
-        "time": format_seconds(summary["seconds"]),
-        **{name: str(path) for name, path in paths.items()},
-    }
-    print_facts("", [(name, text) for name, text in facts.items() if text], console)
-    prompt, said = summary["sample"]["prompt"], summary["sample"]["text"].rstrip()
-    text = said or " (line ends alone: so small a student has not learnt to answer in so few steps)"
-    console.print(Text(f"\nsample\n{prompt}", style="dim"), Text(text), sep="")
+def _read(place: Path) -> Any:
+    return json.loads(place.read_text(encoding="utf-8"))

@@ -177,13 +177,32 @@ def _compact(value: float) -> str:
 
 
 def _result(summary: Any) -> Html:
-    """What a demo says it reached: its rows by type, and the rest."""
+    """What a demo says it reached: its rows by student (by type, of earlier releases), its words, samples, the rest."""
     if not isinstance(summary, Mapping):
         return ""
-    rows = [row for row in summary.get("rows") or [] if isinstance(row, Mapping)]
-    by_type = matrix({str(row.get("type")): {k: v for k, v in row.items() if k != "type"} for row in rows})
-    rest = {name: value for name, value in summary.items() if name != "rows" and value is not None}
-    return (card("Validation, nats a token", by_type, "wide") if by_type else "") + card("Cost and sample", pairs(rest))
+    rows = _mappings(summary.get("rows"))
+    figures = matrix(
+        {
+            str(row.get("student", row.get("type"))): {
+                k: v for k, v in row.items() if k not in ("student", "type") and not isinstance(v, Mapping)
+            }
+            for row in rows
+        }
+    )
+    parts = [card("Held-out text, nats a token", figures, "wide")] if figures else []
+    words = summary.get("sentences")
+    if isinstance(words, list):
+        parts.append(card("In words", "".join(f"<p>{text(one)}</p>" for one in words), "wide"))
+    samples = [row for row in _mappings(summary.get("samples")) if "student" in row]
+    for prompt in dict.fromkeys(str(row.get("prompt")) for row in samples):
+        said = [[row["student"], row.get("text")] for row in samples if str(row.get("prompt")) == prompt]
+        parts.append(card(f"After: {prompt}", table(["student", "text"], said), "wide samples"))
+    rest = {name: one for name, one in summary.items() if one is not None and not isinstance(one, list)}
+    return "".join(parts) + card("Cost", pairs(rest))
+
+
+def _mappings(values: Any) -> list[Mapping[str, Any]]:
+    return [one for one in values if isinstance(one, Mapping)] if isinstance(values, list) else []
 
 
 def _samples(rows: list[dict[str, Any]]) -> Html:

@@ -4,19 +4,19 @@ import ast
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import pytest
 
+from liquid_llm.answers import is_right
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.data.records import read_records
 from liquid_llm.data.types import TextRecord
 from liquid_llm.demo import data
-from liquid_llm.demo.data import Library, make_demo_data, read_library
+from liquid_llm.demo.data import DemoData, Library, Sizes, make_demo_data, read_library
 from liquid_llm.errors import DataError, StorageError
 from liquid_llm.sources import FIRST_TYPES
 
-SIZES = {"num_lm": 120, "num_math": 40, "num_code": 30}
+SIZES = {"train": Sizes(120, 40, 30), "held_out": Sizes(12, 8, 6)}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,15 @@ def quick(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "read_library", lambda: library)
 
 
-def records(manifest: str) -> dict[str, list[TextRecord]]:
+def records(made: DemoData) -> dict[str, list[TextRecord]]:
     return {
         entry.type: [record for file in entry_files(entry) for record in read_records(file, entry.type)]
-        for entry in read_manifest(manifest)
+        for entry in read_manifest(made.manifest)
     }
+
+
+def held_out(made: DemoData) -> dict[str, list[TextRecord]]:
+    return {type: list(read_records(file, type)) for type, file in made.held_out.items()}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -50,16 +54,46 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("quick")
 def test_three_types_in_shards_with_a_manifest(tmp_path: Path) -> None:
-    manifest = make_demo_data(tmp_path, seed=0, **SIZES)
-    assert manifest == f"{tmp_path}/manifest.jsonl"
-    entries = read_manifest(manifest)
+    made = make_demo_data(tmp_path, seed=0, **SIZES)
+    assert made.manifest == f"{tmp_path}/manifest.jsonl"
+    entries = read_manifest(made.manifest)
     assert tuple(entry.type for entry in entries) == FIRST_TYPES
     assert all(entry.weight > 0 for entry in entries)
     assert all(len(entry_files(entry)) == 2 for entry in entries)
-    made = records(manifest)
-    assert {type: len(rows) for type, rows in made.items()} == {"lm": 120, "math_tool": 40, "code": 30}
-    for rows in made.values():
-        assert len({row.sample_id for row in rows}) == len({row.text for row in rows}) == len(rows)
+    assert {type: len(rows) for type, rows in records(made).items()} == {"lm": 120, "math_tool": 40, "code": 30}
+    assert {type: len(rows) for type, rows in held_out(made).items()} == {"lm": 12, "math_tool": 8, "code": 6}
+    for rows in (*records(made).values(), *held_out(made).values()):
+        assert len({row.sample_id for row in rows}) == len({row.whole for row in rows}) == len(rows)
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
+    made = make_demo_data(tmp_path, seed=0, train=Sizes(500, 400, 300), held_out=Sizes(40, 60, 40))
+    trained, apart = records(made), held_out(made)
+    for type in FIRST_TYPES:
+        assert not {row.whole for row in trained[type]} & {row.whole for row in apart[type]}
+        assert not {row.sample_id for row in trained[type]} & {row.sample_id for row in apart[type]}
+    pages = [
+        {row.sample_id.rpartition("-")[0] for row in rows["lm"] if "topic" in row.sample_id}
+        for rows in (trained, apart)
+    ]
+    assert len(pages[1]) > 4
+    assert not pages[0] & pages[1], "no passage of a page that passages of are trained on"
+
+
+@pytest.mark.usefixtures("quick")
+def test_questions_are_the_held_out_problems_with_their_results_alone(tmp_path: Path) -> None:
+    made = make_demo_data(tmp_path, seed=0, **SIZES)
+    questions = list(read_records(made.questions, "math_tool"))
+    problems = held_out(made)["math_tool"]
+    assert [one.sample_id for one in questions] == [one.sample_id for one in problems]
+    for question, problem in zip(questions, problems, strict=True):
+        assert problem.messages is not None
+        user, assistant = problem.messages
+        assert (user["role"], user["content"]) == ("user", question.prompt)
+        assert assistant["role"] == "assistant"
+        assert is_right(assistant["content"], question.text)
+    assert {one.sample_id.rpartition("-")[0] for one in questions} == {"math-new-numbers", "math-new-wording"}
 
 
 @pytest.mark.usefixtures("quick")
@@ -74,17 +108,20 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_larger_size_keeps_the_smaller_choice(tmp_path: Path) -> None:
     small = records(make_demo_data(tmp_path / "small", seed=0, **SIZES))
-    large = records(make_demo_data(tmp_path / "large", seed=0, **{name: 2 * size for name, size in SIZES.items()}))
+    large = records(make_demo_data(tmp_path / "large", seed=0, train=Sizes(240, 80, 60), held_out=SIZES["held_out"]))
     for type in FIRST_TYPES:
-        assert {row.sample_id: row.text for row in small[type]}.items() <= {
-            row.sample_id: row.text for row in large[type]
+        assert {row.sample_id: row.whole for row in small[type]}.items() <= {
+            row.sample_id: row.whole for row in large[type]
         }.items()
 
 
 @pytest.mark.usefixtures("quick")
 def test_what_the_records_are(tmp_path: Path) -> None:
     made = records(make_demo_data(tmp_path, seed=0, **SIZES))
-    assert {text.strip() for text in topics.values()} < {row.text.strip() for row in made["lm"]}  # every page
+    reference = "\n".join(topics.values())
+    for row in made["lm"]:
+        assert row.text.strip() in reference
+        assert 500 < len(row.text) < 6000
     for row in made["code"]:
         (function,) = ast.parse(row.text).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -93,21 +130,31 @@ def test_what_the_records_are(tmp_path: Path) -> None:
         assert len(row.text) <= 700
         assert row.sample_id.startswith("code-")
         assert row.sample_id.endswith(f".{function.name}")
-    assert all(row.text.startswith("Question: ") for row in made["math_tool"])
+    for row in made["math_tool"]:
+        assert row.messages is not None
+        assert [turn["role"] for turn in row.messages] == ["user", "assistant"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_any_storage(tmp_path: Path) -> None:
-    manifest = make_demo_data(f"memory://demo{tmp_path}", seed=0, **SIZES)
-    assert len(records(manifest)["math_tool"]) == 40
+    made = make_demo_data(f"memory://demo{tmp_path}", seed=0, **SIZES)
+    assert len(records(made)["math_tool"]) == 40
+    assert len(held_out(made)["code"]) == 6
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("size", "what"), [("num_lm", "documents"), ("num_code", "short functions")])
-def test_more_than_there_is(tmp_path: Path, size: str, what: str) -> None:
-    options: dict[str, Any] = {**SIZES, size: 10**6}
+@pytest.mark.parametrize(
+    ("which", "sizes", "what"),
+    [
+        ("train", Sizes(10**6, 8, 8), "passages"),
+        ("held_out", Sizes(10**6, 8, 8), "passages"),
+        ("train", Sizes(8, 8, 10**6), "short functions"),
+        ("held_out", Sizes(8, 8, 10**6), "short functions"),
+    ],
+)
+def test_more_than_there_is(tmp_path: Path, which: str, sizes: Sizes, what: str) -> None:
     with pytest.raises(DataError, match=rf"too few {what}; got \d+; expected 1000000"):
-        make_demo_data(tmp_path / "out", seed=0, **options)
+        make_demo_data(tmp_path / "out", seed=0, **{**SIZES, which: sizes})
     assert not (tmp_path / "out").exists()
 
 

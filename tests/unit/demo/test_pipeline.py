@@ -1,50 +1,148 @@
-"""What the demo says at its end."""
+"""What the demo compares, and what it says at its end."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from liquid_llm.demo.pipeline import print_summary
+from liquid_llm.demo.judge import Speech, compare_answers, compare_texts
+from liquid_llm.demo.pipeline import training_seconds
+from liquid_llm.demo.result import print_first, print_summary, sentences
+from liquid_llm.evaluation import Evaluation
 
-SUMMARY = {
-    "rows": [
-        {"type": "lm", "val_loss_before": 10.8, "val_loss_after": 5.4, "val_kd_before": 8.0, "val_kd_after": 2.0},
-        {"type": "[b]odd", "val_loss_before": 1.0, "val_loss_after": 1.5, "val_kd_before": 4.0, "val_kd_after": 4.0},
-    ],
-    "bytes_per_token": 48.66,
-    "tokens_per_second": 412.6,
-    "peak_memory_bytes": 2.6e9,
-    "device_peak_memory_bytes": None,
-    "seconds": 300.0,
-    "sample": {"prompt": "Q: [/x]", "text": " <<1+1=2>>"},
-}
+
+def row(student: str, ce: float, kl: float, right: int) -> dict[str, Any]:
+    figures = {"ce": ce, "kl": kl, "agreement": 0.45, "answers_right": right, "answers": 32, "repeated_4grams": 0.125}
+    return {"student": student, **figures, "by_type": {"lm": {"ce": ce, "kl": kl}}}
+
+
+def summary() -> dict[str, Any]:
+    names = ("before", "plain", "distilled", "teacher")
+    found: dict[str, Any] = {
+        "rows": [
+            row("before", 5.0, 2.0, 0),
+            row("plain", 3.5, 1.0, 7),
+            row("distilled", 3.25, 0.5, 9),
+            row("teacher", 3, 0, 16),
+        ],
+        "verdicts": [
+            {"measure": "kl", "sentence": "not this one."},
+            {"measure": "ce", "sentence": "better: [b]so[/b]."},
+        ],
+        "samples": [
+            {"student": name, "prompt": prompt, "text": text}
+            for prompt, text in (("Q: [/x]", " <<1+1=2>>\n[b]"), ("Void", "\n\n"), ("Long", "word " * 100))
+            for name in names
+        ],
+        "training_seconds": {"distilled": 120.0, "plain": 150.0},
+        "training_steps": {"distilled": 60, "plain": 82},
+        "capture": {"bytes": 2000, "positions": 20, "seconds": 30.0},
+        "tokens_per_second": 412.6,
+        "peak_memory_bytes": 2.6e9,
+        "device_peak_memory_bytes": None,
+        "seconds": 300.0,
+    }
+    return {**found, "sentences": sentences(found)}
 
 
 def test_the_summary_has_every_figure_and_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("/a" * 100)
-    print_summary(SUMMARY, {"run": path, "report": path / "report.html"})
+    print_summary(summary(), {"run": path, "report": path / "report.html"})
     out, err = capsys.readouterr()
     assert err == ""
-    for words in ("−50.0 %", "−75.0 %", "+50.0 %", "[b]odd", "48.7 bytes a token", "413 real tokens a second"):
+    assert re.search(r"before +5\.000 +2\.000 +45% +0 of 32 +12%", out)
+    assert re.search(r"distilled +3\.250 +0\.500 +45% +9 of 32 +12%", out)
+    for words in ("100.0 bytes a token", "413 real tokens a second", "2.42 GiB", "5 min 00 s", f"{path}/report.html\n"):
         assert words in out
-    assert re.search(r"lm +10\.800 +5\.400 +−50\.0 % +8\.000 +2\.000 +−75\.0 %", out)
-    for words in ("2.42 GiB", "5 min 00 s", "Q: [/x] <<1+1=2>>", f"{path}/report.html\n"):
-        assert words in out
-    assert max(len(line) for line in out.splitlines() if "/a/a" not in line) <= 80
+    assert "Verdict: distilled is, against plain training in equal time, better: [b]so[/b]." in out
+    assert "Q: [/x]" in out
+    assert "<<1+1=2>> [b]" in out
+    assert "(line ends alone)" in out
+    assert "word …" in out
+    table = out[: out.index("Verdict")].splitlines()
+    assert max(map(len, table)) <= 80
     assert "device" not in out
-
-
-def test_figures_that_are_not_known_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary({**SUMMARY, "bytes_per_token": None, "device_peak_memory_bytes": 2**30}, {})
-    out = capsys.readouterr().out
-    assert "stored signal" not in out
-    assert "peak device memory  1 GiB" in out
     assert "None" not in out
 
 
-def test_a_student_that_says_nothing_is_not_shown_as_an_empty_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary({**SUMMARY, "sample": {"prompt": "Q: 1", "text": "\n\n\n"}}, {})
-    assert "Q: 1 (line ends alone" in capsys.readouterr().out
+def test_the_memory_of_a_device_is_shown_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary({**summary(), "device_peak_memory_bytes": 2**30}, {})
+    assert "peak device memory  1 GiB" in capsys.readouterr().out
+
+
+def test_what_is_said_of_gain_and_time() -> None:
+    _, spent, gain = sentences(summary())
+    assert "plain 2 min 30 s for 82 steps; distilled 2 min 00 s for 60 steps and 30" in spent
+    assert "distilling took back 88% and plain training 75%" in gain
+
+
+def test_no_gain_is_claimed_where_the_cut_lost_nothing() -> None:
+    found = summary()
+    found["rows"][0]["ce"] = 2.0
+    assert not any("took back" in sentence for sentence in sentences(found))
+
+
+def test_the_first_result_is_of_the_first_and_the_last_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {
+            "kind": "eval",
+            "step": step,
+            "val_loss_student": loss,
+            "val_kd": loss / 2,
+            "by_type": {"lm": {"val_loss": loss}},
+        }
+        for step, loss in ((0, 5.0), (30, 4.0), (60, 3.0))
+    ]
+    print_first([*rows, {"kind": "train", "step": 60}])
+    assert "loss 5.00 to 3.00 (lm 5.00 to 3.00); KL from the teacher 2.50 to 1.50" in capsys.readouterr().out
+
+
+def evaluation(name: str, texts: dict[str, tuple[float, int]]) -> Evaluation:
+    rows = [
+        {
+            "type": "lm",
+            "id": id,
+            "positions": n,
+            "kl_positions": n,
+            "agreement_positions": n,
+            "ce": ce * n,
+            "kl": ce * n / 2,
+            "agreement": n / 4,
+        }
+        for id, (ce, n) in texts.items()
+    ]
+    return Evaluation(name, {}, {}, rows, 256)
+
+
+def test_texts_are_paired_by_name_and_weighed_by_their_positions() -> None:
+    arm = evaluation("a", {"one": (3.0, 100), "two": (4.0, 300)})
+    baseline = evaluation("b", {"two": (5.0, 300), "one": (3.5, 100)})
+    ce, kl, agreement = compare_texts(arm, baseline)
+    assert (ce.measure.key, kl.measure.key, agreement.measure.key) == ("ce", "kl", "agreement")
+    assert ce.difference == pytest.approx((-0.5 * 100 - 1.0 * 300) / 400)
+    assert kl.difference == pytest.approx(ce.difference / 2)
+    assert agreement.difference == 0
+    assert (ce.arm, ce.baseline) == pytest.approx((3.75, 4.625))
+
+
+def test_answers_are_paired() -> None:
+    def speech(*right: bool) -> Speech:
+        return Speech([{"right": one} for one in right], [{"repeated_4grams": 0.25}, {"repeated_4grams": 0.75}])
+
+    verdict = compare_answers(speech(True, True, False, True), speech(False, True, False, False))
+    assert verdict.difference == pytest.approx(0.5)
+    assert speech(True, False).figures == {"answers_right": 1, "answers": 2, "repeated_4grams": 0.5}
+
+
+def test_the_seconds_of_a_run_that_was_continued_follow_from_its_rate(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"kind": "eval", "step": 0},
+        {"kind": "train", "step": 10, "positions": 1000, "tokens_per_second": 100.0, "seconds": 10.0},
+        {"kind": "train", "step": 20, "positions": 1000, "tokens_per_second": 200.0, "seconds": 2.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert training_seconds(tmp_path) == pytest.approx(15.0)

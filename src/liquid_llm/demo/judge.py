@@ -1,0 +1,144 @@
+"""What the demo's students are worth: held-out text, word problems answered and marked, samples, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from liquid_llm.answers import Question, answer_questions, decode, end_tokens
+from liquid_llm.data.learning import Encoded, Encoder, Learning
+from liquid_llm.data.records import read_records
+from liquid_llm.demo.data import DemoData
+from liquid_llm.evaluation import Evaluation
+from liquid_llm.generation import generate, repeated_share
+from liquid_llm.jobs.evaluate import evaluate_students
+from liquid_llm.study.verdict import MEASURES, Verdict, compare
+from liquid_llm.wiring.opening import open_student
+from liquid_llm.wiring.templates import find_chat_template
+from liquid_llm.wiring.tokenizers import TextTools
+
+BEFORE, PLAIN, DISTILLED, TEACHER = "before", "plain", "distilled", "teacher"
+CHATS = ("A baker has 3 trays with 4 rolls on each tray. How many rolls does the baker have in total?",)
+TEXTS = ("The for statement is used to", "A class definition is", "An object is", "def read_lines(path):")
+_SAMPLE_TOKENS, _ANSWER_TOKENS = 64, 40
+_BATCH = 32
+
+
+def judge_students(
+    students: Mapping[str, str], teacher: str, data: DemoData, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that is said of the students at the end, as plain values.
+
+    Args:
+        students: ``before``, ``plain`` and ``distilled``, each a run or a folder.
+        options: of ``liquid evaluate``.
+
+    Raises:
+        LiquidError: any problem a user can cause.
+    """
+    records = ",".join(f"{type}={path}" for type, path in data.held_out.items())
+    given = {**options, "records": records, "teacher": teacher}
+    found = dict(zip(students, evaluate_students(list(students.values()), given), strict=True))
+    text = _text_tools(students[DISTILLED])
+    spoken = {name: speak(place, data.questions, text) for name, place in {**students, TEACHER: teacher}.items()}
+    rows = {name: {**_figures(one), **spoken[name].figures} for name, one in found.items()}
+    rows[TEACHER] = {**_teacher_figures(found[DISTILLED]), **spoken[TEACHER].figures}
+    verdicts = [*compare_texts(found[DISTILLED], found[PLAIN]), compare_answers(spoken[DISTILLED], spoken[PLAIN])]
+    return {
+        "rows": [{"student": name, **row} for name, row in rows.items()],
+        "verdicts": [one.as_dict() for one in verdicts],
+        "samples": [{"student": name, **row} for name, one in spoken.items() for row in one.samples],
+        "answers": [{"student": name, **row} for name, one in spoken.items() for row in one.answers],
+    }
+
+
+def _text_tools(run: str) -> TextTools:
+    """The tokenizer of a run as its student was trained with it, chat template included."""
+    text = open_student(run).text
+    assert text is not None  # it is a run
+    return replace(text, learning=Learning(chat_template=find_chat_template(None, text.tokenizer)))
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What one model says: marked answers, and what it goes on with after fixed prompts."""
+
+    answers: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Answers that are right, of how many, and the mean share of repeated 4-grams in the samples."""
+        return {
+            "answers_right": sum(row["right"] for row in self.answers),
+            "answers": len(self.answers),
+            "repeated_4grams": float(np.mean([row["repeated_4grams"] for row in self.samples])),
+        }
+
+
+def speak(place: str, questions: str, text: TextTools) -> Speech:
+    """Let a model answer the questions and go on with the prompts; raises as ``open_student``."""
+    model = open_student(place).model
+    framing = text.framings.student
+    ends = end_tokens(text.tokenizer, framing, text.learning)
+    told: dict[str, Any] = {"end_ids": ends, "batch_size": _BATCH}
+    records = list(read_records(questions, "math_tool"))
+    prompts = _encode([_ask(one.prompt or "", text) for one in records], text)
+    asked = [
+        Question(one.type, one.sample_id, tuple(ids), one.prompt or "", one.text)
+        for one, ids in zip(records, prompts, strict=True)
+    ]
+    answers = answer_questions(model, text.tokenizer, asked, max_new_tokens=_ANSWER_TOKENS, **told)
+    prompts = _encode([*(_ask(one, text) for one in CHATS), *TEXTS], text)
+    said = generate(model, prompts, max_new_tokens=_SAMPLE_TOKENS, **told)
+    samples = [
+        {"prompt": prompt, "text": decode(text.tokenizer, ids), "repeated_4grams": repeated_share(ids)}
+        for prompt, ids in zip([*CHATS, *TEXTS], said, strict=True)
+    ]
+    return Speech(answers, samples)
+
+
+def _ask(question: str, text: TextTools) -> str:
+    """A question as the chat template puts it to a model."""
+    return Encoder(text.tokenizer, text.learning).ask([{"role": "user", "content": question}])
+
+
+def _encode(prompts: Sequence[str], text: TextTools) -> list[list[int]]:
+    encoded = Encoder(text.tokenizer, text.learning).encode([[(prompt, False)] for prompt in prompts])
+    return [text.framings.student.open(one.input_ids) for one in encoded if isinstance(one, Encoded)]
+
+
+def compare_texts(arm: Evaluation, baseline: Evaluation) -> list[Verdict]:
+    """Cross-entropy, KL and agreement of two students on the same texts."""
+    texts = {(row["type"], row["id"]): row for row in baseline.texts}
+    pairs = [(row, texts[row["type"], row["id"]]) for row in arm.texts]
+    weights = {"ce": "positions", "kl": "kl_positions", "agreement": "agreement_positions"}
+    return [
+        compare(
+            [[one[key] for one, _ in pairs]],
+            [[one[key] for _, one in pairs]],
+            [one[of] for one, _ in pairs],
+            MEASURES[key],
+        )
+        for key, of in weights.items()
+    ]
+
+
+def compare_answers(arm: Speech, baseline: Speech) -> Verdict:
+    """The marked answers of two students to the same questions."""
+    first, second = ([float(row["right"]) for row in one.answers] for one in (arm, baseline))
+    return compare([first], [second], [1.0] * len(first), MEASURES["answers"])
+
+
+def _figures(one: Evaluation) -> dict[str, Any]:
+    every = one.measures["all"]
+    by_type = {type: {key: row[key]["value"] for key in ("ce", "kl")} for type, row in one.measures["by_type"].items()}
+    return {**{key: every[key]["value"] for key in ("ce", "kl", "agreement")}, "by_type": by_type}
+
+
+def _teacher_figures(one: Evaluation) -> dict[str, Any]:
+    by_type = {type: {"ce": row["teacher_ce"]["value"], "kl": 0.0} for type, row in one.measures["by_type"].items()}
+    return {"ce": one.measures["all"]["teacher_ce"]["value"], "kl": 0.0, "agreement": 1.0, "by_type": by_type}
