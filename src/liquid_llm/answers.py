@@ -114,13 +114,13 @@ def pick_questions(datasets: Iterable[TokenDataset], tokenizer: Any, *, count: i
     """
     datasets = [one for one in datasets if one.learnt is not None]
     places = [(one, index) for one in datasets for index in range(len(one))]
-    found: dict[str, Question] = {}
+    found: dict[tuple[str, str], Question] = {}
     for one, index in sorted(places, key=lambda place: _rank(seed, place[0].type, place[0].sample_id(place[1]))):
         if len(found) == count:
             break
         question = read_question(one.sample(index), tokenizer, one.framing)
         if question is not None:
-            found.setdefault(question.id, question)
+            found.setdefault((question.type, question.id), question)
     return list(found.values())
 
 

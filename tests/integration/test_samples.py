@@ -15,6 +15,7 @@ from liquid_llm import answers, storage
 from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics, without_timings
 from liquid_llm.report import build_report
+from liquid_llm.wiring import rehearsal
 
 pytestmark = pytest.mark.slow
 
@@ -150,6 +151,23 @@ def test_a_run_that_goes_on_doubles_no_sample(tiny: Tiny, spoken: Path, tmp_path
     assert kept[-1] == "step-00000006.pt", "an evaluation later than it is dropped"
     assert main(words(tiny, tmp_path, **asked(tiny))) == 0
     assert (run / "samples.jsonl").read_bytes() == whole
+
+
+def test_a_dry_run_counts_what_is_said(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken: list[float] = []
+    measure = rehearsal.speaking_seconds
+
+    def keep(*given: Any) -> float:
+        spoken.append(measure(*given))
+        return spoken[-1] + 1000.0
+
+    monkeypatch.setattr(rehearsal, "speaking_seconds", keep)
+    assert main(words(tiny, tmp_path / "out", dry_run="true", **asked(tiny))) == 0
+    assert spoken[0] > 0
+    assert json.loads(capsys.readouterr().out)["evaluation_seconds"] > 1000
+    assert not (tmp_path / "out").exists()
 
 
 def test_samples_are_mirrored_and_come_back(tiny: Tiny, tmp_path: Path) -> None:

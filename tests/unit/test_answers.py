@@ -172,13 +172,13 @@ def test_a_conversation_is_asked_for_its_last_turn_through_the_template():
     ], "the last thing that the assistant says"
 
 
-def held_out(folder: Path, records: list[TextRecord], layout: str = "samples") -> TokenDataset:
+def held_out(folder: Path, records: list[TextRecord], layout: str = "samples", type: str = "maths") -> TokenDataset:
     rows = [{"prompt": one.prompt, "completion": one.text, "sample_id": one.sample_id} for one in records]
     path = folder / "part.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = tiny_tokenizer()
     hashed = tokenizer_hash(tokenizer)
-    made = build_token_dataset([str(path)], "maths", tokenizer, hashed, folder / "c", framing=FRAMING, layout=layout)
+    made = build_token_dataset([str(path)], type, tokenizer, hashed, folder / "c", framing=FRAMING, layout=layout)
     return split(made, 0.5)[1]
 
 
@@ -197,6 +197,14 @@ def test_questions_are_drawn_by_the_seed_alone(tmp_path, layout):
     backwards = data.subset(np.arange(len(data))[::-1])
     assert pick_questions([backwards, data], tokenizer, count=5, seed=0) == few, "neither order nor twice matters"
     assert {one.id for one in pick_questions([data], tokenizer, count=5, seed=1)} != {one.id for one in few}
+
+
+def test_two_types_may_use_the_same_names(tmp_path):
+    records = [problem(number) for number in range(10)]
+    both = [held_out(tmp_path, records, type=type) for type in ("maths", "other")]
+    found = pick_questions(both, tiny_tokenizer(), count=100, seed=0)
+    names = {record.sample_id for record in records if is_held_out(record.sample_id, 0.5)}
+    assert {(one.type, one.id) for one in found} == {(type, name) for type in ("maths", "other") for name in names}
 
 
 def test_plain_text_asks_nothing(tmp_path):

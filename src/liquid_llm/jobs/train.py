@@ -217,6 +217,6 @@ def _dry_run(config: RunConfig, place: Place, engine: Engine) -> int:
         feed = BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers)
         with closing(parts.teachers.router), feed:
             trainer = _make_trainer(replace(config, optimizer=two_more), parts, feed, fit)
-            found = rehearse(trainer, parts.evaluator, nowhere.run_dir, sizes["checkpoint_bytes"])
+            found = rehearse(trainer, parts.evaluator, parts.speech, nowhere.run_dir, sizes["checkpoint_bytes"])
         print_findings({**findings, **describe_pace(config, start, found)}, fit)
     return 0

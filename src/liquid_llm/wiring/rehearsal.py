@@ -18,8 +18,10 @@ from liquid_llm.config import RunConfig
 from liquid_llm.device import device_memory
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.training import StepResult, Student, Trainer
+from liquid_llm.wiring.speech import Speech
 
 _WRITTEN_BYTES = 128 * 2**20
+_SPOKEN = 16  # prompts, as many as are computed together
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Rehearsal:
 def rehearse(
     trainer: Trainer,
     evaluator: Evaluator,
+    speech: Speech,
     folder: Path,
     checkpoint_bytes: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> Rehearsal:
-    """Take two steps, score one batch of each type and length, write to ``folder``; the student is changed.
+    """Take two steps, score and answer one batch of each kind, write to ``folder``; the student is changed.
 
     Raises:
         LiquidError: whatever the run itself would end with.
@@ -62,6 +65,8 @@ def rehearse(
     _wait(device)
     step_seconds = clock() - began
     eval_seconds = _evaluation(trainer.student, evaluator, clock)
+    if eval_seconds is not None:
+        eval_seconds += speaking_seconds(trainer.student, speech, clock)
     held = device_memory(device)
     return Rehearsal(
         first,
@@ -85,6 +90,22 @@ def _evaluation(student: Student, evaluator: Evaluator, clock: Callable[[], floa
     _wait(student.device)
     scored = sum(max(batch.padded_tokens for batch in those) for those in batches)
     return (clock() - began) * sum(batch.padded_tokens for those in batches for batch in those) / scored
+
+
+def speaking_seconds(student: Student, speech: Speech, clock: Callable[[], float]) -> float:
+    """Seconds of all samples and answers of an evaluation, from those of their first batch."""
+    seconds = 0.0
+    few = speech.first(_SPOKEN)
+    for everything, some, say in (
+        (speech.prompts, few.prompts, lambda: few.sample(student)),
+        (speech.questions, few.questions, lambda: few.add_answers(student, {"by_type": {}})),
+    ):
+        if some:
+            began = clock()
+            say()
+            _wait(student.device)
+            seconds += (clock() - began) * len(everything) / len(some)
+    return seconds
 
 
 def write_seconds(folder: Path, size: int, clock: Callable[[], float] = time.monotonic) -> float:

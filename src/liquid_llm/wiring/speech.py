@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ class Speech:
     sample_tokens: int = 64
     answer_tokens: int = 256
     engine: Engine = field(default_factory=Engine)
+
+    def first(self, count: int) -> Speech:
+        """The same with the first ``count`` prompts and questions alone."""
+        return replace(self, prompts=self.prompts[:count], questions=self.questions[:count])
 
     def sample(self, student: Student) -> list[dict[str, Any]]:
         """A row for each prompt: ``prompt``, ``text``, ``repeated_4grams``; secrets in them are masked."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.tokenizers import tiny_tokenizer
 
+from liquid_llm.answers import Question
 from liquid_llm.config import build_run_config
+from liquid_llm.framing import Framing
 from liquid_llm.options import ANNEAL
-from liquid_llm.wiring.rehearsal import Rehearsal, time_to_the_end, write_seconds
+from liquid_llm.wiring.rehearsal import Rehearsal, speaking_seconds, time_to_the_end, write_seconds
+from liquid_llm.wiring.speech import Prompt, Speech
 
 ANY: Any = None
 
@@ -50,3 +56,21 @@ def test_writing_is_scaled_to_the_size_and_leaves_nothing(tmp_path: Path, size: 
     written = min(size, 128 * 2**20)
     assert seconds == (0 if size == 0 else pytest.approx(2.0 * size / written))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_said_at_an_evaluation_counts_by_its_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+
+    def generate(model: Any, prompts: list[list[int]], **told: Any) -> list[list[int]]:
+        said.append(len(prompts))
+        return [[1] for _ in prompts]
+
+    monkeypatch.setattr("liquid_llm.wiring.speech.generate", generate)
+    monkeypatch.setattr("liquid_llm.answers.generate", generate)
+    questions = [Question("t", str(n), (0, 1), "q", "#### 1") for n in range(33)]
+    speech = Speech(tiny_tokenizer(), Framing(0, 0), (0,), [Prompt("x", (5,))] * 40, questions)
+    student = SimpleNamespace(model=None, compute_dtype=torch.float32, device=torch.device("cpu"))
+    times = iter((0.0, 2.0, 10.0, 13.0))
+    assert speaking_seconds(student, speech, lambda: next(times)) == pytest.approx(2 * 40 / 16 + 3 * 33 / 16)  # type: ignore[arg-type]
+    assert said == [16, 16]
+    assert speaking_seconds(student, Speech(None, Framing(0, 0), (0,)), lambda: next(times)) == 0.0  # type: ignore[arg-type]
