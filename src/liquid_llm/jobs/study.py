@@ -32,12 +32,13 @@ from liquid_llm.study.folder import CAPTURES, PACE, Busy, StudyFolder
 from liquid_llm.study.plan import SECONDS, Study, Unit
 from liquid_llm.study.results import measure_pace, units_at_seconds
 from liquid_llm.terminal import setup_logging
+from liquid_llm.wiring.exports import STUDENT
 
 log = logging.getLogger(__name__)
 
 FINAL = "final.pt"
-AT_ONCE = 6
-"""Students that are evaluated together: all of them are in memory, and the teacher is asked once for them."""
+AT_ONCE_BYTES, AT_ONCE = 3 * 2**30, 16
+"""How many students are evaluated together: all are in memory, and the teacher is asked once for them."""
 
 _WAIT_SECONDS = 1.0
 _FOR_EVALUATION = ("device", "num_workers", "hf_token_file", "hf_token_uri", "hf_token_secret")
@@ -255,20 +256,28 @@ class _Work:
             raise DataError("samples could not be captured", where="captures", got=f"exit code {code}")
 
     def evaluate(self, units: Sequence[Unit]) -> None:
-        """Evaluate the students that are not yet, all on what the baseline's first run has held out."""
-        first, *_ = units
+        """Evaluate the students that are not yet, all on what the baseline has held out."""
         asked = json.loads(json.dumps(self.study.evaluation))
         lacking = [one for one in units if (self.place.evaluation(one) or {}).get("asked") != asked]
         options = {name: self.study.options[name] for name in _FOR_EVALUATION if name in self.study.options}
-        for start in range(0, len(lacking), AT_ONCE):
+        while lacking:
             self.check()
-            group = [one for one in lacking[start : start + AT_ONCE] if one != first]
+            # The first of each group says what is held out, so it is one of the baseline: a new one where there is any.
+            first = next((one for one in lacking if one.arm == units[0].arm), units[0])
+            others = [one for one in lacking if one != first]
+            group = [first, *others[: max(1, self._at_once(first) - 1)]]
             log.info("study: evaluate %d students", len(group))
-            students = [str(self.place.run_dir(one) / FINAL) for one in (first, *group)]
+            students = [str(self.place.run_dir(one) / FINAL) for one in group]
             found = evaluate_students(students, {**options, **self.study.evaluation})
-            for unit, one in zip((first, *group), found, strict=True):
+            for unit, one in zip(group, found, strict=True):
                 self.place.keep_evaluation(unit, {**one.plain(), "asked": asked})
+            lacking = [one for one in lacking if one not in group]
             gc.collect()
+
+    def _at_once(self, unit: Unit) -> int:
+        """How many students such as this run's are evaluated together."""
+        size = sum(info.size for info in storage.list_files(str(self.place.run_dir(unit) / STUDENT)))
+        return min(AT_ONCE, AT_ONCE_BYTES // max(1, size))
 
 
 _GO_ON = "run the same command again to go on"
