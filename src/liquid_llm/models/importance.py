@@ -1,7 +1,7 @@
 """What of a model matters on a text: its blocks, hidden channels, MLP neurons and attention heads.
 
-    block      one layer of the stack; its importance is how far the model's predictions move when it is left out: the
-               mean KL divergence of what is left from the whole model
+    block      one layer of the stack; its importance is how far what the output head sees turns when it is left out:
+               the mean of one minus the cosine between the last hidden states with it and without
     channel    one of the hidden states' numbers: how large it is behind the norms
     neuron     one of an MLP's inner numbers: how large it is before the down projection
     head       a key-value head with its query heads: how long their outputs are
@@ -9,7 +9,7 @@
 Sizes are root mean squares over the tokens of a short text, summed over norms where there are several (Muralidharan et
 al. 2024, Minitron, arXiv:2407.14679, section 2.2, which takes means of absolute values). That paper and Men et al. 2024
 (ShortGPT, arXiv:2403.03853) rank blocks by what leaving them out does to the loss, or by the cosine between input and
-output of a block; docs/decisions/0016 has both measured.
+output of a block; docs/decisions/0016 has all three measured.
 """
 
 from __future__ import annotations
@@ -59,26 +59,26 @@ def measure(model: Any, body: Any, linears: Sequence[str], norms: Sequence[str],
 
 @torch.no_grad()
 def weigh_blocks(model: Any, body: Any, final_norm: nn.Module, text: Sequence[Text]) -> Tensor:
-    """How much each block of ``body.layers`` matters: [layers], nats a token, 0 for one that does nothing.
+    """How much each block of ``body.layers`` matters: [layers] from 0, for one that does nothing, to 2.
 
-    Of each sequence the first tokens are looked at, a few hundred in all: for every block the ones behind it and the
-    output head are computed anew.
+    Of each sequence the first tokens are looked at, a few hundred in all: for every block the ones behind it are
+    computed anew.
     """
-    head, layers = output_head(model), list(body.layers)
+    device, layers = output_head(model).weight.device, list(body.layers)
     moved, count = torch.zeros(len(layers), dtype=torch.float64), 0
     for ids, _ in text:
         if count >= _WEIGHED_TOKENS:
             break
-        ids = ids[: min(_ROW_TOKENS, _WEIGHED_TOKENS - count)].to(head.weight.device)
+        ids = ids[: min(_ROW_TOKENS, _WEIGHED_TOKENS - count)].to(device)
         with _record(layers) as calls:
-            whole = head.logits(hidden_states(model, ids[None])[0]).float().log_softmax(dim=-1)
+            whole = hidden_states(model, ids[None])[0].float()
         for number, (first, *_) in enumerate(call[0] for call in calls):
             hidden = first
             for layer, (given, options) in list(zip(layers, calls, strict=True))[number + 1 :]:
                 output = layer(hidden, *given[1:], **options)
                 hidden = output[0] if isinstance(output, tuple) else output
-            left = head.logits(final_norm(hidden)[0].to(head.weight.dtype)).float().log_softmax(dim=-1)
-            moved[number] += float(nn.functional.kl_div(left, whole, reduction="sum", log_target=True))
+            left = final_norm(hidden)[0].float()
+            moved[number] += float((1 - nn.functional.cosine_similarity(left, whole, dim=-1)).double().sum())
         count += len(ids)
     return moved / max(count, 1)
 
