@@ -126,8 +126,8 @@ def _teacher_problems(config: RunConfig) -> list[str]:
         if teacher.mode == "online" and not teacher.online_id:
             return ["--lm_teacher_id is missing: --hybrid=false with --teacher_mode=online scores everything with it"]
         if teacher.mode == "precomputed" and not config.source.stores:
-            named = "--math_logits_dir, --code_logits_dir or --signal TYPE=URI"
-            return [f"{named} is missing: --teacher_mode=precomputed reads its signal there"]
+            named = "--math_logits_dir, --code_logits_dir and --signal TYPE=URI"
+            return [f"{named} are all missing: --teacher_mode=precomputed reads its signal there"]
     return []
 
 

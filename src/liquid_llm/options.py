@@ -83,7 +83,7 @@ OPTIONS = (
     Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),
     Option("grad_checkpoint", "auto bool", STUDENT, "grad_checkpoint", AUTO, "recompute activations in the backward pass: less memory, a third more time; auto: only where it would not fit otherwise"),
     # teachers
-    Option("teacher_name", "str", TEACHER, "online_id", None, "online teacher (none: plain cross-entropy)", faces=(ANNEAL,)),
+    Option("teacher_name", "str", TEACHER, "online_id", None, "online teacher, or with --teacher_mode=precomputed the one whose stored signal --signal names (none: plain cross-entropy)", faces=(ANNEAL,)),
     Option("lm_teacher_id", "str", TEACHER, "online_id", None, "online teacher, for type=lm", faces=(TRAIN,)),
     Option("mc_teacher_id", "str", TEACHER, "stored_id", None, "teacher whose signal is stored, for maths and code", faces=(TRAIN, CAPTURE)),
     Option("hybrid", "bool", TEACHER, "hybrid", True, "route lm to the online teacher, maths and code to the store", faces=(TRAIN,), face_defaults={ANNEAL: False}),

@@ -204,7 +204,8 @@ def test_a_folder_of_another_store_is_refused_before_the_teacher_is_loaded(
     monkeypatch.setattr("liquid_llm.jobs.capture.load_online", load)
     for words, said in (
         (["--codec=full"], "the codec differs; got full; expected tail"),
-        (["--codec_options=draws_t1=3"], "the codec options differs"),
+        (["--codec_options=draws_t1=3"], "the codec options differ; got"),
+        (["--kd_positions=0.5"], "the share of positions (--kd_positions) differs; got 0.5; expected 1.0"),
         (["--logits_format=pt"], "another layout; got pt; expected shards"),
     ):
         assert main(["capture", *captured.capture_words(), *words]) == 3

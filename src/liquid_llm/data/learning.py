@@ -20,6 +20,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from liquid_llm.data.types import TextRecord
+from liquid_llm.errors import UsageError, first_line
 
 COMPLETION, ALL = "completion", "all"
 ASSISTANT = "assistant"
@@ -105,6 +106,7 @@ class Encoder:
         Raises:
             LearningError: there is no chat template, it refuses the conversation, or it does not tell what the
                 assistant says.
+            UsageError: it is no Jinja text.
         """
         found: list[Piece] = [(record.text, True)]
         if record.messages is not None:
@@ -148,7 +150,7 @@ class Encoder:
         said = ({"role": "user", "content": "x"}, {"role": ASSISTANT, "content": "x"})
         try:
             (turn,) = (text for text, is_learnt in self._conversation(said) if is_learnt)
-        except (LearningError, ValueError):  # no template, or one that will not say
+        except (LearningError, UsageError, ValueError):  # no template, or one that will not say
             return None
         last = self._ids([_without_gap(turn, "x")])[0][-1]  # marks may take in the blanks behind the end
         return last if last in self._tokenizer.added_tokens_decoder else None
@@ -227,7 +229,7 @@ class Encoder:
         ``apply_chat_template`` gives masks of tokens for that, which reach to the end of the text where a token's
         offsets leave out a blank: here tokens are made from the places in the text.
         """
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._learning.chat_template or ""
@@ -240,9 +242,32 @@ class Encoder:
                 return_assistant_tokens_mask=marks,
                 **self._tokenizer.special_tokens_map,
             )
+        except TemplateSyntaxError:
+            require_template(template, "the tokenizer's chat template")
+            raise
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise LearningError(f"the chat template refuses the conversation ({error})") from error
         return text, [(start, end) for start, end in spans[0]] if marks else []
+
+
+def require_template(template: str, where: str) -> None:
+    """Refuse a chat template that is no Jinja text; what it makes of a conversation is seen when it writes one.
+
+    Raises:
+        UsageError: with the line.
+    """
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[], chat_template=template)  # it knows the tags that transformers adds
+    except TemplateSyntaxError as error:
+        raise UsageError(
+            f"the chat template is no Jinja text ({first_line(error)})",
+            where=f"{where}, line {error.lineno}",
+            got=first_line(template.splitlines()[error.lineno - 1].strip()) if template else None,
+            remedy="correct it, or name another: --chat_template",
+        ) from error
 
 
 _MARKS = "name a template with {% generation %} marks: --chat_template, or give --learn=all"

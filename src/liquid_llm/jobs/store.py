@@ -139,7 +139,8 @@ def _choose_temperatures(
     if low > high:
         return [], [("temperature", "none that both can be read at: nothing was decoded")]
     moved = {one: min(max(one, low), high) for one in usual}
-    why = f"codec {' and '.join(dict.fromkeys(repr(one.codec.name) for one in stores))} is read at"
+    names = list(dict.fromkeys(repr(one.codec.name) for one in stores))
+    why = f"codec {names[0]} is read at" if len(names) == 1 else f"codecs {' and '.join(names)} are both read at"
     lines = [
         ("temperature", f"{at:g} instead of {one:g}: {why} {_range_words(low, high)}")
         for one, at in moved.items()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from liquid_llm import storage
 from liquid_llm.errors import SignalError
-from liquid_llm.signal_store.records import SignalIdentity
+from liquid_llm.signal_store.records import SignalIdentity, difference_in_words
 from liquid_llm.versions import CURRENT, FRAMING, find_newer, read_versions
 
 STORE_FILE = "store.json"
@@ -93,9 +93,10 @@ def require_own(uri: str, identity: SignalIdentity, layout: str) -> None:
     there, present, _ = read_store_file(uri)
     difference = there.difference(identity)
     if difference is not None:
-        name, theirs, ours = difference
+        name, theirs, ours = difference_in_words(*difference)
+        differs = "differ" if name == "codec options" else "differs"
         raise SignalError(
-            f"this folder holds the signal of {there.teacher}, codec {there.codec!r}: the {name} differs",
+            f"this folder holds the signal of {there.teacher}, codec {there.codec!r}: the {name} {differs}",
             where=uri,
             got=ours,
             expected=theirs,

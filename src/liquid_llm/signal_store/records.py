@@ -30,6 +30,8 @@ WHOLE_VERSION = 2  # of a record with a row for every position: written as it al
 PREFIX_TOKENS = 64
 WHOLE_BYTES, MARK_BYTES = 8, 4
 _FRAMING = ("begin_id", "end_id")
+_WORDS = {"positions": ("share of positions (--kd_positions)", 1.0), "begin id": ("begin token", "none")}
+"""What a message calls a field of an identity, and what None stands for in it."""
 
 
 class RecordError(Exception):
@@ -186,6 +188,12 @@ def tokens_agreeing(header: RecordHeader, input_ids: np.ndarray) -> int:
     )
     shared = min(now.size, then.size)
     return int(np.argmin(np.append(now[:shared] == then[:shared], False))) * PREFIX_TOKENS
+
+
+def difference_in_words(name: str, mine: object, others: object) -> tuple[str, object, object]:
+    """A difference of two identities as messages say it."""
+    words, usual = _WORDS.get(name, (name, "none"))
+    return words, usual if mine is None else mine, usual if others is None else others
 
 
 def first_difference(header: RecordHeader, input_ids: np.ndarray, window: int) -> str | None:

@@ -38,6 +38,7 @@ from liquid_llm.signal_store.records import (
     RecordHeader,
     RecordMissingError,
     SignalIdentity,
+    difference_in_words,
     first_difference,
     runs_of,
     token_hashes,
@@ -54,6 +55,7 @@ LAYOUTS: dict[str, Callable[[str, Iterable[FileInfo], ShardCache | None], Layout
     "pt": lambda uri, infos, cache: PtLayout(uri, infos),
     "shards": ShardsLayout,
 }
+_LEARN = "--learn and --chat_template must be as they were at capture, or all is captured again"
 _CAPTURE = (
     "liquid capture --mc-teacher-id=TEACHER --dataset-manifest=MANIFEST --math-logits-dir=DIR --code-logits-dir=DIR"
 )
@@ -325,7 +327,7 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
         return f"record format {header.format_version}, this program reads {FORMAT_VERSION}"
     difference = header.identity.difference(identity)
     if difference is not None:
-        name, theirs, stores = difference
+        name, theirs, stores = difference_in_words(*difference)
         return f"captured with {name} {theirs}, the store is of {stores}"
     if (header.sample_id, header.type) != (sample.sample_id, sample.type):
         return f"it is the record of {header.type} sample {header.sample_id!r}"
@@ -338,9 +340,11 @@ def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample,
         if len(stored) != len(learnt):
             reason = f"captured of {header.num_tokens} tokens of which there are {len(learnt) + 1} now"
         elif (stored & ~learnt).any() or stored.sum() != identity.num_chosen(int(learnt.sum())):
-            reason = "captured for other positions than are learnt"
+            reason = f"captured for other positions than are learnt ({_LEARN})"
     elif reason is None and header.runs:
         lacking = sample.learnt_positions(needed) & ~header.positions()[: needed - 1]
         if lacking.any():
-            reason = f"captured for other positions than are learnt: {int(lacking.sum())} of these have no row"
+            reason = (
+                f"captured for other positions than are learnt: {int(lacking.sum())} of these have no row ({_LEARN})"
+            )
     return reason

@@ -20,7 +20,7 @@ from liquid_llm import storage
 from liquid_llm.losses.signals import HEAD, WHOLE, SparseSignal
 from liquid_llm.signal_store.codecs import PayloadError, StoredSignal
 from liquid_llm.signal_store.description import STORE_FILE
-from liquid_llm.signal_store.records import RecordError
+from liquid_llm.signal_store.records import RecordError, difference_in_words
 from liquid_llm.signal_store.store import StoreReader
 
 _LISTED = 20
@@ -58,7 +58,8 @@ def survey(store: StoreReader, *, samples: int, temperature: float, seed: int) -
             continue
         if (difference := record.header.identity.difference(store.identity)) is not None:
             found["stale"] += 1
-            examples.setdefault(name, f"stale: captured with {difference[0]} {difference[1]}")
+            what, theirs, _ = difference_in_words(*difference)
+            examples.setdefault(name, f"stale: captured with {what} {theirs}")
             continue
         rows = record.header.num_rows
         try:

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.data.learning import CHATML, Encoder, Learning
-from liquid_llm.errors import UsageError
+from liquid_llm.data.learning import CHATML, Encoder, Learning, require_template
+from liquid_llm.errors import ModelError, StorageError, UsageError
 from liquid_llm.models.loading import load_tokenizer
 
 _FILES = (".jinja", ".jinja2", ".j2", ".txt")
+_EXPECTED = "chatml, a Jinja file, or a Hugging Face id or folder whose tokenizer has a template"
 
 
 def find_chat_template(name: str | None, tokenizer: Any, token: str | None = None) -> str | None:
     """The chat template that ``--chat_template`` names: Jinja text, or None where nothing is named or there.
 
     Raises:
-        UsageError: the name is of no template.
-        ModelError: it is of no model either.
-        StorageError: its file cannot be read.
+        UsageError: the name is of no template, or its template is no Jinja text.
+        StorageError: a URL cannot be read.
     """
     if name is None:
         return _template_of(tokenizer)
@@ -27,18 +27,30 @@ def find_chat_template(name: str | None, tokenizer: Any, token: str | None = Non
     if name == "chatml":
         return CHATML
     if name.endswith(_FILES) or storage.is_remote(name) or Path(name).is_file():
+        template = _read(name, where)
+    else:
         try:
-            return bytes(storage.read_bytes(name)).decode()
-        except UnicodeDecodeError as error:
-            raise UsageError("the chat template is not text", where=where) from error
-    template = _template_of(load_tokenizer(name, token=token))
-    if template is None:
-        raise UsageError(
-            "the tokenizer has no chat template",
-            where=where,
-            expected="chatml, a Jinja file, or a Hugging Face id or folder whose tokenizer has a template",
-        )
+            found = _template_of(load_tokenizer(name, token=token))
+        except ModelError as error:
+            raise UsageError("no such chat template", where=where, got=error.problem, expected=_EXPECTED) from error
+        if found is None:
+            raise UsageError("the tokenizer has no chat template", where=where, expected=_EXPECTED)
+        template = found
+    require_template(template, where)
     return template
+
+
+def _read(name: str, where: str) -> str:
+    """The text of a template's file."""
+    if not storage.is_remote(name) and not Path(name).is_file():
+        raise UsageError("no such file", where=where, got=Path(name).absolute(), expected=_EXPECTED)
+    try:
+        return bytes(storage.read_bytes(name)).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError("the chat template is not text", where=where) from error
+    except StorageError as error:
+        problem, got = f"the chat template cannot be read: {error.problem}", error.got
+        raise StorageError(problem, where=where, got=got, expected=error.expected, remedy=error.remedy) from error
 
 
 def stop_at_turns(model: Any, tokenizer: Any) -> None:

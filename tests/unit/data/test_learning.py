@@ -214,7 +214,6 @@ def test_a_conversation_without_the_assistant_has_nothing_to_learn() -> None:
         (CHATML, "aua", "the assistant speaks first", "{% generation %}"),
         (THINKING, "uaua", "writes turn 2 in another way once more follows", "--learn=all"),
         ("{{ raise_exception('turn and turn about') }}", "ua", "refuses the conversation .turn and turn about", None),
-        ("{% if %}", "ua", "refuses the conversation", None),
     ],
 )
 def test_what_cannot_be_told_is_refused_in_words(

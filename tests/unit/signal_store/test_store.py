@@ -259,7 +259,7 @@ def test_complete_means_serving_the_window(folder: Path) -> None:
     [
         ({"teacher": replace(IDENTITY, id="org/big")}, "the teacher id differs; got org/big; expected org/teacher"),
         ({"teacher": replace(IDENTITY, revision="c2")}, "the teacher revision differs; got c2; expected commit-1"),
-        ({"codec": TopKCodec(5)}, r"the codec options differs; got \{'k': 5\}; expected \{'k': 4\}"),
+        ({"codec": TopKCodec(5)}, r"the codec options differ; got \{'k': 5\}; expected \{'k': 4\}"),
         ({"codec": FullCodec()}, "the codec differs; got full; expected topk"),
         ({"vocab_size": 301}, "the vocab size differs; got 301; expected 300"),
     ],

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from liquid_llm import storage
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.signal_store.records import RecordError
+from liquid_llm.signal_store.records import RecordError, difference_in_words
 from liquid_llm.signal_store.shards.folder import write_index
 from liquid_llm.signal_store.shards.writer import SHARD_BYTES
 from liquid_llm.signal_store.store import StoreReader, StoreWriter
@@ -68,7 +68,8 @@ def pack(
         if isinstance(record, RecordError):
             left_out[name] = str(record)
         elif (difference := record.header.identity.difference(identity)) is not None:
-            left_out[name] = f"captured with {difference[0]} {difference[1]}"
+            what, theirs, _ = difference_in_words(*difference)
+            left_out[name] = f"captured with {what} {theirs}"
         elif not in_place and writer.holds(record):
             summary.present += 1
         else:
