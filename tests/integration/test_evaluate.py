@@ -249,6 +249,8 @@ def test_what_cannot_be_evaluated_is_said_in_one_message(world, run, tmp_path, o
         ((run.parent, texts), 4, f"ame one of the runs in it: {run}"),
         ((tmp_path / "nothing", texts), 2, "no such model"),
         ((run / "none.pt", texts), 4, "no checkpoint"),
+        ((run / "student", texts, "--which=best"), 2, "no student is one"),
+        ((run, "--hf_token_file=/nowhere"), 2, "cannot read the token file"),
         ((run, "--which=step-99"), 4, "no such checkpoint"),
         ((bare,), 2, "does not say what it was trained on"),
         ((run, "--block_size=4096"), 2, "no positions that far|cannot see so long"),

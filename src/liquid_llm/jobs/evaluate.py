@@ -14,6 +14,7 @@ import torch
 
 from liquid_llm import storage
 from liquid_llm.answers import MAX_NEW_TOKENS
+from liquid_llm.errors import UsageError
 from liquid_llm.evaluation import Evaluation, Judge
 from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
 from liquid_llm.jobs.evaluate_answers import answer_all, tally
@@ -24,7 +25,7 @@ from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.training import Student
-from liquid_llm.wiring.judging import Judgement, evaluation_config, judge_on, records_entries
+from liquid_llm.wiring.judging import Judgement, evaluation_config, judge_on, records_entries, token_config
 from liquid_llm.wiring.opening import OpenedStudent, open_student
 from liquid_llm.wiring.tokens import read_token
 
@@ -39,12 +40,12 @@ def run_evaluate(students: Sequence[str], given: Mapping[str, Any]) -> int:
     """
     setup_logging("INFO")
     found = evaluate_students(students, given)
+    print_evaluations(found)
     for one in found:
         if one.about["run"] is not None:
             storage.write_bytes(storage.join(one.about["run"], FILE_NAME), _as_json(one.plain()))
     if given.get("json"):
         storage.write_bytes(str(given["json"]), _as_json([one.plain() for one in found]))
-    print_evaluations(found)
     return 0
 
 
@@ -62,11 +63,14 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
     given = given or {}
     plan = _plan_tasks(given)
     which, tokenizer = given.get("which"), given.get("tokenizer")
-    opened = [open_student(one, which=which, tokenizer=tokenizer) for one in students]
+    token = read_token(token_config(given))
+    opened = [open_student(one, which=which, tokenizer=tokenizer, token=token) for one in students]
+    if which is not None and not any(one.is_run for one in opened):
+        raise UsageError("--which chooses from run directories, and no student is one", got=", ".join(students))
     config = evaluation_config(given, opened)
     device = torch.device(choose_device(config.device).value)
     entries = records_entries(str(given["records"])) if given.get("records") else find_run_data(config.data).entries
-    judgement = judge_on(config, opened, entries, device, read_token(config.teacher))
+    judgement = judge_on(config, opened, entries, device, token)
     with closing(judgement.teachers.router):
         found = _judge(opened, judgement, device, given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS)
     if plan is None:

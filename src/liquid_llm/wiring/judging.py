@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liquid_llm import storage
-from liquid_llm.config import BARE, NOWHERE, RunConfig, Sources, build_run_config
+from liquid_llm.config import BARE, NOWHERE, RunConfig, Sources, TeacherConfig, build_run_config
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError, UsageError
 from liquid_llm.models.loading import load_tokenizer
@@ -97,6 +97,12 @@ def evaluation_config(given: Mapping[str, Any], students: Sequence[OpenedStudent
     # Who asks for an evaluation asks for the teacher, whatever it weighed in training.
     config = replace(config, evaluation=replace(config.evaluation, teacher=True))
     return _with_teachers(config, given.get("teacher"), given.get("sources") or {})
+
+
+def token_config(given: Mapping[str, Any]) -> TeacherConfig:
+    """Where the Hugging Face token is, by the options alone: students are opened before there is a configuration."""
+    named = {name: given[name] for name in _PLAIN if name.startswith("hf_token") and name in given}
+    return build_run_config(BARE, {"dataset_manifest": NOWHERE, **named}).teacher
 
 
 _PLAIN = ("device", "num_workers", "hf_token_file", "hf_token_uri", "hf_token_secret")
