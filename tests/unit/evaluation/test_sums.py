@@ -10,7 +10,7 @@ import torch
 from tests.support.ranks import World
 
 from liquid_llm.distributed import Engine
-from liquid_llm.evaluation import NUM_BINS, PositionMeasures, TextSums
+from liquid_llm.evaluation import PositionMeasures, TextSums
 from liquid_llm.evaluation.sums import COLUMNS, estimate_ratio
 
 NAMES = [f"text-{n}" for n in range(11)]
@@ -83,11 +83,9 @@ def test_calibration_is_the_mean_gap_of_fifteen_bins():
     texts, _, columns = positions()
     for whose, confidence, right in (("", "confidence", "right"), ("teacher_", "teacher_confidence", "teacher_right")):
         used = [n for n in range(len(texts)) if not whose or columns["has_signal"][n]]
-        gaps = [0.0] * NUM_BINS
+        gaps = [0.0] * 15  # as in the paper
         for n in used:
-            gaps[min(int(columns[confidence][n] * NUM_BINS), NUM_BINS - 1)] += (
-                columns[confidence][n] - columns[right][n]
-            )
+            gaps[min(int(columns[confidence][n] * 15), 14)] += columns[confidence][n] - columns[right][n]
         expected = sum(map(abs, gaps)) / len(used)
         assert filled().calibration(whose).value == pytest.approx(expected, rel=1e-6)
 
