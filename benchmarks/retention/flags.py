@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from liquid_llm.wiring.noise import TOO_NOISY, predict_cost, step_noise
+from liquid_llm.signal_store.survey import DrawnVariance
+from liquid_llm.wiring.noise import Noise, most_cost
 
 Row = dict[str, Any]
 
@@ -34,7 +35,7 @@ class Setting:
 
 def predict(row: Row) -> float:
     """What the run would say, in nats."""
-    return predict_cost(step_noise(row["alpha"], row["temperature"], row["variance"], row["positions"]))
+    return Noise.of_step(row["alpha"], row["temperature"], DrawnVariance(*row["variance"]), row["positions"]).cost
 
 
 def compare(one: Row, other: Row, draws: int = 2000) -> tuple[float, float, float]:
@@ -56,7 +57,7 @@ def interval(count: int, total: int) -> str:
     return f"{count} of {total} ({100 * max(0.0, low):.0f} to {100 * min(1.0, high):.0f} %)"
 
 
-def report(rows: Sequence[Row], rule: Callable[[Row], float] = predict, threshold: float = TOO_NOISY) -> str:
+def report(rows: Sequence[Row]) -> str:
     """A line a setting, and the rates."""
     by_name = {row["run"]: row for row in rows}
     lines = ["| setting | predicted cost | flagged | less plain training | full less plain | stored less full |"]
@@ -68,8 +69,9 @@ def report(rows: Sequence[Row], rule: Callable[[Row], float] = predict, threshol
         setting = Setting(*(row[name] for name in ("shape", "tokens", "temperature", "alpha", "draws")))
         plain, full = by_name[setting.name_of("ce")], by_name.get(setting.name_of("full"))
         found, low, high = compare(row, plain)
-        flagged[found > 0].append(rule(row) >= threshold)
-        cells = [row["run"], f"{rule(row):.3f}", "yes" if rule(row) >= threshold else "no"]
+        said = predict(row) >= most_cost(row["alpha"])
+        flagged[found > 0].append(said)
+        cells = [row["run"], f"{predict(row):.3f}", "yes" if said else "no"]
         cells.append(f"{found:+.3f} ({low:+.3f} to {high:+.3f})")
         cells += ["", ""] if full is None else [f"{compare(full, plain)[0]:+.3f}", f"{compare(row, full)[0]:+.3f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -157,15 +157,22 @@ def test_windows_of_another_length_than_the_captures_are_said(world, tmp_path, c
     assert "--seq_len=24" in caplog.text
 
 
-def test_noise_is_said_of_the_positions_that_steps_learn(world, stores, tmp_path, caplog):
+def test_noise_is_said_of_the_positions_that_steps_learn(world, tmp_path, caplog):
     """The last window of a document is short: steps learn 4 % less than they have room for."""
-    caplog.set_level("INFO")
+    few = "draws_t1=0.5,draws_t2=0.3,draws_t4=0.1"
+    assert capture(world, tmp_path / "store", "tail", codec_options=few) == 0
     options = {"lm_teacher_id": None, "batch_size": 8, "max_steps": 12, "grad_accum": 2, "metrics_interval": 1}
-    assert hybrid(world, tmp_path, f"--signal=lm={stores['tail']}", **options, mc_teacher_id=world.teacher) == 0
-    said = re.search(r"lm: the draws of its stored signal .* in steps of ([\d,]+) positions", caplog.text)
+    signal = f"--signal=lm={tmp_path / 'store'}"
+    assert hybrid(world, tmp_path, signal, **options, mc_teacher_id=world.teacher) == 0
+    said = re.search(r"lm: the draws of its stored signal .* in steps of ([\d,]+) positions at T=2: (.*)", caplog.text)
     learnt = figures(tmp_path / "run", "positions")
     assert float(said[1].replace(",", "")) == pytest.approx(sum(learnt) / len(learnt), rel=0.01)
     assert sum(learnt) / len(learnt) < 0.97 * 2 * 8 * 32
+    advice = re.match(
+        r"it may learn less than without a teacher. Raise --grad_accum to (\d+) \(([\d.]+) nats\)", said[2]
+    )
+    assert int(advice[1]) in [2 * 2**n for n in range(1, 12)]
+    assert float(advice[2]) < 0.06
 
 
 def test_what_is_said_of_no_text_is_said(world, tmp_path, caplog):

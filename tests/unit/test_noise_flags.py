@@ -13,7 +13,7 @@ def row(arm: str, ce: float, draws: str = "48", variance: float = 0.0) -> dict[s
     setting = Setting("gpt2", 128, 2.0, 0.5, draws)
     texts = [[5 * (ce + number / 10), 5] for number in range(10)]
     name = setting.name_of(arm)
-    return {"run": name, "arm": arm, **vars(setting), "variance": variance, "positions": 128.0, "texts": texts}
+    return {"run": name, "arm": arm, **vars(setting), "variance": (variance, 0.0), "positions": 128.0, "texts": texts}
 
 
 def test_a_difference_is_paired_by_text() -> None:

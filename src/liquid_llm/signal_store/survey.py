@@ -10,7 +10,7 @@ mass error       root mean square of mass - 1 over positions: the noise of what 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from liquid_llm.signal_store.records import RecordError, difference_in_words
 from liquid_llm.signal_store.store import StoreReader
 
 _LISTED = 20
+COMMON_IDS = 4096  # the first ids of a vocabulary, which are handed out by falling frequency
 _DRAWN = 0.02  # a weight this far from its probability, relatively, belongs to a draw
 
 
@@ -102,25 +103,40 @@ def drawn_slots(signal: SparseSignal) -> torch.Tensor:
     return (signal.weights - signal.log_probs.exp()).abs() > _DRAWN * signal.weights
 
 
-def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> float:
+class DrawnVariance(NamedTuple):
+    """The variance of a learnt position's stored weights, summed over ids, and the part of rare ids in it."""
+
+    total: float = 0.0
+    rare: float = 0.0
+
+    @classmethod
+    def of(cls, signal: SparseSignal) -> DrawnVariance:
+        """That of all positions of a signal, summed.
+
+        An id that is kept i times on average, with a weight of q / i each, has a variance of q^2 / i; the squared
+        weights of what was kept sum up to that on average. So it is for codec ``tail``; codec ``sampled`` is not looked
+        into.
+        """
+        squares = signal.weights.square() * drawn_slots(signal)
+        return cls(float(squares.sum()), float(squares[signal.ids >= COMMON_IDS].sum()))
+
+
+def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: float) -> DrawnVariance:
     """What the draws of some records of ``type`` leave open.
 
-    An id that is kept i times on average, with a weight of q / i each, has a variance of q^2 / i; the squared weights
-    of what was kept sum up to that on average. That is codec ``tail``; codec ``sampled`` is not looked into.
-
     Returns:
-        The variance of a learnt position's stored weights, summed over ids: 0 for no draws; a learnt position that the
-        store has no row for counts as none.
+        The mean of learnt positions: 0 for no draws; one that the store has no row for counts as none.
 
     Raises:
         SignalError: the codec cannot answer at this temperature.
         StorageError: the store cannot be read.
     """
     if store.codec.form in (WHOLE, HEAD):
-        return 0.0
-    total, rows, seen = 0.0, 0, 0
+        return DrawnVariance()
+    found: list[DrawnVariance] = []
+    rows = 0
     for _, record in store.layout.draw(8 * samples, seed=0):
-        if seen == samples:
+        if len(found) == samples:
             break
         if isinstance(record, RecordError) or record.header.type != type:
             continue
@@ -130,10 +146,11 @@ def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: 
         except PayloadError:
             continue
         if not isinstance(signal, SparseSignal):
-            return 0.0
-        total += float((signal.weights.square() * drawn_slots(signal)).sum())
-        rows, seen = rows + here, seen + 1
-    return total / rows * (store.identity.positions or 1.0) if rows else 0.0
+            return DrawnVariance()
+        found.append(DrawnVariance.of(signal))
+        rows += here
+    share = (store.identity.positions or 1.0) / max(rows, 1)
+    return DrawnVariance(*(share * sum(parts) for parts in zip(*found, strict=True)))
 
 
 def _type_values(counts: Counter[str], sums: NDArray[np.float64]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Whether a run's stored signal is too noisy for its steps: said before the first of them.
 
 variance   of a position's stored weights, summed over the ids that were drawn: what the draws of its store leave open
-noise      of a step: s = alpha T sqrt(variance / thousands of positions learnt in the step)
-cost       of it in held-out cross-entropy, nats a position: 0.45 s / (1 + 3 s)
+noise      of a step: s = alpha T sqrt(variance / thousands of positions learnt in the step); r is that of rare ids
+           alone, whose rows of the output matrix hear of little else
+cost       of it in held-out cross-entropy, nats a position: 0.1 s^2 / (1 + s) + 0.1 r / (0.2 + r)
+too much   0.15 (1 - alpha) nats: the smaller the labels' part, the less full logits gain in a short run
 
-The law was fitted on students of 7 and 16 million parameters after 60 to 300 steps of 256 to 32,768 tokens
-(docs/LOG.md, 2026-11-26), to about 0.006 nats in most settings. Full logits gained 0.15 to 0.26 nats there, and 0.04
-to 0.10 where alpha T^2 was 2.8: a cost of ``TOO_NOISY`` is one at which a student may end worse than without a teacher.
+Fitted on students of 0.5 to 16 million parameters, vocabularies of 4,096 and 49,152 ids, steps of 96 to 32,768
+positions and T = 1 to 4, and tried on other settings (docs/LOG.md, 2026-11-26; ``benchmarks/bench_noise.py``). In a
+small vocabulary no id is rare, and the same variance costs a fifth.
 """
 
 from __future__ import annotations
@@ -14,33 +16,48 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from liquid_llm.config import RunConfig
 from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.schedules import StepSchedules
-from liquid_llm.signal_store.survey import drawn_variance
+from liquid_llm.signal_store.survey import DrawnVariance, drawn_variance
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.stored import StoredTeacher
 
 log = logging.getLogger(__name__)
 
-TOO_NOISY = 0.075  # nats
-WORTH_SAYING = 0.02
+WORTH_SAYING = 0.02  # nats
 _SAMPLES = 32  # records looked at
 _POINTS = 64  # of the schedules
 _MICRO_BATCHES = 16  # looked at, of each dataset
 
 
-def predict_cost(noise: float) -> float:
-    """Nats of held-out cross-entropy that a step's ``noise`` costs; see the module."""
-    return 0.45 * noise / (1.0 + 3.0 * noise)
+class Noise(NamedTuple):
+    """Of a step: s and r of the module's words."""
+
+    total: float
+    rare: float
+
+    @classmethod
+    def of_step(cls, alpha: float, temperature: float, variance: DrawnVariance, num_positions: float) -> Noise:
+        """``num_positions``: what a step learns; ``alpha``: the root of its mean square over the run."""
+        return cls(*(alpha * temperature * math.sqrt(1000.0 * one / num_positions) for one in variance))
+
+    @property
+    def cost(self) -> float:
+        """Nats of held-out cross-entropy that it costs; see the module."""
+        return 0.1 * self.total**2 / (1.0 + self.total) + 0.1 * self.rare / (0.2 + self.rare)
+
+    def in_larger_steps(self, times: int) -> Noise:
+        """That of steps of so many times as many positions."""
+        return Noise(self.total / math.sqrt(times), self.rare / math.sqrt(times))
 
 
-def step_noise(alpha: float, temperature: float, variance: float, num_positions: float) -> float:
-    """The noise of steps that learn ``num_positions``; ``alpha`` is the root of its mean square over the run."""
-    return alpha * temperature * math.sqrt(1000.0 * variance / num_positions)
+def most_cost(alpha: float) -> float:
+    """The cost in nats above which a student may learn less than without a teacher; see the module."""
+    return max(WORTH_SAYING, 0.15 * (1.0 - alpha))
 
 
 def learnt_positions(stream: TrainingStream, mixture: Sequence[WeightedDataset]) -> dict[str, float]:
@@ -85,38 +102,34 @@ def say_noise(
         alpha = math.sqrt(sum(one.alpha**2 for one in objectives) / len(objectives))
         temperature = objectives[0].signal_temperature
         num_positions = positions[type] * config.optimizer.grad_accum
-        cost = _cost(teacher, type, alpha, temperature, num_positions)
-        if cost < WORTH_SAYING:
+        noise = _noise(teacher, type, alpha, temperature, num_positions)
+        if noise.cost < WORTH_SAYING:
             continue
-        words = f"{type}: the draws of its stored signal are likely to cost {cost:.2f} nats of held-out cross-entropy"
-        if cost < TOO_NOISY:
-            log.info("%s in steps of %s positions; full logits gain about 0.2", words, f"{num_positions:,.0f}")
-        else:
-            lower = partial(_cost, teacher, type, alpha, 1.0, num_positions)
-            coldest = teacher.temperature_range[0]
-            advice = _advice(cost, config.optimizer.grad_accum, lower if temperature > 1.0 >= coldest else None)
-            log.warning(
-                "%s in steps of %s positions at T=%g: it may learn less than without a teacher. %s",
-                words,
-                f"{num_positions:,.0f}",
-                temperature,
-                advice,
-            )
+        words = f"{type}: the draws of its stored signal are likely to cost {noise.cost:.2f} nats of held-out"
+        words += f" cross-entropy in steps of {num_positions:,.0f} positions"
+        if noise.cost < most_cost(alpha):
+            log.info("%s; full logits gain about 0.2", words)
+            continue
+        advice = _advice(noise, most_cost(alpha), config.optimizer.grad_accum)
+        if temperature > 1.0 >= teacher.temperature_range[0]:
+            colder = _noise(teacher, type, alpha, 1.0, num_positions)
+            advice += f", or lower --kd_temperature to 1 ({colder.cost:.2f} nats)"
+        log.warning(
+            "%s at T=%g: it may learn less than without a teacher. %s, or capture with more draws (--codec_options)",
+            words,
+            temperature,
+            advice,
+        )
 
 
-def _cost(teacher: StoredTeacher, type: str, alpha: float, temperature: float, num_positions: float) -> float:
+def _noise(teacher: StoredTeacher, type: str, alpha: float, temperature: float, num_positions: float) -> Noise:
     variance = drawn_variance(teacher.store, type, samples=_SAMPLES, temperature=temperature)
-    return predict_cost(step_noise(alpha, temperature, variance, num_positions))
+    return Noise.of_step(alpha, temperature, variance, num_positions)
 
 
-def _advice(cost: float, grad_accum: int, lower: Callable[[], float] | None) -> str:
-    """What to change, and what it would come to; ``lower``: the cost at T = 1, where that is to be had."""
-
-    def noise_of(cost: float) -> float:
-        return cost / (0.45 - 3.0 * cost)
-
-    times = math.ceil((noise_of(cost) / noise_of(TOO_NOISY / 2)) ** 2)
-    advice = f"Raise --grad_accum to {grad_accum * times} for half of {TOO_NOISY:g} nats"
-    if lower is not None:
-        advice += f", or lower --kd_temperature to 1 ({lower():.2f} nats)"
-    return f"{advice}, or capture with more draws (--codec_options)"
+def _advice(noise: Noise, most: float, grad_accum: int) -> str:
+    """How many micro-batches a step would need to be well below ``most``."""
+    times = 2
+    while noise.in_larger_steps(times).cost > most / 2:
+        times *= 2
+    return f"Raise --grad_accum to {grad_accum * times} ({noise.in_larger_steps(times).cost:.2f} nats)"
