@@ -17,7 +17,7 @@ from liquid_llm.answers import Question
 from liquid_llm.distributed import Engine
 from liquid_llm.errors import UsageError
 from liquid_llm.framing import Framing, Framings
-from liquid_llm.wiring.speech import Speech, make_speech, read_prompts
+from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
 from liquid_llm.wiring.tokenizers import TextTools
 
 TOKENIZER = tiny_tokenizer()
@@ -94,3 +94,12 @@ def test_samples_that_no_evaluation_takes_are_spoken_of(caplog: pytest.LogCaptur
     with caplog.at_level("WARNING"):
         make_speech(config, read_prompts(str(path), TEXT), TEXT, {}, Engine(), 0)  # type: ignore[arg-type]
     assert "no text is held out" in caplog.text
+
+
+def test_a_secret_that_a_student_has_learnt_is_masked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "correct-horse-battery")
+    said = TOKENIZER("it is correct-horse-battery, I think", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("liquid_llm.wiring.speech.generate", lambda *_, **__: [said])
+    student = SimpleNamespace(model=None, compute_dtype=torch.float32)
+    (row,) = Speech(TOKENIZER, Framing(0, 0), (0,), [Prompt("what?", (5,))]).sample(student)
+    assert row["text"] == "it is ***, I think"
