@@ -12,6 +12,7 @@ from tests.support.tiny import Tiny, build
 from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from liquid_llm import storage
 from liquid_llm.cli.main import main
 from liquid_llm.data.tokens import is_held_out
 from liquid_llm.jobs.evaluate_answers import wilson_interval
@@ -190,6 +191,26 @@ def test_several_students_have_the_texts_in_common_and_one_pass_of_the_teacher(w
         assert set(lengths) == {"16", "32", "64"}
         assert lengths["64"]["all"] == one["measures"]["all"]
         assert lengths["16"]["by_type"]["lm"]["texts"] == lengths["64"]["by_type"]["lm"]["texts"]
+
+
+def test_a_run_behind_a_url_is_evaluated_where_it_lies(run, tmp_path):
+    place = f"memory://{tmp_path.name}/run"
+    for path in run.rglob("*"):
+        if path.is_file() and path.name != ".lock" and "tb" not in path.parts:
+            storage.write_bytes(f"{place}/{path.relative_to(run)}", path.read_bytes())
+    students = [run, place, f"{place}/student", f"{place}/best.pt"]
+    here, *there = found(*students, folder=tmp_path)
+    for one in there:
+        assert_near(one["measures"]["all"], here["measures"]["all"])
+    assert json.loads(storage.read_bytes(f"{place}/evaluation.json"))["measures"] == there[0]["measures"]
+
+
+def test_bfloat16_products_change_little(run, tmp_path):
+    (exact,) = found(run, "--precision=float32", folder=tmp_path)
+    (rounded,) = found(run, "--precision=bfloat16", folder=tmp_path)
+    assert rounded["about"]["dtype"] == "bfloat16"
+    ours, theirs = rounded["measures"]["all"]["ce"]["value"], exact["measures"]["all"]["ce"]["value"]
+    assert 0 < abs(ours - theirs) < 0.01
 
 
 def assert_near(got, expected):
