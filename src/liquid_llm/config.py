@@ -427,10 +427,7 @@ def build_schedules(config: RunConfig) -> StepSchedules:
         )
         gamma: Schedule = Constant(0.0)
     else:
-        over_steps = round(objective.anneal_share * optimizer.steps)
-        if objective.anneal_share > 0:
-            over_steps = max(1, over_steps)  # step 0 begins where the ramp does, however short the run
-        alpha = Ramp(objective.alpha_start, objective.alpha_end, over_steps)
+        alpha = Ramp(objective.alpha_start, objective.alpha_end, _anneal_steps(config))
         temperature = Constant(objective.temperature)
         gamma = Ramp(objective.gamma, 0.0, objective.gamma_fade_step)
     return StepSchedules(
@@ -441,6 +438,13 @@ def build_schedules(config: RunConfig) -> StepSchedules:
         objective.divergence,
         {type: source.objective for type, source in config.source.named.items()},
     )
+
+
+def _anneal_steps(config: RunConfig) -> int:
+    """Steps over which alpha changes."""
+    share = config.objective.anneal_share
+    # Step 0 begins where the ramp does, however short the run.
+    return max(1, round(share * config.optimizer.steps)) if share > 0 else 0
 
 
 def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
@@ -459,12 +463,11 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
         if begun and level in config.given and name in config.given and begun[-1] != value:
             remarks.append(f"--{level}={value:g} is never used: --{name} says {begun[-1]:g} from the first step on")
     if "kd_alpha_start" in config.given and "kd_alpha_end" not in config.given:
-        first, last = objective.alpha_start, objective.alpha_end
-        if first < last and objective.anneal_share > 0:
-            remarks.append(
-                f"--kd_alpha_start={first:g} alone: the KD weight rises to {last:g}, the default of --kd_alpha_end, "
-                f"over the first {round(objective.anneal_share * steps):,} steps and stays; give --kd_alpha_end too"
-            )
+        first, last, over = objective.alpha_start, objective.alpha_end, _anneal_steps(config)
+        if first < last:
+            how = f"rises to {last:g} over the first {over:,} steps and stays" if over else f"is {last:g} at all steps"
+            given = f"--kd_alpha_start={first:g} alone"
+            remarks.append(f"{given}: the KD weight {how}, as --kd_alpha_end has it by default; give that too")
     return remarks
 
 

@@ -179,7 +179,7 @@ def test_killed_at_once_it_goes_on(asked, finished, tmp_path):
     wait_for(folder, "runs/plain/seed-0/step-*.pt")
     process.kill()
     process.communicate()
-    assert main(words(asked, folder)) == 0
+    assert main(words(asked, folder, "--processes=2")) == 0
     assert_same(folder, finished)
 
 

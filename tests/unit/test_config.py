@@ -141,6 +141,23 @@ def test_what_a_schedule_says_in_vain_is_allowed_and_said(given, first_step, par
     assert all(part in remarks[0] for part in parts)
 
 
+def test_a_kd_weight_that_begins_low_and_rises_by_default_is_pointed_at():
+    def remarks(**given):
+        return schedule_remarks(hybrid(max_steps=100, **given), 0)
+
+    [said] = remarks(kd_alpha_start=0.0)
+    assert "--kd_alpha_start=0 alone: the KD weight rises to 0.4 over the first 30 steps" in said
+    for given in (
+        {},
+        {"kd_alpha_start": 0.0, "kd_alpha_end": 0.0},
+        {"kd_alpha_start": 0.0, "kd_alpha_end": 0.4},
+        {"kd_alpha_start": 0.7},
+    ):
+        assert not remarks(**given), given
+    [said] = remarks(kd_alpha_start=0.0, kd_anneal_pct=0.0)
+    assert "the KD weight is 0.4 at all steps" in said
+
+
 def test_a_problem_ends_in_one_full_stop():
     with pytest.raises(UsageError) as caught:
         anneal(alpha_schedule="0:0.7,400")

@@ -151,6 +151,17 @@ def test_stop_signal_turns_sigterm_into_a_flag_and_gives_the_handlers_back():
     assert [signal.getsignal(number) for number in runtime.StopSignal.SIGNALS] == before
 
 
+def test_a_signal_that_came_while_an_inner_one_listened_reaches_the_outer():
+    with runtime.StopSignal() as outer:
+        with runtime.StopSignal():
+            pass
+        assert not outer.requested
+        with runtime.StopSignal() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.requested
+        assert outer.requested, "a study whose run had just ended stops too"
+
+
 def test_a_second_interrupt_is_immediate_and_handlers_still_return():
     before = signal.getsignal(signal.SIGINT)
     stop = runtime.StopSignal()

@@ -119,6 +119,8 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
             remarks.append(
                 f"{arm.name}: reads {', '.join(foreign)}, whose capture is not part of the study nor counted."
             )
+    if SECONDS in study.at and study.processes > 1:
+        remarks.append(f"{study.processes} runs at a time shared this machine: their seconds a step are of sharing it.")
     for number, last in enumerate(arms):
         same = next((one["name"] for one in arms[:number] if one["counts"] == last["counts"]), None)
         if same is not None:
@@ -223,6 +225,9 @@ class _Work:
             run_training(self.study.face, _options(self.study, self.place, unit))
         except Interrupted as error:
             raise Interrupted(f"the study was stopped in {unit.title}: {error.problem}", remedy=_GO_ON) from None
+        except LiquidError:
+            log.error("study: %s failed", unit.title)
+            raise
         run_dir = self.place.run_dir(unit)
         for path in run_dir.glob("*.pt"):  # optimizer states of many runs fill a disk
             if path.stem != "final":
@@ -266,7 +271,7 @@ class _Work:
             first = next((one for one in lacking if one.arm == units[0].arm), units[0])
             others = [one for one in lacking if one != first]
             group = [first, *others[: max(1, self._at_once(first) - 1)]]
-            log.info("study: evaluate %d students", len(group))
+            log.info("study: evaluate %d students", sum(one in lacking for one in group))
             students = [str(self.place.run_dir(one) / FINAL) for one in group]
             found = evaluate_students(students, {**options, **self.study.evaluation})
             for unit, one in zip(group, found, strict=True):

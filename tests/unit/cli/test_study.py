@@ -2,10 +2,13 @@
 
 import pytest
 import yaml
+from tests.support.sources import REPOSITORY
 
 from liquid_llm.cli.main import main
 from liquid_llm.cli.study import read_study
+from liquid_llm.config import build_capture_config, build_run_config
 from liquid_llm.errors import UsageError
+from liquid_llm.sources import overlay
 
 WORDS = ["--study_dir=there", "--dataset_manifest=m.jsonl"]
 
@@ -120,6 +123,19 @@ def test_what_cannot_work_in_a_file_is_said(config, values, message):
     with pytest.raises(UsageError) as caught:
         read_study("train", [*WORDS, *config(**values)])
     assert message in str(caught.value)
+
+
+EXAMPLES = REPOSITORY / "examples" / "studies"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_the_studies_that_come_along_can_be_read(name):
+    study, folder = read_study("train", [f"--config={EXAMPLES / name}"])
+    assert folder
+    for arm in study.arms:
+        build_run_config("train", overlay(study.options, arm.options))
+    for capture in study.captures:
+        build_capture_config(capture)
 
 
 def test_help_and_a_folder_that_is_none(capsys, tmp_path):
