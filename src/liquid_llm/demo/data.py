@@ -162,19 +162,17 @@ def _lm_records(library: Library, seed: int, held: int, count: int) -> tuple[lis
     from pydoc_data.topics import topics
 
     pages = dict(_shuffle(_pages(topics), f"pages {seed}"))
-    apart = dict(islice(pages.items(), _HELD_PAGES))
+    apart = _cut(dict(islice(pages.items(), _HELD_PAGES)))
+    known = set(apart.values())
+    rest = {name: text for name, text in _cut(pages).items() if text not in known}
     docstrings = {
         f"doc-{name}": f"{name}\n\n{text.strip()}"
         for name, text in library.docstrings.items()
         if len(text) in _DOCSTRING_CHARACTERS
     }
-    held_passages = _cut(apart)
-    known = set(held_passages.values())
-    rest = _cut({name: text for name, text in pages.items() if name not in apart})
-    rest = {name: text for name, text in rest.items() if text not in known}
     rows = chain(_shuffle(rest, f"topics {seed}"), _shuffle(docstrings, f"docstrings {seed}"))
     return (
-        _enough(list(map(_passage, islice(_shuffle(held_passages, f"held out {seed}"), held))), held, "passages"),
+        _enough(list(map(_passage, islice(_shuffle(apart, f"held out {seed}"), held))), held, "passages"),
         _enough(list(map(_passage, islice(rows, count))), count, "passages"),
     )
 
