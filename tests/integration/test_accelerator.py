@@ -271,3 +271,24 @@ def test_annealing_with_a_change_of_context_gives_the_losses_of_the_cpu(world, t
         command(device, ["anneal", *anneal_words(world, tmp_path / device / "long", **longer, **resumed)])
     for part in ("short", "long"):
         assert_same_rows(*(tmp_path / device / part for device in DEVICES))
+
+
+def test_an_evaluation_finds_the_same_figures(tiny: Tiny, tmp_path: Path) -> None:
+    """Beside a model, a store of some ids and one of whole logits; with the measures of each evaluation in training."""
+    code = {"code_logits_dir": tiny.root / "full" / "code", "eval_measures": "true", "max_steps": 2}
+    run = train(tiny, tmp_path, "cpu", **code)
+    found = []
+    for device in DEVICES:
+        place = tmp_path / f"{device}.json"
+        command(device, ["evaluate", str(run), str(run / "last.pt"), "--eval_ctx_lens=16,32", f"--json={place}"])
+        found.append([one["measures"] for one in json.loads(place.read_text())])
+    for mine, theirs in zip(*found, strict=True):
+        assert {"overlap", "teacher_ce"} <= mine["by_type"]["lm"].keys() & mine["by_type"]["code"].keys()
+        assert "agreement" in mine["by_type"]["math_tool"]
+        for type in ("lm", "math_tool", "code"):
+            assert_same(mine["by_type"][type]["ce"], theirs["by_type"][type]["ce"], type)
+            for figure in ("kl", "agreement", "teacher_calibration"):
+                assert_same(mine["by_type"][type][figure], theirs["by_type"][type][figure], f"{figure} of {type}")
+        assert_same(mine["by_length"]["16"]["all"]["overlap"], theirs["by_length"]["16"]["all"]["overlap"], "overlap")
+    on_device = train(tiny, tmp_path / "device", NAME, **code)
+    assert_same_rows(run, on_device)
