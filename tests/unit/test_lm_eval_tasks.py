@@ -110,6 +110,7 @@ def test_tasks_of_ones_own_give_what_the_model_says(tmp_path: Path, conv_bias: b
     rows = [{"question": one, "choices": choices, "said": two} for one, two in zip(questions, said, strict=True)]
     rows[2]["said"] = "something else"
     write_tasks(tmp_path, rows)
+    tokenizer.pad_token = None
     python, state, pad = random.getstate(), torch.get_rng_state(), tokenizer.pad_token
     found = run_tasks(plan_tasks([str(tmp_path)]), model, tokenizer, batch_size=4)
     assert found["own_said"]["metrics"]["exact_match"]["value"] == pytest.approx(5 / 6)

@@ -99,7 +99,9 @@ def test_samples_that_no_evaluation_takes_are_spoken_of(caplog: pytest.LogCaptur
 def test_a_secret_that_a_student_has_learnt_is_masked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "correct-horse-battery")
     said = TOKENIZER("it is correct-horse-battery, I think", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("liquid_llm.wiring.speech.generate", lambda *_, **__: [said])
+    asked: list[Any] = []
+    monkeypatch.setattr("liquid_llm.wiring.speech.generate", lambda _, prompts, **__: asked.append(prompts) or [said])
     student = SimpleNamespace(model=None, compute_dtype=torch.float32)
     (row,) = Speech(TOKENIZER, Framing(0, 0), (0,), [Prompt("what?", (5,))]).sample(student)
     assert row["text"] == "it is ***, I think"
+    assert asked == [[[0, 5]]], "the framing's begin stands before the prompt"
