@@ -121,7 +121,10 @@ def _cell(verdict: Mapping[str, Any] | None) -> Text:
         return Text("–")
     measure = MEASURES[verdict["measure"]]
     digits = 3 if measure.scale == 1 else 1
-    ends = ("−∞" if one is None else f"{one * measure.scale:+.{digits}f}" for one in (verdict["low"], verdict["high"]))
+    open_ends = {"low": "−∞", "high": "+∞"}  # of a single text
+    ends = (
+        end if verdict[key] is None else f"{verdict[key] * measure.scale:+.{digits}f}" for key, end in open_ends.items()
+    )
     text = f"{verdict['difference'] * measure.scale:+.{digits}f} [{', '.join(ends)}]".replace("-", "−")
     return Text(text, _STYLES.get(verdict["word"], ""))
 

@@ -191,6 +191,14 @@ def test_what_is_shown_comes_from_the_files_and_is_the_same_each_time(folder, ca
     assert yaml.safe_load(data)["version"] == 1
 
 
+def test_a_single_text_has_no_interval(folder, capsys):
+    for name in ("plain", "online"):
+        for seed in SEEDS:
+            folder.keep_evaluation(Unit(name, seed), evaluation(GAINS[name], seed, texts=1))
+    assert show_study(str(folder.root)) == 0
+    assert "[−∞, +∞]" in capsys.readouterr().out
+
+
 def test_hostile_names_stay_text(tmp_path):
     folder = StudyFolder(tmp_path)
     name = "<script>alert(1)</script>"
