@@ -257,6 +257,10 @@ def parquet_rows(stream: Any, choose: Callable[[list[str]], list[str]]) -> Itera
         raise DamageError(f"not a readable parquet file ({first_line(error)})") from error
 
 
+Shard = RecordFile
+"""The name of ``RecordFile`` before types became free: scripts of others read a file through it."""
+
+
 class RecordFiles:
     """The records of several files of one type as one source, numbered on; see ``tokens.RecordSource``."""
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from liquid_llm import storage
 from liquid_llm.data import records as records_module
-from liquid_llm.data.records import Body, RecordFile, read_body, read_records, stable_sample_id
+from liquid_llm.data.records import Body, RecordFile, Shard, read_body, read_records, stable_sample_id
 from liquid_llm.data.types import TextRecord
 from liquid_llm.errors import DataError, StorageError
 
@@ -305,3 +305,9 @@ def test_bodies_that_are_none_are_refused_with_their_place(tmp_path: Path, row: 
     (tmp_path / "s.jsonl").write_bytes(jsonl([{"text": "good"}, row]))
     with pytest.raises(DataError, match=rf"s\.jsonl:2: {problem}"):
         list(read_records(str(tmp_path / "s.jsonl"), "code"))
+
+
+def test_files_are_read_by_their_earlier_name_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert [record.text for _, record in Shard(str(path), "lm")] == ["one", "two"]
