@@ -110,6 +110,28 @@ def test_a_run_from_the_store_is_that_of_the_teacher_asked_online(
     assert evaluated["val_kd"] == pytest.approx(again["val_kd"], rel=2e-4)
 
 
+@pytest.mark.parametrize(("kept", "words"), [(1.0, "all of them stored"), (0.3, "of these 30.0% (--kd_positions), ro")])
+def test_capture_announces_and_stats_show_what_is_learnt_and_kept_of_the_windows(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: float, words: str
+) -> None:
+    """Where prompts are not learnt: the codec's size is chosen by the rows there will be, to the last one."""
+    given = {"math_logits_dir": tmp_path, "code_logits_dir": tmp_path, "chat_template": "chatml", "kd_positions": kept}
+    capsys.readouterr()
+    assert main(["capture", *tiny.capture_words(**given, codec="topk", seq_len=100)]) == 0
+    out, said = capsys.readouterr()
+    captured = json.loads(out)
+    assert f"for the {captured['positions']:,} positions it will hold" in said
+    windows = captured["tokens"] - captured["written"]
+    assert main(["store", "stats", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["positions"], found["window_positions"]) == (captured["positions"], windows)
+    assert found["kd_positions"] == kept
+    assert found["stored_share"] == captured["positions"] / windows
+    assert found["learnt_share"] == found["stored_share"] / kept < 0.6
+    assert main(["store", "stats", str(tmp_path)]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_store_says_what_its_teacher_says_and_is_stale_where_more_is_learnt(
     tiny: Tiny, captured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,8 @@ class CaptureSummary:
         too_large: how many of them do not fit into the device's memory even alone.
         consumers: what takes most of that memory, in words; filled in by who knows.
         tokens: real tokens scored and written.
-        positions: rows stored, one for each learnt position: one fewer a sample than its tokens where all are learnt.
+        positions: rows stored: one for each learnt position, or for the share of these that is kept
+            (``--kd_positions``, rounded up in each sample); where all are, one fewer a sample than its tokens.
         padded_tokens: tokens computed, padding included.
         bytes: of the files written.
         seconds: of the whole job.
@@ -84,7 +85,7 @@ class CaptureSummary:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """File bytes for each stored position; None when nothing was written."""
+        """File bytes for each stored position, not for each of ``tokens``; None when nothing was written."""
         return self.bytes / self.positions if self.positions else None
 
     @property

@@ -45,7 +45,7 @@ _ACTIONS: dict[str, tuple[str, tuple[Positional, ...], tuple[Option, ...]]] = {
         (*_TEACHER, _samples(32), _TEMPERATURES, _JSON),
     ),
     "stats": (
-        "bytes a token by part, mass covered, tail share; with a teacher also fidelity",
+        "bytes a stored position by part, shares learnt and kept, mass, tail share; with a teacher also fidelity",
         (_STORE,),
         (*_TEACHER, _samples(200), _TEMPERATURE, _JSON),
     ),

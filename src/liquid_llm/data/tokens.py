@@ -157,11 +157,32 @@ class TokenDataset:
         view.lengths = np.minimum(size, view.lengths - view.offsets)
         return view if self.learnt is None else view._find_learnt(self.learnt)
 
+    def count_learnt(self, window: int) -> NDArray[np.int64]:
+        """The learnt positions in the first ``window`` tokens of each sample: [samples] int64.
+
+        A position is learnt where its next token is, so that a sample has one fewer than tokens at most.
+        """
+        lengths = self.lengths.clip(max=window)
+        if self.learnt is None:
+            return (lengths - 1).clip(min=0)
+        runs = self._predicted(self.learnt, lengths)
+        return np.fromiter((np.count_nonzero(run) for run in runs), np.int64, len(self))
+
     def _find_learnt(self, learnt: NDArray[np.uint8]) -> TokenDataset:
-        """The windows in which something is learnt, with the first such token of each found anew."""
-        places = np.append(np.flatnonzero(learnt), len(learnt))
-        self.first_learnt = places[np.searchsorted(places, self.starts + 1)] - self.starts
+        """The windows in which something is learnt, with the first such token of each found anew.
+
+        Window by window: what is read of the map is let go of again, and no number of each token is kept.
+        """
+        runs = self._predicted(learnt, self.lengths)
+        firsts = (1 + int(run.argmax()) if run.any() else 1 + len(run) for run in runs)
+        self.first_learnt = np.fromiter(firsts, np.int64, len(self))
         return self.subset(np.flatnonzero(self.first_learnt < self.lengths))
+
+    def _predicted(self, learnt: NDArray[np.uint8], lengths: NDArray[np.int64]) -> Iterator[NDArray[np.bool_]]:
+        """Which of each sample's first ``lengths`` tokens are learnt, without its first, which nothing predicts."""
+        flags = learnt.view(np.bool_)  # whose searches end at the first
+        for start, length in zip(self.starts.tolist(), lengths.tolist(), strict=True):
+            yield flags[start + 1 : start + length]
 
 
 def is_held_out(sample_id: str, fraction: float) -> bool:

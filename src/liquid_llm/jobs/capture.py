@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from liquid_llm import storage
@@ -225,16 +225,12 @@ def _choose_codecs(
     config: CaptureConfig, datasets: Mapping[str, Sequence[TokenDataset]], stores: Mapping[str, _Store]
 ) -> dict[str, Codec]:
     """The codec of each folder that something is captured into; says of a new one what was chosen, and why."""
-    positions: Counter[str] = Counter()
-    for type, parts in datasets.items():
-        positions[_folder(config, type)] += sum(
-            int((part.lengths.clip(max=config.data.seq_len) - 1).clip(min=0).sum() * config.store.distilled_share)
-            for part in parts
-        )
     chosen = {}
-    for folder, count in positions.items():
+    for folder in dict.fromkeys(_folder(config, type) for type in datasets):
         codec = stores[folder].codec
         if codec is None:
+            held = [part for type, parts in datasets.items() if _folder(config, type) == folder for part in parts]
+            count = sum(_count_stored(part, config) for part in held)
             codec = codec_of(config.store, count)
             settings = ", ".join(f"{name} {value}" for name, value in codec.options.items())
             why = "as asked" if config.store.codec_options else f"for the {count:,} positions it will hold"
@@ -243,8 +239,13 @@ def _choose_codecs(
     return chosen
 
 
+def _count_stored(dataset: TokenDataset, config: CaptureConfig) -> int:
+    """The positions that get a row: of each sample's learnt ones the share kept, as ``SignalIdentity.num_chosen``."""
+    return int(np.ceil(config.store.distilled_share * dataset.count_learnt(config.data.seq_len)).sum())
+
+
 def codec_of(store: StoreConfig, num_positions: int = 0) -> Codec:
-    """The codec asked for; what is not set suits a store of about ``num_positions``.
+    """The codec asked for; what is not set suits a store of about ``num_positions`` stored ones.
 
     Raises:
         UsageError: a setting is not a name and a number, is given twice, or is not one that this codec has.

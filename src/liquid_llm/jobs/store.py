@@ -73,12 +73,20 @@ def run_stats(uri: str, given: Mapping[str, object], *, samples: int, temperatur
     report = {**store.describe(), "temperature": at, **found}
     if report["superseded"]:
         moved.append(("superseded", f"liquid store pack {uri} {uri} gives their room back"))
+    if report["positions"]:
+        moved.append(("shares", _shares_in_words(report)))
     code = 0
     if "mc_teacher_id" in given:
         report["fidelity"], code = _verify(store, build_capture_config(given), samples, (at,))
     store.close()
     _show(report, as_json, moved)
     return code
+
+
+def _shares_in_words(report: Mapping[str, Any]) -> str:
+    stored, learnt, kept = (f"{report[name]:.1%}" for name in ("stored_share", "learnt_share", "kd_positions"))
+    of_learnt = "all of them" if report["kd_positions"] == 1.0 else f"of these {kept} (--kd_positions), rounded up,"
+    return f"{learnt} of the positions are learnt, {of_learnt} stored: {stored}; bytes_per_token is for each stored one"
 
 
 def run_verify(

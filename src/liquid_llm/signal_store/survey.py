@@ -1,6 +1,9 @@
 """What a signal store holds and what each part of it costs.
 
-bytes a token    bytes on disk for each stored position; records that later ones supersede count until they are packed
+position         a place in a record's window whose next token is predicted; stored where it has a row: of those learnt
+                 all, or the share that capture kept (``--kd_positions``)
+bytes a token    bytes on disk for each stored position, and not for each token of the texts; records that later ones
+                 supersede count until they are packed
 parts            where those go: the codec's own parts, what a record says about itself, names, tables, index
 mass             sum of a position's stored weights and of its tail's bucket: 1, or 1 on average where ids are drawn
 tail share       the part of it that is not stored id by id: one bucket, or ids drawn to stand for others
@@ -33,7 +36,10 @@ def survey(store: StoreReader, *, samples: int, temperature: float, seed: int) -
 
     Returns:
         plain values. ``bytes``, ``files``, ``positions``, ``bytes_per_token`` and ``parts_bytes_per_token`` are of all
-        that can be read; ``superseded`` counts records hidden by later ones of their samples (packing removes them),
+        that can be read, positions being stored ones; ``kd_positions`` is the share of learnt positions that capture
+        kept; ``window_positions`` are all of the records' windows, ``stored_share`` of which have a row, and
+        ``learnt_share`` of which are learnt (where a share was kept at most so, as each record's is rounded up; None of
+        no positions); ``superseded`` counts records hidden by later ones of their samples (packing removes them),
         ``unreadable`` those in files that are cut or damaged; ``sampled`` those looked at, of which ``stale`` and
         ``corrupt``; ``examples`` says of a few of these why; ``types`` has the same by type, with ``mass``,
         ``tail_share`` and ``mass_error`` (None where nothing was decoded); ``problems`` is about the whole folder.
@@ -72,7 +78,8 @@ def survey(store: StoreReader, *, samples: int, temperature: float, seed: int) -
             continue
         mass, tail = masses(signal)
         sums[record.header.type] += [rows, float(mass.sum()), float(tail.sum()), float((mass - 1).square().sum())]
-    positions = sum(counts["positions"] for counts in contents.types.values())
+    counts = sum(contents.types.values(), Counter())
+    positions, kept = counts["positions"], store.identity.positions or 1.0
     return {
         "bytes": parts.total() + contents.unreadable_bytes,
         "files": contents.files + 1,
@@ -82,12 +89,14 @@ def survey(store: StoreReader, *, samples: int, temperature: float, seed: int) -
         **{name: found[name] for name in ("sampled", "stale", "corrupt")},
         "examples": dict(list(examples.items())[:_LISTED]),
         "problems": store.layout.problems(),
+        "kd_positions": kept,
         "positions": positions,
+        **_shares(counts, kept),
         "bytes_per_token": parts.total() / positions if positions else None,
         "parts_bytes_per_token": {
             name: size / positions for name, size in _split_payload(parts, payload_parts).items() if positions
         },
-        "types": {type: _type_values(contents.types[type], sums[type]) for type in sorted(contents.types)},
+        "types": {type: _type_values(contents.types[type], sums[type], kept) for type in sorted(contents.types)},
     }
 
 
@@ -153,12 +162,21 @@ def drawn_variance(store: StoreReader, type: str, *, samples: int, temperature: 
     return DrawnVariance(*(share * sum(parts) for parts in zip(*found, strict=True)))
 
 
-def _type_values(counts: Counter[str], sums: NDArray[np.float64]) -> dict[str, Any]:
+def _shares(counts: Counter[str], kept: float) -> dict[str, Any]:
+    """How many positions the windows have, and the shares of them that are stored and learnt."""
+    positions = counts["tokens"] - counts["records"]
+    stored = counts["positions"] / positions if positions else None
+    learnt = None if stored is None else min(1.0, stored / kept)
+    return {"window_positions": positions, "stored_share": stored, "learnt_share": learnt}
+
+
+def _type_values(counts: Counter[str], sums: NDArray[np.float64], kept: float) -> dict[str, Any]:
     positions, decoded = counts["positions"], int(sums[0])
     mass, tail_share, square = (sums[1:] / decoded).tolist() if decoded else (None, None, None)
     return {
         "records": counts["records"],
         "positions": positions,
+        **_shares(counts, kept),
         "payload_bytes_per_token": counts["payload_bytes"] / positions if positions else None,
         "sampled_positions": decoded,
         "mass": mass,

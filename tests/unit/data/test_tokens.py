@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -533,3 +534,28 @@ def test_windows_of_long_documents_learn_each_learnt_token_once(begin_id: int | 
         if flag
     ]
     assert sorted(seen) == wanted
+
+
+@given(
+    st.lists(st.lists(st.booleans(), min_size=2, max_size=30), min_size=1, max_size=6), st.integers(2, 35), st.data()
+)
+def test_learnt_positions_of_a_window_are_counted_as_samples_have_them(learnt, window, data):
+    rows = [list(range(len(one))) for one in learnt]
+    kept = [[*one[:-1], True] for one in learnt]
+    some = data.draw(st.permutations(range(len(rows))).map(lambda order: order[: len(order) // 2 + 1]))
+    for masks in (kept, None):
+        dataset = token_dataset(rows, "code", learnt=masks).subset(np.array(some))
+        wanted = [int(dataset.sample(index).learnt_positions(window).sum()) for index in range(len(dataset))]
+        assert dataset.count_learnt(window).tolist() == wanted
+
+
+def test_windows_find_what_is_learnt_without_a_number_for_each_token() -> None:
+    length, count = 50_000, 8
+    dataset = token_dataset([[7] * length] * count, "code", learnt=[[False, *[True] * (length - 1)]] * count)
+    tracemalloc.start()
+    windows = dataset.windows(1000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert windows.first_learnt is not None
+    assert set(windows.first_learnt.tolist()) == {1}
+    assert most < length * count, "less than a byte a token"

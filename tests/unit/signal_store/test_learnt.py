@@ -112,7 +112,11 @@ def test_stores_are_packed_measured_and_compared_with_their_positions(tmp_path: 
     for store in (loose, packed):
         found = survey(store, samples=100, temperature=1.0, seed=0)
         assert (found["positions"], found["corrupt"], found["stale"]) == (positions, 0, 0)
-        assert found["types"]["math_tool"]["positions"] == positions
+        every = sum(len(sample.input_ids) - 1 for sample in SAMPLES)
+        for row in (found, found["types"]["math_tool"]):
+            assert (row["positions"], row["window_positions"]) == (positions, every)
+            assert row["stored_share"] == row["learnt_share"] == positions / every
+        assert found["kd_positions"] == 1.0
         assert found["types"]["math_tool"]["sampled_positions"] == positions
         assert found["types"]["math_tool"]["payload_bytes_per_token"] == 2 * VOCAB
     assert survey(whole, samples=1, temperature=1.0, seed=0)["positions"] == sum(len(s.input_ids) - 1 for s in WHOLE)

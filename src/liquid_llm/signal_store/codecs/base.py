@@ -52,7 +52,8 @@ class Codec(Protocol):
 
     @classmethod
     def usual_options(cls, num_positions: int) -> Options:
-        """What a new store of about so many positions is begun with where nobody says otherwise; {}: the defaults."""
+        """What a new store of about so many stored positions is begun with where nobody says otherwise; {}: the
+        defaults."""
         return {}
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
