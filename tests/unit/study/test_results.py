@@ -192,9 +192,9 @@ def test_what_is_shown_comes_from_the_files_and_is_the_same_each_time(folder, ca
 
 
 def test_a_single_text_has_no_interval(folder, capsys):
-    for name in ("plain", "online"):
+    for name, gain in GAINS.items():
         for seed in SEEDS:
-            folder.keep_evaluation(Unit(name, seed), evaluation(GAINS[name], seed, texts=1))
+            folder.keep_evaluation(Unit(name, seed), evaluation(gain, seed, texts=1))
     assert show_study(str(folder.root)) == 0
     assert "[−∞, +∞]" in capsys.readouterr().out
 
