@@ -24,10 +24,10 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gpu soak mutants format clean FORCE
+.PHONY: help demo test test-lm-eval check bench gpu soak mutants format clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## distil a real student from a real teacher, no GPU and no model hub, in a few minutes
 	$(BIN)/liquid demo $(ARGS)
@@ -35,6 +35,11 @@ demo: $(STAMP)  ## distil a real student from a real teacher, no GPU and no mode
 # One thread a process: the workers already fill the cores, and one seed then gives one result on any number of them.
 test: $(STAMP)  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak" $(ARGS)
+
+# The extra is installed by this target alone, as it sets some packages of others back (decision 18).
+test-lm-eval: $(STAMP)  ## the tests that need lm-eval, which it installs into .venv
+	$(PIP) install --quiet -e '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_lm_eval_tasks.py tests/integration/test_lm_eval.py $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .
