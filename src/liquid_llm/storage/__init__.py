@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, cast
 
 from liquid_llm.errors import StorageError
 from liquid_llm.storage.archive import unpack_zip
-from liquid_llm.storage.backends import SCHEME, RemoteReader, scheme_of, with_backend
+from liquid_llm.storage.backends import SCHEME, RemoteReader, check_encoding, scheme_of, with_backend
 from liquid_llm.storage.failures import RetryPolicy, describe, failure_types, set_retry_policy
 from liquid_llm.storage.local import (
     TEMPORARY_SUFFIX,
@@ -259,7 +259,9 @@ def open_read(uri: str) -> BinaryIO:
     def begin(fs: Any, path: str) -> Any:
         if scheme_of(uri) == "memory":
             return io.BytesIO(fs.cat_file(path))  # fsspec hands the one shared object to every reader
-        return fs.open(path, "rb", block_size=_READ_BLOCK_BYTES, cache_type="readahead")
+        stream = fs.open(path, "rb", block_size=_READ_BLOCK_BYTES, cache_type="readahead")
+        check_encoding(uri, stream)
+        return stream
 
     return cast(BinaryIO, io.BufferedReader(RemoteReader(uri, with_backend(uri, begin)), _BUFFER_BYTES))
 

@@ -137,6 +137,23 @@ def _with_streamed_body(request: Callable[..., Awaitable[T]]) -> Callable[..., A
     return call
 
 
+def check_encoding(uri: str, stream: Any) -> None:
+    """Refuse a file that its bucket unpacks as it is read: it names the packed size, where reading would end.
+
+    Raises:
+        StorageError: it was uploaded with ``Content-Encoding: gzip`` (``-Z`` and ``-z`` of ``gsutil`` and ``gcloud``).
+    """
+    if scheme_of(uri) in _GCS_SCHEMES and "gzip" in str(stream.details.get("contentEncoding", "")).lower():
+        raise StorageError(
+            "the bucket unpacks this file while it is read and names the size that it has packed, so no reader knows "
+            "where it ends",
+            where=uri,
+            got="an object with Content-Encoding: gzip",
+            expected="one without",
+            remedy="upload it again without -Z or -z, plain or as a .gz file",
+        )
+
+
 class RemoteReader(io.RawIOBase):
     """An fsspec file whose failures are StorageErrors; passing ones are retried where it can seek."""
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -609,3 +612,24 @@ def test_no_thread_but_the_backend_s_own_is_left() -> None:
 )
 def test_a_path_is_matched_as_a_glob_would_find_it(path: str, pattern: str, found: bool) -> None:
     assert storage.matches(path, pattern) == found
+
+
+def test_a_file_that_its_bucket_unpacks_on_the_way_is_refused_where_it_would_end_early(gcs: Bucket) -> None:
+    """As ``gsutil cp -Z`` uploads it: the size named is the packed one. Read at once it is whole."""
+    plain = b"".join(b'{"text": "line %d"}\n' % number for number in range(200))
+    put_packed(gcs, "packed.jsonl", plain)
+    uri = f"{gcs.uri}/packed.jsonl"
+    assert storage.stat(uri).size < len(plain)  # type: ignore[union-attr]
+    with pytest.raises(StorageError, match=r"packed\.jsonl: .*Content-Encoding: gzip.*Upload it again"):
+        storage.open_read(uri)
+    assert storage.read_bytes(uri) == plain
+
+
+def put_packed(gcs: Bucket, name: str, plain: bytes) -> None:
+    about = json.dumps({"name": name, "contentEncoding": "gzip"}).encode()
+    parts = (("application/json", about), ("application/json", gzip.compress(plain)))
+    body = b"".join(b"--x\r\nContent-Type: %s\r\n\r\n%s\r\n" % (kind.encode(), part) for kind, part in parts) + b"--x--"
+    place = f"{gcs.base}/upload/storage/v1/b/{gcs.name}/o?uploadType=multipart"
+    request = urllib.request.Request(place, body, {"Content-Type": "multipart/related; boundary=x"})
+    with urllib.request.urlopen(request, timeout=10):
+        pass
