@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from liquid_llm.errors import UsageError
-from liquid_llm.options import AUTO, Option
+from liquid_llm.options import AUTO, OPTIONS, Option
 from liquid_llm.sources import NONE, is_blank, overlay, read_by_type, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
 
+_BY_TYPE = "sources."  # before the field of an option that is given by type
 _DATE = re.compile(r"\$\(date \+(?P<format>[^)]*)\)")
 
 
@@ -96,7 +97,7 @@ def parse(
     parser = build_parser(options, prog, description, face, positionals)
     namespace, unknown = parser.parse_known_args(normalise(argv))
     if unknown:
-        raise unknown_option(unknown[0], [*(option.name for option in options), *(["config"] if options else [])], prog)
+        raise unknown_option(unknown[0], options, prog)
     given: dict[str, object] = vars(namespace)
     config_file = given.pop("config", None)
     if sources := _take_by_type(given, options, prog):
@@ -150,7 +151,7 @@ def _take_by_type(given: dict[str, object], options: Sequence[Option], where: ob
         texts = given.pop(option.name)
         assert isinstance(texts, Sequence)
         try:
-            for type, fields in read_by_type(option.field.removeprefix("sources."), texts).items():
+            for type, fields in read_by_type(option.field.removeprefix(_BY_TYPE), texts).items():
                 sources.setdefault(type, {}).update(fields)
         except ValueError as error:
             raise UsageError(str(error), where=f"{where}: --{option.name}") from None
@@ -290,7 +291,7 @@ def read_options(loaded: object, options: Sequence[Option], where: object) -> di
             raise UsageError("an option is given twice", where=where, got=f"{seen[name]} and {key}", remedy="keep one")
         seen[name] = key
         if name not in known and not (name == "sources" and "signal" in known):
-            raise unknown_option(f"--{name}", list(known), str(where))
+            raise unknown_option(f"--{name}", options, str(where))
         if is_blank(value):
             continue
         try:
@@ -348,13 +349,24 @@ def expand_date(text: str) -> str:
     return _DATE.sub(lambda match: now.strftime(match["format"].strip("'\"")), text)
 
 
-def unknown_option(word: str, known: Sequence[str], where: str) -> UsageError:
-    """For a word that no option takes."""
+def unknown_option(word: str, options: Sequence[Option], where: str) -> UsageError:
+    """For a word that none of ``options`` takes: says which command has it, and what does the same here."""
     if not word.startswith("-"):
         return UsageError("unexpected word", where=where, got=repr(word), expected="--option=value")
     name = word.lstrip("-").partition("=")[0]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    remedy = f"did you mean --{near[0]}?" if near else f"see {where} --help"
+    elsewhere = [one for one in OPTIONS if one.name == name or (one.kind.endswith("bool") and f"no_{one.name}" == name)]
+    if elsewhere:
+        commands = " and ".join(f"liquid {face}" for one in elsewhere for face in one.faces)
+        there = elsewhere[0]
+        field = there.field.removeprefix(_BY_TYPE)
+        here = next((one.name for one in options if (one.group, one.field) == (there.group, field)), None)
+        alone = ", with one type of text," if field != there.field else ""
+        instead = f"see {where} --help" if here is None else f"here{alone} it is --{here}"
+        remedy = f"it is an option of {commands}; {instead}"
+    else:
+        known = [*(option.name for option in options), *(["config"] if options else [])]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        remedy = f"did you mean --{near[0]}?" if near else f"see {where} --help"
     return UsageError(f"unknown option --{name}", where=where, remedy=remedy)
 
 

@@ -181,5 +181,5 @@ def _vary(name: str, values: Sequence[str], training: Sequence[Option]) -> list[
     _refuse_taken([name], "--vary")
     option = next((one for one in training if one.name == name), None)
     if option is None:
-        raise unknown_option(f"--{name}", [one.name for one in training], "--vary")
+        raise unknown_option(f"--{name}", training, "--vary")
     return [Arm(f"{name}={one.strip()}", read_options({name: one.strip()}, training, "--vary")) for one in values]
