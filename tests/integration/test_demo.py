@@ -27,7 +27,7 @@ def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
     assert str(runs["distilled"] / "report.html") in shown
     check_summary(json.loads((runs["distilled"] / "summary.json").read_text()), base, runs)
     teacher, before = (AutoModelForCausalLM.from_pretrained(base / name).config for name in ("teacher", "before"))
-    assert before.num_hidden_layers == max(1, round(teacher.num_hidden_layers * 2 / 3)) < teacher.num_hidden_layers
+    assert before.num_hidden_layers == max(1, teacher.num_hidden_layers * 4 // 5) < teacher.num_hidden_layers
     assert before.hidden_size == teacher.hidden_size
     signal = [path for type in ("lm", "math_tool", "code") for path in (base / "signal" / type).glob("shard-*")]
     assert len(signal) >= 3, "the layout that capture writes when nothing is said"

