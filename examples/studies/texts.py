@@ -9,9 +9,9 @@ RAW is a folder with four published files, which are not part of this project:
     gsm8k_test.jsonl          its test file
     HumanEval.jsonl.gz        HumanEval (Chen et al. 2021)
 
-Written below OUT: ``manifest.jsonl`` and a file for each type of text, and ``held_out/`` with files for ``liquid evaluate
---records``. Word problems come from the generator of ``liquid demo``. Nothing is drawn by chance: the same files give the
-same texts.
+Written below OUT: ``manifest.jsonl`` and a file for each type of text, and ``held_out/`` with files for ``liquid
+evaluate --records``. Word problems come from the generator of ``liquid demo``. Nothing is drawn by chance: the same
+files give the same texts.
 """
 
 from __future__ import annotations
