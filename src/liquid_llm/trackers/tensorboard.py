@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
 from liquid_llm.storage import translate_errors
@@ -37,6 +39,13 @@ class TensorBoardTracker:
             # Readers drop earlier events from the purge step on: those are about to be written again.
             first_step = 0 if resume_step is None else resume_step + 1
             self._events: Any = SummaryWriter(str(self._folder), purge_step=first_step)
+        self._hook = threading.excepthook
+        threading.excepthook = self._look
+
+    def _look(self, failure: threading.ExceptHookArgs) -> None:
+        """Of a thread that failed. What a writer's thread meets is raised by the next call here: it is said once."""
+        if not isinstance(failure.thread, _AsyncWriterThread):
+            self._hook(failure)
 
     def log(self, row: Mapping[str, Any]) -> None:
         with translate_errors(self._folder, writing=True):
@@ -45,8 +54,11 @@ class TensorBoardTracker:
             self._events.flush()
 
     def close(self) -> None:
-        with translate_errors(self._folder, writing=True):
-            self._events.close()
+        try:
+            with translate_errors(self._folder, writing=True):
+                self._events.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 def _wait_until_later(folder: Path) -> None:
