@@ -17,7 +17,7 @@ from liquid_llm.answers import MAX_NEW_TOKENS
 from liquid_llm.errors import UsageError
 from liquid_llm.evaluation import Evaluation, Judge
 from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
-from liquid_llm.jobs.evaluate_answers import answer_all, tally
+from liquid_llm.jobs.evaluate_answers import answer_all, choose_questions, tally
 from liquid_llm.jobs.evaluation_table import print_evaluations
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.lm_eval_tasks import TaskPlan, plan_tasks, run_tasks
@@ -102,12 +102,13 @@ def _judge(
     dtype = choose_dtype(on.config.student.precision, device.type)
     log.info("students in %s: %s", dtype.value, dtype.reason)
     students = [Student(one.model.to(device), torch_dtype(dtype.value)) for one in opened]
+    questions = choose_questions(on, num_answers)  # before the measures, which may take long
     total = sum(batch.num_tokens for by_type in on.sets.values() for those in by_type.values() for batch in those)
     sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
     with Stage("evaluate", unit="tokens", total=total) as stage:
         found = Judge(on.sets, on.teachers.router, sizes, advance=stage.advance)(students)
     models = [one.model for one in students]
-    answers, of_teacher = answer_all(on, models, torch_dtype(dtype.value), num_answers, answer_tokens)
+    answers, of_teacher = answer_all(on, models, torch_dtype(dtype.value), questions, answer_tokens)
     return [
         Evaluation(
             student=one.name,

@@ -23,16 +23,11 @@ _AT_ONCE = 16
 Rows = list[dict[str, Any]]
 
 
-def answer_all(
-    on: Judgement, models: Sequence[Any], dtype: torch.dtype, count: int | None, max_new_tokens: int
-) -> tuple[list[Rows], Rows]:
-    """The marked answers of each model, and those of the online teachers to the questions of their types.
-
-    All answer the same questions, and end where the framing, the tokenizer, a turn of the chat template or the
-    teacher's own end token ends a text.
+def choose_questions(on: Judgement, count: int | None) -> list[Question]:
+    """The held-out prompts that all models answer.
 
     Args:
-        count: how many questions; None: ``USUAL_ANSWERS``, or as many as there are. 0: none.
+        count: how many; None: ``USUAL_ANSWERS``, or as many as there are. 0: none.
 
     Raises:
         UsageError: some are asked for, and no held-out text has a prompt and an answer that can be marked.
@@ -40,14 +35,25 @@ def answer_all(
     wanted = USUAL_ANSWERS if count is None else count
     datasets = [one for those in on.inputs.validation.values() for one in those]
     questions = pick_questions(datasets, on.text.tokenizer, count=wanted, seed=_SEED) if wanted else []
+    if count and not questions:
+        raise UsageError(
+            "no held-out text has an answer that can be marked",
+            where=f"--answers={count}",
+            expected="records with a prompt and a completion, or messages, that hold #### n or are a number",
+            remedy="leave --answers out, or name other texts",
+        )
+    return questions
+
+
+def answer_all(
+    on: Judgement, models: Sequence[Any], dtype: torch.dtype, questions: Sequence[Question], max_new_tokens: int
+) -> tuple[list[Rows], Rows]:
+    """The marked answers of each model, and those of the online teachers to the questions of their types.
+
+    All answer the same questions, and end where the framing, the tokenizer, a turn of the chat template or the
+    teacher's own end token ends a text.
+    """
     if not questions:
-        if count:
-            raise UsageError(
-                "no held-out text has an answer that can be marked",
-                where=f"--answers={count}",
-                expected="records with a prompt and a completion, or messages, that hold #### n or are a number",
-                remedy="leave --answers out, or name other texts",
-            )
         return [[] for _ in models], []
     ends = _ends(on, questions)
     by_teacher: dict[Any, list[Question]] = {}
