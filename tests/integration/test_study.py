@@ -224,6 +224,10 @@ def test_what_an_arm_cannot_be_is_said_before_anything_runs(asked, tmp_path, cap
         path.write_text(yaml.safe_dump({**values, "arms": arms}))
         assert main(words(path, folder)) == 2
         assert message in capsys.readouterr().err
+    path.write_text(yaml.safe_dump({**values, "val_fraction": 0}))
+    assert main(words(path, folder)) == 2
+    assert "nothing is held out, so students could not be judged" in capsys.readouterr().err
+    assert not (folder / "plan.json").exists()
     assert not (folder / "runs").exists()
 
 

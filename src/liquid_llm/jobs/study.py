@@ -41,6 +41,7 @@ AT_ONCE_BYTES, AT_ONCE = 3 * 2**30, 16
 """How many students are evaluated together: all are in memory, and the teacher is asked once for them."""
 
 _WAIT_SECONDS = 1.0
+_TEXTS = {"dataset_manifest", "dataset_name", "records", "val_fraction"}  # of evaluation: texts of its own
 _FOR_EVALUATION = ("device", "num_workers", "hf_token_file", "hf_token_uri", "hf_token_secret")
 
 
@@ -107,6 +108,13 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
             config = build_run_config(study.face, _options(study, place, Unit(arm.name, study.seeds[0])))
         except UsageError as error:
             raise UsageError(f"arm {arm.name!r}: {error}") from None
+        if not config.data.val_fraction and not _TEXTS & {name for name, value in study.evaluation.items() if value}:
+            raise UsageError(
+                "nothing is held out, so students could not be judged at the end",
+                where=f"arm {arm.name!r}",
+                got="val_fraction: 0",
+                remedy="raise --val_fraction, or name texts in evaluation: (records: TYPE=FILE)",
+            )
         counts = counted_options(config)
         counts = {**counts["options"], "teachers": counts["source"]}
         counts.pop("seed", None)

@@ -154,8 +154,9 @@ def _merge(there: Mapping[str, Any], asked: Mapping[str, Any], root: Path) -> di
         problems += [f"arm {name!r}: {key} was {_say(was, key)}, and now it is {_say(now, key)}" for key in changed]
     if problems:
         raise UsageError(
-            "the study in this folder is another:" + "".join(f"\n  - {one}" for one in problems) + "\n ",
+            "the study in this folder is another",
             where=root,
+            got="; ".join(problems),
             remedy="give changed arms another name, or use another --study_dir; new arms and seeds may be added",
         )
     return {
