@@ -94,6 +94,13 @@ def test_each_type_gets_the_teacher_that_is_named_for_it(
     assert "math_tool: its teacher cannot be asked at T=1" in caplog.text
 
 
+def test_the_name_that_stores_must_have_does_not_open_a_model_twice(tiny: Tiny, text: TextTools) -> None:
+    sources = {"code": {"teacher": f"online:{tiny.teacher}"}}
+    config = hybrid(lm_teacher_id=str(tiny.teacher), mc_teacher_id=str(tiny.teacher), sources=sources)
+    made = teachers_of(config, text, "lm", "code")
+    assert made.router["lm"] is made.router["code"]
+
+
 def test_without_a_teacher_there_is_an_empty_table_and_a_word_about_it(
     text: TextTools, caplog: pytest.LogCaptureFixture
 ) -> None:
