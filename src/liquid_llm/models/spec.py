@@ -96,6 +96,9 @@ def parse_student(text: str) -> StudentSpec:
     name, *words = _COMMA.split(text)
     name = name.replace("\\,", ",")
     known = _CUT_KEYS if text.startswith(FROM) else (_EMBEDDING,)
+    of_cut = [word for word in words if word.partition("=")[0] in _CUT_KEYS]
+    if of_cut and not text.startswith(FROM):
+        raise _refuse(text, "only a cut has these", got=",".join(of_cut), expected=f"{FROM}MODEL,{','.join(of_cut)}")
     values = _read_words(text, words, known)
     if not text.startswith(FROM):
         teacher = values[_EMBEDDING].replace("\\,", ",")

@@ -56,6 +56,7 @@ def test_a_folder_of_a_strange_name_can_be_named(name, tmp_path, monkeypatch):
         ("from:t,layer=3", "layers="),
         ("from:t,widht=3", "width="),
         ("liquid-16m,embeding=t", "embedding="),
+        ("form:t,layers=3", "expected from:MODEL,layers=3"),
         ("from:", "no model is named"),
         ("from:,layers=3", "no model is named"),
         ("from:t,layers=0", "a whole number from 1"),
