@@ -182,7 +182,7 @@ def judge_on(
     text = choose_text(config, students, token)
     check_teachers(config, token)
     _require_positions(students, config)
-    inputs = read_inputs(config, text, token, entries)
+    inputs = read_inputs(config, text, token, entries, training=False)
     text = replace(text, framings=text.framings.of(inputs.types))
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
     sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)

@@ -229,8 +229,14 @@ def _selection(config: RunConfig, inputs: Inputs, text: TextTools) -> PositionSe
     return None if share == 1.0 else PositionSelection(share, inputs.types, text.vocab_size)
 
 
-def read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]) -> Inputs:
-    """The texts of a configuration, tokenised: of a manifest's entries, or of a named dataset."""
+def read_inputs(
+    config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry], *, training: bool = True
+) -> Inputs:
+    """The texts of a configuration, tokenised: of a manifest's entries, or of a named dataset.
+
+    Args:
+        training: whether any are trained on: the log says how many.
+    """
     with Stage("tokenise", unit="tokens", total=None) as stage:
 
         def progress(fraction: float, num_tokens: int) -> None:
@@ -245,7 +251,10 @@ def read_inputs(config: RunConfig, text: TextTools, token: str | None, entries: 
                 config.data, text, entries, lambda type: config.source(type).layout, progress=progress
             )
     for type, row in inputs.readiness().items():
-        log.info("%s: %s", type, format_counts(row))
+        shown = {name: count for name, count in row.items() if training or not name.startswith("train")}
+        if not shown.get("left_out_nothing_learnt", 1):
+            del shown["left_out_nothing_learnt"]
+        log.info("%s: %s", type, format_counts(shown).replace("left out nothing", "left out, as nothing of them is"))
     return inputs
 
 
