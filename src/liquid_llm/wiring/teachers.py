@@ -180,7 +180,7 @@ def _asked_specs(config: RunConfig, types: Sequence[str]) -> dict[str, str]:
 
 
 def _stored_id(config: RunConfig, type: str) -> str | None:
-    """What a store of the type must call its teacher, None for any or without a store: lm has an option of its own for whom to ask."""
+    """What a store of the type must call its teacher, None for any. lm has an option of its own for whom to ask."""
     if teacher_spec(config, type).startswith("online:"):
         return None  # no store is read: types that ask one model share it
     if type != "lm":
