@@ -65,7 +65,8 @@ def measure_pace(folder: StudyFolder, plan: Mapping[str, Any]) -> Pace:
     pace = Pace(seconds, captures, steps, kept)
     for name in arms:
         if name != baseline and name not in kept and {name, baseline} <= seconds.keys():
-            kept[name] = scale_steps(steps[baseline], seconds[baseline], pace.total(name), list(kept.values()))
+            left = pace.total(name) - captures[baseline]  # it pays for what it reads, as the arm does
+            kept[name] = scale_steps(steps[baseline], seconds[baseline], left, list(kept.values()))
     return pace
 
 

@@ -101,6 +101,14 @@ def test_the_baseline_is_run_for_as_long_as_each_arm_takes_with_its_capture(fold
     ]
 
 
+def test_a_baseline_that_reads_a_store_pays_for_it_too(folder):
+    plan = folder.plan()
+    readers = [{**arm, "stores": ["S"] if arm["name"] != "online" else []} for arm in plan["arms"]]
+    pace = measure_pace(folder, {**plan, "arms": readers})
+    # Its 20 seconds of the capture are gone before its first step; who reads the same store, as fast, takes as long.
+    assert pace.at_seconds == {"online": 130, "stored": 100}
+
+
 def test_what_was_once_decided_stays_whatever_the_machine_does_later(folder):
     add_runs_at_seconds(folder, -0.2)
     run(folder, Unit("online", 8), STEPS, 99.0, 0.0)
