@@ -100,7 +100,7 @@ def write_provenance(
         **(extra or {}),
         "earlier_sessions": _earlier_sessions(storage.join(place, ENVIRONMENT)),
     }
-    write(OPTIONS, yaml.safe_dump(_mask_words(options or {}, masker), sort_keys=False, allow_unicode=True))
+    write(OPTIONS, yaml.safe_dump(mask_words(options or {}, masker), sort_keys=False, allow_unicode=True))
     write(CONFIG, _json(masker.value(config)))
     write(MANIFEST, "".join(_json(masker.value(line), None) for line in manifest))
     write(READINESS, _json(masker.value(readiness)))
@@ -108,12 +108,12 @@ def write_provenance(
     write(ENVIRONMENT, _json(masker.value(environment)))
 
 
-def _mask_words(value: Any, masker: Masker) -> Any:
+def mask_words(value: Any, masker: Masker) -> Any:
     """Masked by what a word looks like, not by its option's name: ``--hf_token_secret`` names a place."""
     if isinstance(value, Mapping):
-        return {name: _mask_words(one, masker) for name, one in value.items()}
+        return {name: mask_words(one, masker) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_mask_words(one, masker) for one in value]
+        return [mask_words(one, masker) for one in value]
     return masker.text(value) if isinstance(value, str) else value
 
 

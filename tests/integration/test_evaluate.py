@@ -17,6 +17,7 @@ from liquid_llm.cli.main import main
 from liquid_llm.data.tokens import is_held_out
 from liquid_llm.jobs.evaluate_answers import wilson_interval
 from liquid_llm.metrics import read_metrics
+from liquid_llm.models.loading import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -327,6 +328,24 @@ def test_prompts_are_answered_and_marked_the_teachers_beside_them(sums_world, ca
     (none,) = found(sums_world / "student", *words, "--answers=0", folder=sums_world)
     assert none["answers"] == []
     assert "answers" not in none["measures"]
+
+
+def test_a_teacher_that_is_gated_is_asked_for_with_the_token_wherever_it_is_opened(sums_world, monkeypatch):
+    """Behind the passes over the text too: what they found would be lost with it."""
+    from liquid_llm.jobs import evaluate_answers
+
+    tokens = []
+
+    def load(name, *, token=None):
+        tokens.append(token)
+        return load_tokenizer(name, token=token)
+
+    monkeypatch.setattr(evaluate_answers, "load_tokenizer", load)
+    (sums_world / "token").write_text("hf_of_a_person")
+    words = [f"--records=sums={sums_world / 'sums.jsonl'}", "--block_size=64", f"--teacher={sums_world / 'teacher'}"]
+    words += ["--answer_tokens=2", f"--hf_token_file={sums_world / 'token'}"]
+    found(sums_world / "student", *words, folder=sums_world)
+    assert tokens == ["hf_of_a_person"]
 
 
 def test_answers_that_cannot_be_had_are_said(world, run, capsys):

@@ -110,6 +110,8 @@ def read_study(face: str, words: Sequence[str]) -> tuple[Study, str]:
         raise UsageError("the study's folder is missing", where="liquid study", expected="--study_dir=FOLDER")
     arms = [_read_arm(one, number, training, file.where) for number, one in enumerate(_listed(file.arms, "arms", file))]
     varied = [_split(text) for text in own["vary"]] or _varied_in_file(file)
+    evaluation = read_options(file.evaluation or {}, options_of_evaluate(), f"{file.where}: evaluation")
+    _refuse_in_evaluation(evaluation, file.where)
     shared = {name: given[name] for name in _SHARED_WITH_CAPTURE.split() if name in given}
     captures = [
         overlay(shared, read_options(one, options_of(CAPTURE), f"{file.where}: captures"))
@@ -124,7 +126,7 @@ def read_study(face: str, words: Sequence[str]) -> tuple[Study, str]:
         own["at"],
         own["least_gain"],
         own["processes"],
-        read_options(file.evaluation or {}, options_of_evaluate(), f"{file.where}: evaluation"),
+        evaluation,
     )
     return asked, str(folder or own[_STUDY])
 
@@ -134,6 +136,12 @@ def _refuse_taken(names: Iterable[object], where: object) -> None:
         if name.removeprefix("no_") in _TAKEN or name in _TAKEN:
             instead = _TAKEN[name if name in _TAKEN else name.removeprefix("no_")]
             raise UsageError("a study sets this option itself", where=f"{where}: --{name}", remedy=f"give --{instead}")
+
+
+def _refuse_in_evaluation(given: Mapping[str, object], where: object) -> None:
+    remedies = {"which": "leave it out: a run's last student is evaluated", "json": "look into evaluations/ afterwards"}
+    for name in remedies.keys() & given.keys():
+        raise UsageError("a study sets this option itself", where=f"{where}: evaluation: {name}", remedy=remedies[name])
 
 
 def _listed(value: Any, name: str, file: _File) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +22,9 @@ from liquid_llm.jobs.evaluate_answers import answer_all, choose_questions, tally
 from liquid_llm.jobs.evaluation_table import print_evaluations
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.lm_eval_tasks import TaskPlan, plan_tasks, run_tasks
+from liquid_llm.masking import Masker, secret_values
 from liquid_llm.models.token_bytes import token_bytes
+from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.training import Student
@@ -72,7 +75,8 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
     entries = records_entries(str(given["records"])) if given.get("records") else find_run_data(config.data).entries
     judgement = judge_on(config, opened, entries, device, token)
     with closing(judgement.teachers.router):
-        found = _judge(opened, judgement, device, given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS)
+        told = given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS, token
+        found = _judge(opened, judgement, device, *told)
     if plan is None:
         return found
     tasks = [_run_tasks(plan, student, judgement) for student in opened]
@@ -97,7 +101,12 @@ def _run_tasks(plan: TaskPlan, student: OpenedStudent, on: Judgement) -> dict[st
 
 
 def _judge(
-    opened: Sequence[OpenedStudent], on: Judgement, device: torch.device, num_answers: int | None, answer_tokens: int
+    opened: Sequence[OpenedStudent],
+    on: Judgement,
+    device: torch.device,
+    num_answers: int | None,
+    answer_tokens: int,
+    token: str | None,
 ) -> list[Evaluation]:
     dtype = choose_dtype(on.config.student.precision, device.type)
     log.info("students in %s: %s", dtype.value, dtype.reason)
@@ -108,7 +117,7 @@ def _judge(
     with Stage("evaluate", unit="tokens", total=total) as stage:
         found = Judge(on.sets, on.teachers.router, sizes, advance=stage.advance)(students)
     models = [one.model for one in students]
-    answers, of_teacher = answer_all(on, models, torch_dtype(dtype.value), questions, answer_tokens)
+    answers, of_teacher = answer_all(on, models, torch_dtype(dtype.value), questions, answer_tokens, token)
     return [
         Evaluation(
             student=one.name,
@@ -132,14 +141,14 @@ def _tallies(answers: Sequence[Mapping[str, Any]], of_teacher: Sequence[Mapping[
 
 def _describe(student: OpenedStudent, on: Judgement, dtype: str) -> dict[str, Any]:
     """What the figures were worked out from."""
-    data = on.config.data
+    data, read = on.config.data, [entry.plain() for entry in on.inputs.entries]
     return {
         "student": student.description,
         "step": None if student.metadata is None else student.metadata.step,
         "run": student.run if student.is_run else None,
         "parameters": sum(one.numel() for one in student.model.parameters()),
         "dtype": dtype,
-        "data": [entry.plain() for entry in on.inputs.entries] or {"name": data.dataset_name},
+        "data": mask_words(read or {"name": data.dataset_name}, Masker(secret_values(os.environ))),
         "val_fraction": data.val_fraction,
         "max_tokens": on.config.evaluation.max_tokens,
         "learn": data.learn,

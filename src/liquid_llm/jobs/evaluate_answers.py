@@ -46,16 +46,24 @@ def choose_questions(on: Judgement, count: int | None) -> list[Question]:
 
 
 def answer_all(
-    on: Judgement, models: Sequence[Any], dtype: torch.dtype, questions: Sequence[Question], max_new_tokens: int
+    on: Judgement,
+    models: Sequence[Any],
+    dtype: torch.dtype,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    token: str | None,
 ) -> tuple[list[Rows], Rows]:
     """The marked answers of each model, and those of the online teachers to the questions of their types.
 
     All answer the same questions, and end where the framing, the tokenizer, a turn of the chat template or the
     teacher's own end token ends a text.
+
+    Args:
+        token: of the Hugging Face hub, for a teacher that is gated.
     """
     if not questions:
         return [[] for _ in models], []
-    ends = _ends(on, questions)
+    ends = _ends(on, questions, token)
     by_teacher: dict[Any, list[Question]] = {}
     for question in questions:
         teacher = on.teachers.router.get(question.type)
@@ -79,13 +87,13 @@ def answer_all(
     return students, teachers
 
 
-def _ends(on: Judgement, questions: Sequence[Question]) -> list[int]:
+def _ends(on: Judgement, questions: Sequence[Question], token: str | None) -> list[int]:
     """The tokens that end an answer, the same for students and teachers."""
     tokenizer, found = on.text.tokenizer, dict[int, None]()
     for type in dict.fromkeys(question.type for question in questions):
         found |= dict.fromkeys(end_tokens(tokenizer, on.text.framings(type), on.text.learning))
         online = on.config.source(type).online
-        end = None if online is None else load_tokenizer(online).eos_token_id
+        end = None if online is None else load_tokenizer(online, token=token).eos_token_id
         found |= {} if end is None else {int(end): None}
     return list(found)
 

@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from liquid_llm.jobs.capture import capture_signal, exit_code
 from liquid_llm.jobs.evaluate import evaluate_students
 from liquid_llm.jobs.study_result import open_folder, show_study
 from liquid_llm.jobs.train import run_training
+from liquid_llm.masking import Masker, secret_values
 from liquid_llm.options import OPTIMIZER, options_of
+from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import StopSignal
 from liquid_llm.sources import overlay
 from liquid_llm.study.folder import CAPTURES, PACE, Busy, StudyFolder
@@ -120,7 +123,7 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
         counts.pop("seed", None)
         stores = _stores_read(config)
         plain = {"name": arm.name, "options": arm.options, "counts": counts, "stores": stores}
-        arms.append(json.loads(json.dumps({**plain, "steps": config.optimizer.steps})))
+        arms.append({**plain, "steps": config.optimizer.steps})
         remarks += [f"{arm.name}: {remark}" for remark in schedule_remarks(config, 0)]
         foreign = [store for store in stores if store not in captured]
         if SECONDS in study.at and foreign:
@@ -135,12 +138,17 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
             raise UsageError(f"arms {same!r} and {last['name']!r} are the same training", remedy="leave one out")
     return {
         "face": study.face,
-        "arms": arms,
+        "arms": _as_kept(arms),
         "seeds": list(study.seeds),
         "at": list(study.at),
         "least_gain": study.least_gain,
         "remarks": remarks,
     }
+
+
+def _as_kept(value: Any) -> Any:
+    """Plain values as a study's files have them: as JSON gives them back, and without secrets."""
+    return json.loads(json.dumps(mask_words(value, Masker(secret_values(os.environ)))))
 
 
 def _stores_read(config: RunConfig) -> list[str]:
@@ -248,7 +256,7 @@ class _Work:
         """One of the captures that come before, unless it is complete; what all attempts took is kept."""
         options = self.study.captures[number]
         config = build_capture_config(options)
-        key = json.loads(json.dumps({"stores": config.source.stores, "options": dict(options)}))
+        key = _as_kept({"stores": config.source.stores, "options": dict(options)})
         known = self.place.read(CAPTURES) or []
         mine = next((one for one in known if {name: one[name] for name in key} == key), None)
         if mine is not None and mine["complete"]:
@@ -271,12 +279,14 @@ class _Work:
     def evaluate(self, units: Sequence[Unit]) -> None:
         """Evaluate the students that are not yet, all on what the baseline has held out."""
         asked = json.loads(json.dumps(self.study.evaluation))
+        baseline = self.study.arms[0].name
+        of_baseline = next((one for one in units if one.arm == baseline), units[0])
         lacking = [one for one in units if (self.place.evaluation(one) or {}).get("asked") != asked]
         options = {name: self.study.options[name] for name in _FOR_EVALUATION if name in self.study.options}
         while lacking:
             self.check()
             # The first of each group says what is held out, so it is one of the baseline: a new one where there is any.
-            first = next((one for one in lacking if one.arm == units[0].arm), units[0])
+            first = next((one for one in lacking if one.arm == baseline), of_baseline)
             others = [one for one in lacking if one != first]
             group = [first, *others[: max(1, self._at_once(first) - 1)]]
             log.info("study: evaluate %d students", sum(one in lacking for one in group))

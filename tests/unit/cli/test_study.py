@@ -116,6 +116,8 @@ def test_what_cannot_work_is_said(words, message):
         ({"vary": ["lr=1,2"]}, "expected option: [value, value] lines"),
         ({"captures": [{"topk": "many"}], "vary": {"lr": [1, 2]}}, "captures: topk"),
         ({"evaluation": {"teachers": 1}, "vary": {"lr": [1, 2]}}, "evaluation"),
+        ({"evaluation": {"which": "best"}, "vary": {"lr": [1, 2]}}, "a study sets this option itself"),
+        ({"evaluation": {"json": "found.json"}, "vary": {"lr": [1, 2]}}, "Look into evaluations/"),
         ({"output-gcs-uri": "x", "run_id": "y"}, "a study sets this option itself"),
     ],
 )
