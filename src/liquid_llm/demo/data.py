@@ -2,7 +2,9 @@
 
 ``lm``: passages of the language reference that ``help()`` shows, then docstrings of the standard library; ``code``:
 short documented functions of the standard library; ``math_tool``: generated word problems. Sources are parsed, never
-imported, so nothing runs. Held-out passages are of pages, functions and problems that training never sees.
+imported, so nothing runs. Held-out passages are of pages, functions and problems that training never sees; a passage
+that has a paragraph in common with one of them (pages hold parts of others), or is the docstring of such a function, is
+not trained on.
 
 The same Python version, seed and sizes give the same bytes.
 """
@@ -15,7 +17,7 @@ import random
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +34,7 @@ _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "
 _CODE_LINES, _CODE_CHARACTERS = range(5, 41), 700  # of a function; 700 characters are about 200 tokens
 _PASSAGE = 600  # characters, about 150 tokens
 _DOCSTRING_CHARACTERS = range(400, 1200)
+_PARAGRAPH = 60  # characters
 _HELD_PAGES = 12
 
 
@@ -73,8 +76,9 @@ def make_demo_data(out_dir: str | Path, *, seed: int, train: Sizes, held_out: Si
         StorageError: the folder cannot be written.
     """
     library = read_library()
-    held_lm, train_lm = _lm_records(library, seed, held_out.lm, train.lm)
     held_code, train_code = _code_records(library, seed, held_out.code, train.code)
+    apart = {one.sample_id.removeprefix("code-") for one in held_code}
+    held_lm, train_lm = _lm_records(library, seed, held_out.lm, train.lm, apart)
     problems = held_out_problems((held_out.math_tool + 1) // 2, seed)
     asked = [
         (f"math-{kind.replace(' ', '-')}-{n}", one) for kind, those in problems.items() for n, one in enumerate(those)
@@ -157,18 +161,20 @@ def _put(table: dict[str, str], name: str, text: str | None) -> None:
         table.setdefault(name, text)
 
 
-def _lm_records(library: Library, seed: int, held: int, count: int) -> tuple[list[TextRecord], list[TextRecord]]:
-    """Held-out passages of some pages, and passages of the others with docstrings behind them."""
+def _lm_records(
+    library: Library, seed: int, held: int, count: int, functions: Collection[str]
+) -> tuple[list[TextRecord], list[TextRecord]]:
+    """Held-out passages of some pages, and passages of the others with docstrings behind them, but for ``functions``'."""
     from pydoc_data.topics import topics
 
     pages = dict(_shuffle(_pages(topics), f"pages {seed}"))
     apart = _cut(dict(islice(pages.items(), _HELD_PAGES)))
-    known = set(apart.values())
-    rest = {name: text for name, text in _cut(pages).items() if text not in known}
+    known = {paragraph for text in apart.values() for paragraph in _paragraphs(text)}
+    rest = {name: text for name, text in _cut(pages).items() if name not in apart and not known & _paragraphs(text)}
     docstrings = {
         f"doc-{name}": f"{name}\n\n{text.strip()}"
         for name, text in library.docstrings.items()
-        if len(text) in _DOCSTRING_CHARACTERS
+        if len(text) in _DOCSTRING_CHARACTERS and name not in functions
     }
     rows = chain(_shuffle(rest, f"topics {seed}"), _shuffle(docstrings, f"docstrings {seed}"))
     return (
@@ -189,6 +195,12 @@ def _cut(pages: Mapping[str, str]) -> dict[str, str]:
         for place, text in _passages(page):
             texts.setdefault(text.strip(), f"topic-{name}-{place:03d}")
     return {name: text for text, name in texts.items()}
+
+
+def _paragraphs(text: str) -> set[str]:
+    """Those long enough to be told from others; white space aside, as pages are indented differently."""
+    paragraphs = (" ".join(one.split()) for one in text.split("\n\n"))
+    return {one for one in paragraphs if len(one) >= _PARAGRAPH}
 
 
 def _pages(topics: Mapping[str, str]) -> dict[str, str]:

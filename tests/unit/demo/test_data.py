@@ -82,6 +82,24 @@ def test_nothing_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("seed", range(3))
+def test_no_paragraph_of_a_held_out_text_is_trained_on(tmp_path: Path, seed: int) -> None:
+    """Pages hold parts of others, cut elsewhere; docstrings are texts of their own and parts of functions."""
+
+    def paragraphs(rows: list[TextRecord]) -> set[str]:
+        found = (" ".join(one.split()) for row in rows for one in row.text.split("\n\n"))
+        return {one for one in found if len(one) >= 80}
+
+    made = make_demo_data(tmp_path, seed=seed, train=Sizes(1000, 8, 8), held_out=Sizes(40, 8, 250))
+    trained, apart = records(made), held_out(made)
+    assert not paragraphs(trained["lm"]) & paragraphs(apart["lm"])
+    docstrings = {row.sample_id.removeprefix("lm-doc-") for row in trained["lm"] if "lm-doc-" in row.sample_id}
+    functions = {row.sample_id.removeprefix("code-") for row in apart["code"]}
+    assert len(docstrings) > 100
+    assert not docstrings & functions
+
+
+@pytest.mark.usefixtures("quick")
 def test_questions_are_the_held_out_problems_with_their_results_alone(tmp_path: Path) -> None:
     made = make_demo_data(tmp_path, seed=0, **SIZES)
     questions = list(read_records(made.questions, "math_tool"))

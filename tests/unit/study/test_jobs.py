@@ -39,7 +39,7 @@ def test_students_are_judged_on_what_a_run_of_the_baseline_held_out(tmp_path, mo
 
     def evaluate(students, given):
         asked.append(students)
-        return [SimpleNamespace(plain=lambda: {}) for _ in students]
+        return [SimpleNamespace(plain=dict) for _ in students]
 
     monkeypatch.setattr(job, "evaluate_students", evaluate)
     place = StudyFolder(tmp_path)
