@@ -164,7 +164,7 @@ def _put(table: dict[str, str], name: str, text: str | None) -> None:
 def _lm_records(
     library: Library, seed: int, held: int, count: int, functions: Collection[str]
 ) -> tuple[list[TextRecord], list[TextRecord]]:
-    """Held-out passages of some pages, and passages of the others with docstrings behind them, but for ``functions``'."""
+    """Held-out passages of some pages; passages of the others and docstrings behind them but those of ``functions``."""
     from pydoc_data.topics import topics
 
     pages = dict(_shuffle(_pages(topics), f"pages {seed}"))

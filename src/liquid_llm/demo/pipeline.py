@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from liquid_llm import storage
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import build_capture_config, build_run_config
 from liquid_llm.demo.data import DemoData, Sizes, make_demo_data
 from liquid_llm.demo.judge import BEFORE, DISTILLED, PLAIN, judge_students
 from liquid_llm.demo.result import print_first, print_summary, sentences
 from liquid_llm.distributed import start_engine
+from liquid_llm.errors import DataError, UsageError
 from liquid_llm.jobs.capture import capture_signal, exit_code
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.jobs.train import run_training
@@ -58,6 +60,7 @@ def run_demo(directory: str, teacher: str, student: str | None, scale: float, se
     setup_logging("INFO")
     began = time.monotonic()
     base = Path(directory).resolve()
+    _require_same(base, {"teacher": teacher, "student": student, "scale": scale, "seed": seed})
     log.info("1/6 teacher: %s", teacher)
     teacher_dir = str(unpack(teacher, base / "teacher", torch.bfloat16))
     log.info("2/6 data: Python's documentation, standard library and a generator of word problems")
@@ -101,7 +104,11 @@ def run_demo(directory: str, teacher: str, student: str | None, scale: float, se
 
 
 def _capture(base: Path, teacher_dir: str, data: DemoData) -> int:
-    """Store the signal of all types; what it took is added up in ``capture.json``, as it may go on later."""
+    """Store the signal of all types; what it took is added up in ``capture.json``, as it may go on later.
+
+    Raises:
+        DataError: all of it was stored by a call that was killed before it could say what that took.
+    """
     options: dict[str, object] = {
         "mc_teacher_id": teacher_dir,
         "dataset_manifest": data.manifest,
@@ -113,10 +120,38 @@ def _capture(base: Path, teacher_dir: str, data: DemoData) -> int:
     captured = capture_signal(build_capture_config(options), "shards")
     place = base / "capture.json"
     before = _read(place) if place.exists() else {}
-    if captured.written:
-        now = {name: getattr(captured, name) for name in ("written", "tokens", "positions", "bytes", "seconds")}
-        place.write_text(json.dumps({name: before.get(name, 0) + n for name, n in now.items()}), encoding="utf-8")
+    names = ("written", "tokens", "positions", "bytes", "seconds")
+    # A call that stored nothing only looked at what is there.
+    known = {name: before.get(name, 0) + (getattr(captured, name) if captured.written else 0) for name in names}
+    unknown = captured.written + captured.skipped - known["written"]  # of calls that were killed
+    if unknown > 0 and not known["written"]:
+        raise DataError(
+            "what the capture took is not known, so plain training cannot be given as long",
+            where=base / "signal",
+            remedy=f"remove {base} and run the demo again",
+        )
+    if unknown > 0:
+        log.info("capture: what %d of the samples took is not known; it is taken to be as long as the others'", unknown)
+        known["seconds"] *= 1 + unknown / known["written"]
+        known["written"] += unknown
+    _write(place, known)
     return exit_code(captured)
+
+
+def _require_same(base: Path, asked: Mapping[str, object]) -> None:
+    """Raise UsageError where a demo with other options was begun in this folder: its stages would be shown as these."""
+    place = base / "asked.json"
+    there = _read(place) if place.exists() else asked
+    changed = [name for name in asked if asked[name] != there.get(name)]
+    if changed:
+        raise UsageError(
+            "this folder has a demo that was begun with other options",
+            where=base,
+            got=", ".join(f"--{name}={asked[name]}" for name in changed),
+            expected=", ".join(f"--{name}={there.get(name)}" for name in changed),
+            remedy="name another --dir, or remove the folder",
+        )
+    _write(place, asked)
 
 
 def _cut(base: Path, student: str, data: DemoData, seed: int) -> str:
@@ -184,7 +219,7 @@ def _peak(runs: Mapping[str, Path], name: str, least: float) -> float:
 def _decide(place: Path, steps: int) -> int:
     """The steps of the plain arm, as a call before has decided: times are never the same twice."""
     if not place.exists():
-        place.write_text(json.dumps({"plain_steps": steps}), encoding="utf-8")
+        _write(place, {"plain_steps": steps})
     return int(_read(place)["plain_steps"])
 
 
@@ -207,6 +242,10 @@ def _scaled(sizes: Sizes, scale: float) -> Sizes:
 
 def _scale(count: int, scale: float) -> int:
     return max(8, round(count * scale))
+
+
+def _write(place: Path, value: object) -> None:
+    storage.write_bytes(str(place), json.dumps(value).encode())
 
 
 def _read(place: Path) -> Any:

@@ -16,21 +16,26 @@ from liquid_llm.formatting import format_bytes, format_count, format_seconds
 from liquid_llm.terminal import print_facts
 
 _SHOWN_CHARACTERS = 160  # of a sample
+_EQUAL = 0.1  # times that differ by less are called equal
 _SHOWN_PROMPTS = 3  # the others are in the files
 
 
 def print_first(rows: Sequence[Mapping[str, Any]]) -> None:
     """Show how far the distilled student has come, from the metrics of its run; the plain one is still to train."""
-    first, *_, last = (row for row in rows if row["kind"] == "eval")
-    types = [
-        f"{type} {first['by_type'][type]['val_loss']:.2f} to {values['val_loss']:.2f}"
-        for type, values in last["by_type"].items()
-    ]
-    loss = f"loss {first['val_loss_student']:.2f} to {last['val_loss_student']:.2f} ({', '.join(types)})"
-    kl = f"; KL from the teacher {first['val_kd']:.2f} to {last['val_kd']:.2f}" if "val_kd" in last else ""
-    Console(highlight=False).print(
-        Text(f"first result, distilled, before to after: {loss}{kl} nats a token"), soft_wrap=True
-    )
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    trained = [row for row in rows if row["kind"] == "train"]
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        types = [
+            f"{type} {first['by_type'][type]['val_loss']:.2f} to {values['val_loss']:.2f}"
+            for type, values in last["by_type"].items()
+        ]
+        loss = f"loss {first['val_loss_student']:.2f} to {last['val_loss_student']:.2f} ({', '.join(types)})"
+        kl = f"; KL from the teacher {first['val_kd']:.2f} to {last['val_kd']:.2f}" if "val_kd" in last else ""
+        told = f"before to after: {loss}{kl}"
+    else:  # of few texts by chance none is held out, which depends on their names
+        told = f"first steps to last, on the texts it trains on: loss {trained[0]['ce']:.2f} to {trained[-1]['ce']:.2f}"
+    Console(highlight=False).print(Text(f"first result, distilled, {told} nats a token"), soft_wrap=True)
 
 
 def print_summary(summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
@@ -66,7 +71,11 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     steps, capture = summary["training_steps"], format_seconds(summary["capture"]["seconds"])
     lost = rows[BEFORE]["ce"] - rows[TEACHER]["ce"]
     won = {name: rows[BEFORE]["ce"] - rows[name]["ce"] for name in (DISTILLED, PLAIN)}
-    found = [f"Verdict: distilled is, against plain training in equal time, {verdict['sentence']}"]
+    share = summary["training_seconds"][PLAIN] / (
+        summary["training_seconds"][DISTILLED] + summary["capture"]["seconds"]
+    )
+    time = "equal time" if abs(share - 1) <= _EQUAL else f"{share:.0%} of its time"  # the pace is a guess beforehand
+    found = [f"Verdict: distilled is, against plain training in {time}, {verdict['sentence']}"]
     found.append(
         f"Time: plain {spent[PLAIN]} for {steps[PLAIN]} steps; distilled {spent[DISTILLED]} for "
         f"{steps[DISTILLED]} steps and {capture} for the teacher's signal, which a second run would find stored."

