@@ -22,7 +22,7 @@ def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
     runs = {name: base / "runs" / name for name in ("plain", "distilled")}
     assert {path.name for path in (base / "runs").iterdir()} == set(runs)
     assert shown.index("first result, distilled") < shown.index("held-out text and word problems")
-    for words_shown in ("before", "teacher", "Verdict: distilled is", "bytes a token", "peak host memory"):
+    for words_shown in ("before", "teacher", "Verdict on distilled", "bytes a token", "peak host memory"):
         assert words_shown in shown
     assert str(runs["distilled"] / "report.html") in shown
     check_summary(json.loads((runs["distilled"] / "summary.json").read_text()), base, runs)

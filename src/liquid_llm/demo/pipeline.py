@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 TRAIN_SIZES = Sizes(lm=70, math_tool=70, code=40)
 HELD_SIZES = Sizes(lm=24, math_tool=32, code=16)
-STEPS = 54  # of the distilled arm, 768 tokens each
+STEPS = 48  # of the distilled arm, 768 tokens each
 PLAIN_PACE = 1.1  # steps that training without a signal takes in the time of one with it
 ALPHA, ALPHA_OF_PROBLEMS = 0.7, 0.3  # the teacher gets every second problem wrong, the answers are all right
 WINDOW = 256

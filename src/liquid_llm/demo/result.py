@@ -66,8 +66,8 @@ def print_summary(summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None
 def sentences(summary: Mapping[str, Any]) -> list[str]:
     """The verdict, how equal the time was, and what was gained, one sentence each."""
     rows = {row["student"]: row for row in summary["rows"]}
-    verdict = next(one for one in summary["verdicts"] if one["measure"] == "ce")
     spent = {name: format_seconds(value) for name, value in summary["training_seconds"].items()}
+    verdicts = summary["verdicts"]
     steps, capture = summary["training_steps"], format_seconds(summary["capture"]["seconds"])
     lost = rows[BEFORE]["ce"] - rows[TEACHER]["ce"]
     won = {name: rows[BEFORE]["ce"] - rows[name]["ce"] for name in (DISTILLED, PLAIN)}
@@ -75,7 +75,9 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
         summary["training_seconds"][DISTILLED] + summary["capture"]["seconds"]
     )
     time = "equal time" if abs(share - 1) <= _EQUAL else f"{share:.0%} of its time"  # the pace is a guess beforehand
-    found = [f"Verdict: distilled is, against plain training in {time}, {verdict['sentence']}"]
+    briefs = "; ".join(one["brief"] for one in verdicts)
+    seed = "One seed: these 95 % intervals hold the choice of texts alone."
+    found = [f"Verdict on distilled against plain training in {time}: {briefs}. {seed}"]
     found.append(
         f"Time: plain {spent[PLAIN]} for {steps[PLAIN]} steps; distilled {spent[DISTILLED]} for "
         f"{steps[DISTILLED]} steps and {capture} for the teacher's signal, which a second run would find stored."

@@ -133,6 +133,14 @@ class Verdict:
             return f"not better: {found}; a gain of {measure.show(measure.least_gain)} is ruled out."
         return f"cannot tell yet: {found}; {self._what_would_tell()}."
 
+    @property
+    def brief(self) -> str:
+        """The verdict in a few words: ``held-out cross-entropy better, −0.0213 (−0.0311 to −0.0115) nats a token``."""
+        measure, word = self.measure, "worse" if self.is_worse else self.word
+        interval = measure.show_interval(self.low, self.high)
+        number, _, unit = measure.show(self.difference, sign=True).partition(" ")
+        return f"{measure.title} {word}, {number} ({interval}) {unit}"
+
     def _what_would_tell(self) -> str:
         if self.num_seeds == 1:
             return "run three seeds or more"
@@ -153,7 +161,7 @@ class Verdict:
             for name, value in vars(self).items()
             if name != "measure"
         }
-        return {"measure": self.measure.key, **plain, "sentence": self.sentence}
+        return {"measure": self.measure.key, **plain, "sentence": self.sentence, "brief": self.brief}
 
 
 def _count(number: int, what: str) -> str:

@@ -35,8 +35,8 @@ def summary() -> dict[str, Any]:
             row("teacher", 3, 0, 16),
         ],
         "verdicts": [
-            {"measure": "kl", "sentence": "not this one."},
-            {"measure": "ce", "sentence": "better: [b]so[/b]."},
+            {"measure": "ce", "brief": "loss [b]so[/b]"},
+            {"measure": "kl", "brief": "KL better"},
         ],
         "samples": [
             {"student": name, "prompt": prompt, "text": text}
@@ -63,7 +63,7 @@ def test_the_summary_has_every_figure_and_goes_to_stdout(capsys: pytest.CaptureF
     assert re.search(r"distilled +3\.250 +0\.500 +45% +9 of 32 +12%", out)
     for words in ("100.0 bytes a token", "413 real tokens a second", "2.42 GiB", "5 min 00 s", f"{path}/report.html\n"):
         assert words in out
-    assert "Verdict: distilled is, against plain training in equal time, better: [b]so[/b]." in out
+    assert "Verdict on distilled against plain training in equal time: loss [b]so[/b]; KL better. One seed:" in out
     assert "Q: [/x]" in out
     assert "<<1+1=2>> [b]" in out
     assert "(line ends alone)" in out

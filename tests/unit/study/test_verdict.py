@@ -209,3 +209,11 @@ def test_quantiles_are_those_of_the_tables() -> None:
     table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980}
     assert {n: quantile(n) for n in table} == pytest.approx(table, rel=2e-3)
     assert quantile(0) == math.inf
+
+
+def test_a_verdict_in_few_words() -> None:
+    texts = np.array([1.0, 2.0, 3.0, 4.0])
+    found = compare([texts * 2 - 0.3], [texts * 2], np.ones(4), MEASURES["ce"])
+    assert found.brief == "held-out cross-entropy better, −0.3000 (−0.3000 to −0.3000) nats a token"
+    worse = compare([texts * 0.1], [texts * 0.1 + 0.02], np.ones(4), MEASURES["agreement"])
+    assert worse.brief == "agreement with the teacher's first choice worse, −2.0 (−2.0 to −2.0) points"
