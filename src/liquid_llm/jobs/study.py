@@ -151,6 +151,12 @@ def _as_kept(value: Any) -> Any:
     return json.loads(json.dumps(mask_words(value, Masker(secret_values(os.environ)))))
 
 
+def _capture_key(options: Mapping[str, object]) -> dict[str, Any]:
+    """What tells a capture from others."""
+    key: dict[str, Any] = _as_kept({"stores": build_capture_config(options).source.stores, "options": dict(options)})
+    return key
+
+
 def _stores_read(config: RunConfig) -> list[str]:
     """The stores whose signal a run uses: one whose weight is 0 at every step asks for none."""
     schedules = build_schedules(config)
@@ -256,13 +262,19 @@ class _Work:
         """One of the captures that come before, unless it is complete; what all attempts took is kept."""
         options = self.study.captures[number]
         config = build_capture_config(options)
-        key = _as_kept({"stores": config.source.stores, "options": dict(options)})
+        key = _capture_key(options)
         known = self.place.read(CAPTURES) or []
         mine = next((one for one in known if {name: one[name] for name in key} == key), None)
         if mine is not None and mine["complete"]:
             return
         mine = mine or {**key, "seconds": 0.0, "complete": False, "begun": 0, "ended": 0}
-        others = [one for one in known if one["stores"] != mine["stores"]]
+        # Another one into these stores that is still asked for filled a part of them; one that is not was in its place.
+        asked = [_capture_key(one) for one in self.study.captures]
+        others = [
+            one
+            for one in known
+            if one is not mine and (one["stores"] != mine["stores"] or {name: one[name] for name in key} in asked)
+        ]
         log.info("study: capture into %s", ", ".join(config.source.stores))
         mine["begun"] += 1
         self.place.write(CAPTURES, [*others, mine])

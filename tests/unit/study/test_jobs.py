@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from liquid_llm.capture.job import CaptureSummary
 from liquid_llm.jobs import study as job
 from liquid_llm.study.folder import StudyFolder
 from liquid_llm.study.plan import Arm, Study, Unit
@@ -47,3 +48,18 @@ def test_students_are_judged_on_what_a_run_of_the_baseline_held_out(tmp_path, mo
     job._Work(Study("train", [Arm("a", {}), Arm("b", {})], [0, 1], {}), place, lambda: False).evaluate(units)
     assert all(students[0].startswith(str(tmp_path / "runs" / "a")) for students in asked)
     assert all(json.loads((tmp_path / f"evaluations/{one.folder}.json").read_text())["asked"] == {} for one in units)
+
+
+def test_captures_that_fill_one_store_in_turn_are_all_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "capture_signal", lambda *_: CaptureSummary(written=5))
+    monkeypatch.setattr(job.time, "monotonic", iter(range(0, 100, 7)).__next__)
+    place, shared = StudyFolder(tmp_path), {"math_logits_dir": "S", "mc_teacher_id": "org/t"}
+    captures = [{**shared, "dataset_manifest": name} for name in ("one.jsonl", "two.jsonl")]
+    work = job._Work(Study("train", [], [0], {}, captures), place, lambda: False)
+    for number in (0, 1, 0, 1):
+        work.capture(number)
+    assert [one["seconds"] for one in place.read("captures.json")] == [7, 7]
+    changed = [captures[0], {**captures[1], "batch_size": 3}]
+    job._Work(Study("train", [], [0], {}, changed), place, lambda: False).capture(1)
+    kept = [one["options"] for one in place.read("captures.json")]
+    assert kept == changed, "one that is asked for no longer is replaced by what is"
