@@ -34,6 +34,7 @@ _ORDINARY = re.compile(
 )
 _ORDINARY_TOKEN = re.compile(
     r".*_(?:id|ids|hash|count|type|index|step|second)"  # ``eos_token_id``
+    r"|(?:answer|eval|sample)_tokens"  # options that count
     r"|(?:max|min|num)_(?:(?:new|input|output|prompt|total|image|special)_)?tokens"
     r"|(?:begin|bos|eos|pad|unk|sep|cls|mask)_token|(?:additional|extra)_special_tokens"
 )

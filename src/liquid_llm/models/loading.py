@@ -228,9 +228,10 @@ def as_model_error(model_id: str, problem: str) -> Iterator[None]:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A configuration that contradicts itself says why in its last line.
-        told = lines[-1:] if isinstance(error, StrictDataclassError) else lines[:1]
-        message = f"{type(error).__name__}: {told[0] if told else 'no message'}"
-        raise ModelError(problem, where=model_id, got=message[:300]) from error
+        strict = isinstance(error, StrictDataclassError)
+        told = (lines[-1:] if strict else lines[:1]) or ["no message"]
+        message = told[0].removeprefix("ValueError: ") if strict else f"{type(error).__name__}: {told[0]}"
+        raise ModelError(problem, where=model_id, got=message[:300].rstrip(".")) from error
 
 
 def _about_the_model(error: Exception) -> bool:

@@ -121,11 +121,13 @@ def _folder_source(path: Path, model_id: str) -> Source:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _gguf_source(files[0])
+        student = Path(model_id) / "student"  # where a run leaves its finished one
         raise ModelError(
             "the folder is no model",
             where=model_id,
             got=f"no config.json and {len(files)} .gguf files",
             expected="a Hugging Face model folder, or one .gguf file",
+            remedy=f"name {student}" if (path / "student" / "config.json").is_file() else None,
         )
     place = path.resolve()
     origin = read_origin(place)

@@ -44,6 +44,17 @@ def test_names_that_lead_nowhere(model_id, message, monkeypatch, tmp_path):
     assert caught.value.exit_code == 2
 
 
+def test_a_run_directory_names_its_student(tmp_path):
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ModelError, match="no model") as caught:
+        resolve(str(tmp_path))
+    assert caught.value.remedy is None
+    (tmp_path / "student" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no model") as caught:
+        resolve(str(tmp_path))
+    assert caught.value.remedy == f"name {tmp_path}/student"
+
+
 def test_a_package_with_two_models_is_ambiguous(monkeypatch, tmp_path):
     (tmp_path / "two_models").mkdir()
     for name in ("__init__.py", "a.gguf", "b.gguf"):
