@@ -119,7 +119,8 @@ def _differences(result: Mapping[str, Any]) -> Html:
         needed = one["seeds_needed"] and f"{one['seeds_needed']} seeds"
         needed = needed or (one["texts_needed"] and f"{one['texts_needed']:,} texts")
         at = f"{one['at']} (baseline: {one['baseline_steps']:,} steps)"
-        rows.append([one["arm"], at, one["type"], f"{measure.title}, {measure.unit}", *shown, one["word"], needed])
+        word = "worse" if one["worse"] else one["word"]
+        rows.append([one["arm"], at, one["type"], f"{measure.title}, {measure.unit}", *shown, word, needed])
     head = [
         "arm",
         "at equal",

@@ -161,7 +161,8 @@ class Verdict:
             for name, value in vars(self).items()
             if name != "measure"
         }
-        return {"measure": self.measure.key, **plain, "sentence": self.sentence, "brief": self.brief}
+        words = {"worse": self.is_worse, "sentence": self.sentence, "brief": self.brief}
+        return {"measure": self.measure.key, **plain, **words}
 
 
 def _count(number: int, what: str) -> str:

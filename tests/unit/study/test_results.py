@@ -194,6 +194,9 @@ def test_what_is_shown_comes_from_the_files_and_is_the_same_each_time(folder, ca
     for what in ("comparisons", "150", "said at the start"):
         assert what in shown
         assert what in page
+    words = [one["word"] if not one["worse"] else "worse" for one in yaml.safe_load(data)["verdicts"]]
+    assert "worse" in words, "of the seconds"
+    assert [words.count(word) for word in set(words)] == [page.count(f">{word}<") for word in set(words)]
     for key in ("loss", "kl", "loss-seconds", "kl-seconds"):
         assert f'id="plot-{key}"' in page
     assert yaml.safe_load(data)["version"] == 1
