@@ -179,7 +179,7 @@ def test_what_is_said_of_no_text_is_said(world, tmp_path, caplog):
     options = {"lm_teacher_id": None, "mc_teacher_id": world.teacher, "kd_positions": 0.5, "alpha_by_type": "lmm=0.5"}
     assert hybrid(world, tmp_path, "--signal=lm=none", **options) == 0
     assert "lmm: something is said of this type and no text has it; there are lm" in caplog.text
-    assert "--kd_positions changes nothing here: no teacher is named" in caplog.text
+    assert "--kd_positions changes nothing here: no teacher is asked" in caplog.text
 
 
 def test_a_named_dataset_is_captured_and_annealed_on(world, tmp_path):
