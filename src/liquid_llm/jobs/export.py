@@ -7,13 +7,12 @@ import tempfile
 from pathlib import Path
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.resume import read_student_weights
-from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.errors import UsageError
 from liquid_llm.models.export import find_foreign
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.terminal import setup_logging
-from liquid_llm.wiring.exports import find_checkpoint, find_tokenizer, rebuild, save_with_card
-from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.exports import save_with_card
+from liquid_llm.wiring.opening import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -37,25 +36,18 @@ def run_export(
     """
     setup_logging("INFO")
     _require_room(folder, force)
-    run, uri = find_checkpoint(source, which)
-    work_dir = cache_dir() / "resume"
-    origin = read_student_weights(uri, work_dir)
-    if origin.metadata is None or origin.config is None:
-        raise CheckpointError(
-            "this is not a checkpoint of a run, so nothing says which model it is",
-            where=uri,
-            remedy="name a run directory, or a .pt file in one",
-        )
-    text = find_tokenizer(origin.metadata, run, tokenizer, work_dir)
-    model = rebuild(origin, text).to(torch_dtype(dtype))
-    log.info("%s in %s", origin.description, dtype)
+    opened = open_checkpoint(source, which, tokenizer, "a run directory, or a .pt file in one")
+    assert opened.text is not None  # it is of a run, and so has metadata
+    assert opened.metadata is not None
+    model = opened.model.to(torch_dtype(dtype))
+    log.info("%s in %s", opened.description, dtype)
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory() as here:
             fresh = Path(here) / "student"
-            save_with_card(model, text.student_tokenizer(), origin.metadata, fresh)
+            save_with_card(model, opened.text.student_tokenizer(), opened.metadata, fresh)
             _send(fresh, folder)
     else:
-        save_with_card(model, text.student_tokenizer(), origin.metadata, storage.local_path(folder))
+        save_with_card(model, opened.text.student_tokenizer(), opened.metadata, storage.local_path(folder))
     print(folder)
     return 0
 

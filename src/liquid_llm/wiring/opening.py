@@ -29,6 +29,7 @@ from liquid_llm.wiring.tokenizers import TextTools
 log = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
+_EXPECTED = "a run directory, a .pt file in one, or a Hugging Face folder"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def open_student(
         LiquidError: nothing is there, or it cannot be used.
     """
     if name.endswith(DATA_SUFFIX):
-        return _open_checkpoint(name, None, tokenizer)
+        return open_checkpoint(name, None, tokenizer, _EXPECTED)
     if _is_run(name):
-        return _open_checkpoint(name, which, tokenizer)
+        return open_checkpoint(name, which, tokenizer, _EXPECTED)
     folder = storage.local_path(name) if not storage.is_remote(name) else None
     if folder is not None and folder.is_dir() and not (folder / _CONFIG).is_file():
         find_checkpoint(name, None)  # raises, naming the runs in it
@@ -89,7 +90,15 @@ def _is_run(name: str) -> bool:
     return any(one.name.endswith(SIDECAR_SUFFIX) and "/" not in one.name for one in storage.list_files(name))
 
 
-def _open_checkpoint(name: str, which: str | None, tokenizer: str | None) -> OpenedStudent:
+def open_checkpoint(name: str, which: str | None, tokenizer: str | None, expected: str) -> OpenedStudent:
+    """Open the student of a run's checkpoint; the arguments are those of ``open_student``, and
+
+    Args:
+        expected: what may be named, for the message that a file is no checkpoint of a run.
+
+    Raises:
+        LiquidError: there is none, or it cannot be used.
+    """
     run, uri = find_checkpoint(name, which)
     work_dir = cache_dir() / "resume"
     origin = read_student_weights(uri, work_dir)
@@ -97,7 +106,7 @@ def _open_checkpoint(name: str, which: str | None, tokenizer: str | None) -> Ope
         raise CheckpointError(
             "this is not a checkpoint of a run, so nothing says which model it is",
             where=uri,
-            remedy="name a run directory, a .pt file in one, or a Hugging Face folder",
+            remedy=f"name {expected}",
         )
     text = find_tokenizer(origin.metadata, run, tokenizer, work_dir)
     model = rebuild(origin, text)
