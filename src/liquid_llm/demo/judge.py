@@ -15,7 +15,8 @@ from liquid_llm.demo.data import DemoData
 from liquid_llm.evaluation import Evaluation
 from liquid_llm.generation import generate, repeated_share
 from liquid_llm.jobs.evaluate import evaluate_students
-from liquid_llm.study.verdict import MEASURES, Verdict, compare
+from liquid_llm.study.results import ALL, pair_evaluations
+from liquid_llm.study.verdict import Verdict, compare
 from liquid_llm.wiring.opening import open_student
 from liquid_llm.wiring.templates import find_chat_template
 from liquid_llm.wiring.tokenizers import TextTools
@@ -25,6 +26,7 @@ CHATS = ("A baker has 3 trays with 4 rolls on each tray. How many rolls does the
 TEXTS = ("The for statement is used to", "A class definition is", "An object is", "def read_lines(path):")
 _SAMPLE_TOKENS, _ANSWER_TOKENS = 64, 40
 _BATCH = 32
+_COMPARED = {"ce", "kl", "agreement", "answers"}
 
 
 def judge_students(
@@ -46,7 +48,8 @@ def judge_students(
     spoken = {name: speak(place, data.questions, text) for name, place in {**students, TEACHER: teacher}.items()}
     rows = {name: {**_figures(one), **spoken[name].figures} for name, one in found.items()}
     rows[TEACHER] = {**_teacher_figures(found[DISTILLED]), **spoken[TEACHER].figures}
-    verdicts = [*compare_texts(found[DISTILLED], found[PLAIN]), compare_answers(spoken[DISTILLED], spoken[PLAIN])]
+    answers = spoken[DISTILLED].answers, spoken[PLAIN].answers
+    verdicts = compare_students(found[DISTILLED], found[PLAIN], answers)
     return {
         "rows": [{"student": name, **row} for name, row in rows.items()],
         "verdicts": [one.as_dict() for one in verdicts],
@@ -111,26 +114,17 @@ def _encode(prompts: Sequence[str], text: TextTools) -> list[list[int]]:
     return [text.framings.student.open(one.input_ids) for one in encoded if isinstance(one, Encoded)]
 
 
-def compare_texts(arm: Evaluation, baseline: Evaluation) -> list[Verdict]:
-    """Cross-entropy, KL and agreement of two students on the same texts."""
-    texts = {(row["type"], row["id"]): row for row in baseline.texts}
-    pairs = [(row, texts[row["type"], row["id"]]) for row in arm.texts]
-    weights = {"ce": "positions", "kl": "kl_positions", "agreement": "agreement_positions"}
-    return [
-        compare(
-            [[one[key] for one, _ in pairs]],
-            [[one[key] for _, one in pairs]],
-            [one[of] for one, _ in pairs],
-            MEASURES[key],
-        )
-        for key, of in weights.items()
-    ]
+def compare_students(
+    arm: Evaluation, baseline: Evaluation, answers: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
+) -> list[Verdict]:
+    """Cross-entropy, KL and agreement of two students on the same texts, and their answers to the same questions.
 
-
-def compare_answers(arm: Speech, baseline: Speech) -> Verdict:
-    """The marked answers of two students to the same questions."""
-    first, second = ([float(row["right"]) for row in one.answers] for one in (arm, baseline))
-    return compare([first], [second], [1.0] * len(first), MEASURES["answers"])
+    Raises:
+        DataError: they were evaluated on different texts.
+    """
+    first, second = ({"texts": one.texts, "answers": rows} for one, rows in zip((arm, baseline), answers, strict=True))
+    paired = pair_evaluations([(first, second)], f"{arm.student} and {baseline.student}", [])
+    return [compare(*sums, measure) for type, measure, sums in paired if type == ALL and measure.key in _COMPARED]
 
 
 def _figures(one: Evaluation) -> dict[str, Any]:

@@ -112,13 +112,13 @@ def judge_arms(folder: StudyFolder, plan: Mapping[str, Any], pace: Pace) -> tupl
                 continue
             steps = baseline_unit(plan, pace, arm, 0, at).steps or pace.steps[baseline]
             about = {"arm": arm, "at": at, "baseline_steps": steps}
-            for type, measure, values in _pair(there, f"{arm} and {baseline}", remarks):
+            for type, measure, values in pair_evaluations(there, f"{arm} and {baseline}", remarks):
                 least = with_changes(measure, least_gain=plan["least_gain"])
                 found.append({**about, "type": type, **compare(*values, least).as_dict()})
     return found, list(dict.fromkeys(remarks))
 
 
-def _pair(
+def pair_evaluations(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], who: str, remarks: list[str]
 ) -> Iterator[tuple[str, Measure, tuple[Floats, Floats, Floats]]]:
     """Type, measure, and sums [seeds, texts] of both with weights [texts], of whatever both were measured by."""

@@ -13,7 +13,7 @@ from liquid_llm.capture.job import CaptureSummary
 from liquid_llm.cli.main import main
 from liquid_llm.demo import pipeline
 from liquid_llm.demo.data import DemoData
-from liquid_llm.demo.judge import Speech, compare_answers, compare_texts
+from liquid_llm.demo.judge import Speech, compare_students
 from liquid_llm.demo.pipeline import training_seconds
 from liquid_llm.demo.result import print_first, print_summary, sentences
 from liquid_llm.errors import DataError
@@ -176,7 +176,7 @@ def evaluation(name: str, texts: dict[str, tuple[float, int]]) -> Evaluation:
 def test_texts_are_paired_by_name_and_weighed_by_their_positions() -> None:
     arm = evaluation("a", {"one": (3.0, 100), "two": (4.0, 300)})
     baseline = evaluation("b", {"two": (5.0, 300), "one": (3.5, 100)})
-    ce, kl, agreement = compare_texts(arm, baseline)
+    ce, kl, agreement = compare_students(arm, baseline, ([], []))
     assert (ce.measure.key, kl.measure.key, agreement.measure.key) == ("ce", "kl", "agreement")
     assert ce.difference == pytest.approx((-0.5 * 100 - 1.0 * 300) / 400)
     assert kl.difference == pytest.approx(ce.difference / 2)
@@ -186,9 +186,13 @@ def test_texts_are_paired_by_name_and_weighed_by_their_positions() -> None:
 
 def test_answers_are_paired() -> None:
     def speech(*right: bool) -> Speech:
-        return Speech([{"right": one} for one in right], [{"repeated_4grams": 0.25}, {"repeated_4grams": 0.75}])
+        answers = [{"type": "math_tool", "id": str(number), "right": one} for number, one in enumerate(right)]
+        return Speech(answers, [{"repeated_4grams": 0.25}, {"repeated_4grams": 0.75}])
 
-    verdict = compare_answers(speech(True, True, False, True), speech(False, True, False, False))
+    answers = speech(True, True, False, True).answers, speech(False, True, False, False).answers
+    same = evaluation("a", {"one": (3.0, 100), "two": (4.0, 300)})
+    verdict = compare_students(same, same, answers)[-1]
+    assert verdict.measure.key == "answers"
     assert verdict.difference == pytest.approx(0.5)
     assert speech(True, False).figures == {"answers_right": 1, "answers": 2, "repeated_4grams": 0.5}
 
