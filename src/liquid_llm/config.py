@@ -200,9 +200,12 @@ class RunConfig:
     def asks_teacher(self, type: str) -> bool:
         """Whether the teacher of ``type`` is asked at all: its KD term weighs something at some step, or evaluation
         asks for it. One that is not is never loaded."""
+        return self.weighs(type) or self.evaluation.teacher is True
+
+    def weighs(self, type: str) -> bool:
+        """Whether the KD term of ``type`` weighs something at some step."""
         own = self.source.named[type].alpha if type in self.source.named else None
-        weighs = self._weighs if own is None else own > 0
-        return weighs or self.evaluation.teacher is True
+        return self._weighs if own is None else own > 0
 
     @property
     def asked_online(self) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX
-from liquid_llm.config import RunConfig, build_capture_config, build_run_config, build_schedules, schedule_remarks
+from liquid_llm.config import RunConfig, build_capture_config, build_run_config, schedule_remarks
 from liquid_llm.config_names import counted_options
 from liquid_llm.distributed import start_engine
 from liquid_llm.errors import DataError, Interrupted, LiquidError, UsageError
@@ -159,13 +159,8 @@ def _capture_key(options: Mapping[str, object]) -> dict[str, Any]:
 
 def _stores_read(config: RunConfig) -> list[str]:
     """The stores whose signal a run uses: one whose weight is 0 at every step asks for none."""
-    schedules = build_schedules(config)
-    used = {
-        source.store: any(schedules.at(step).objective(type).alpha > 0 for step in range(config.optimizer.steps))
-        for type, source in config.source.named.items()
-        if source.store is not None
-    }
-    return [store for store, is_used in used.items() if is_used]
+    named = config.source.named.items()
+    return list(dict.fromkeys(one.store for type, one in named if one.store is not None and config.weighs(type)))
 
 
 def _all_units(plan: Mapping[str, Any], place: StudyFolder) -> list[Unit]:
