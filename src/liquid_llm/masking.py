@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -87,6 +88,11 @@ def secret_values(environ: Mapping[str, str]) -> tuple[str, ...]:
     values = {value.strip() for name, value in environ.items() if looks_secret(name)}
     found = {value for value in values if len(value) >= 4 and value.lower() not in _NOT_SECRET}
     return tuple(sorted(found, key=lambda value: (-len(value), value)))
+
+
+def process_masker() -> Masker:
+    """What hides the secrets of this process's environment."""
+    return Masker(secret_values(os.environ))
 
 
 class Masker:

@@ -7,7 +7,6 @@ and a mistyped option answer at once. An error a user can cause is one message o
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -92,10 +91,10 @@ def guard(job: Callable[[], int]) -> int:
     try:
         return job()
     except LiquidError as error:
-        from liquid_llm.masking import Masker, secret_values
+        from liquid_llm.masking import process_masker
 
         # A URI or a library's own words may carry a secret.
-        print(f"error: {Masker(secret_values(os.environ)).text(str(error))}", file=sys.stderr)
+        print(f"error: {process_masker().text(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,7 +21,7 @@ from liquid_llm.jobs.evaluate_answers import answer_all, choose_questions, tally
 from liquid_llm.jobs.evaluation_table import print_evaluations
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.lm_eval_tasks import TaskPlan, plan_tasks, run_tasks
-from liquid_llm.masking import Masker, secret_values
+from liquid_llm.masking import process_masker
 from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
@@ -148,7 +147,7 @@ def _describe(student: OpenedStudent, on: Judgement, dtype: str) -> dict[str, An
         "run": student.run if student.is_run else None,
         "parameters": sum(one.numel() for one in student.model.parameters()),
         "dtype": dtype,
-        "data": mask_words(read or {"name": data.dataset_name}, Masker(secret_values(os.environ))),
+        "data": mask_words(read or {"name": data.dataset_name}, process_masker()),
         "val_fraction": data.val_fraction,
         "max_tokens": on.config.evaluation.max_tokens,
         "learn": data.learn,

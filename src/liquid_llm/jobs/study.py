@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from liquid_llm.jobs.capture import capture_signal, exit_code
 from liquid_llm.jobs.evaluate import evaluate_students
 from liquid_llm.jobs.study_result import open_folder, show_study
 from liquid_llm.jobs.train import run_training
-from liquid_llm.masking import Masker, secret_values
+from liquid_llm.masking import process_masker
 from liquid_llm.options import OPTIMIZER, options_of
 from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import StopSignal
@@ -148,7 +147,7 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
 
 def _as_kept(value: Any) -> Any:
     """Plain values as a study's files have them: as JSON gives them back, and without secrets."""
-    return json.loads(json.dumps(mask_words(value, Masker(secret_values(os.environ)))))
+    return json.loads(json.dumps(mask_words(value, process_masker())))
 
 
 def _capture_key(options: Mapping[str, object]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +24,7 @@ from typing import Any
 from liquid_llm import storage
 from liquid_llm.data.records import read_records, stable_sample_id
 from liquid_llm.errors import DataError
-from liquid_llm.masking import Masker, secret_values
+from liquid_llm.masking import process_masker
 from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.preparation.formats import Document, Reading, Reject, documents, shorten
 from liquid_llm.preparation.shards import Seen, ShardInfo, ShardWriter
@@ -178,7 +177,7 @@ class _Preparation:
     ) -> None:
         self.dataset, self.chain, self.folder, self.advance, self.note = dataset, chain, folder, advance, note
         self.seen = Seen(folder)
-        self.masker = Masker(secret_values(os.environ))  # a signed URL is a secret
+        self.masker = process_masker()  # a signed URL is a secret
         self.rejects: list[dict[str, str]] = []
         self.sizes = {info.name: info.size for info in storage.list_files(dataset.out)}
 

@@ -36,7 +36,7 @@ import yaml
 
 from liquid_llm import storage
 from liquid_llm.errors import DataError, Interrupted, UsageError
-from liquid_llm.masking import Masker, looks_secret, secret_values
+from liquid_llm.masking import looks_secret, process_masker
 from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.runtime import StopSignal
 from liquid_llm.storage import FileInfo
@@ -213,7 +213,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _log_output(stream: IO[bytes], last: list[str]) -> None:
-    masker = Masker(secret_values(os.environ))
+    masker = process_masker()
     with stream:
         while line := stream.readline(_LINE_BYTES):
             text = masker.text(line.decode(errors="replace").rstrip())

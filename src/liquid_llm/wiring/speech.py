@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +26,7 @@ from liquid_llm.distributed import Engine
 from liquid_llm.errors import UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.generation import generate, repeated_share
-from liquid_llm.masking import Masker, secret_values
+from liquid_llm.masking import process_masker
 from liquid_llm.training import Student
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -74,7 +73,7 @@ class Speech:
         told: dict[str, Any] = {"end_ids": self.end_ids, "dtype": student.compute_dtype}
         prompts = [self.framing.open(one.ids) for one in self.prompts]
         said = generate(student.model, prompts, max_new_tokens=self.sample_tokens, **told)
-        masker = Masker(secret_values(os.environ))
+        masker = process_masker()
         return [
             {
                 "prompt": masker.text(prompt.text),
