@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +215,7 @@ def mark(question: Question, answer: str) -> dict[str, Any]:
     return {**about, "expected": expected, "answer": answer, "said": said, "right": said == expected}
 
 
-def count_right(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+def count_right(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """How many answers of each type are right: ``{type: {"answers_right": …, "answers": …}}``."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:

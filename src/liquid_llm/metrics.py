@@ -88,6 +88,16 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
+def seconds_of(row: Mapping[str, Any]) -> float | None:
+    """What the steps of a ``train`` row took; None where it does not tell.
+
+    A row of a continued run may hold steps of the process before, whose seconds it does not know; its rate is of its
+    own, so the rate is what counts.
+    """
+    rate = row.get("tokens_per_second")
+    return row["positions"] / rate if rate else None
+
+
 # ------------------------------------------------------------------------------------------------------------- writing
 
 

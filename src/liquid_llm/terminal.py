@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from liquid_llm.formatting import format_count, format_seconds
-from liquid_llm.masking import Masker, MaskingFilter, secret_values
+from liquid_llm.masking import MaskingFilter, process_masker
 
 PLAIN_LINE_SECONDS = 15.0
 RATE_WINDOW_SECONDS = 30.0
@@ -61,7 +61,7 @@ def setup_logging(level: str | int = "INFO") -> None:
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     handler.set_name(_HANDLER_NAME)
-    handler.addFilter(MaskingFilter(Masker(secret_values(os.environ))))
+    handler.addFilter(MaskingFilter(process_masker()))
     root.addHandler(handler)
     package.setLevel(level)
 
@@ -215,6 +215,19 @@ class _StatusColumn(ProgressColumn):
         text = Text(self._stage.status(), no_wrap=True, overflow="ellipsis")
         text.stylize("bold", 0, len(self._stage.name))
         return text
+
+
+def result_console(console: Console | None, width: int) -> Console:
+    """Where wide tables go: ``console``, or standard output; a file or a pipe has no edge: it is ``width`` wide."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
+    return console
+
+
+def result_table(title: str) -> Table:
+    """A table of results without columns yet, in the one style of all commands."""
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def print_facts(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:

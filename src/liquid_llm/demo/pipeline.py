@@ -30,7 +30,7 @@ from liquid_llm.errors import DataError, UsageError
 from liquid_llm.jobs.capture import capture_signal, exit_code
 from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.jobs.train import run_training
-from liquid_llm.metrics import read_metrics
+from liquid_llm.metrics import read_metrics, seconds_of
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import load_tokenizer, unpack
 from liquid_llm.options import TRAIN
@@ -202,9 +202,8 @@ def _options(base: Path, name: str, student: str, data: DemoData, steps: int, se
 
 
 def training_seconds(run: Path) -> float:
-    """What the steps of a run took; a continued run's row may lack the seconds of the process before, not its rate."""
-    rows = [row for row in read_metrics(run) if row["kind"] == "train"]
-    return float(sum(row["positions"] / row["tokens_per_second"] for row in rows if row.get("tokens_per_second")))
+    """What the steps of a run took."""
+    return float(sum(seconds_of(row) or 0.0 for row in read_metrics(run) if row["kind"] == "train"))
 
 
 def _rate(run: Path) -> float:

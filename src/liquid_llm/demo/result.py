@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from liquid_llm.demo.judge import BEFORE, DISTILLED, PLAIN, TEACHER
 from liquid_llm.formatting import format_bytes, format_count, format_seconds
-from liquid_llm.terminal import print_facts
+from liquid_llm.terminal import print_facts, result_table
 
 _SHOWN_CHARACTERS = 160  # of a sample
 _EQUAL = 0.1  # times that differ by less are called equal
@@ -92,7 +91,7 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
 
 def _table(summary: Mapping[str, Any]) -> Table:
     title = "held-out text and word problems, seen in no training (loss and KL in nats a token)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = result_table(title)
     table.add_column("student")
     for name in ("loss", "KL from teacher", "agrees", "right answers", "repeats"):
         table.add_column(name, justify="right")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from liquid_llm.answers import Question, answer_questions, end_tokens, pick_questions
+from liquid_llm.answers import Question, answer_questions, count_right, end_tokens, pick_questions
 from liquid_llm.errors import UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.terminal import Stage
@@ -100,16 +100,17 @@ def _ends(on: Judgement, questions: Sequence[Question], token: str | None) -> li
 
 def tally(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many answers are right, of all and by type, with Wilson's interval of 95 %."""
-    by_type: dict[str, list[bool]] = {}
-    for row in rows:
-        by_type.setdefault(row["type"], []).append(bool(row["right"]))
-    every = [right for marks in by_type.values() for right in marks]
-    return {"all": _count(every), "by_type": {type: _count(marks) for type, marks in by_type.items()}}
+    counts = {type: (one["answers_right"], one["answers"]) for type, one in count_right(rows).items()}
+    right, total = (sum(one[place] for one in counts.values()) for place in (0, 1))
+    return {
+        "all": _with_interval(right, total),
+        "by_type": {type: _with_interval(*one) for type, one in counts.items()},
+    }
 
 
-def _count(marks: Sequence[bool]) -> dict[str, float]:
-    low, high = wilson_interval(sum(marks), len(marks))
-    return {"right": sum(marks), "total": len(marks), "low": low, "high": high}
+def _with_interval(right: int, total: int) -> dict[str, float]:
+    low, high = wilson_interval(right, total)
+    return {"right": right, "total": total, "low": low, "high": high}
 
 
 def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from liquid_llm.evaluation import Evaluation
+from liquid_llm.terminal import result_console, result_table
 
 _COLUMNS = (  # heading, figure, factor, digits
     ("loss", "ce", 1.0, 3),
@@ -27,13 +26,11 @@ _WIDTH = 170
 
 def print_evaluations(found: Sequence[Evaluation], console: Console | None = None) -> None:
     """Show what was found on standard output."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDTH)  # a file or a pipe has no edge
+    console = result_console(console, _WIDTH)
     rows = [row for one in found for row in _rows(one)]
     shown = [column for column in _COLUMNS if any(column[1] in figures for _, _, figures in rows)]
     title = "held-out text, each figure with its standard error over texts (nats a token, T=1; docs/evaluation.md)"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = result_table(title)
     table.add_column("student", overflow="fold")
     table.add_column("text", no_wrap=True)
     for heading in ("texts", *(column[0] for column in shown)):
@@ -56,7 +53,7 @@ def print_evaluations(found: Sequence[Evaluation], console: Console | None = Non
 def _print_tasks(found: Sequence[Evaluation], console: Console) -> None:
     """What lm-eval's benchmarks gave: one line a student, task and metric."""
     title = "lm-eval, each figure with its standard error"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = result_table(title)
     for heading in ("student", "task", "metric"):
         table.add_column(heading, overflow="fold")
     for heading in ("samples", "shots", "value"):

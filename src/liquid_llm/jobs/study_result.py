@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +17,7 @@ from liquid_llm.study.folder import PAGE, PLAN, RESULT, StudyFolder
 from liquid_llm.study.page import render_study
 from liquid_llm.study.results import summarise
 from liquid_llm.study.verdict import BETTER, MEASURES, NOT_BETTER
-from liquid_llm.terminal import print_facts, setup_logging
+from liquid_llm.terminal import print_facts, result_console, result_table, setup_logging
 
 _HEADS = {"ce": "cross-entropy", "kl": "KL", "agreement": "agree %", "overlap": "overlap %", "answers": "answers %"}
 _STYLES = {BETTER: "green", NOT_BETTER: "red"}
@@ -64,9 +63,7 @@ def show_study(folder: str) -> int:
 
 def print_study(result: Mapping[str, Any], paths: Mapping[str, Path], console: Console | None = None) -> None:
     """Show the arms' costs, the differences and the verdict in words on standard output."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDTH)  # a file or a pipe has no edge
+    console = result_console(console, _WIDTH)
     console.print(_costs(result))
     if result["verdicts"]:
         console.print(_differences(result))
@@ -130,6 +127,6 @@ def _cell(verdict: Mapping[str, Any] | None) -> Text:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = result_table(title)
     table.add_column(first)
     return table

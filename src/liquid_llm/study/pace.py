@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from liquid_llm.metrics import read_metrics
+from liquid_llm.metrics import read_metrics, seconds_of
 
 NEAR = 0.02
 """Steps that differ by less than this share are the same: one run of the baseline serves both."""
@@ -26,16 +26,15 @@ def step_seconds(run_dirs: Sequence[Path]) -> float | None:
 
 
 def _step_seconds(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of each row of one run. A continued run's row may hold steps of the process before, whose seconds it does not
-    know: its rate is of its own, so the rate is what counts."""
+    """Of each row of one run."""
     found, before = [], 0
     for row in rows:
         if row.get("kind") != "train":
             continue
-        rate, steps = row.get("tokens_per_second"), row["step"] - before
+        seconds, steps = seconds_of(row), row["step"] - before
         before = row["step"]
-        if rate and steps > 0:
-            found.append(row["positions"] / rate / steps)
+        if seconds is not None and steps > 0:
+            found.append(seconds / steps)
     return found
 
 
