@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from liquid_llm.config import RunConfig
@@ -81,27 +81,30 @@ def say_noise(
     config: RunConfig,
     schedules: StepSchedules,
     router: TeacherRouter,
-    positions: Mapping[str, float],
+    positions: Callable[[], Mapping[str, float]],
     first_step: int,
 ) -> None:
     """Log what the draws of each type's store are likely to cost, and what to change where it is too much.
 
     Args:
-        positions: type -> what its micro-batches learn, see ``learnt_positions``.
+        positions: type -> what its micro-batches learn, see ``learnt_positions``; asked where a signal is stored.
 
     Raises:
         StorageError: a store cannot be read.
     """
+    stored = {type: one for type in router if isinstance(one := router[type], StoredTeacher)}
+    if not stored:
+        return
+    counted = positions()
     span = max(1, config.optimizer.steps - first_step)
     steps = sorted({first_step + span * point // _POINTS for point in range(_POINTS)})
-    for type in router:
-        teacher = router[type]
-        if not isinstance(teacher, StoredTeacher) or type not in positions:
+    for type, teacher in stored.items():
+        if type not in counted:
             continue
         objectives = [schedules.at(step).objective(type) for step in steps]
         alpha = math.sqrt(sum(one.alpha**2 for one in objectives) / len(objectives))
         temperature = objectives[0].signal_temperature
-        num_positions = positions[type] * config.optimizer.grad_accum
+        num_positions = counted[type] * config.optimizer.grad_accum
         noise = _noise(teacher, type, alpha, temperature, num_positions)
         if noise.cost < WORTH_SAYING:
             continue

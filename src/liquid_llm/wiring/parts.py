@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.models.heads import check_documents
+from liquid_llm.models.importance import Text
 from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
@@ -125,9 +127,7 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     if takes_weights(config, start):
         check_shape(config, text, token)
     else:
-        built = make_student(config, start, text, device, token)
-        if config.data.document_mask:
-            check_documents(built.model)
+        built = _make_student(config, start, text, device, token)
     check_teachers(config, token)
     return Basis(
         config=config,
@@ -157,9 +157,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     built = basis.built
     if built is None:
         calibration = calibration_text(_make_stream(config, inputs, Engine()))
-        built = make_student(config, start, basis.text, basis.device, basis.token, calibration)
-        if config.data.document_mask:
-            check_documents(built.model)
+        built = _make_student(config, start, basis.text, basis.device, basis.token, calibration)
     if text.framings.student != basis.text.framings.student:
         name_tokens(built.model, text.framings.student)
     _say_unknown_types(config, inputs.types)
@@ -201,8 +199,24 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         accumulator=StepAccumulator(inputs.types, engine),
     )
     _restore(parts, start)
-    say_noise(config, schedules, teachers.router, learnt_positions(parts.stream, inputs.mixture), parts.progress.step)
+    counted = partial(learnt_positions, parts.stream, inputs.mixture)
+    say_noise(config, schedules, teachers.router, counted, parts.progress.step)
     return parts
+
+
+def _make_student(
+    config: RunConfig,
+    start: Start,
+    text: TextTools,
+    device: torch.device,
+    token: str | None,
+    calibration: Sequence[Text] = (),
+) -> BuiltStudent:
+    """As ``make_student``, and able to keep documents apart where that is asked for."""
+    built = make_student(config, start, text, device, token, calibration)
+    if config.data.document_mask:
+        check_documents(built.model)
+    return built
 
 
 def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine) -> TrainingStream:
