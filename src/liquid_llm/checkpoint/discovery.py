@@ -91,6 +91,12 @@ def sidecar_path(folder: Path, name: str) -> Path:
     return folder / (name + SIDECAR_SUFFIX)
 
 
+def remove_checkpoint(folder: Path, name: str) -> None:
+    """Remove what there is of a checkpoint, its sidecar first: one without data would be taken for complete."""
+    sidecar_path(folder, name).unlink(missing_ok=True)
+    data_path(folder, name).unlink(missing_ok=True)
+
+
 def newest_first(found: Mapping[str, CheckpointMetadata]) -> list[str]:
     """Names by falling step; of one step, snapshots first: ``last``, ``best`` and ``final`` may be moved any time."""
     return sorted(found, key=lambda name: (found[name].step, is_snapshot(name), found[name].created), reverse=True)

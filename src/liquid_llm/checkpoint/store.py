@@ -40,6 +40,7 @@ from liquid_llm.checkpoint.discovery import (
     newest_first,
     read_checkpoint,
     remote_sidecars,
+    remove_checkpoint,
     sidecar_path,
     sidecar_text,
     sidecars,
@@ -197,8 +198,7 @@ class CheckpointStore:
         sidecar_path(self.run_dir, old).unlink()
 
     def _forget(self, name: str) -> None:
-        sidecar_path(self.run_dir, name).unlink(missing_ok=True)
-        data_path(self.run_dir, name).unlink(missing_ok=True)
+        remove_checkpoint(self.run_dir, name)
 
     def _retain(self, newest: CheckpointInfo) -> None:
         if self._keep_last <= 0:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX
+from liquid_llm.checkpoint.discovery import remove_checkpoint
 from liquid_llm.config import RunConfig, build_capture_config, build_run_config, schedule_remarks
 from liquid_llm.config_names import counted_options
 from liquid_llm.distributed import start_engine
@@ -30,6 +30,7 @@ from liquid_llm.options import OPTIMIZER, options_of
 from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import StopSignal
 from liquid_llm.sources import overlay
+from liquid_llm.storage import translate_errors
 from liquid_llm.study.folder import CAPTURES, PACE, Busy, StudyFolder
 from liquid_llm.study.plan import SECONDS, Study, Unit
 from liquid_llm.study.results import measure_pace, units_at_seconds
@@ -245,10 +246,10 @@ class _Work:
             log.error("study: %s failed", unit.title)
             raise
         run_dir = self.place.run_dir(unit)
-        for path in run_dir.glob("*.pt"):  # optimizer states of many runs fill a disk
-            if path.stem != "final":
-                for one in (path, path.with_name(path.stem + SIDECAR_SUFFIX)):
-                    storage.remove(str(one))
+        for name in [path.stem for path in run_dir.glob("*.pt")]:  # optimizer states of many runs fill a disk
+            if name != "final":
+                with translate_errors(run_dir, writing=True):
+                    remove_checkpoint(run_dir, name)
         self.place.mark_done(unit)
         gc.collect()  # models refer to themselves in circles: the next run needs their memory
 

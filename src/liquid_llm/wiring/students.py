@@ -78,10 +78,13 @@ def calibration_text(stream: TrainingStream) -> list[Text]:
 
 def check_shape(config: RunConfig, text: TextTools, token: str | None) -> None:
     """Refuse a student that cannot be made of its teacher, from configurations alone; raises as ``make_student``."""
+    student_config(config.student.spec, **_vocabulary(text, text.vocab_size), token=token)
+
+
+def _vocabulary(text: TextTools, vocab_size: int) -> dict[str, int]:
+    """What a student's shape is told of its tokens."""
     framing = text.framings.student
-    student_config(
-        config.student.spec, vocab_size=text.vocab_size, bos_id=framing.bos_id, eos_id=framing.end_id, token=token
-    )
+    return {"vocab_size": vocab_size, "bos_id": framing.bos_id, "eos_id": framing.end_id}
 
 
 def make_student(
@@ -129,12 +132,9 @@ def make_student(
 def _take(
     config: RunConfig, text: TextTools, device: torch.device, token: str | None, calibration: Sequence[Text]
 ) -> TakenStudent:
-    framing = text.framings.student
     return take_student(
         config.student.spec,
-        vocab_size=text.vocab_size,
-        bos_id=framing.bos_id,
-        eos_id=framing.end_id,
+        **_vocabulary(text, text.vocab_size),
         block_size=config.longest_context,
         seed=config.seed,
         device=device,
@@ -196,8 +196,7 @@ def _build_shape(
     """
     if parse_student(spec).teacher is None:
         return _build_spec(spec, text, vocab_size, 2, seed, token)
-    framing = text.framings.student
-    config = student_config(spec, vocab_size=vocab_size, bos_id=framing.bos_id, eos_id=framing.end_id, token=token)
+    config = student_config(spec, **_vocabulary(text, vocab_size), token=token)
     values = {**config.to_dict(), "model_type": config.model_type}
     kinds = like.get("layer_types")
     if kinds is not None and len(kinds) == values.get("num_hidden_layers"):
@@ -233,16 +232,7 @@ def build_from_config(config: Mapping[str, Any], text: TextTools, source: str, s
 def _build_spec(
     spec: str, text: TextTools, vocab_size: int, block_size: int, seed: int, token: str | None = None
 ) -> Any:
-    framing = text.framings.student
-    return build_student(
-        spec,
-        vocab_size=vocab_size,
-        bos_id=framing.bos_id,
-        eos_id=framing.end_id,
-        block_size=block_size,
-        seed=seed,
-        token=token,
-    )
+    return build_student(spec, **_vocabulary(text, vocab_size), block_size=block_size, seed=seed, token=token)
 
 
 def name_tokens(model: Any, framing: Framing) -> None:
