@@ -49,6 +49,7 @@ def check_summary(summary: dict, base: Path, runs: dict[str, Path]) -> None:
         assert set(row["by_type"]) == {"lm", "math_tool", "code"}
         assert row["ce"] > 0
         assert row["answers"] == 8
+        assert row["continuations"] == 5 + 8, "five prompts, and the openings of the held-out texts"
     assert rows["teacher"]["kl"] == 0 < rows["before"]["kl"]
     assert [one["measure"] for one in summary["verdicts"]] == ["ce", "kl", "agreement", "answers"]
     verdict = summary["verdicts"][0]

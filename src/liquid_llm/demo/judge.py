@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ BEFORE, PLAIN, DISTILLED, TEACHER = "before", "plain", "distilled", "teacher"
 CHATS = ("A baker has 3 trays with 4 rolls on each tray. How many rolls does the baker have in total?",)
 TEXTS = ("The for statement is used to", "A class definition is", "An object is", "def read_lines(path):")
 _SAMPLE_TOKENS, _ANSWER_TOKENS = 64, 40
+_OPENINGS, _OPENING_TOKENS = 20, 16  # held-out texts whose beginnings are gone on with: a handful of prompts says little
 _BATCH = 32
 _COMPARED = {"ce", "kl", "agreement", "answers"}
 
@@ -45,7 +47,7 @@ def judge_students(
     given = {**options, "records": records, "teacher": teacher}
     found = dict(zip(students, evaluate_students(list(students.values()), given), strict=True))
     text = _text_tools(students[DISTILLED])
-    spoken = {name: speak(place, data.questions, text) for name, place in {**students, TEACHER: teacher}.items()}
+    spoken = {name: speak(place, data, text) for name, place in {**students, TEACHER: teacher}.items()}
     rows = {name: {**_figures(one), **spoken[name].figures} for name, one in found.items()}
     rows[TEACHER] = {**_teacher_figures(found[DISTILLED]), **spoken[TEACHER].figures}
     answers = spoken[DISTILLED].answers, spoken[PLAIN].answers
@@ -67,28 +69,33 @@ def _text_tools(run: str) -> TextTools:
 
 @dataclass(frozen=True)
 class Speech:
-    """What one model says: marked answers, and what it goes on with after fixed prompts."""
+    """What one model says: marked answers, what it goes on with after fixed prompts, and how much it repeats itself.
+
+    ``repeated`` has the share of repeated 4-grams of each continuation, of the prompts and of held-out texts' openings.
+    """
 
     answers: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
+    repeated: Sequence[float]
 
     @property
     def figures(self) -> dict[str, float]:
-        """Answers that are right, of how many, and the mean share of repeated 4-grams in the samples."""
+        """Answers that are right, of how many, and the mean share of repeated 4-grams, of how many continuations."""
         return {
             "answers_right": sum(row["right"] for row in self.answers),
             "answers": len(self.answers),
-            "repeated_4grams": float(np.mean([row["repeated_4grams"] for row in self.samples])),
+            "repeated_4grams": float(np.mean(self.repeated)),
+            "continuations": len(self.repeated),
         }
 
 
-def speak(place: str, questions: str, text: TextTools) -> Speech:
-    """Let a model answer the questions and go on with the prompts; raises as ``open_student``."""
+def speak(place: str, data: DemoData, text: TextTools) -> Speech:
+    """Let a model answer the questions and go on with prompts and openings; raises as ``open_student``."""
     model = open_student(place).model
     framing = text.framings.student
     ends = end_tokens(text.tokenizer, framing, text.learning)
     told: dict[str, Any] = {"end_ids": ends, "batch_size": _BATCH}
-    records = list(read_records(questions, "math_tool"))
+    records = list(read_records(data.questions, "math_tool"))
     prompts = _encode([_ask(one.prompt or "", text) for one in records], text)
     asked = [
         Question(one.type, one.sample_id, tuple(ids), one.prompt or "", one.text)
@@ -96,12 +103,19 @@ def speak(place: str, questions: str, text: TextTools) -> Speech:
     ]
     answers = answer_questions(model, text.tokenizer, asked, max_new_tokens=_ANSWER_TOKENS, **told)
     prompts = _encode([*(_ask(one, text) for one in CHATS), *TEXTS], text)
-    said = generate(model, prompts, max_new_tokens=_SAMPLE_TOKENS, **told)
+    said = generate(model, [*prompts, *_openings(data, text)], max_new_tokens=_SAMPLE_TOKENS, **told)
+    repeated = [repeated_share(ids) for ids in said]
     samples = [
-        {"prompt": prompt, "text": decode(text.tokenizer, ids), "repeated_4grams": repeated_share(ids)}
-        for prompt, ids in zip([*CHATS, *TEXTS], said, strict=True)
+        {"prompt": prompt, "text": decode(text.tokenizer, ids), "repeated_4grams": share}
+        for prompt, ids, share in zip([*CHATS, *TEXTS], said, repeated, strict=False)  # the openings come after them
     ]
-    return Speech(answers, samples)
+    return Speech(answers, samples, repeated)
+
+
+def _openings(data: DemoData, text: TextTools) -> list[list[int]]:
+    """How the first held-out texts begin, in tokens."""
+    texts = [one.text for one in islice(read_records(data.held_out["lm"], "lm"), _OPENINGS)]
+    return [ids[:_OPENING_TOKENS] for ids in _encode(texts, text)]
 
 
 def _ask(question: str, text: TextTools) -> str:

@@ -187,14 +187,15 @@ def test_texts_are_paired_by_name_and_weighed_by_their_positions() -> None:
 def test_answers_are_paired() -> None:
     def speech(*right: bool) -> Speech:
         answers = [{"type": "math_tool", "id": str(number), "right": one} for number, one in enumerate(right)]
-        return Speech(answers, [{"repeated_4grams": 0.25}, {"repeated_4grams": 0.75}])
+        return Speech(answers, [], [0.25, 0.75])
 
     answers = speech(True, True, False, True).answers, speech(False, True, False, False).answers
     same = evaluation("a", {"one": (3.0, 100), "two": (4.0, 300)})
     verdict = compare_students(same, same, answers)[-1]
     assert verdict.measure.key == "answers"
     assert verdict.difference == pytest.approx(0.5)
-    assert speech(True, False).figures == {"answers_right": 1, "answers": 2, "repeated_4grams": 0.5}
+    figures = {"answers_right": 1, "answers": 2, "repeated_4grams": 0.5, "continuations": 2}
+    assert speech(True, False).figures == figures
 
 
 def test_the_seconds_of_a_run_that_was_continued_follow_from_its_rate(tmp_path: Path) -> None:
