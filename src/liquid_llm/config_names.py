@@ -28,13 +28,14 @@ _UNCOUNTED = """
 
 
 def counted_options(config: RunConfig) -> dict[str, Any]:
-    """What changes a run's numbers, as plain values: options that differ from their defaults, and what teaches it."""
+    """What changes a run's numbers, as plain values: options that are not at their first default, and its teachers."""
     uncounted = _UNCOUNTED.split()
     options = {option.name: option for option in options_of(config.face) if option.group != OUTPUT}
+    moved = {name: one.default_for(config.face) for name, one in options.items() if one.reference is not None}
     counted = {
         name: value
-        for name, value in config.given.items()
-        if name in options and name not in uncounted and value != options[name].default_for(config.face)
+        for name, value in {**moved, **config.given}.items()
+        if name in options and name not in uncounted and value != options[name].first_default(config.face)
     }
     return {"face": config.face, "options": counted, "source": dataclasses.asdict(config.source)}
 
@@ -92,7 +93,7 @@ def old_run_name(config: RunConfig) -> str:
             plain[group][field] = (
                 _OLD_ABSENT.get((group, field))
                 if option is None
-                else config.given.get(option.name, option.default_for(config.face))
+                else config.given.get(option.name, option.first_default(config.face))
             )
     student, data, optimizer = plain["student"], plain["data"], plain["optimizer"]
     data["seq_len"] = data["seq_len"] or data["block_size"]

@@ -12,7 +12,7 @@ Only light imports: ``--help`` must answer at once.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from liquid_llm.registry import CODECS, DIVERGENCES, TRACKERS
 
@@ -51,6 +51,8 @@ class Option:
             be given several times, each as it is).
         group, field: the configuration value it sets.
         default: the value when neither command line, configuration file nor checkpoint metadata says otherwise.
+        reference: what the command's reference face takes instead of that default; None: the same. A reference's
+            values are fixed, ours follow what was measured (docs/choosing.md).
         faces: the commands that take it.
         face_defaults: defaults that differ by command; also of one that does not take it, where that matters.
         choices: accepted words.
@@ -65,12 +67,17 @@ class Option:
     help: str
     faces: tuple[str, ...] = TRAINING
     face_defaults: dict[str, object] = dataclasses.field(default_factory=dict)
+    reference: object = None
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     above: float | None = None
 
     def default_for(self, face: str) -> object:
         return self.face_defaults.get(face, self.default)
+
+    def first_default(self, face: str) -> object:
+        """What it was before there was a default that the reference does not have; by it, runs have their names."""
+        return self.default_for(face) if self.reference is None else self.reference
 
 
 # One line an option, so that the table reads as a table.
@@ -129,7 +136,7 @@ OPTIONS = (
     Option("T", "float", OBJECTIVE, "temperature", 1.0, "KD temperature", faces=(ANNEAL,), above=0),
     Option("alpha_schedule", "str", OBJECTIVE, "alpha_schedule", None, "step:value list for alpha", faces=(ANNEAL,)),
     Option("temp_schedule", "str", OBJECTIVE, "temp_schedule", None, "step:value list for the temperature", faces=(ANNEAL,)),
-    Option("kd_temperature", "float", OBJECTIVE, "temperature", 2.0, "KD temperature", faces=(TRAIN,), above=0),
+    Option("kd_temperature", "float", OBJECTIVE, "temperature", 1.0, "KD temperature", faces=(TRAIN,), reference=2.0, above=0),
     Option("kd_alpha_start", "float", OBJECTIVE, "alpha_start", 0.7, "KD weight at step 0", faces=(TRAIN,), minimum=0),
     Option("kd_alpha_end", "float", OBJECTIVE, "alpha_end", 0.4, "KD weight after the anneal", faces=(TRAIN,), minimum=0),
     Option("kd_anneal_pct", "float", OBJECTIVE, "anneal_share", 0.3, "share of max_steps over which it changes", faces=(TRAIN,), minimum=0),
@@ -190,6 +197,14 @@ OPTIONS = (
 # fmt: on
 
 
-def options_of(face: str) -> tuple[Option, ...]:
-    """The options a command takes, in the order of the table."""
-    return tuple(option for option in OPTIONS if face in option.faces)
+def options_of(face: str, *, reference: bool = False) -> tuple[Option, ...]:
+    """The options a command takes, in the order of the table; with the defaults of its reference where asked."""
+    found = tuple(option for option in OPTIONS if face in option.faces)
+    if not reference:
+        return found
+    return tuple(one if one.reference is None else replace(one, default=one.reference) for one in found)
+
+
+def reference_values(face: str) -> dict[str, object]:
+    """Option -> what a reference command that does not say it means by that, where ``liquid`` means something else."""
+    return {one.name: one.reference for one in options_of(face) if one.reference is not None}

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from liquid_llm.options import EVERY, options_of
+from liquid_llm.cli.main import main
+from liquid_llm.config import build_run_config
+from liquid_llm.options import EVERY, TRAIN, options_of
+from stage1_hybrid import cli
 
 FROZEN = Path(__file__).parent / "frozen_options.txt"
 MODULES = {
@@ -59,3 +62,24 @@ def test_a_wrong_option_exits_2_without_a_traceback(face):
     assert done.returncode == 2
     assert "unknown option --no_such" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "expected"),
+    [([], "seed: 7", 2.0), (["--kd_temperature=3"], "seed: 7", 3.0), ([], "kd_temperature: 1.5", 1.5)],
+)
+def test_the_reference_keeps_the_default_it_has_always_had(words, file, expected, tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr("liquid_llm.jobs.train.run_training", lambda face, options: given.append(options) or 0)
+    config = tmp_path / "run.yaml"
+    config.write_text(file)
+    assert cli.main(["--dataset_manifest=m.jsonl", f"--config={config}", *words]) == 0
+    assert main(["train", "--dataset_manifest=m.jsonl", f"--config={config}", *words]) == 0
+    reference, ours = (build_run_config(TRAIN, options) for options in given)
+    assert reference.objective.temperature == expected
+    assert reference.given["kd_temperature"] == expected, "provenance says it, so that liquid train repeats the run"
+    assert ours.objective.temperature == (1.0 if expected == 2 else expected)
+    for face, value in ((cli.main, "2.0"), (lambda words: main(["train", *words]), "1.0")):
+        with pytest.raises(SystemExit):
+            face(["--help"])
+        assert f"KD temperature [{value}]" in capsys.readouterr().out

@@ -46,7 +46,10 @@ def present(run: str) -> Rows:
             same = {"teacher_precision": "float32", "begin_token": begin_token}
             assert main(["capture", *tiny.capture_words(**same, codec=codec, **SETTINGS.get(codec, {}))]) == 0
             short = {"max_steps": STEPS, "eval_every": 0, "save_every": 0}
-            assert main(["train", *tiny.train_words(folder, **same, **short, precision="float32")]) == 0
+            assert (
+                main(["train", *tiny.train_words(folder, **same, **short, precision="float32", kd_temperature=2.0)])
+                == 0
+            )
             rows = [row for row in read_metrics(Path(folder) / "run") if row["kind"] == "train"]
     finally:
         torch.set_num_threads(threads)

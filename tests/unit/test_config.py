@@ -5,7 +5,7 @@ import pytest
 from liquid_llm.config import build_capture_config, build_run_config, build_schedules, inherit, schedule_remarks
 from liquid_llm.config_names import old_run_name, run_name
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
+from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN, reference_values
 
 BASE = {"dataset_name": "wikitext"}
 
@@ -96,7 +96,8 @@ def test_capture_needs_a_teacher_a_manifest_and_a_place():
 
 
 def test_hybrid_schedules_follow_the_reference():
-    config = hybrid(max_steps=1000, resume_gcs_uri="x", keep_old_logit_l2=0.1, keep_old_logit_l2_fade_step=200)
+    given = {"max_steps": 1000, "resume_gcs_uri": "x", "keep_old_logit_l2": 0.1, "keep_old_logit_l2_fade_step": 200}
+    config = hybrid(**reference_values(TRAIN), **given)
     schedules = build_schedules(config)
     assert schedules.alpha.value(0) == 0.7
     assert schedules.alpha.value(150) == pytest.approx(0.55)
@@ -214,6 +215,13 @@ def test_what_is_decided_by_memory_is_open_until_then():
     assert config.student.grad_checkpoint == "auto"
     assert config.optimizer.tokens_per_step == 4096
     assert anneal(dry_run=True, price_per_hour=0.7).price_per_hour == 0.7
+
+
+def test_runs_of_the_reference_command_keep_their_names_when_our_defaults_move():
+    assert hybrid().objective.temperature == 1.0
+    assert hybrid(**reference_values(TRAIN)).objective.temperature == 2.0
+    assert run_name(hybrid(kd_temperature=2.0)) == "liquid-16m-a2820d6829", "as when 2 was the default of both"
+    assert run_name(hybrid()) == run_name(hybrid(kd_temperature=1.0)) != run_name(hybrid(kd_temperature=2.0))
 
 
 def test_the_names_of_release_0_1_0_are_still_known():

@@ -17,7 +17,7 @@ from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
 from liquid_llm.cli.study import study
 from liquid_llm.errors import LiquidError
-from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of
+from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of, reference_values
 
 DESCRIPTIONS = {
     TRAIN: "Distil a student: text from an online teacher, maths and code from a stored teacher signal.",
@@ -67,16 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
     """Run one reference command with the given words (``sys.argv`` when None) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return guard(lambda: _face(face, words, prog, new_layout="pt"))
+    return guard(lambda: _face(face, words, prog, reference=True))
 
 
-def _face(face: str, words: list[str], prog: str | None = None, new_layout: str = "shards") -> int:
-    """``new_layout`` is that of stores which a capture makes; the references know ``.pt`` files."""
-    given = parse(options_of(face), words, prog or f"liquid {face}", DESCRIPTIONS[face], face=face)
+def _face(face: str, words: list[str], prog: str | None = None, *, reference: bool = False) -> int:
+    """``reference``: with the reference's own defaults; the stores that a capture makes are ``.pt`` files there."""
+    options = options_of(face, reference=reference)
+    given = parse(options, words, prog or f"liquid {face}", DESCRIPTIONS[face], face=face)
+    if reference:
+        given = {**reference_values(face), **given}
     if face == CAPTURE:
         from liquid_llm.jobs.capture import run_capture
 
-        return run_capture(given, new_layout)
+        return run_capture(given, "pt" if reference else "shards")
     if face == PREPARE:
         from liquid_llm.jobs.prepare import run_prepare
 

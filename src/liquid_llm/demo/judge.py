@@ -26,7 +26,10 @@ BEFORE, PLAIN, DISTILLED, TEACHER = "before", "plain", "distilled", "teacher"
 CHATS = ("A baker has 3 trays with 4 rolls on each tray. How many rolls does the baker have in total?",)
 TEXTS = ("The for statement is used to", "A class definition is", "An object is", "def read_lines(path):")
 _SAMPLE_TOKENS, _ANSWER_TOKENS = 64, 40
-_OPENINGS, _OPENING_TOKENS = 20, 16  # held-out texts whose beginnings are gone on with: a handful of prompts says little
+_OPENINGS, _OPENING_TOKENS = (
+    20,
+    16,
+)  # held-out texts whose beginnings are gone on with: a handful of prompts says little
 _BATCH = 32
 _COMPARED = {"ce", "kl", "agreement", "answers"}
 

@@ -61,6 +61,8 @@ class Start:
         values: dict[str, object] = {"rope_scale": metadata.rope_scale}
         if config.continues_resumed or self.kind == "continue":
             values["block_size"] = metadata.block_size
+        if self.kind == "continue" and not config.continues_resumed:
+            values["kd_temperature"] = metadata.kd_temperature  # an earlier release had another default
         if config.continues_resumed:
             values |= {
                 "alpha": metadata.kd_alpha,
