@@ -230,6 +230,20 @@ def result_table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
+def as_markdown(table: Table) -> str:
+    """A table of texts as Markdown, its title as a line of its own, without colours."""
+    columns = [[_plain(column.header), *map(_plain, column.cells)] for column in table.columns]
+    head, *rows = ["| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True)]
+    rule = "|" + "|".join("---:" if column.justify == "right" else "---" for column in table.columns) + "|"
+    title = [f"{_plain(table.title)}\n"] if table.title else []
+    return "\n".join([*title, head, rule, *rows]) + "\n"
+
+
+def _plain(shown: object) -> str:
+    """A cell's characters; a bar would end it."""
+    return (shown.plain if isinstance(shown, Text) else str(shown)).replace("|", "\\|")
+
+
 def print_facts(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
     """Print a title and named facts as two columns, for people; on standard error if ``console`` is None."""
     console = stderr_console() if console is None else console

@@ -12,8 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
-from liquid_llm.terminal import RateMeter, Stage, print_facts, setup_logging, stderr_console
+from liquid_llm.terminal import (
+    RateMeter,
+    Stage,
+    as_markdown,
+    print_facts,
+    result_table,
+    setup_logging,
+    stderr_console,
+)
 
 
 class Clock:
@@ -246,3 +255,12 @@ def test_facts_stand_in_columns_as_text_and_paths_are_not_wrapped() -> None:
     console, text = plain_console()
     print_facts("[b]size", [("run", "/a" * 100), ("a long name", "[red]3")], console)
     assert text.getvalue() == f"[b]size\nrun          {'/a' * 100}\na long name  [red]3\n"
+
+
+def test_a_table_as_markdown_keeps_its_sides_and_takes_no_bar_for_an_end() -> None:
+    table = result_table("a [b]title[/b]")
+    table.add_column("arm")
+    table.add_column("loss", justify="right")
+    table.add_row(Text("a|b", "bold"), "1.5")
+    table.add_row(Text("[red]c"), Text("2"))
+    assert as_markdown(table) == ("a [b]title[/b]\n\n| arm | loss |\n|---|---:|\n| a\\|b | 1.5 |\n| [red]c | 2 |\n")

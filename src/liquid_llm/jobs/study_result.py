@@ -1,8 +1,8 @@
-"""What a study found, from its files alone: ``study.json``, ``study.html`` and the verdict on the terminal."""
+"""What a study found, from its files alone: on the terminal, in ``study.json``, ``study.html`` and ``study.md``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from rich.text import Text
 from liquid_llm import storage
 from liquid_llm.errors import UsageError
 from liquid_llm.formatting import format_seconds
-from liquid_llm.study.folder import PAGE, PLAN, RESULT, StudyFolder
+from liquid_llm.study.folder import PAGE, PLAN, RESULT, TABLES, StudyFolder
 from liquid_llm.study.page import render_study
 from liquid_llm.study.results import summarise
 from liquid_llm.study.verdict import BETTER, MEASURES, NOT_BETTER
-from liquid_llm.terminal import print_facts, result_console, result_table, setup_logging
+from liquid_llm.terminal import as_markdown, print_facts, result_console, result_table, setup_logging
 
 _HEADS = {"ce": "cross-entropy", "kl": "KL", "agreement": "agree %", "overlap": "overlap %", "answers": "answers %"}
 _STYLES = {BETTER: "green", NOT_BETTER: "red"}
@@ -46,7 +46,7 @@ def open_folder(folder: str) -> StudyFolder:
 
 
 def show_study(folder: str) -> int:
-    """Make ``study.json`` and ``study.html`` again, and print the verdict; the exit code.
+    """Make ``study.json``, ``study.html`` and ``study.md`` again, and print the verdict; the exit code.
 
     Raises:
         LiquidError: the folder is no study's, or its files cannot be used.
@@ -57,8 +57,17 @@ def show_study(folder: str) -> int:
     place.write(RESULT, result)
     page = place.root / PAGE
     storage.write_bytes(str(page), render_study(place.root.resolve().name, result).encode("utf-8", errors="replace"))
-    print_study(result, {"result": place.root / RESULT, "page": page})
+    tables = place.root / TABLES
+    storage.write_bytes(str(tables), as_text(result).encode())
+    print_study(result, {"result": place.root / RESULT, "page": page, "tables": tables})
     return 0
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """Verdict and tables as Markdown, to be put into a page of one's own."""
+    sentences = "".join(f"- {one}\n" for one in (*result["sentences"], *result["remarks"]))
+    tables = [_reached(result), _differences(result), _costs(result)]
+    return "\n".join([sentences, *map(as_markdown, tables), f"Comparisons: {_say_comparisons(result)}.\n"])
 
 
 def print_study(result: Mapping[str, Any], paths: Mapping[str, Path], console: Console | None = None) -> None:
@@ -66,6 +75,7 @@ def print_study(result: Mapping[str, Any], paths: Mapping[str, Path], console: C
     console = result_console(console, _WIDTH)
     console.print(_costs(result))
     if result["verdicts"]:
+        console.print(_reached(result))
         console.print(_differences(result))
     for sentence in result["sentences"]:
         console.print(Text(sentence))
@@ -95,6 +105,36 @@ def _costs(result: Mapping[str, Any]) -> Table:
             "–" if same is None else f"{same:,}",
         )
     return table
+
+
+def _reached(result: Mapping[str, Any]) -> Table:
+    """What the arms' students are worth, and their teacher: means over the seeds."""
+    steps = {arm["name"]: arm["steps"] for arm in result["arms"]}
+    runs = [run for run in result["runs"] if run["all"] and run["steps"] == steps[run["arm"]]]
+    types = list(dict.fromkeys(type for run in runs for type in run["by_type"]))
+    table = _table("what the arms reached, held-out text, means over seeds (nats a token; T=1)", "arm")
+    names = ["cross-entropy", *(types if len(types) > 1 else []), "KL", "agree %", "right answers %"]
+    for name in names:
+        table.add_column(name, justify="right")
+    by_arm = {arm: [_reached_by(run) for run in runs if run["arm"] == arm] for arm in steps}
+    for arm, rows in {**by_arm, "teacher": [_reached_by(run, "teacher_ce") for run in runs[:1]]}.items():
+        table.add_row(Text(arm), *(_mean(rows, name, 3 if "%" not in name else 1) for name in names))
+    return table
+
+
+def _reached_by(run: Mapping[str, Any], loss: str = "ce") -> dict[str, float | None]:
+    """Column -> a run's figure; with ``teacher_ce`` its teacher's, which has cross-entropies alone."""
+    found = {type: row.get(loss) for type, row in run["by_type"].items()} | {"cross-entropy": run["all"].get(loss)}
+    if loss == "ce":
+        agreement = run["all"].get("agreement")
+        found |= {"KL": run["all"].get("kl"), "agree %": None if agreement is None else 100 * agreement}
+        found["right answers %"] = 100 * run["right"] / run["answers"] if run.get("answers") else None
+    return found
+
+
+def _mean(rows: Sequence[Mapping[str, float | None]], name: str, digits: int) -> str:
+    values = [value for row in rows if (value := row.get(name)) is not None]
+    return f"{sum(values) / len(values):.{digits}f}" if values else "–"
 
 
 def _differences(result: Mapping[str, Any]) -> Table:

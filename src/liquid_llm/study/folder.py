@@ -7,7 +7,7 @@ evaluations/ARM/...    what its student was found to do on held-out text
 claims/...             locks: who holds one works on that run; they go with the process, however that ends
 captures.json          what captures took
 pace.json              seconds a step of each arm, and how long the baseline trains to take another arm's seconds
-study.json study.html  the result
+study.json study.html study.md  the result
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from liquid_llm.errors import UsageError
 from liquid_llm.study.plan import Unit
 
 VERSION = 1
-PLAN, PACE, CAPTURES, RESULT, PAGE = "plan.json", "pace.json", "captures.json", "study.json", "study.html"
+PLAN, PACE, CAPTURES = "plan.json", "pace.json", "captures.json"
+RESULT, PAGE, TABLES = "study.json", "study.html", "study.md"
 
 
 class Busy(Exception):

@@ -194,6 +194,11 @@ def test_what_is_shown_comes_from_the_files_and_is_the_same_each_time(folder, ca
     for what in ("comparisons", "150", "said at the start"):
         assert what in shown
         assert what in page
+    tables = (folder.root / "study.md").read_text()
+    for sentence in yaml.safe_load(data)["sentences"]:
+        assert f"- {sentence}\n" in tables
+    assert "| online | 2.800 | – | – | 60.0 |\n" in tables, "its own figures, of its own length alone"
+    assert "| plain | 3.000 | – | – | 10.0 |\n" in tables
     words = [one["word"] if not one["worse"] else "worse" for one in yaml.safe_load(data)["verdicts"]]
     assert "worse" in words, "of the seconds"
     assert [words.count(word) for word in set(words)] == [page.count(f">{word}<") for word in set(words)]
