@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from tests.support.tiny import Tiny, build, run, start
 
+from liquid_llm.checkpoint.discovery import latest_checkpoint, read_sidecar
 from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics, without_timings
 
@@ -72,6 +75,60 @@ def test_sigkill_and_the_same_command_again_give_the_same_bits(captured, undistu
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (run_dir / "final.pt").exists()
+    done = run(FACE, words(captured, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, undisturbed)
+
+
+# A disk on which each part of a file takes its time.
+SLOW_DISK = """
+import sys, time
+from liquid_llm.checkpoint.files import HashingWriter
+write = HashingWriter.write
+HashingWriter.write = lambda writer, block: (time.sleep(0.01), write(writer, block))[1]
+from liquid_llm.cli.main import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def start_on_a_slow_disk(words: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SLOW_DISK, *words]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def steps_taken_while_it_is_written(run_dir: Path, step: int) -> bool:
+    """Whether the checkpoint of ``step`` is being written and a row of a later step is there."""
+    if not list(run_dir.glob(f".step-{step:08d}*tmp")):
+        return False
+    return any(row["kind"] == "train" and row["step"] > step for row in read_metrics(run_dir))
+
+
+def test_killed_while_steps_go_on_behind_a_write_the_checkpoint_before_is_whole(captured, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start_on_a_slow_disk(words(captured, tmp_path))
+    wait_for(lambda: steps_taken_while_it_is_written(run_dir, 8), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert latest_checkpoint(run_dir).name == "step-00000004"
+    assert read_sidecar(run_dir, "last").step == 4
+    done = run(FACE, words(captured, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_sigterm_while_a_checkpoint_is_written_exits_when_both_are_whole(captured, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start_on_a_slow_disk(words(captured, tmp_path))
+    wait_for(lambda: steps_taken_while_it_is_written(run_dir, 4), process)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert (run_dir / "step-00000004.meta.json").exists()
+    stopped = latest_checkpoint(run_dir).step
+    assert stopped > 4
+    assert read_sidecar(run_dir, "last").step == stopped
+    assert not list(run_dir.glob(".*tmp"))
     done = run(FACE, words(captured, tmp_path))
     assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, undisturbed)

@@ -90,6 +90,10 @@ class CheckpointMetadata:
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return plain
 
+    def as_read_back(self) -> CheckpointMetadata:
+        """A copy that shares nothing with this: checked, with the keys and lists of JSON. Raises as ``to_dict``."""
+        return CheckpointMetadata.from_dict(self.to_dict(), "metadata to be saved")
+
     @classmethod
     def from_dict(cls, values: object, where: object) -> CheckpointMetadata:
         """Metadata out of ``values``, checked field by field. Fields this version does not know are left out.

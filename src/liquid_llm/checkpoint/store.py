@@ -16,7 +16,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -101,6 +101,7 @@ class CheckpointStore:
         *,
         kind: Literal["step", "time"] = "step",
         also_as: Sequence[str] = (),
+        given_up: Callable[[], bool] = lambda: False,
     ) -> CheckpointInfo:
         """Publish a snapshot, give it the names ``also_as``, and forget snapshots past ``keep_last``.
 
@@ -111,20 +112,20 @@ class CheckpointStore:
             metadata: of this step; its sha256 is filled in here.
             kind: named by its step, or by ``metadata.created``.
             also_as: of ``last``, ``best`` and ``final``.
+            given_up: asked while data is written: whether nobody wants this checkpoint any more.
 
         Raises:
-            StorageError: full disk, no permission; what was complete before still is.
+            StorageError: full disk, no permission, given up; what was complete before still is.
             TypeError: ``state`` holds something that is neither a tensor nor a plain value.
         """
         name = step_name(metadata.step) if kind == "step" else time_name(metadata.created)
-        # as it will be read back: checked, and with the keys and lists of JSON
-        inside = CheckpointMetadata.from_dict(metadata.to_dict() | {"sha256": None}, "metadata to be saved")
+        inside = replace(metadata.as_read_back(), sha256=None)
         temporary = self.run_dir / f".{name}{TEMPORARY_SUFFIX}"
         target = data_path(self.run_dir, name)
         with translate_errors(target, writing=True):
             try:
                 temporary.unlink(missing_ok=True)
-                digest = write_archive(temporary, {**state, METADATA_KEY: inside.to_dict()})
+                digest = write_archive(temporary, {**state, METADATA_KEY: inside.to_dict()}, given_up)
                 sync(temporary)
                 complete = replace(inside, sha256=digest)
                 if sidecar_path(self.run_dir, name).exists():

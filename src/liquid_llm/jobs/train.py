@@ -107,7 +107,9 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
         trackers = open_trackers(config.output.trackers, place.run_dir, resume_step)
         metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step, trackers=trackers))
         mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
-        recorder = Recorder(config, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
+        recorder = stack.enter_context(
+            Recorder(config, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
+        )
         if start.goes_on:
             recorder.probe()
         else:
@@ -116,7 +118,7 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
             trainer = _make_trainer(config, parts, feed, fit, recorder.hooks(stage), lambda: stop.requested)
             done = trainer.train()
         if not done:
-            recorder.save(snapshot=True)
+            recorder.stop()
             mirrors.close()
             raise Interrupted(
                 f"stopped at step {parts.progress.step} of {config.optimizer.steps} with the state saved",

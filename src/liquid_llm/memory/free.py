@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from liquid_llm.device import free_memory
+from liquid_llm.runtime import process_memory_bytes, process_peak_memory_bytes
 
 # Files of a control group: its limit, its use, and the line of memory.stat with what can be dropped.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -46,6 +47,12 @@ def host_free_bytes(root: Path = Path("/")) -> int | None:
     if available is None:
         return None
     return max(0, min([available, *_group_limits(root)]))
+
+
+def host_room_bytes() -> int | None:
+    """Main memory left beside the most that this process has held so far; None where that is not told."""
+    free, peak, held = host_free_bytes(), process_peak_memory_bytes(), process_memory_bytes()
+    return None if free is None or peak is None or held is None else free - max(0, peak - held)
 
 
 def _meminfo(path: Path) -> int | None:

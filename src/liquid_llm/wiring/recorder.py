@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from types import TracebackType
 from typing import Any
 
+from liquid_llm.checkpoint.background import BackgroundSaver, Saved
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
-from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore
+from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
 from liquid_llm.device import device_memory
+from liquid_llm.formatting import format_bytes, format_seconds
+from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
@@ -23,6 +27,7 @@ from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import course_of, describe_metadata
 
 log = logging.getLogger(__name__)
+STOP_SECONDS = 30.0  # what spot machines leave a process between SIGTERM and the end
 
 Hook = tuple[Callable[[StepResult], None], int]
 Hooks = Sequence[Hook]
@@ -30,11 +35,12 @@ Hooks = Sequence[Hook]
 
 @dataclass
 class Recorder:
-    """Writes a run's metrics and checkpoints.
+    """Writes a run's metrics and checkpoints; a context manager that does not end before the last save has.
 
-    Rows are written before the checkpoint of the same step, and evaluation comes before the snapshot it may name
-    best, so that a run continued from any checkpoint writes what an uninterrupted one writes. Each rank of a run has
-    one, as all of them add up and evaluate; the main rank's alone writes.
+    Rows are on the disk before the checkpoint of the same step, and evaluation comes before the snapshot it may name
+    best, so that a run continued from any checkpoint writes what an uninterrupted one writes. Checkpoints are written
+    behind the steps (``checkpoint/background.py``). Each rank of a run has one, as all of them add up and evaluate; the
+    main rank's alone writes.
     """
 
     config: RunConfig
@@ -48,16 +54,29 @@ class Recorder:
     _row_waited: float = field(default=0.0, init=False)
     _last_time_save: float = field(default=0.0, init=False)
     _evaluated_at: int = field(default=-1, init=False)
-    _saved: CheckpointInfo | None = field(default=None, init=False)
     _saved_at: int = field(default=-1, init=False)
+    _saver: BackgroundSaver = field(init=False)
+    _prepared: bool = field(default=False, init=False)
+    _said_stop: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self._saver = BackgroundSaver(
+            self.store, self.parts.device, self._tell_saved, log=log.warning, clock=self.clock
+        )
         self._row_started = self._last_time_save = self.clock()
         # A run killed between its last evaluation and its end is evaluated already.
         rows = (row for _, row in iter_metrics(self.store.run_dir) if row is not None)
         self._evaluated_at = max((row["step"] for row in rows if row.get("kind") == "eval"), default=-1)
         if self.parts.engine.is_main and (self.store.run_dir / SAMPLES_FILE).exists():
             self._open_samples().close()  # of steps that are run again nothing stays, asked for now or not
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._saver.__exit__(kind, error, traceback)
 
     def hooks(self, stage: Stage) -> Hooks:
         """The trainer's hooks in the order they must run; ``stage`` shows how far it is."""
@@ -66,6 +85,7 @@ class Recorder:
             (self._count, 1),
             (lambda _: stage.advance(), 1),
             (lambda result: self._write_due_row(result, stage), 1),
+            (lambda _: self._look_after_saves(), 1),
         ]
         if config.evaluation.every_steps:
             hooks.append((lambda _: self.evaluate(), config.evaluation.every_steps))
@@ -168,21 +188,30 @@ class Recorder:
         return RowFile(self.store.run_dir / SAMPLES_FILE, resume_step=done)
 
     def save(self, *, snapshot: bool) -> None:
-        """Write a checkpoint of this step, unless there is one."""
+        """Write a checkpoint of this step, unless there is one; behind the steps."""
         if self._saved_at != self.parts.progress.step:
             self._save(names=(), snapshot=snapshot)
 
+    def stop(self) -> None:
+        """A checkpoint of this step, whole when this returns; within ``STOP_SECONDS`` if the disk allows it."""
+        if self._saved_at != self.parts.progress.step and self._saver.give_up_for_another(STOP_SECONDS):
+            log.info("the save under way was given up: in %.0f s there is time for this step's only", STOP_SECONDS)
+        self.save(snapshot=True)
+        self._saver.wait()
+
     def finish(self) -> None:
-        """Last evaluation, final checkpoint."""
+        """Last evaluation, final checkpoint; it is whole when this returns."""
         self.evaluate()
         if self._saved_at != self.parts.progress.step:
             self._save(names=("final",), snapshot=True)
-        elif self._saved is not None:
-            self.uploader.enqueue_checkpoint(self.store.publish_as(self._saved, ("final",)))
+            self._saver.wait()
+        elif (info := self._saver.give_names(("final",))) is not None:
+            self.uploader.enqueue_checkpoint(info)
 
     def _save_by_time(self) -> None:
+        # One that is due while another is under way is taken once that is whole: it would only be waited for.
         due = self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes
-        if self.parts.engine.agree(due):
+        if self.parts.engine.agree(due and not self._saver.busy):
             self._last_time_save = self.clock()
             self._save(names=(), snapshot=False)
 
@@ -190,8 +219,7 @@ class Recorder:
         began = self.clock()
         metadata = self.metadata()
         state = {
-            "student": self.parts.student.model.state_dict(),
-            "optimizer": self.parts.optimizer.state_dict(),
+            **self._tensors(),
             "lr_schedule": {"step": metadata.step, "peak": self.config.optimizer.peak, "lr": metadata.lr},
             "random": random_state(),
             "accumulator": self.parts.accumulator.state_dict(),
@@ -201,12 +229,54 @@ class Recorder:
         self._saved_at = metadata.step
         if not self.parts.engine.is_main:
             return
-        self.metrics.sync()
-        info = self.store.save(state, metadata, kind="step" if snapshot else "time", also_as=("last", *names))
-        self.uploader.enqueue_checkpoint(info)
-        self._saved = info
+        if self._saver.busy:
+            log.info("step %d waits to be saved: the save before it is still being written", metadata.step)
+        self._saver.save(
+            state,
+            metadata,
+            kind="step" if snapshot else "time",
+            also_as=("last", *names),
+            first=self.metrics.sync,
+        )
         self._row_started += self.clock() - began
-        log.info("saved %s in %.2f s: %s", " ".join(info.names), self.clock() - began, describe_metadata(metadata))
+
+    def _tensors(self) -> dict[str, Any]:
+        return {"student": self.parts.student.model.state_dict(), "optimizer": self.parts.optimizer.state_dict()}
+
+    def _look_after_saves(self) -> None:
+        """After each step: end with what a save failed with; after the first, when moments are there, prepare saves."""
+        self._saver.check()
+        if self._prepared or not self.parts.engine.is_main:
+            return
+        self._prepared = True
+        self._saver.prepare(self._tensors(), host_room_bytes())
+        self._say_if_a_stop_takes_long("as long as none was measured")
+
+    def _tell_saved(self, saved: Saved) -> None:
+        self.uploader.enqueue_checkpoint(saved.info)
+        log.info(
+            "saved %s: stopped training for %.2f s, on the disk after %.2f s: %s",
+            " ".join(saved.info.names),
+            saved.stopped_seconds,
+            saved.seconds,
+            describe_metadata(saved.info.metadata),
+        )
+        self._say_if_a_stop_takes_long("as measured")
+
+    def _say_if_a_stop_takes_long(self, basis: str) -> None:
+        size, seconds = self._saver.num_bytes, self._saver.expected_seconds
+        if self._said_stop or seconds <= STOP_SECONDS:
+            return
+        self._said_stop = True
+        log.warning(
+            "a save takes about %s: %s at %.0f MB/s, %s. A machine that leaves %.0f s after SIGTERM ends before this "
+            "run's state is saved, and the last checkpoint counts: make --save_every small enough, or the disk faster",
+            format_seconds(seconds),
+            format_bytes(size),
+            size / seconds / 1e6,
+            basis,
+            STOP_SECONDS,
+        )
 
     def metadata(self) -> CheckpointMetadata:
         """What a checkpoint of the present moment says about itself."""

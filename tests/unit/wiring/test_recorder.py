@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from threading import Event, Timer
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from tests.support.checkpoints import metadata_of
 from tests.support.ranks import World
 
+from liquid_llm.checkpoint.store import CheckpointInfo
 from liquid_llm.distributed import Engine
+from liquid_llm.errors import StorageError
 from liquid_llm.framing import Framing
 from liquid_llm.losses import LossOutput, Objective
 from liquid_llm.metrics import StepAccumulator
@@ -32,9 +38,9 @@ class Written:
     def sync(self) -> None:
         self.calls.append(("sync",))
 
-    def save(self, state: dict[str, Any], metadata: Any, *, kind: str, also_as: tuple[str, ...]) -> Any:
+    def save(self, state: dict[str, Any], metadata: Any, *, kind: str, also_as: tuple[str, ...], **_: Any) -> Any:
         self.calls.append((kind, metadata.step, also_as, state["accumulator"]["sums"][0][0]))
-        return SimpleNamespace(step=metadata.step, names=also_as)
+        return CheckpointInfo(Path(__file__), metadata, also_as)
 
     def publish_as(self, info: Any, names: tuple[str, ...]) -> Any:
         self.calls.append(("publish", info.step, names))
@@ -48,7 +54,7 @@ class Plain(Recorder):
     """Metadata is another's subject."""
 
     def metadata(self) -> Any:
-        return SimpleNamespace(step=self.parts.progress.step, lr=0.1)
+        return metadata_of(self.parts.progress.step)
 
 
 class Evaluate:
@@ -59,8 +65,8 @@ class Evaluate:
         return {"val_loss_student": 2.0}
 
 
-def recorder(engine: Engine, folder: Path, clock: Any) -> tuple[Plain, Written]:
-    written = Written()
+def recorder(engine: Engine, folder: Path, clock: Any, written: Any = None) -> tuple[Plain, Any]:
+    written = written or Written()
     written.run_dir = folder
     config = SimpleNamespace(
         output=SimpleNamespace(metrics_every_steps=1, save_every_steps=0, save_every_minutes=1),
@@ -81,6 +87,19 @@ def recorder(engine: Engine, folder: Path, clock: Any) -> tuple[Plain, Written]:
     return Plain(config, parts, written, written, written, waited=lambda: 0.0, clock=clock), written
 
 
+def take_step(one: Recorder, step: int, loss: float = 1.0) -> None:
+    """What a step's hooks do."""
+    one.parts.progress.step = step
+    zero = torch.zeros(())
+    output = LossOutput(torch.tensor(loss), zero, zero, zero, num_positions=1, num_signal=0)
+    batch = SimpleNamespace(type="lm", num_tokens=2, num_learnt=2, padded_tokens=2)
+    values = StepValues(0.1, Objective())
+    scored = [SimpleNamespace(batch=batch, output=output)]
+    result = SimpleNamespace(step=step, values=values, grad_norm=1.0, scored=scored)
+    for hook, _ in one.hooks(SimpleNamespace(advance=lambda: None, note=lambda _: None)):
+        hook(result)
+
+
 def test_the_main_rank_alone_writes_what_all_have_summed_and_one_clock_is_enough_to_save(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -89,23 +108,13 @@ def test_the_main_rank_alone_writes_what_all_have_summed_and_one_clock_is_enough
     def work(engine: Engine) -> tuple[list[Any], float]:
         now = [0.0]
         one, written = recorder(engine, tmp_path, lambda: now[0])
-        stage = SimpleNamespace(advance=lambda: None, note=lambda _: None)
         for step in (1, 2):
             now[0] += 70.0 if engine.rank == 1 and step == 2 else 1.0  # one rank's minute is over
-            one.parts.progress.step = step
-            zero = torch.zeros(())
-            output = LossOutput(torch.tensor(1.0 + engine.rank), zero, zero, zero, num_positions=1, num_signal=0)
-            batch = SimpleNamespace(type="lm", num_tokens=2, num_learnt=2, padded_tokens=2)
-            result = SimpleNamespace(
-                step=step,
-                values=StepValues(0.1, Objective()),
-                grad_norm=1.0,
-                scored=[SimpleNamespace(batch=batch, output=output)],
-            )
-            for hook, _ in one.hooks(stage):
-                hook(result)
-        one.evaluate()
-        one.finish()
+            take_step(one, step, loss=1.0 + engine.rank)
+        with one:
+            one.stop()  # until the save of the last step is whole, which others would be written behind
+            one.evaluate()
+            one.finish()
         return written.calls, one.parts.progress.best_val_loss
 
     (main, best), (other, other_best) = World(2).run(work)
@@ -124,3 +133,112 @@ def test_the_main_rank_alone_writes_what_all_have_summed_and_one_clock_is_enough
         ("publish", 2, ("final",)),
         ("upload", 2),
     ]
+
+
+class SlowlyWritten(Written):
+    """Saves are whole when the gate is open, or fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Event()
+        self.error: Exception | None = None
+
+    def save(self, *arguments: Any, given_up: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + 20
+        while not self.gate.wait(0.005) and not given_up():
+            assert time.monotonic() < deadline, "nobody opened the gate"
+        if self.error is not None or given_up():
+            raise self.error or OSError("given up")
+        return super().save(*arguments, **options)
+
+    def saves(self) -> list[tuple[str, int]]:
+        return [call[:2] for call in self.calls if call[0] in ("step", "time")]
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    monkeypatch.setattr("liquid_llm.wiring.recorder.describe_metadata", lambda metadata: "")
+    caplog.set_level("INFO")
+    return caplog
+
+
+def test_a_time_save_is_not_waited_for_but_taken_when_the_one_before_is_whole(tmp_path: Path, described: Any) -> None:
+    now = [0.0]
+    one, written = recorder(Engine(), tmp_path, lambda: now[0], SlowlyWritten())
+    with one:
+        for step in range(1, 5):
+            now[0] += 61.0
+            take_step(one, step)  # due after each of them
+        assert written.saves() == []
+        written.gate.set()
+        one._saver.wait()
+        now[0] += 1.0
+        take_step(one, 5)
+    assert written.saves() == [("time", 1), ("time", 5)]
+
+
+def test_training_ends_with_what_a_save_failed_with_at_the_next_step(tmp_path: Path, described: Any) -> None:
+    now = [0.0]
+    one, written = recorder(Engine(), tmp_path, lambda: now[0], SlowlyWritten())
+    written.error = StorageError("the disk is full")
+    with pytest.raises(StorageError, match="full"), one:
+        now[0] += 61.0
+        take_step(one, 1)
+        now[0] += 1.0
+        take_step(one, 2)  # it is under way
+        written.gate.set()
+        one._saver._work.result.exception()
+        now[0] += 1.0
+        take_step(one, 3)
+    assert written.calls[-1][:2] == ("train", 3)
+
+
+def test_a_stop_saves_this_step_in_place_of_the_save_under_way_where_there_is_time_for_one(
+    tmp_path: Path, described: Any
+) -> None:
+    now = [0.0]
+    one, written = recorder(Engine(), tmp_path, lambda: now[0], SlowlyWritten())
+    one._saver.prepare = lambda *_: setattr(one._saver, "num_bytes", int(20 * 240e6))
+    with one:
+        now[0] += 61.0
+        take_step(one, 1)
+        now[0] += 1.0
+        take_step(one, 2)
+        Timer(0.2, written.gate.set).start()
+        one.stop()
+        assert written.saves() == [("step", 2)]
+        assert "the save under way was given up" in described.text
+        written.gate.clear()
+        now[0] += 61.0
+        take_step(one, 3)
+        Timer(0.2, written.gate.set).start()
+        one.stop()  # of this very step: it is waited for
+    assert written.saves() == [("step", 2), ("time", 3)]
+
+
+def test_a_save_that_takes_longer_than_a_machine_waits_is_said_at_the_start(tmp_path: Path, described: Any) -> None:
+    for num_bytes, warned in ((int(29 * 240e6), False), (int(31 * 240e6), True)):
+        described.clear()
+        now = [0.0]
+        one, written = recorder(Engine(), tmp_path, lambda now=now: now[0], SlowlyWritten())
+        one._saver.prepare = lambda *_, size=num_bytes, saver=one._saver: setattr(saver, "num_bytes", size)
+        with one:
+            for step in (1, 2):
+                now[0] += 1.0
+                take_step(one, step)
+        text = "a save takes about 31 s: 6.93 GiB at 240 MB/s, as long as none was measured. A machine that leaves 30 s"
+        assert (text in described.text) == warned
+        assert described.text.count("a save takes") == warned
+
+
+def test_a_disk_that_proves_too_slow_is_said_after_the_first_save(tmp_path: Path, described: Any) -> None:
+    now = [0.0]
+    one, written = recorder(Engine(), tmp_path, lambda: now[0], SlowlyWritten())
+    with one:
+        now[0] += 61.0
+        take_step(one, 1)
+        assert "a save takes" not in described.text
+        now[0] += 45.0
+        written.gate.set()
+    assert "a save takes about 45 s" in described.text
+    assert "as measured" in described.text
