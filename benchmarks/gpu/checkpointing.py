@@ -1,4 +1,4 @@
-"""Part 7: how long a checkpoint stops training, and what of: copying to the host, hashing, writing, forcing to disk."""
+"""Part 7: how long a checkpoint stops training, and what is done behind it: hashing, writing, forcing to disk."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks.gpu.shapes import (
     trainer,
 )
 
+from liquid_llm.checkpoint.copies import HostCopies, block_sizes
 from liquid_llm.checkpoint.files import write_archive
 from liquid_llm.runtime import random_state
 
@@ -60,6 +61,9 @@ def run(context: Context) -> None:
     piece("written and hashed", lambda: write_archive(path, host))  # type: ignore[arg-type]
     piece("forced to disk", lambda: _forced(path))
     path.unlink(missing_ok=True)
+    copies = HostCopies(context.device)
+    piece("pinned memory taken, once", lambda: copies.prepare(block_sizes(state)))
+    piece("a save stops training", lambda: copies.copy(state))
     whole = context.folder / "whole.pt"
     piece("all of it, from the device", lambda: (write_archive(whole, state), _forced(whole)))
     whole.unlink(missing_ok=True)

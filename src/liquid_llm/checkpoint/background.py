@@ -95,7 +95,7 @@ class BackgroundSaver:
 
     @property
     def expected_seconds(self) -> float:
-        """How long a save takes until it is on the disk: as long as the last one; the first, as the assumed disk takes."""
+        """How long a save takes until it is on the disk: as the last one did; the first as the assumed disk would."""
         return self.num_bytes / ASSUMED_BYTES_PER_SECOND if self._last is None else self._last.seconds
 
     def prepare(self, state: Mapping[str, Any], room_bytes: int | None = None) -> None:

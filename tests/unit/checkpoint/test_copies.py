@@ -101,9 +101,7 @@ def test_what_could_not_be_read_back_is_refused_at_once() -> None:
         HostCopies(CPU).copy({"deep": [{1, 2}]})
 
 
-def test_a_device_is_waited_for_once_however_many_tensors_there_are(
-    accelerator: Accelerator, tmp_path: Path
-) -> None:
+def test_a_device_is_waited_for_once_however_many_tensors_there_are(accelerator: Accelerator, tmp_path: Path) -> None:
     there = {"student": {str(n): torch.full((5, n), float(n)).to(accelerator.device) for n in range(1, 9)}}
     copies = HostCopies(accelerator.device)
     copies.prepare(block_sizes(there))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from liquid_llm.memory.free import available_bytes, host_free_bytes
+from liquid_llm.memory.free import available_bytes, host_free_bytes, host_room_bytes
+from liquid_llm.runtime import process_memory_bytes, process_peak_memory_bytes
 
 GIB = 2**30
 
@@ -70,3 +71,19 @@ def test_what_the_job_holds_already_is_its_own() -> None:
     assert free is not None
     assert held is not None
     assert 0 < free < 1 << 50 < held
+
+
+def test_room_is_what_is_left_beside_the_most_that_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("host_free_bytes", 10), ("process_peak_memory_bytes", 6), ("process_memory_bytes", 4)):
+        monkeypatch.setattr(f"liquid_llm.memory.free.{name}", lambda size=size: size * GIB)
+    assert host_room_bytes() == 8 * GIB
+    monkeypatch.setattr("liquid_llm.memory.free.process_memory_bytes", lambda: None)
+    assert host_room_bytes() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells in files")
+def test_what_a_process_holds_is_not_more_than_it_ever_did() -> None:
+    held, peak = process_memory_bytes(), process_peak_memory_bytes()
+    assert held is not None
+    assert peak is not None
+    assert 10 * 2**20 < held <= peak + 2**20

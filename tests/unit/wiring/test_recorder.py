@@ -181,15 +181,20 @@ def test_training_ends_with_what_a_save_failed_with_at_the_next_step(tmp_path: P
     now = [0.0]
     one, written = recorder(Engine(), tmp_path, lambda: now[0], SlowlyWritten())
     written.error = StorageError("the disk is full")
-    with pytest.raises(StorageError, match="full"), one:
-        now[0] += 61.0
-        take_step(one, 1)
-        now[0] += 1.0
-        take_step(one, 2)  # it is under way
-        written.gate.set()
-        one._saver._work.result.exception()
-        now[0] += 1.0
-        take_step(one, 3)
+
+    def run() -> None:
+        with one:
+            now[0] += 61.0
+            take_step(one, 1)
+            now[0] += 1.0
+            take_step(one, 2)  # it is under way
+            written.gate.set()
+            one._saver._work.result.exception()
+            now[0] += 1.0
+            take_step(one, 3)
+
+    with pytest.raises(StorageError, match="full"):
+        run()
     assert written.calls[-1][:2] == ("train", 3)
 
 
@@ -220,7 +225,7 @@ def test_a_save_that_takes_longer_than_a_machine_waits_is_said_at_the_start(tmp_
     for num_bytes, warned in ((int(29 * 240e6), False), (int(31 * 240e6), True)):
         described.clear()
         now = [0.0]
-        one, written = recorder(Engine(), tmp_path, lambda now=now: now[0], SlowlyWritten())
+        one, _ = recorder(Engine(), tmp_path, lambda now=now: now[0], SlowlyWritten())
         one._saver.prepare = lambda *_, size=num_bytes, saver=one._saver: setattr(saver, "num_bytes", size)
         with one:
             for step in (1, 2):
