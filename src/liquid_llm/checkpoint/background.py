@@ -90,8 +90,8 @@ class BackgroundSaver:
 
     @property
     def busy(self) -> bool:
-        """Whether the next save would have to wait."""
-        return self._work is not None and not self._work.result.done()
+        """Whether a save is under way, which the next would have to wait for."""
+        return self._work is not None and self._work.is_save and not self._work.result.done()
 
     @property
     def expected_seconds(self) -> float:
@@ -155,7 +155,7 @@ class BackgroundSaver:
 
     def check(self) -> None:
         """Raise what the last save failed with, if it did; one that is under way is not waited for."""
-        if not self.busy:
+        if self._work is not None and self._work.result.done():
             self.wait()
 
     def wait(self) -> Saved | None:
@@ -182,7 +182,7 @@ class BackgroundSaver:
         is under way is then all that can be had.
         """
         work = self._work
-        if work is None or not self.busy or not work.is_save or "best" in work.names:
+        if work is None or not self.busy or "best" in work.names:
             return False
         rest = max(0.0, self.expected_seconds - (self._clock() - work.began))
         if not self.expected_seconds <= within_seconds < rest + self.expected_seconds:
