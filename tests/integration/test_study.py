@@ -231,6 +231,41 @@ def test_what_an_arm_cannot_be_is_said_before_anything_runs(asked, tmp_path, cap
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        ({"evaluation": {"answers": 3}}, 2, "no held-out text has an answer that can be marked"),
+        ({"val_fraction": 1e-9}, 3, "no text is held out, so there is nothing to evaluate on"),
+        ({"evaluation": {"records": "nowhere.jsonl"}}, 3, "nowhere.jsonl"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_before_anything_runs(
+    asked, tmp_path, capsys, changed, code, message
+):
+    path, folder = tmp_path / "run.yaml", tmp_path / "study"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), **changed}))
+    assert main(words(path, folder)) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (folder / "runs").exists()
+    assert not (folder / "captures.json").exists()
+
+
+def test_answers_in_records_of_the_evaluation_s_own_can_be_marked(asked, tmp_path):
+    """What is asked of the held-out text is asked of the text that the evaluation names."""
+    records, path = tmp_path / "held.jsonl", tmp_path / "run.yaml"
+    rows = [{"prompt": f"{n} and {n} are", "completion": f"so many: #### {2 * n}"} for n in range(4)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {**yaml.safe_load(asked.read_text()), "max_steps": 1, "seeds": [0], "eval_every": 0}
+    path.write_text(
+        yaml.safe_dump({**values, "evaluation": {"records": f"lm={records}", "answers": 3, "answer_tokens": 4}})
+    )
+    folder = tmp_path / "study"
+    assert main(words(path, folder)) == 0
+    assert len(StudyFolder(folder).evaluation(Unit("plain", 0))["answers"]) == 3
+
+
 def test_an_arm_without_kd_at_first_alone_is_pointed_at(asked, tmp_path, caplog):
     values = yaml.safe_load(asked.read_text())
     values |= {"arms": [{"name": "nearly plain", "kd_alpha_start": 0}, {"name": "b", "kd_alpha_start": 0.9}]}

@@ -14,6 +14,8 @@ import torch
 
 from liquid_llm import storage
 from liquid_llm.answers import MAX_NEW_TOKENS
+from liquid_llm.config import DataConfig, RunConfig
+from liquid_llm.data.types import ManifestEntry
 from liquid_llm.errors import UsageError
 from liquid_llm.evaluation import Evaluation, Judge
 from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
@@ -27,8 +29,18 @@ from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.training import Student
-from liquid_llm.wiring.judging import Judgement, evaluation_config, judge_on, records_entries, token_config
+from liquid_llm.wiring.judging import (
+    Judgement,
+    evaluation_config,
+    hold_out,
+    judge_on,
+    planned_evaluation,
+    records_entries,
+    token_config,
+)
 from liquid_llm.wiring.opening import OpenedStudent, open_student
+from liquid_llm.wiring.start import begin
+from liquid_llm.wiring.tokenizers import choose_tokenizer
 from liquid_llm.wiring.tokens import read_token
 
 log = logging.getLogger(__name__)
@@ -71,8 +83,7 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
         raise UsageError("--which chooses from run directories, and no student is one", got=", ".join(students))
     config = evaluation_config(given, opened)
     device = torch.device(choose_device(config.device).value)
-    entries = records_entries(str(given["records"])) if given.get("records") else find_run_data(config.data).entries
-    judgement = judge_on(config, opened, entries, device, token)
+    judgement = judge_on(config, opened, _find_entries(given, config.data), device, token)
     with closing(judgement.teachers.router):
         told = given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS, token
         found = _judge(opened, judgement, device, *told)
@@ -80,6 +91,27 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
         return found
     tasks = [_run_tasks(plan, student, judgement) for student in opened]
     return [replace(one, tasks=results) for one, results in zip(found, tasks, strict=True)]
+
+
+def _find_entries(given: Mapping[str, Any], data: DataConfig) -> Sequence[ManifestEntry]:
+    return records_entries(str(given["records"])) if given.get("records") else find_run_data(data).entries
+
+
+def check_evaluation(run: RunConfig, given: Mapping[str, Any]) -> None:
+    """Refuse what an evaluation of a run will refuse, before that run is begun: its texts are read, as the run will.
+
+    Args:
+        given: as for ``evaluate_students``.
+
+    Raises:
+        LiquidError: as ``evaluate_students``; no text is held out, or nothing in it can be marked where answers are
+            asked for.
+    """
+    config = planned_evaluation(given, run)
+    token = read_token(token_config(given))
+    text = choose_tokenizer(run, begin(run), token).learn(config.data, token)
+    inputs, _ = hold_out(config, text, token, _find_entries(given, config.data))
+    choose_questions(inputs, text.tokenizer, given.get("answers"))
 
 
 def _plan_tasks(given: Mapping[str, Any]) -> TaskPlan | None:
@@ -110,7 +142,7 @@ def _judge(
     dtype = choose_dtype(on.config.student.precision, device.type)
     log.info("students in %s: %s", dtype.value, dtype.reason)
     students = [Student(one.model.to(device), torch_dtype(dtype.value)) for one in opened]
-    questions = choose_questions(on, num_answers)  # before the measures, which may take long
+    questions = choose_questions(on.inputs, on.text.tokenizer, num_answers)  # before the measures, which may take long
     total = sum(batch.num_tokens for by_type in on.sets.values() for those in by_type.values() for batch in those)
     sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
     with Stage("evaluate", unit="tokens", total=total) as stage:

@@ -12,6 +12,7 @@ from liquid_llm.answers import Question, answer_questions, count_right, end_toke
 from liquid_llm.errors import UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.terminal import Stage
+from liquid_llm.wiring.inputs import Inputs
 from liquid_llm.wiring.judging import Judgement
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ _AT_ONCE = 16
 Rows = list[dict[str, Any]]
 
 
-def choose_questions(on: Judgement, count: int | None) -> list[Question]:
+def choose_questions(inputs: Inputs, tokenizer: Any, count: int | None) -> list[Question]:
     """The held-out prompts that all models answer.
 
     Args:
@@ -33,8 +34,8 @@ def choose_questions(on: Judgement, count: int | None) -> list[Question]:
         UsageError: some are asked for, and no held-out text has a prompt and an answer that can be marked.
     """
     wanted = USUAL_ANSWERS if count is None else count
-    datasets = [one for those in on.inputs.validation.values() for one in those]
-    questions = pick_questions(datasets, on.text.tokenizer, count=wanted, seed=_SEED) if wanted else []
+    datasets = [one for those in inputs.validation.values() for one in those]
+    questions = pick_questions(datasets, tokenizer, count=wanted, seed=_SEED) if wanted else []
     if count and not questions:
         raise UsageError(
             "no held-out text has an answer that can be marked",

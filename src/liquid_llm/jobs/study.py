@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from liquid_llm import storage
@@ -22,7 +22,8 @@ from liquid_llm.config_names import counted_options
 from liquid_llm.distributed import start_engine
 from liquid_llm.errors import DataError, Interrupted, LiquidError, UsageError
 from liquid_llm.jobs.capture import capture_signal, exit_code
-from liquid_llm.jobs.evaluate import evaluate_students
+from liquid_llm.jobs.evaluate import check_evaluation, evaluate_students
+from liquid_llm.jobs.prepare import prepare_run_data
 from liquid_llm.jobs.study_result import open_folder, show_study
 from liquid_llm.jobs.train import run_training
 from liquid_llm.masking import process_masker
@@ -62,6 +63,7 @@ def run_study(study: Study, folder: str) -> int:
     plan = place.add_to_plan(_describe(study, place))
     for remark in plan["remarks"]:
         log.warning("%s", remark)
+    _check_evaluation(study, place)
     with StopSignal() as stop:
         work = _Work(study, place, lambda: stop.requested)
         for number in range(len(study.captures)):
@@ -144,6 +146,24 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
         "least_gain": study.least_gain,
         "remarks": remarks,
     }
+
+
+def _check_evaluation(study: Study, place: StudyFolder) -> None:
+    """Refuse an evaluation that cannot be made, before hours of training; the texts are those of the baseline.
+
+    Raises:
+        LiquidError: nothing is held out, or nothing of it can be marked.
+    """
+    if all(place.is_done(one) for one in study.units()):
+        return
+    config = build_run_config(study.face, _options(study, place, study.units()[0]))
+    if config.data.prepare != "skip":
+        prepare_run_data(replace(config.data, prepare="auto"))  # as the first run would, which finds it done
+    check_evaluation(config, _evaluation_options(study))
+
+
+def _evaluation_options(study: Study) -> dict[str, object]:
+    return {**{name: study.options[name] for name in _FOR_EVALUATION if name in study.options}, **study.evaluation}
 
 
 def _as_kept(value: Any) -> Any:
@@ -289,7 +309,6 @@ class _Work:
         baseline = self.study.arms[0].name
         of_baseline = next((one for one in units if one.arm == baseline), units[0])
         lacking = [one for one in units if (self.place.evaluation(one) or {}).get("asked") != asked]
-        options = {name: self.study.options[name] for name in _FOR_EVALUATION if name in self.study.options}
         while lacking:
             self.check()
             # The first of each group says what is held out, so it is one of the baseline: a new one where there is any.
@@ -298,7 +317,7 @@ class _Work:
             group = [first, *others[: max(1, self._at_once(first) - 1)]]
             log.info("study: evaluate %d students", sum(one in lacking for one in group))
             students = [str(self.place.run_dir(one) / FINAL) for one in group]
-            found = evaluate_students(students, {**options, **self.study.evaluation})
+            found = evaluate_students(students, _evaluation_options(self.study))
             for unit, one in zip(group, found, strict=True):
                 self.place.keep_evaluation(unit, {**one.plain(), "asked": asked})
             lacking = [one for one in lacking if one not in group]

@@ -62,9 +62,7 @@ def evaluation_config(given: Mapping[str, Any], students: Sequence[OpenedStudent
     Raises:
         UsageError: nothing names the texts, or options do not go together.
     """
-    named = [name for name in _DATA if given.get(name)]
-    if len(named) > 1:
-        raise UsageError("the texts are named twice", got=" and ".join(f"--{one}" for one in named), remedy="keep one")
+    named = _named_texts(given)
     of_run = next((one for one in students if one.run is not None), None)
     face, options = BARE, dict[str, Any]()
     if of_run is not None and (not named or "teacher" not in given):
@@ -79,6 +77,34 @@ def evaluation_config(given: Mapping[str, Any], students: Sequence[OpenedStudent
             where=", ".join(one.name for one in students),
             expected="--dataset_manifest, --dataset_name or --records; a run has held out some itself",
         )
+    inherited = None
+    if of_run is not None and of_run.metadata is not None:
+        inherited = {"block_size": of_run.metadata.block_size, "eval_ctx_lens": of_run.metadata.eval_ctx_lens}
+    return _configure(given, face, options, inherited)
+
+
+def planned_evaluation(given: Mapping[str, Any], run: RunConfig) -> RunConfig:
+    """The configuration that evaluating a run will have, before the run is begun; see ``evaluation_config``."""
+    face, options = run.face, dict(run.given)
+    if _named_texts(given) and "teacher" in given:
+        face, options = BARE, {}
+    lengths = {"block_size": run.data.block_size, "eval_ctx_lens": run.evaluation.context_lengths}
+    return _configure(given, face, options, lengths)
+
+
+def _named_texts(given: Mapping[str, Any]) -> list[str]:
+    """The one option that names texts of the evaluation's own, if any."""
+    named = [name for name in _DATA if given.get(name)]
+    if len(named) > 1:
+        raise UsageError("the texts are named twice", got=" and ".join(f"--{one}" for one in named), remedy="keep one")
+    return named
+
+
+def _configure(
+    given: Mapping[str, Any], face: str, options: Mapping[str, Any], inherited: Mapping[str, Any] | None
+) -> RunConfig:
+    """What is given, behind it a run's ``options``."""
+    named = _named_texts(given)
     kept = {name: value for name, value in options.items() if name in _OF_RUN.split()}
     if named:
         kept = {name: value for name, value in kept.items() if not name.startswith("dataset")}
@@ -88,9 +114,6 @@ def evaluation_config(given: Mapping[str, Any], students: Sequence[OpenedStudent
     everything = bool(given.get("records")) or own.get("val_fraction") == 1
     if everything:
         own["val_fraction"] = 0.0  # a run that trains could not hold out all
-    inherited = None
-    if of_run is not None and of_run.metadata is not None:
-        inherited = {"block_size": of_run.metadata.block_size, "eval_ctx_lens": of_run.metadata.eval_ctx_lens}
     config = build_run_config(face, {**kept, **own}, inherited)
     if everything:
         config = replace(config, data=replace(config.data, val_fraction=1.0))
@@ -182,8 +205,21 @@ def judge_on(
     text = choose_text(config, students, token)
     check_teachers(config, token)
     _require_positions(students, config)
-    inputs = read_inputs(config, text, token, entries, training=False)
+    inputs, sets = hold_out(config, text, token, entries)
     text = replace(text, framings=text.framings.of(inputs.types))
+    teachers = make_teachers(config, inputs, text, device, token)
+    return Judgement(config, text, inputs, sets, teachers, config.data.block_size)
+
+
+def hold_out(
+    config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry]
+) -> tuple[Inputs, dict[int, dict[str, list[MicroBatch]]]]:
+    """The texts that students are judged on, and their batches by context length and type.
+
+    Raises:
+        DataError: no text is held out.
+    """
+    inputs = read_inputs(config, text, token, entries, training=False)
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
     sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)
     if not sets[config.data.block_size]:
@@ -193,8 +229,7 @@ def judge_on(
             got=f"--val_fraction={config.data.val_fraction:g}",
             remedy="raise --val_fraction (1 takes everything), or name other texts",
         )
-    teachers = make_teachers(config, inputs, text, device, token)
-    return Judgement(config, text, inputs, sets, teachers, config.data.block_size)
+    return inputs, sets
 
 
 def _require_positions(students: Sequence[OpenedStudent], config: RunConfig) -> None:

@@ -161,6 +161,11 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
                 _require_known_format(place.remote)
         if found is not None:
             return continue_from(store, found)
+    return begin(config)
+
+
+def begin(config: RunConfig) -> Start:
+    """Where a run starts that has no checkpoint of its own; raises as ``find_start``."""
     if config.student.resume_uri is None:
         return Start("fresh", ResumeSource({}, f"--student={config.student.spec}"))
     origin = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
