@@ -10,13 +10,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from liquid_llm.config import RunConfig, build_schedules
 from liquid_llm.models.spec import parse_student
-from liquid_llm.options import AUTO, AUTO_BATCH, OPTIONS, OUTPUT, options_of
-
-if TYPE_CHECKING:
-    from liquid_llm.config import RunConfig
+from liquid_llm.options import AUTO, AUTO_BATCH, OBJECTIVE, OPTIONS, OUTPUT, options_of
+from liquid_llm.sources import NONE
 
 # Those that name teachers are counted as what they come to, in ``config.source``.
 _UNCOUNTED = """
@@ -38,6 +37,33 @@ def counted_options(config: RunConfig) -> dict[str, Any]:
         if name in options and name not in uncounted and value != options[name].first_default(config.face)
     }
     return {"face": config.face, "options": counted, "source": dataclasses.asdict(config.source)}
+
+
+def training_key(config: RunConfig) -> dict[str, Any]:
+    """What of ``counted_options`` plays a part: equal for two runs whose every step is the same.
+
+    The objective is what it comes to at each step. Where its weight is 0, or nothing teaches a type, neither the
+    temperature nor the divergence is looked at.
+    """
+    counted, schedules, course = counted_options(config), build_schedules(config), hashlib.sha256()
+    taught: dict[str | None, bool] = {None: config.source.other_teacher not in (None, NONE)}
+    taught |= {type: one.teacher not in (None, NONE) for type, one in config.source.named.items()}
+    weighs = False
+    for step in range(config.optimizer.steps):
+        values = schedules.at(step)
+        for type, has_teacher in taught.items():
+            one = values.objective(type)
+            told = (one.alpha, one.temperature, one.divergence) if has_teacher and one.alpha > 0 else ()
+            course.update(repr((type, one.gamma, told)).encode())
+            weighs = weighs or bool(told)
+    objective = {option.name for option in options_of(config.face) if option.group == OBJECTIVE}
+    return {
+        "options": {name: value for name, value in counted["options"].items() if name not in objective | {"sources"}},
+        "sources": {type: (one.teacher, one.layout) for type, one in config.source.named.items()},
+        "other_teacher": config.source.other_teacher,
+        "course": course.hexdigest(),
+        "distilled_share": config.objective.distilled_share if weighs else 1.0,
+    }
 
 
 def run_name(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import remove_checkpoint
 from liquid_llm.config import RunConfig, build_capture_config, build_run_config, schedule_remarks
-from liquid_llm.config_names import counted_options
+from liquid_llm.config_names import counted_options, training_key
 from liquid_llm.distributed import start_engine
 from liquid_llm.errors import DataError, Interrupted, LiquidError, UsageError
 from liquid_llm.jobs.capture import capture_signal, exit_code
@@ -106,6 +106,7 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
         UsageError: an arm's options cannot work, or two arms are the same.
     """
     arms: list[dict[str, Any]] = []
+    keys: list[dict[str, Any]] = []
     remarks: list[str] = []
     captured = [store for one in study.captures for store in build_capture_config(one).source.stores]
     for arm in study.arms:
@@ -126,6 +127,8 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
         stores = _stores_read(config)
         plain = {"name": arm.name, "options": arm.options, "counts": counts, "stores": stores}
         arms.append({**plain, "steps": config.optimizer.steps})
+        keys.append(training_key(config))
+        _refuse_twins(arms, keys)
         remarks += [f"{arm.name}: {remark}" for remark in schedule_remarks(config, 0)]
         foreign = [store for store in stores if store not in captured]
         if SECONDS in study.at and foreign:
@@ -134,10 +137,6 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
             )
     if SECONDS in study.at and study.processes > 1:
         remarks.append(f"{study.processes} runs at a time shared this machine: their seconds a step are of sharing it.")
-    for number, last in enumerate(arms):
-        same = next((one["name"] for one in arms[:number] if one["counts"] == last["counts"]), None)
-        if same is not None:
-            raise UsageError(f"arms {same!r} and {last['name']!r} are the same training", remedy="leave one out")
     return {
         "face": study.face,
         "arms": _as_kept(arms),
@@ -146,6 +145,21 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
         "least_gain": study.least_gain,
         "remarks": remarks,
     }
+
+
+def _refuse_twins(arms: Sequence[Mapping[str, Any]], keys: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the last arm where an earlier one trains in the same way, be their options equal or not."""
+    last, key = arms[-1], keys[-1]
+    same = next((one for one, other in zip(arms[:-1], keys, strict=False) if other == key), None)
+    if same is None:
+        return
+    was, now = same["counts"], last["counts"]
+    differing = [name for name in dict.fromkeys([*was, *now]) if was.get(name) != now.get(name)]
+    why = f": what differs plays no part in either ({', '.join(differing)})" if differing else ""
+    raise UsageError(
+        f"arms {same['name']!r} and {last['name']!r} are the same training{why}",
+        remedy="leave one out; where --vary makes every combination, list the arms in the configuration file instead",
+    )
 
 
 def _check_evaluation(study: Study, place: StudyFolder) -> None:

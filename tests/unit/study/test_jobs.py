@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from liquid_llm.capture.job import CaptureSummary
+from liquid_llm.errors import UsageError
 from liquid_llm.jobs import study as job
 from liquid_llm.study.folder import StudyFolder
 from liquid_llm.study.plan import Arm, Study, Unit
@@ -31,6 +32,52 @@ def test_arms_that_differ_in_a_secret_alone_are_two(tmp_path):
     arms = [Arm(name, {"dataset_manifest": url}) for name, url in zip("ab", urls, strict=True)]
     study, place = Study("train", arms, [0], {"mc_teacher_id": "org/t"}), StudyFolder(tmp_path)
     assert len(job._describe(study, place)["arms"]) == 2
+
+
+PLAIN = {"kd_alpha_start": 0, "kd_alpha_end": 0}
+HYBRID = {"dataset_manifest": "m.jsonl", "lm_teacher_id": "org/t", "mc_teacher_id": "org/t", "math_logits_dir": "S"}
+TYPES = {"sources": {"lm": {"alpha": 0.0}, "math_tool": {"alpha": 0.0}}}
+
+
+def described(tmp_path, face, shared, *arms):
+    study = Study(face, [Arm(name, one) for name, one in zip("abc", arms, strict=False)], [0], shared)
+    return job._describe(study, StudyFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("face", "shared", "arms", "names"),
+    [
+        ("train", HYBRID | PLAIN, [{}, {"kd_temperature": 4.0}], "kd_temperature"),
+        ("train", HYBRID | PLAIN, [{"divergence": "reverse_kl", "kd_positions": 0.5}, {}], "divergence, kd_positions"),
+        ("train", HYBRID | TYPES, [{"kd_alpha_end": 0.1}, {"kd_temperature": 4.0}], "kd_temperature, kd_alpha_end"),
+        ("train", HYBRID | PLAIN, [{}, {"sources": {"lm": {"temperature": 2.0}}}], "teachers"),
+        ("train", HYBRID | {"kd_alpha_end": 0.7}, [{}, {"kd_anneal_pct": 0.9}], "kd_anneal_pct"),
+        ("train", HYBRID, [{}, {"keep_old_logit_l2_fade_step": 9}], "keep_old_logit_l2_fade_step"),
+        ("anneal", {"dataset_name": "d", "alpha": 0.0}, [{"T": 3.0}, {"temp_schedule": "5:2"}], "T, temp_schedule"),
+        ("anneal", {"dataset_name": "d"}, [{"alpha": 0.2}, {"alpha_schedule": "0:0.2"}], "alpha, alpha_schedule"),
+    ],
+)
+def test_arms_that_differ_in_what_plays_no_part_are_the_same(tmp_path, face, shared, arms, names):
+    with pytest.raises(UsageError, match=f"arms 'a' and 'b' are the same training: .* plays no part .*{names}\\)"):
+        described(tmp_path, face, shared, *arms)
+
+
+@pytest.mark.parametrize(
+    ("shared", "arms"),
+    [
+        (HYBRID | PLAIN, [{}, {"lr": 0.5}]),
+        (HYBRID | PLAIN, [{}, {"keep_old_logit_l2": 0.1, "resume_gcs_uri": "there"}]),
+        (HYBRID, [{}, {"kd_temperature": 4.0}]),
+        (HYBRID, [{}, {"kd_positions": 0.5}]),
+        (
+            HYBRID | PLAIN,
+            [{"sources": {"lm": {"alpha": 0.1}}}, {"sources": {"lm": {"alpha": 0.1, "temperature": 2.0}}}],
+        ),
+        (HYBRID | {"kd_alpha_end": 0.0}, [{}, {"kd_temperature": 4.0}]),
+    ],
+)
+def test_arms_that_differ_in_what_plays_a_part_at_some_step_are_two(tmp_path, shared, arms):
+    assert len(described(tmp_path, "train", shared, *arms)["arms"]) == 2
 
 
 @pytest.mark.parametrize("done", [[("b", 0), ("a", 1), ("b", 1)], [("a", 0), ("b", 0)]])
