@@ -231,6 +231,68 @@ def test_what_an_arm_cannot_be_is_said_before_anything_runs(asked, tmp_path, cap
     assert not (folder / "runs").exists()
 
 
+def times(folder):
+    return {path: path.is_file() and path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_dry_run_says_what_would_be_run_and_keeps_nothing(asked, tmp_path, capsys):
+    """The arm without a store is tried; the other's is captured first, and nothing is made up about it."""
+    folder = tmp_path / "study"
+    assert main(words(asked, folder, "--dry_run", "--at=tokens,seconds")) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert list(tmp_path.iterdir()) == []
+    plain, distilled = found["arms"]
+    assert (plain["steps"], plain["seeds"], plain["done"], plain["from"]) == (8, [0, 1], 0, "two steps tried now")
+    assert plain["run_seconds"] > 8 * plain["step_seconds"] > 0, "evaluations and saves are in it"
+    assert found["seconds"] == pytest.approx(2 * plain["run_seconds"])
+    assert distilled["step_seconds"] is distilled["run_seconds"] is None
+    assert found["at_seconds_unknown"] == ["distilled"]
+    assert [one["state"] for one in found["captures"]] == ["never run"]
+    assert found["without"][:2] == ["2 runs whose store is captured first", "1 captures"]
+    stores = yaml.safe_load(asked.read_text())
+    assert found["shared"]["stores"] == {stores[name]: ["distilled"] for name in ("math_logits_dir", "code_logits_dir")}
+    for word in ("arm            distilled: 8 steps", "unknown: its store is captured first", "not counted: 2 runs"):
+        assert word in shown.err
+
+
+def test_a_dry_run_of_a_begun_study_counts_what_is_done_and_takes_its_pace(asked, finished, capsys):
+    before = times(finished)
+    assert main(words(asked, finished, "--dry_run")) == 0
+    shown = capsys.readouterr()
+    assert "no run is left" in shown.err
+    assert all(one["done"] for one in json.loads(shown.out)["units"])
+    assert main(words(asked, finished, "--dry_run", "--seeds=0,1,2")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["arm"], one["seed"]) for one in found["units"] if not one["done"]] == [("plain", 2), ("distilled", 2)]
+    pace = {arm["name"]: arm["seconds_per_step"] for arm in json.loads((finished / "study.json").read_text())["arms"]}
+    assert {arm["name"]: (arm["step_seconds"], arm["from"]) for arm in found["arms"]} == {
+        name: (seconds, "finished runs") for name, seconds in pace.items()
+    }
+    assert found["seconds"] == pytest.approx(sum(arm["run_seconds"] for arm in found["arms"]))
+    assert found["captures"][0]["state"] == "complete"
+    assert times(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        ({"lr": 1}, 2, "arm 'plain': lr was 0.01, and now it is 1.0"),
+        ({"mc_teacher_id": "/nowhere", "lr": 1e-2}, 2, "nowhere"),
+        ({"evaluation": {"answers": 3}}, 2, "no held-out text has an answer that can be marked"),
+        ({"arms": [{"name": "plain", **ARMS["plain"]}, {"name": "large", "eval_ctx_lens": "512"}]}, 2, "at most 256"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(asked, finished, tmp_path, capsys, changed, code, message):
+    path, before = tmp_path / "run.yaml", times(finished)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), **changed}))
+    assert main(words(path, finished, "--dry_run", "--seeds=5")) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+    assert times(finished) == before
+
+
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [

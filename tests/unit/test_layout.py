@@ -25,6 +25,7 @@ WALKED = {
     "jobs/prepare": "integration/test_prepare.py",
     "jobs/store": "integration/test_store_command.py",
     "jobs/study": "integration/test_study.py",
+    "jobs/study_ahead": "integration/test_study.py",
     "jobs/study_result": "unit/study/test_results.py",
     "jobs/train": "integration/test_hybrid_run.py",
     "wiring/exports": "integration/test_export.py",

@@ -27,6 +27,7 @@ _VARY = (
 )
 _LEAST = "a gain below this does not matter: nats a token, or share of tokens or answers"
 _PROCESSES = "runs at a time; the same command may also be started in several places"
+_DRY_RUN = "say what would be run and how long it takes: two steps of each arm are tried, nothing is kept"
 _OWN = (
     Option("study_dir", "str", OUTPUT, "study_dir", None, _FOLDER),
     Option("vary", "texts", RUN, "vary", (), _VARY),
@@ -34,13 +35,14 @@ _OWN = (
     Option("at", "names", RUN, "at", AT, "compare at equal tokens, at equal seconds, or both", choices=AT),
     Option("least_gain", "float", RUN, "least_gain", 0.01, _LEAST, minimum=0),
     Option("processes", "int", RUN, "processes", 1, _PROCESSES, minimum=1),
+    Option("dry_run", "bool", RUN, "dry_run", False, _DRY_RUN),
 )
 _STUDY = "study_dir"
 _TAKEN = {
     **dict.fromkeys(("run_id", "local_workdir", "tensorboard_uri", "model_uri"), _STUDY),
     "seed": "seeds",
     "restart": _STUDY,
-    "dry_run": _STUDY,
+    "dry_run": "dry_run",
 }
 """Options of training that a study sets itself, and the one of its own to give in their place."""
 
@@ -94,13 +96,14 @@ def read_study(face: str, words: Sequence[str]) -> tuple[Study, str]:
         loaded = load_yaml(path)
         file.where = path
         if isinstance(loaded, Mapping):
-            _refuse_taken(loaded, path)
+            _refuse_taken(_not_own(loaded), path)
             for name in _OF_FILE:
                 setattr(file, name, loaded.get(name))
             loaded = {name: one for name, one in loaded.items() if name not in _OF_FILE}
         return read_options(loaded, table, path)
 
-    _refuse_taken((word[2:].partition("=")[0] for word in normalise(words) if word.startswith("--")), "liquid study")
+    named = (word[2:].partition("=")[0] for word in normalise(words) if word.startswith("--"))
+    _refuse_taken(_not_own(named), "liquid study")
     given = parse(table, words, "liquid study", _DESCRIPTION, face=face, read_file=read_file)
     own: dict[str, Any] = {option.name: given.pop(option.name, option.default) for option in _OWN}
     folder = given.pop("output_gcs_uri", None)
@@ -127,8 +130,15 @@ def read_study(face: str, words: Sequence[str]) -> tuple[Study, str]:
         own["least_gain"],
         own["processes"],
         evaluation,
+        own["dry_run"],
     )
     return asked, str(folder or own[_STUDY])
+
+
+def _not_own(names: Iterable[object]) -> list[object]:
+    """Those that do not name an option of the study itself, which one of training has the name of too."""
+    own = {option.name for option in _OWN}
+    return [name for name in names if str(name).replace("-", "_").removeprefix("no_") not in own]
 
 
 def _refuse_taken(names: Iterable[object], where: object) -> None:

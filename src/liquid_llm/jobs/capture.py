@@ -82,16 +82,34 @@ def exit_code(summary: CaptureSummary) -> int:
     return DataError.exit_code if summary.failed else 0
 
 
-def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
-    """Score the samples of the manifest that have no complete record yet, each type's into the store named for it.
+class _Store(NamedTuple):
+    """A store that is written to; ``codec``: of one that was begun already."""
 
-    What can be refused without the data or the teacher's weights is refused before: both may take long.
+    layout: str
+    framing: Framing | None
+    codec: Codec | None
+
+
+class _Asked(NamedTuple):
+    """What a capture needs beside data and the teacher's weights; ``stores``: by folder."""
+
+    codec: Codec
+    device: Choice
+    token: str | None
+    text: TextTools
+    stores: dict[str, _Store]
+
+
+def check_capture(config: CaptureConfig, new_layout: str = "pt") -> _Asked:
+    """Find out, before data is read or a teacher is loaded, what a capture can be refused for without them.
+
+    Raises:
+        LiquidError: any problem a user can cause.
     """
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
     asked = codec_of(config.store)
-    device_choice = choose_device(config.device)
-    device = torch.device(device_choice.value)
+    device = choose_device(config.device)
     for source in config.source.named.values():
         if source.store is not None and not storage.is_remote(source.store):
             storage.check_writable(source.store)
@@ -99,7 +117,18 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     text = _text_tools(config, teacher_id, token)
     _check_num_ids(asked, text.vocab_size)
     model = identify(teacher_id, text.hash, token=token)
-    stores = _choose_stores(config, text, asked, model, new_layout)
+    return _Asked(asked, device, token, text, _choose_stores(config, text, asked, model, new_layout))
+
+
+def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
+    """Score the samples of the manifest that have no complete record yet, each type's into the store named for it.
+
+    What can be refused without the data or the teacher's weights is refused before: both may take long.
+    """
+    teacher_id = config.teacher.stored_id
+    assert teacher_id is not None
+    asked, device_choice, token, text, stores = check_capture(config, new_layout)
+    device = torch.device(device_choice.value)
     data = prepare_run_data(config.data, lambda type: _is_captured(config, type))
     inputs = _read_inputs(config, text, data.entries, token)
     datasets: dict[str, list[TokenDataset]] = {}
@@ -145,14 +174,6 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         choices |= {"device": device_choice, **begin_choice(text.framings, datasets)}
         _write_provenance(config, layouts, inputs, data, choices, loaded.identity)
     return summary
-
-
-class _Store(NamedTuple):
-    """A store that is written to; ``codec``: of one that was begun already."""
-
-    layout: str
-    framing: Framing | None
-    codec: Codec | None
 
 
 def _choose_stores(

@@ -13,6 +13,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from liquid_llm import storage
@@ -21,9 +22,10 @@ from liquid_llm.config import RunConfig, build_capture_config, build_run_config,
 from liquid_llm.config_names import counted_options, training_key
 from liquid_llm.distributed import start_engine
 from liquid_llm.errors import DataError, Interrupted, LiquidError, UsageError
-from liquid_llm.jobs.capture import capture_signal, exit_code
+from liquid_llm.jobs.capture import capture_signal, check_capture, exit_code
 from liquid_llm.jobs.evaluate import check_evaluation, evaluate_students
 from liquid_llm.jobs.prepare import prepare_run_data
+from liquid_llm.jobs.study_ahead import look_ahead, print_ahead
 from liquid_llm.jobs.study_result import open_folder, show_study
 from liquid_llm.jobs.train import run_training
 from liquid_llm.masking import process_masker
@@ -60,6 +62,8 @@ def run_study(study: Study, folder: str) -> int:
     if start_engine().world_size > 1:
         raise UsageError("a study's runs are of one process each", where="liquid study", remedy="use --processes")
     place = open_folder(folder)
+    if study.dry_run:
+        return _dry_run(study, place)
     plan = place.add_to_plan(_describe(study, place))
     for remark in plan["remarks"]:
         log.warning("%s", remark)
@@ -147,6 +151,18 @@ def _describe(study: Study, place: StudyFolder) -> dict[str, Any]:
     }
 
 
+def _dry_run(study: Study, place: StudyFolder) -> int:
+    """Say what would be run, with every refusal there is before the first run; nothing but tokenised data is kept."""
+    plan = place.merge_plan(_describe(study, place))
+    storage.check_writable(str(place.root))
+    for one in study.captures:
+        check_capture(build_capture_config(one), "shards")
+    _check_evaluation(study, place, prepare=False)
+    captures = [_capture_state(one, place.read(CAPTURES) or []) for one in study.captures]
+    print_ahead(look_ahead(study, place, plan, captures, partial(_options, study, place)))
+    return 0
+
+
 def _refuse_twins(arms: Sequence[Mapping[str, Any]], keys: Sequence[Mapping[str, Any]]) -> None:
     """Refuse the last arm where an earlier one trains in the same way, be their options equal or not."""
     last, key = arms[-1], keys[-1]
@@ -162,7 +178,7 @@ def _refuse_twins(arms: Sequence[Mapping[str, Any]], keys: Sequence[Mapping[str,
     )
 
 
-def _check_evaluation(study: Study, place: StudyFolder) -> None:
+def _check_evaluation(study: Study, place: StudyFolder, *, prepare: bool = True) -> None:
     """Refuse an evaluation that cannot be made, before hours of training; the texts are those of the baseline.
 
     Raises:
@@ -171,7 +187,7 @@ def _check_evaluation(study: Study, place: StudyFolder) -> None:
     if all(place.is_done(one) for one in study.units()):
         return
     config = build_run_config(study.face, _options(study, place, study.units()[0]))
-    if config.data.prepare != "skip":
+    if prepare and config.data.prepare != "skip":
         prepare_run_data(replace(config.data, prepare="auto"))  # as the first run would, which finds it done
     check_evaluation(config, _evaluation_options(study))
 
@@ -189,6 +205,19 @@ def _capture_key(options: Mapping[str, object]) -> dict[str, Any]:
     """What tells a capture from others."""
     key: dict[str, Any] = _as_kept({"stores": build_capture_config(options).source.stores, "options": dict(options)})
     return key
+
+
+def _find_capture(key: Mapping[str, Any], known: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What is kept of a capture."""
+    return next((one for one in known if {name: one[name] for name in key} == key), None)
+
+
+def _capture_state(options: Mapping[str, object], known: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How far a capture is."""
+    key = _capture_key(options)
+    mine = _find_capture(key, known)
+    state = "never run" if mine is None else "complete" if mine["complete"] else "begun"
+    return {"stores": key["stores"], "state": state, "seconds": 0.0 if mine is None else mine["seconds"]}
 
 
 def _stores_read(config: RunConfig) -> list[str]:
@@ -293,7 +322,7 @@ class _Work:
         config = build_capture_config(options)
         key = _capture_key(options)
         known = self.place.read(CAPTURES) or []
-        mine = next((one for one in known if {name: one[name] for name in key} == key), None)
+        mine = _find_capture(key, known)
         if mine is not None and mine["complete"]:
             return
         mine = mine or {**key, "seconds": 0.0, "complete": False, "begun": 0, "ended": 0}

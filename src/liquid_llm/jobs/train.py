@@ -53,7 +53,8 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
     with deterministic_algorithms(config.deterministic):
         place = resolve_place(config)
         if config.dry_run:
-            return _dry_run(config, place, engine)
+            print_findings(*_dry_run(config, place, engine))
+            return 0
         with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
             config, start = _take_up(config, find_start(config, place, store))
             if not _nothing_to_do(config, start, store):
@@ -61,6 +62,15 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
             elif config.optimizer.steps > 0 and start.kind == "continue":
                 send_what_is_lacking(place)
     return 0
+
+
+def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any], Fit]:
+    """What a dry run of a job finds, without a word of it on standard output; raises as ``run_training``."""
+    prepare_allocator()
+    config = build_run_config(face, given)
+    choose_device(config.device)
+    with deterministic_algorithms(config.deterministic):
+        return _dry_run(config, resolve_place(config), start_engine())
 
 
 def _take_up(config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
@@ -193,8 +203,8 @@ def _would_start(config: RunConfig, place: Place, nowhere: Place, store: Checkpo
     return find_start(config, replace(nowhere, remote=place.remote), store)
 
 
-def _dry_run(config: RunConfig, place: Place, engine: Engine) -> int:
-    """Look at everything, take two steps on real data in a folder that is thrown away, print what was found."""
+def _dry_run(config: RunConfig, place: Place, engine: Engine) -> tuple[dict[str, Any], Fit]:
+    """Look at everything, take two steps on real data in a folder that is thrown away; what was found."""
     findings: dict[str, Any] = {"place": check_place(place)}
     with tempfile.TemporaryDirectory() as folder:
         nowhere = Place(Path(folder), None)
@@ -220,5 +230,4 @@ def _dry_run(config: RunConfig, place: Place, engine: Engine) -> int:
         with closing(parts.teachers.router), feed:
             trainer = _make_trainer(replace(config, optimizer=two_more), parts, feed, fit)
             found = rehearse(trainer, parts.evaluator, parts.speech, nowhere.run_dir, sizes["checkpoint_bytes"])
-        print_findings({**findings, **describe_pace(config, start, found)}, fit)
-    return 0
+    return {**findings, **describe_pace(config, start, found)}, fit

@@ -123,6 +123,12 @@ class StudyFolder:
             )
         return found
 
+    def merge_plan(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What is planned and what is asked for together; nothing is written. See ``add_to_plan``."""
+        if not (self.root / PLAN).exists():
+            return {"version": VERSION, **asked}
+        return _merge(self.plan(), asked, self.root)
+
     def add_to_plan(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Add what is asked for to what is planned, and return both together.
 
@@ -134,9 +140,8 @@ class StudyFolder:
             UsageError: it contradicts what is planned.
         """
         with self.change():
-            there = self.plan() if (self.root / PLAN).exists() else None
-            merged = {"version": VERSION, **asked} if there is None else _merge(there, asked, self.root)
-            if merged != there:
+            merged = self.merge_plan(asked)
+            if merged != self.read(PLAN):
                 self.write(PLAN, merged)
         return merged
 

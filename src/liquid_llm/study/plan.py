@@ -69,6 +69,7 @@ class Study:
         least_gain: a gain of less does not matter.
         processes: how many of them train at once.
         evaluation: options of the evaluation that ends it, name -> value.
+        dry_run: whether to say what would be run, and to run nothing.
     """
 
     face: str
@@ -80,6 +81,7 @@ class Study:
     least_gain: float = 0.01
     processes: int = 1
     evaluation: Mapping[str, object] = field(default_factory=dict)
+    dry_run: bool = False
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""

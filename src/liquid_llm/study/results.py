@@ -48,13 +48,17 @@ class Pace:
         return self.seconds[arm] * self.steps[arm] + self.captures[arm]
 
 
-def measure_pace(folder: StudyFolder, plan: Mapping[str, Any]) -> Pace:
+def measure_pace(folder: StudyFolder, plan: Mapping[str, Any], expected: Mapping[str, float] | None = None) -> Pace:
     """What the arms cost, from the rows of their runs; how long the baseline trains for each is kept once it is known,
-    so that the same study asks for the same runs whenever it goes on."""
+    so that the same study asks for the same runs whenever it goes on.
+
+    Args:
+        expected: arm -> seconds of a step, of arms without a finished run.
+    """
     arms = {arm["name"]: arm for arm in plan["arms"]}
     baseline = next(iter(arms))
     captures = share_captures(folder.read(CAPTURES) or [], {name: arm["stores"] for name, arm in arms.items()})
-    seconds = {}
+    seconds = dict(expected or {})
     for name in arms:
         units = [Unit(name, seed) for seed in plan["seeds"]]
         found = step_seconds([folder.run_dir(one) for one in units if folder.is_done(one)])

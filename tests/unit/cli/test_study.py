@@ -35,6 +35,14 @@ def test_an_option_is_varied_over_values():
     assert (study.seeds, study.at, study.processes, study.least_gain) == ((3, 4), ("tokens", "seconds"), 1, 0.01)
 
 
+def test_a_dry_run_is_of_the_study_and_not_of_its_runs(config):
+    for given in (["--dry-run"], config(dry_run=True)):
+        study, _ = read_study("train", [*WORDS, "--vary=lr=1,2", *given])
+        assert study.dry_run
+        assert "dry_run" not in study.options
+    assert not read_study("train", [*WORDS, "--vary=lr=1,2", "--no-dry-run"])[0].dry_run
+
+
 def test_several_are_combined_and_values_may_hold_commas():
     study, _ = read_study("train", [*WORDS, "--vary=student=from:T,layers=8;liquid-16m", "--vary", "lr=1e-3,2e-3"])
     assert list(arms(study)) == [
@@ -113,6 +121,7 @@ def test_what_cannot_work_is_said(words, message):
         ({"arms": [{"lr": 1}, {"name": "b"}]}, "arm 1: an arm without a name"),
         ({"arms": [{"name": "a", "lrr": 1}, {"name": "b"}]}, "arm 1, a"),
         ({"arms": [{"name": "a", "seed": 1}, {"name": "b"}]}, "a study sets this option itself"),
+        ({"arms": [{"name": "a", "dry_run": True}, {"name": "b"}]}, "a study sets this option itself"),
         ({"vary": ["lr=1,2"]}, "expected option: [value, value] lines"),
         ({"captures": [{"topk": "many"}], "vary": {"lr": [1, 2]}}, "captures: topk"),
         ({"evaluation": {"teachers": 1}, "vary": {"lr": [1, 2]}}, "evaluation"),
