@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage import translate_errors
+from liquid_llm.storage import start_writeback, translate_errors
 
-_PIECE_BYTES = 4 * 2**20  # hashed while it is in the processor's cache, and as often it is asked whether to go on
+_PIECE_BYTES = 4 * 2**20  # hashed while it is in the processor's cache
+_WRITEBACK_BYTES = 32 * 2**20
 
 
 class HashingWriter:
@@ -31,19 +32,18 @@ class HashingWriter:
 
     Args:
         stream: takes the bytes.
-        given_up: whether nobody wants the file any more; from then on writing fails with ``ECANCELED``.
+        before_piece: called before each few MiB; what it raises ends the writing.
     """
 
-    def __init__(self, stream: io.RawIOBase, given_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, stream: io.RawIOBase, before_piece: Callable[[], None] = lambda: None) -> None:
         self._stream = stream
-        self._given_up = given_up
+        self._before_piece = before_piece
         self._hash = hashlib.sha256()
 
     def write(self, block: Any) -> int:
         view = memoryview(block).cast("B")
         for start in range(0, view.nbytes, _PIECE_BYTES):
-            if self._given_up():
-                raise OSError(errno.ECANCELED, "given up")
+            self._before_piece()
             left = view[start : start + _PIECE_BYTES]
             self._hash.update(left)
             while left:  # the system may take less than it is given
@@ -60,19 +60,31 @@ class HashingWriter:
 def write_archive(path: Path, content: Mapping[str, Any], given_up: Callable[[], bool] = lambda: False) -> str:
     """Write ``content`` to a new file; returns its sha256. The caller forces it to disk and gives it its name.
 
+    The disk begins at once, so that forcing it later waits for little.
+
     Args:
         path: must not exist.
         content: tensors and plain values, nested in dicts, lists and tuples. A tensor that is a view of part of a
             larger storage is written alone; tensors that share a storage still share it after loading.
-        given_up: see ``HashingWriter``.
+        given_up: whether nobody wants the file any more; from then on writing fails.
 
     Raises:
         TypeError: something in ``content`` is neither a tensor nor a plain value: it could not be read back.
-        OSError: the disk is full, …
+        OSError: the disk is full, …; ``ECANCELED``: given up.
     """
     plain = plain_content(content)
     with path.open("xb", buffering=0) as stream:
-        writer = HashingWriter(stream, given_up)
+        begun = 0
+
+        def before_piece() -> None:
+            nonlocal begun
+            if given_up():
+                raise OSError(errno.ECANCELED, "given up")
+            if (written := stream.tell()) - begun >= _WRITEBACK_BYTES:
+                start_writeback(stream.fileno(), begun, written - begun)
+                begun = written
+
+        writer = HashingWriter(stream, before_piece)
         try:
             torch.save(plain, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
         except RuntimeError as error:

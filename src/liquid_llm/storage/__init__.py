@@ -37,6 +37,7 @@ from liquid_llm.storage.local import (
     publish,
     publish_folder,
     sha256,
+    start_writeback,
     sync,
     translate_errors,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "resolve",
     "set_retry_policy",
     "sha256",
+    "start_writeback",
     "stat",
     "sync",
     "translate_errors",

@@ -125,16 +125,21 @@ def write_seconds(folder: Path, size: int, clock: Callable[[], float] = time.mon
 
 
 def time_to_the_end(config: RunConfig, first_step: int, fresh: bool, found: Rehearsal) -> dict[str, float | int]:
-    """How long the run will take from here: steps, evaluations and saves with what each of them took."""
+    """How long the run will take from here: steps, evaluations, and what is waited for of its saves.
+
+    Steps go on while a save is written: only what the steps up to the next one leave of it is waited for, and the last.
+    """
     steps = max(0, config.optimizer.steps - first_step)
     evaluations = _times(config.evaluation.every_steps, first_step, config.optimizer.steps) + fresh
     saves = _times(config.output.save_every_steps, first_step, config.optimizer.steps)
     if found.eval_seconds is None:
         evaluations = 0
+    beside = config.output.save_every_steps * found.step_seconds
+    waited = max(0, saves - 1) * max(0.0, found.save_seconds - beside) + (found.save_seconds if saves else 0.0)
     parts = {
         "training_seconds": steps * found.step_seconds,
         "evaluation_seconds": evaluations * (found.eval_seconds or 0.0),
-        "saving_seconds": saves * found.save_seconds,
+        "saving_seconds": waited,
     }
     counts = {"steps": steps, "evaluations": evaluations, "saves": saves}
     return {**counts, **parts, "seconds": sum(parts.values())}

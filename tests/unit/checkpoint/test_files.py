@@ -92,6 +92,22 @@ def test_hash_is_that_of_the_file(tmp_path: Path) -> None:
     assert digest == storage.sha256(tmp_path / "a.pt")
 
 
+def test_the_disk_is_told_to_begin_while_a_large_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "liquid_llm.checkpoint.files.start_writeback", lambda _, start, size: asked.append((start, size))
+    )
+    monkeypatch.setattr("liquid_llm.checkpoint.files._WRITEBACK_BYTES", 8 * 2**20)
+    content = {"a": torch.ones(18 * 2**18), "b": torch.ones(3, 2**18), "c": torch.ones(5, 2**18)}
+    digest = write_archive(tmp_path / "a.pt", content)
+    assert digest == storage.sha256(tmp_path / "a.pt")
+    assert [start for start, _ in asked] == [sum(size for _, size in asked[:n]) for n in range(len(asked))]
+    assert len(asked) == 3  # of 26 MiB
+    assert all(8 * 2**20 <= size < 13 * 2**20 for _, size in asked)
+
+
 def test_hashing_writer_survives_short_writes() -> None:
     class Reluctant(io.RawIOBase):
         taken = b""

@@ -294,3 +294,14 @@ def test_a_local_file_is_used_where_it_lies(tmp_path: Path) -> None:
 )
 def test_what_a_path_in_a_folder_names(path: str, folder: str, expected: str) -> None:
     assert storage.resolve(path, folder) == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be asked")
+def test_the_system_is_asked_to_begin_writing_and_refuses_what_is_no_file(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        file.write(b"x" * 100_000)
+        assert storage.start_writeback(file.fileno(), 0, 100_000)
+    reader, writer = os.pipe()
+    assert not storage.start_writeback(writer, 0, 10)
+    os.close(reader)
+    os.close(writer)

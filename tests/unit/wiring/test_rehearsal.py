@@ -40,7 +40,18 @@ def test_steps_evaluations_and_saves_are_as_many_as_the_run_will_have(
     assert found["steps"] == len(steps)
     assert found["evaluations"] == len(evaluations) + fresh
     assert found["saves"] == len(saves) >= ends
-    assert found["seconds"] == len(steps) + 10 * (len(evaluations) + fresh) + 100 * len(saves)
+    assert found["seconds"] == len(steps) + 10 * (len(evaluations) + fresh) + found["saving_seconds"]
+
+
+@pytest.mark.parametrize(("save_seconds", "waited"), [(3.0, 3.0), (5.0, 5.0), (7.0, 7.0 + 3 * 2.0)])
+def test_a_save_is_waited_for_only_where_the_next_one_comes_before_it_is_whole(
+    save_seconds: float, waited: float
+) -> None:
+    config = build_run_config(ANNEAL, {"dataset_name": "d", "train_steps": 20, "eval_every": 0, "save_every": 5})
+    assert time_to_the_end(config, 0, True, measured(save=save_seconds))["saving_seconds"] == waited
+    config = build_run_config(ANNEAL, {"dataset_name": "d", "train_steps": 20, "eval_every": 0, "save_every": 0})
+    assert time_to_the_end(config, 0, True, measured(save=save_seconds))["saving_seconds"] == save_seconds
+    assert time_to_the_end(config, 20, True, measured(save=save_seconds))["saving_seconds"] == 0
 
 
 def test_without_anything_held_out_nothing_is_evaluated() -> None:
