@@ -18,6 +18,7 @@ from liquid_llm.data.tokens import is_held_out
 from liquid_llm.jobs.evaluate_answers import wilson_interval
 from liquid_llm.metrics import read_metrics
 from liquid_llm.models.loading import load_tokenizer
+from liquid_llm.study.verdict import quantile
 
 pytestmark = pytest.mark.slow
 
@@ -194,6 +195,39 @@ def test_several_students_have_the_texts_in_common_and_one_pass_of_the_teacher(w
         assert lengths["16"]["by_type"]["lm"]["texts"] == lengths["64"]["by_type"]["lm"]["texts"]
 
 
+def test_further_students_are_compared_with_the_first_text_by_text(world, run, tmp_path, capsys):
+    """In the JSON, beside the run, in the table; the intervals by their formula from the sums of each text."""
+    first, second, itself = found(run, run / "last.pt", run, f"--teacher={world.teacher}", folder=tmp_path)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert first["compared"] == {}
+    assert second["compared"]["with"] == str(run)
+    assert itself == json.loads((run / "evaluation.json").read_text())
+    assert all(one["difference"] == 0 for one in itself["compared"]["verdicts"])
+    verdicts = {(one["type"], one["measure"]): one for one in second["compared"]["verdicts"]}
+    kinds = ("all", "lm", "math_tool", "code")
+    assert set(verdicts) == {(type, key) for type in kinds for key in ("ce", "kl", "agreement", "overlap")}
+    for type, measures in (("all", second["measures"]["all"]), ("code", second["measures"]["by_type"]["code"])):
+        beside = first["measures"]["all"] if type == "all" else first["measures"]["by_type"][type]
+        for key in ("ce", "kl"):
+            one = verdicts[type, key]
+            assert one["difference"] == pytest.approx(measures[key]["value"] - beside[key]["value"], abs=1e-9)
+            assert one["num_texts"] == measures["texts"]
+    of_first = {row["id"]: row for row in first["texts"] if row["type"] == "code"}
+    rows = [row for row in second["texts"] if row["type"] == "code"]
+    total = sum(row["positions"] for row in rows)
+    differences = [row["ce"] - of_first[row["id"]]["ce"] for row in rows]
+    mean = sum(differences) / total
+    spread = sum((one - mean * row["positions"]) ** 2 for one, row in zip(differences, rows, strict=True))
+    error = math.sqrt(len(rows) / (len(rows) - 1) * spread) / total
+    one = verdicts["code", "ce"]
+    assert (one["high"] - one["low"]) / 2 == pytest.approx(quantile(len(rows) - 1) * error)
+    assert f"{run / 'last.pt'} against {run}: {verdicts['all', 'ce']['sentence']}" in shown
+    assert f"difference from {run} and its 95 % interval over texts" in shown
+    assert "seed" not in verdicts["all", "ce"]["sentence"]
+    found(run, folder=tmp_path)
+    assert "difference from" not in capsys.readouterr().out
+
+
 def test_a_run_behind_a_url_is_evaluated_where_it_lies(run, tmp_path):
     place = f"memory://{tmp_path.name}/run"
     for path in run.rglob("*"):
@@ -320,6 +354,10 @@ def test_prompts_are_answered_and_marked_the_teachers_beside_them(sums_world, ca
         assert row["right"] == (row["said"] == row["expected"])
     told = one["measures"]["teacher_answers"]["all"]
     assert told["right"] == sum(row["right"] for row in one["teacher_answers"]) >= 6
+    both = [sums_world / "student", sums_world / "teacher"]
+    _, better = found(*both, *words, "--answer_tokens=8", folder=sums_world)
+    (right,) = [row for row in better["compared"]["verdicts"] if row["measure"] == "answers"]
+    assert (right["word"], right["num_texts"], right["difference"]) == ("better", 9, told["right"] / 9)
     assert one["measures"]["answers"]["all"]["right"] == 0
     shown = capsys.readouterr().out
     assert f"sums 0/9 (0% to 30%); the teacher {told['right']}/9" in shown

@@ -278,14 +278,17 @@ def test_a_dry_run_of_a_begun_study_counts_what_is_done_and_takes_its_pace(asked
     ("changed", "code", "message"),
     [
         ({"lr": 1}, 2, "arm 'plain': lr was 0.01, and now it is 1.0"),
-        ({"mc_teacher_id": "/nowhere", "lr": 1e-2}, 2, "nowhere"),
+        ({"captures": {"mc_teacher_id": "/nowhere"}}, 2, "/nowhere: no such model"),
         ({"evaluation": {"answers": 3}}, 2, "no held-out text has an answer that can be marked"),
         ({"arms": [{"name": "plain", **ARMS["plain"]}, {"name": "large", "eval_ctx_lens": "512"}]}, 2, "at most 256"),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_would(asked, finished, tmp_path, capsys, changed, code, message):
     path, before = tmp_path / "run.yaml", times(finished)
-    path.write_text(yaml.safe_dump({**yaml.safe_load(asked.read_text()), **changed}))
+    values = yaml.safe_load(asked.read_text())
+    if "captures" in changed:
+        changed = {"captures": [{**values["captures"][0], **changed["captures"]}]}
+    path.write_text(yaml.safe_dump({**values, **changed}))
     assert main(words(path, finished, "--dry_run", "--seeds=5")) == code
     shown = capsys.readouterr()
     assert message in shown.err

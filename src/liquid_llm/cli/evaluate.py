@@ -7,7 +7,8 @@ from liquid_llm.options import ANNEAL, DATA, EVALUATION, OUTPUT, RUN, STUDENT, T
 
 _DESCRIPTION = (
     "Say how good students are on held-out text, beside their teacher: loss, bits a byte, KL at T=1, agreement, "
-    "overlap, calibration, each with its standard error over texts. Several students are compared on the same texts. "
+    "overlap, calibration, each with its standard error over texts. Of several students "
+    "those after the first are compared with it, text by text: differences with 95 % intervals, and one sentence. "
     "A run is evaluated on what it held out itself, beside its own teachers, unless others are named."
 )
 _STUDENTS = Positional(

@@ -23,6 +23,8 @@ class Evaluation:
         texts: the sums of each text at ``length``: ``type``, ``id`` and the columns of ``sums.COLUMNS``, by which two
             students can be paired.
         answers: generated and marked ones, see ``answers``; those of the teacher are ``teacher_answers``.
+        compared: of a second student and further ones the differences from the first: ``with``, its name; ``verdicts``,
+            plain values of ``study.verdict.Verdict``, each with its ``type``; ``remarks``. Empty of the first.
         tasks: what lm-eval's benchmarks gave, see ``lm_eval_tasks.run_tasks``; empty where none was asked for.
         length: tokens of the context.
         about: what it was worked out from: data, arithmetic, versions.
@@ -35,6 +37,7 @@ class Evaluation:
     length: int
     answers: Sequence[Mapping[str, Any]] = ()
     teacher_answers: Sequence[Mapping[str, Any]] = ()
+    compared: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 

@@ -27,6 +27,8 @@ from liquid_llm.masking import process_masker
 from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.provenance import mask_words
 from liquid_llm.runtime import choose_device, choose_dtype, torch_dtype
+from liquid_llm.study.results import pair_evaluations
+from liquid_llm.study.verdict import compare
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.training import Student
 from liquid_llm.wiring.judging import (
@@ -53,7 +55,7 @@ def run_evaluate(students: Sequence[str], given: Mapping[str, Any]) -> int:
         LiquidError: any problem a user can cause.
     """
     setup_logging("INFO")
-    found = evaluate_students(students, given)
+    found = compare_with_first(evaluate_students(students, given))
     print_evaluations(found)
     for one in found:
         if one.about["run"] is not None:
@@ -91,6 +93,22 @@ def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None =
         return found
     tasks = [_run_tasks(plan, student, judgement) for student in opened]
     return [replace(one, tasks=results) for one, results in zip(found, tasks, strict=True)]
+
+
+def compare_with_first(found: Sequence[Evaluation]) -> list[Evaluation]:
+    """The same, with the paired differences of all but the first from it, as a study judges them."""
+    first, *others = found
+    compared = [first]
+    for one in others:
+        remarks: list[str] = []
+        pair = ({"texts": one.texts, "answers": one.answers}, {"texts": first.texts, "answers": first.answers})
+        verdicts = [
+            {"type": type, **compare(*sums, measure, of_students=True).as_dict()}
+            for type, measure, sums in pair_evaluations([pair], f"{one.student} and {first.student}", remarks)
+        ]
+        told = {"with": first.student, "verdicts": verdicts, "remarks": list(dict.fromkeys(remarks))}
+        compared.append(replace(one, compared=told))
+    return compared
 
 
 def _find_entries(given: Mapping[str, Any], data: DataConfig) -> Sequence[ManifestEntry]:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from liquid_llm.evaluation import Evaluation
+from liquid_llm.jobs.difference_table import difference_table
+from liquid_llm.study.results import ALL
 from liquid_llm.terminal import result_console, result_table
 
 _COLUMNS = (  # heading, figure, factor, digits
@@ -46,8 +48,26 @@ def print_evaluations(found: Sequence[Evaluation], console: Console | None = Non
     console.print(table)
     for line in (line for one in found for line in (_remark(one), _answers(one)) if line):
         console.print(Text(line), soft_wrap=True)
+    if any(one.compared for one in found):
+        _print_differences(found, console)
     if any(one.tasks for one in found):
         _print_tasks(found, console)
+
+
+def _print_differences(found: Sequence[Evaluation], console: Console) -> None:
+    """How the second student and further ones differ from the first, and one sentence on each."""
+    others = [one for one in found if one.compared]
+    first = others[0].compared["with"]
+    verdicts = [{"student": one.student, **verdict} for one in others for verdict in one.compared["verdicts"]]
+    title = f"difference from {first} and its 95 % interval over texts (nats a token, T=1)"
+    console.print(difference_table(title, {"student": "student", "type": "text"}, verdicts))
+    for one in others:
+        said = next((v for v in one.compared["verdicts"] if (v["type"], v["measure"]) == (ALL, "ce")), None)
+        lines = [] if said is None else [f"{one.student} against {first}: {said['sentence']}"]
+        for line in (*lines, *one.compared["remarks"]):
+            console.print(Text(line), soft_wrap=True)
+    chance = "what another seed would have made of the same training is not in it (liquid study)"
+    console.print(Text(f"The interval is over texts, of these students as they are; {chance}."), soft_wrap=True)
 
 
 def _print_tasks(found: Sequence[Evaluation], console: Console) -> None:

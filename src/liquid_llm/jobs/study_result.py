@@ -13,14 +13,12 @@ from rich.text import Text
 from liquid_llm import storage
 from liquid_llm.errors import UsageError
 from liquid_llm.formatting import format_seconds
+from liquid_llm.jobs.difference_table import difference_table
 from liquid_llm.study.folder import PAGE, PLAN, RESULT, TABLES, StudyFolder
 from liquid_llm.study.page import render_study
 from liquid_llm.study.results import summarise
-from liquid_llm.study.verdict import BETTER, MEASURES, NOT_BETTER
 from liquid_llm.terminal import as_markdown, print_facts, result_console, result_table, setup_logging
 
-_HEADS = {"ce": "cross-entropy", "kl": "KL", "agreement": "agree %", "overlap": "overlap %", "answers": "answers %"}
-_STYLES = {BETTER: "green", NOT_BETTER: "red"}
 _WIDTH = 150
 
 
@@ -138,32 +136,8 @@ def _mean(rows: Sequence[Mapping[str, float | None]], name: str, digits: int) ->
 
 
 def _differences(result: Mapping[str, Any]) -> Table:
-    measures = [key for key in MEASURES if any(one["measure"] == key for one in result["verdicts"])]
-    table = _table("difference from the baseline and its 95 % interval, held-out text (nats a token; T=1)", "arm")
-    for name in ("at equal", "text"):
-        table.add_column(name)
-    for key in measures:
-        table.add_column(_HEADS[key], justify="right")
-    rows = dict.fromkeys((one["arm"], one["at"], one["type"]) for one in result["verdicts"])
-    for arm, at, type in rows:
-        cells = {
-            one["measure"]: one for one in result["verdicts"] if (one["arm"], one["at"], one["type"]) == (arm, at, type)
-        }
-        table.add_row(Text(arm), at, Text(type), *(_cell(cells.get(key)) for key in measures))
-    return table
-
-
-def _cell(verdict: Mapping[str, Any] | None) -> Text:
-    if verdict is None:
-        return Text("–")
-    measure = MEASURES[verdict["measure"]]
-    digits = 3 if measure.scale == 1 else 1
-    open_ends = {"low": "−∞", "high": "+∞"}  # of a single text
-    ends = (
-        end if verdict[key] is None else f"{verdict[key] * measure.scale:+.{digits}f}" for key, end in open_ends.items()
-    )
-    text = f"{verdict['difference'] * measure.scale:+.{digits}f} [{', '.join(ends)}]".replace("-", "−")
-    return Text(text, _STYLES.get(verdict["word"], ""))
+    title = "difference from the baseline and its 95 % interval, held-out text (nats a token; T=1)"
+    return difference_table(title, {"arm": "arm", "at": "at equal", "type": "text"}, result["verdicts"])
 
 
 def _table(title: str, first: str) -> Table:

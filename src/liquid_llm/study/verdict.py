@@ -92,6 +92,7 @@ class Verdict:
         seeds_needed: where it cannot be told yet, how many seeds would tell four times in five, were the difference and
             the spread what they look like now; None where no number would, or where one seed shows no spread.
         texts_needed: where more seeds do not suffice, about how many texts would with the present seeds; None likewise.
+        of_students: whether two students are compared and not two ways to train: no other seed is spoken of.
     """
 
     measure: Measure
@@ -107,6 +108,7 @@ class Verdict:
     word: str
     seeds_needed: int | None
     texts_needed: int | None
+    of_students: bool = False
 
     @property
     def is_worse(self) -> bool:
@@ -120,9 +122,7 @@ class Verdict:
         size = measure.show(abs(self.difference))
         side = "higher" if self.difference > 0 else "lower"
         interval = f"95 % interval of the difference {measure.show_interval(self.low, self.high)}"
-        counts = f"{_count(self.num_seeds, 'seed')}, {_count(self.num_texts, 'text')}"
-        only = "" if self.num_seeds > 1 else "; one seed: the interval holds texts only"
-        found = f"{measure.title} {size} {side} ({interval}; {counts}{only})"
+        found = f"{measure.title} {size} {side} ({interval}; {self._say_counts()})"
         if self.word == BETTER:
             gain = max(self.low, self.high, key=abs)
             little = f", though the gain is below {measure.show(measure.least_gain)}"
@@ -141,7 +141,20 @@ class Verdict:
         number, _, unit = measure.show(self.difference, sign=True).partition(" ")
         return f"{measure.title} {word}, {number} ({interval}) {unit}"
 
+    def _say_counts(self) -> str:
+        texts = _count(self.num_texts, "text")
+        if self.of_students:
+            return texts
+        only = "" if self.num_seeds > 1 else "; one seed: the interval holds texts only"
+        return f"{_count(self.num_seeds, 'seed')}, {texts}{only}"
+
     def _what_would_tell(self) -> str:
+        if self.of_students:
+            if self.texts_needed is not None:
+                return f"about {self.texts_needed:,} held-out texts would tell"
+            if self.num_texts == 1:
+                return "a single text has no interval"
+            return "not even a hundred times as many texts would tell: the difference is too small"
         if self.num_seeds == 1:
             return "run three seeds or more"
         if self.seeds_needed is not None:
@@ -159,7 +172,7 @@ class Verdict:
         plain = {
             names.get(name, name): None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in vars(self).items()
-            if name != "measure"
+            if name not in ("measure", "of_students")
         }
         words = {"worse": self.is_worse, "sentence": self.sentence, "brief": self.brief}
         return {"measure": self.measure.key, **plain, **words}
@@ -169,13 +182,16 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def compare(arm: ArrayLike, baseline: ArrayLike, weights: ArrayLike, measure: Measure) -> Verdict:
+def compare(
+    arm: ArrayLike, baseline: ArrayLike, weights: ArrayLike, measure: Measure, *, of_students: bool = False
+) -> Verdict:
     """Judge an arm against the baseline.
 
     Args:
         arm, baseline: [seeds, texts] sums over a text's positions; row s of both has the same seed.
         weights: [texts] positions of each text; 1 for a marked answer.
         measure: what the sums are of.
+        of_students: there is one row, and it is of two students that are compared as they are.
 
     Raises:
         ValueError: the shapes are no pairs, or a value is not finite.
@@ -192,7 +208,9 @@ def compare(arm: ArrayLike, baseline: ArrayLike, weights: ArrayLike, measure: Me
     word = BETTER if gains[0] > 0 else NOT_BETTER if gains[1] < measure.least_gain else UNKNOWN
     gain = spread.difference if measure.higher_is_better else -spread.difference
     seeds = texts = None
-    if word == UNKNOWN and spread.num_seeds > 1:
+    if word == UNKNOWN and of_students:
+        texts = spread.find_texts(gain, measure.least_gain)
+    elif word == UNKNOWN and spread.num_seeds > 1:
         seeds = spread.find_seeds(gain, measure.least_gain)
         texts = None if seeds is not None else spread.find_texts(gain, measure.least_gain)
     total = positions.sum()
@@ -210,6 +228,7 @@ def compare(arm: ArrayLike, baseline: ArrayLike, weights: ArrayLike, measure: Me
         word=word,
         seeds_needed=seeds,
         texts_needed=texts,
+        of_students=of_students,
     )
 
 

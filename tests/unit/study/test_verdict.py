@@ -217,3 +217,38 @@ def test_a_verdict_in_few_words() -> None:
     assert found.brief == "held-out cross-entropy better, −0.3000 (−0.3000 to −0.3000) nats a token"
     worse = compare([texts * 0.1], [texts * 0.1 + 0.02], np.ones(4), MEASURES["agreement"])
     assert worse.brief == "agreement with the teacher's first choice worse, −2.0 (−2.0 to −2.0) points"
+
+
+def test_two_students_as_they_are_have_an_interval_over_texts_and_no_word_of_seeds() -> None:
+    """The numbers are those of one seed; what would tell are texts, and about as many as say so do."""
+    rng = np.random.default_rng(3)
+    differences, weights = draw(rng, 1, 200, 0.0, 0.1, 0.0, difference=-0.012)
+    zeros = np.zeros_like(differences)
+    seeds, students = (compare(differences, zeros, weights, CE, of_students=one) for one in (False, True))
+    assert (students.difference, students.low, students.high) == (seeds.difference, seeds.low, seeds.high)
+    assert students.word == seeds.word == UNKNOWN
+    assert "one seed" in seeds.sentence
+    assert "run three seeds" in seeds.sentence
+    assert "seed" not in students.sentence
+    needed = students.texts_needed
+    assert needed is not None
+    assert f"; 200 texts); about {needed:,} held-out texts would tell." in students.sentence
+    told = 0
+    for _ in range(200):
+        more, heavy = draw(rng, 1, needed, 0.0, 0.1, 0.0, difference=students.difference)
+        told += compare(more, np.zeros_like(more), heavy, CE, of_students=True).word != UNKNOWN
+    assert told / 200 == pytest.approx(0.8, abs=0.15)
+
+
+def test_one_text_of_two_students_tells_nothing() -> None:
+    found = compare([[1.0]], [[2.0]], [10.0], CE, of_students=True)
+    assert found.word == UNKNOWN
+    assert "a single text has no interval" in found.sentence
+    assert found.as_dict()["low"] is None
+
+
+def test_a_tiny_difference_of_two_students_is_told_by_no_number_of_texts() -> None:
+    differences, weights = draw(np.random.default_rng(5), 1, 20, 0.0, 5.0, 0.0)
+    tiny = differences - weights * (differences.sum() / weights.sum() + 1e-4)
+    found = compare(tiny, np.zeros_like(tiny), weights, CE, of_students=True)
+    assert "not even a hundred times as many texts would tell" in found.sentence
