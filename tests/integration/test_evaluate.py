@@ -197,7 +197,9 @@ def test_several_students_have_the_texts_in_common_and_one_pass_of_the_teacher(w
 
 def test_further_students_are_compared_with_the_first_text_by_text(world, run, tmp_path, capsys):
     """In the JSON, beside the run, in the table; the intervals by their formula from the sums of each text."""
-    first, second, itself = found(run, run / "last.pt", run, f"--teacher={world.teacher}", folder=tmp_path)
+    early = min(run.glob("step-*.pt"))
+    first, second, itself = found(run, early, run, f"--teacher={world.teacher}", folder=tmp_path)
+    assert first["measures"]["all"]["ce"] != second["measures"]["all"]["ce"]
     shown = " ".join(capsys.readouterr().out.split())
     assert first["compared"] == {}
     assert second["compared"]["with"] == str(run)
@@ -221,7 +223,7 @@ def test_further_students_are_compared_with_the_first_text_by_text(world, run, t
     error = math.sqrt(len(rows) / (len(rows) - 1) * spread) / total
     one = verdicts["code", "ce"]
     assert (one["high"] - one["low"]) / 2 == pytest.approx(quantile(len(rows) - 1) * error)
-    assert f"{run / 'last.pt'} against {run}: {verdicts['all', 'ce']['sentence']}" in shown
+    assert f"{early} against {run}: {verdicts['all', 'ce']['sentence']}" in shown
     assert f"difference from {run} and its 95 % interval over texts" in shown
     assert "seed" not in verdicts["all", "ce"]["sentence"]
     found(run, folder=tmp_path)

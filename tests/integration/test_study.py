@@ -278,7 +278,7 @@ def test_a_dry_run_of_a_begun_study_counts_what_is_done_and_takes_its_pace(asked
     ("changed", "code", "message"),
     [
         ({"lr": 1}, 2, "arm 'plain': lr was 0.01, and now it is 1.0"),
-        ({"captures": {"mc_teacher_id": "/nowhere"}}, 2, "/nowhere: no such model"),
+        ({"captures": {"mc_teacher_id": "/nowhere"}}, 2, "no such model; got '/nowhere'"),
         ({"evaluation": {"answers": 3}}, 2, "no held-out text has an answer that can be marked"),
         ({"arms": [{"name": "plain", **ARMS["plain"]}, {"name": "large", "eval_ctx_lens": "512"}]}, 2, "at most 256"),
     ],
