@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from types import TracebackType
@@ -167,8 +167,7 @@ class Recorder:
         self._evaluated_at = progress.step
         self._row_started += self.clock() - began  # a row's rate is that of training
         loss = float(row["val_loss_student"])
-        extra = "".join(f" {key} {row[key]:.4f}" for key in row if "@" in key and key.startswith("val_loss"))
-        log.info("evaluation at step %d: val_loss_student %.4f%s", progress.step, loss, extra)
+        log.info("evaluation at step %d: val_loss_student %.4f%s", progress.step, loss, _say_further(row))
         if loss < progress.best_val_loss:
             progress.best_val_loss = loss
             if progress.step > 0:
@@ -331,3 +330,11 @@ class Recorder:
             "chat_template": self.parts.text.tokenizer.chat_template,  # there only if it was trained with
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }
+
+
+def _say_further(row: Mapping[str, Any]) -> str:
+    """What a line of the log says of an ``eval`` row beside its loss: other lengths, the teacher, answers."""
+    keys = [key for key in row if "@" in key and key.startswith("val_loss")]
+    keys += [key for key in ("val_kd", "val_agreement") if key in row]
+    answers = f" answers right {row['answers_right']}/{row['answers']}" if "answers" in row else ""
+    return "".join(f" {key} {row[key]:.4f}" for key in keys) + answers
