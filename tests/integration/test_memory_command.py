@@ -73,6 +73,16 @@ def test_a_job_is_asked_about_before_there_is_data_weights_or_a_gpu(
         assert words_of_table in err
 
 
+def test_the_buffers_of_further_measures_are_counted(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a small student with a head as large as others' they are more than a step takes."""
+    words = ("train", "--student=llama-test", f"--lm-teacher-id={teacher}", "--block-size=128")
+    _, without, _ = ask(capsys, *words)
+    _, found, err = ask(capsys, *words, "--eval-measures")
+    assert without["prediction"]["peak_stage"] != found["prediction"]["peak_stage"] == "evaluation"
+    assert found["prediction"]["peak_bytes"] > 1.05 * without["prediction"]["peak_bytes"]
+    assert "peak, evaluation" in err
+
+
 def test_the_readmes_command_says_that_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tmp_path / "teacher"  # what the hub would give
     teacher.mkdir()

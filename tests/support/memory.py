@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.evaluation import MEASURED
+from liquid_llm.evaluation import MEASURED, Evaluator
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.signals import LogitsSignal, Signal, SparseSignal
 from liquid_llm.memory.counter import StorageCounter
@@ -21,6 +21,7 @@ from liquid_llm.models.student import enable_gradient_checkpointing, student_con
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.teachers.online import OnlineTeacher
+from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.training import Progress, Student, Trainer, build_optimizer
 
 VOCAB_SIZE = 384
@@ -152,7 +153,11 @@ def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
     counter.hold((batch.input_ids, batch.labels, batch.positions, batch.targets), "")
     student.model.eval()
     with counter, torch.no_grad():
-        student(batch, _signal(shape, long, batch, teacher, 1.0), MEASURED)
+        if shape.measures:
+            router = TeacherRouter({} if teacher is None else {batch.type: teacher})
+            Evaluator({long.time: {batch.type: [batch]}}, long.time, (), router, measures=True)(student)
+        else:
+            student(batch, _signal(shape, long, batch, teacher, 1.0), MEASURED)
     return sum(counter.peak.values())
 
 

@@ -71,7 +71,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "answers": {"data", "generation"},
     "lm_eval_tasks": {"generation"},
     "study": {"metrics", "report"},
-    "memory": {"capture", "models", "signal_store", "teachers", "training"},
+    "memory": {"capture", "evaluation", "models", "signal_store", "teachers", "training"},
 }
 
 # Imports that break the rule and are to go: (importer, imported).

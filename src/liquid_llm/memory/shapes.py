@@ -85,6 +85,7 @@ class TrainingShape:
         grad_checkpoint: activations are recomputed in the backward pass.
         accumulates: a step has several micro-batches, so that gradients exist while a loss is computed.
         temperature: of the KD term; at 1 the loss needs a buffer less.
+        measures: evaluation gives agreement, overlap and calibration too, which forms logits of its own.
         device: ``cpu``, or the kind of accelerator; decides how the loss goes about it.
     """
 
@@ -99,6 +100,7 @@ class TrainingShape:
     grad_checkpoint: bool = False
     accumulates: bool = False
     temperature: float = 2.0
+    measures: bool = False
     device: str = "cuda"
 
     def with_rows(self, most: int, rows: int) -> TrainingShape:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
+from liquid_llm.evaluation.measures import compare
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
@@ -116,6 +117,7 @@ class _Job:
 
     def __init__(self, shape: TrainingShape) -> None:
         self._accumulates, self._vocab_size = shape.accumulates, shape.vocab_size
+        self._measures = shape.measures
         self._objective = Objective(_ALPHA, shape.temperature, _GAMMA if shape.reference else 0.0)
         self._counter = StorageCounter()
         student = self._build(shape, STUDENT, ACTIVATIONS).train()
@@ -178,7 +180,13 @@ class _Job:
             batch = self._batch(shape, "evaluation")
             signal = self._signal(batch, shape, 1.0, "evaluation")
             with self._counter.stage("evaluation", LOSS):
-                self._student(batch, signal, Objective(_ALPHA))
+                hidden = self._student.states(batch)
+                self._student.loss(hidden, batch, signal, Objective(_ALPHA))
+                if self._measures:
+                    # Of a sparse signal's positions some have a rest, which asks for values; its ids take little.
+                    whole = None if isinstance(signal, SparseSignal) else signal
+                    compare([(hidden, self._student.head)], batch.targets, whole, plan=self._student.plan)
+                del hidden
                 if isinstance(signal, DenseSignal):
                     fused_loss(signal.hidden, signal.head, batch.targets, plan=self._student.plan, all_labelled=True)
             del batch, signal

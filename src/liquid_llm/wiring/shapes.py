@@ -133,6 +133,8 @@ def nominal_shape(config: RunConfig, models: Models, device: str) -> TrainingSha
     evaluations: tuple[BatchShape, ...] = ()
     if longest > rows * time:  # others have no more tokens than a micro-batch, and take less
         evaluations = (replace(batches[0], rows=1, time=longest),)
+    elif config.evaluation.measures:  # which may take more than a step on as many tokens
+        evaluations = tuple(batches)
     return shape_of(config, models, device, tuple(batches), evaluations)
 
 
@@ -167,6 +169,7 @@ def shape_of(
         accumulates=config.optimizer.grad_accum > 1,
         # One that is scheduled is not 1 all the time.
         temperature=config.objective.temperature if config.objective.temp_schedule is None else 2.0,
+        measures=config.evaluation.measures,
         device=device,
     )
 
@@ -187,7 +190,8 @@ def real_batches(parts: Parts) -> tuple[BatchShape, ...]:
 
 
 def real_evaluations(parts: Parts, batches: Iterable[BatchShape]) -> tuple[BatchShape, ...]:
-    """The same of the validation batches that can take more than ``batches``: those with more tokens."""
+    """The same of the validation batches that can take more than ``batches``: those with more tokens, and all of them
+    where further measures are asked for."""
     trained: dict[str, int] = {}
     for batch in batches:
         trained[batch.signal] = max(batch.tokens, trained.get(batch.signal, 0))
@@ -197,7 +201,8 @@ def real_evaluations(parts: Parts, batches: Iterable[BatchShape]) -> tuple[Batch
         for type, those in by_type.items()
         for batch in those
     )
-    return tuple(one for one in found if one.tokens > trained.get(one.signal, 0))
+    everything = parts.evaluator.measures
+    return tuple(one for one in found if everything or one.tokens > trained.get(one.signal, 0))
 
 
 def _with_signal(parts: Parts, type: str, rows: int, time: int) -> BatchShape:

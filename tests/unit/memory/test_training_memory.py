@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,19 @@ def test_evaluation_counts_where_it_is_larger(reference: bool) -> None:
     assert prediction.peak_batch == str(long)
     assert prediction.peak_bytes == pytest.approx(counted_evaluation(shape, long), rel=0.01)
     assert predict_training(replace(shape, evaluations=())).peak_bytes < prediction.peak_bytes
+
+
+@pytest.mark.parametrize("signal", ["dense", "none"])
+def test_the_further_measures_of_an_evaluation_are_counted(signal: Any) -> None:
+    """Against the real evaluator; they take more than the loss alone, and may take more than a step."""
+    long = BatchShape(4, 128, signal)
+    given = {"teacher": TEACHER} if signal == "dense" else {}
+    shape = replace(shape_of("llama-test", BatchShape(1, 4, signal), **given), evaluations=(long,))
+    measured = replace(shape, measures=True)
+    prediction = predict_training(measured)
+    assert prediction.peak_stage == "evaluation"
+    assert prediction.peak_bytes == pytest.approx(counted_evaluation(measured, long), rel=0.01)
+    assert prediction.peak_bytes > 1.05 * predict_training(shape).peak_bytes
 
 
 def test_the_largest_of_several_batches_counts() -> None:
