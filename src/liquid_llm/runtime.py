@@ -188,7 +188,7 @@ class StopSignal:
 
     Handlers can only be set from the main thread; elsewhere entering changes nothing and the flag stays down unless
     ``request`` is called. Earlier handlers return on exit; another ``StopSignal`` that had set them (a study's
-    around a run's) is told of what came meanwhile.
+    around a run's) is told of what came meanwhile, and tells what came before.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -206,6 +206,9 @@ class StopSignal:
         self.requested, self._interrupts = False, 0
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            # One that came while the outer's job was getting ready asks this one's too.
+            outer = [getattr(handler, "__self__", None) for handler in self._previous.values()]
+            self.requested = any(isinstance(one, StopSignal) and one.requested for one in outer)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -173,6 +173,19 @@ def test_stopped_by_a_signal_it_ends_with_75_and_goes_on(asked, finished, tmp_pa
     assert_same(folder, finished)
 
 
+def test_a_signal_that_comes_while_a_run_gets_ready_is_heard_at_its_first_step(asked, tmp_path, capsys, monkeypatch):
+    from liquid_llm.jobs import train
+
+    def build(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build_basis(*given)
+
+    build_basis = train.build_basis
+    monkeypatch.setattr(train, "build_basis", build)
+    assert main(words(asked, tmp_path / "study")) == 75
+    assert "the study was stopped in plain, seed 0: stopped at step 1 of 8" in capsys.readouterr().err
+
+
 def test_killed_at_once_it_goes_on(asked, finished, tmp_path):
     folder = tmp_path / "study"
     process = begin(asked, folder)

@@ -160,6 +160,8 @@ def test_a_signal_that_came_while_an_inner_one_listened_reaches_the_outer():
             os.kill(os.getpid(), signal.SIGTERM)
             assert inner.requested
         assert outer.requested, "a study whose run had just ended stops too"
+        with runtime.StopSignal() as inner:
+            assert inner.requested, "and a run that was getting ready when it came"
 
 
 def test_a_second_interrupt_is_immediate_and_handlers_still_return():

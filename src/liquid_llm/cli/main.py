@@ -7,8 +7,12 @@ and a mistyped option answer at once. An error a user can cause is one message o
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from liquid_llm.cli.evaluate import evaluate
 from liquid_llm.cli.export import export
@@ -89,10 +93,40 @@ def _face(face: str, words: list[str], prog: str | None = None, *, reference: bo
     return run_training(face, given)
 
 
+class Terminated(BaseException):
+    """SIGTERM came while nothing was under way that is saved: then a ``StopSignal`` would have heard it."""
+
+
+@contextmanager
+def _terminate_in_words() -> Iterator[None]:
+    """While entered, SIGTERM raises Terminated, so that what is open is closed; where nobody else hears it."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def terminate(number: int, frame: object) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a forked worker, which its owner ends
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def guard(job: Callable[[], int]) -> int:
     """Run a job; turn an error a user can cause into one message and its exit code."""
     try:
-        return job()
+        with _terminate_in_words():
+            return job()
+    except Terminated:  # not 75, which promises saved state: a shell's code for a process that SIGTERM has ended
+        print("terminated before there was anything to save: run the same command again", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except LiquidError as error:
         from liquid_llm.masking import process_masker
 

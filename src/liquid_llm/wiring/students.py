@@ -132,6 +132,8 @@ def make_student(
 def _take(
     config: RunConfig, text: TextTools, device: torch.device, token: str | None, calibration: Sequence[Text]
 ) -> TakenStudent:
+    said = "student: %s is made of its teacher's weights, measured on %d of the run's texts"
+    log.info(said, config.student.spec, len(calibration))
     return take_student(
         config.student.spec,
         **_vocabulary(text, text.vocab_size),

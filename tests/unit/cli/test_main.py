@@ -1,7 +1,10 @@
 """The ``liquid`` command: what is known, what is not, and what never reaches the screen."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -41,6 +44,45 @@ def test_errors_never_show_a_secret_of_the_environment(capsys, monkeypatch):
 
     assert guard(job) == 4
     assert "planted" not in capsys.readouterr().err
+
+
+def test_a_signal_before_there_is_anything_to_save_is_answered_in_one_line(capsys):
+    closed = []
+
+    def job() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the handler runs at the next chance
+        finally:
+            closed.append(True)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert guard(job) == 143
+    assert capsys.readouterr().err == "terminated before there was anything to save: run the same command again\n"
+    assert closed == [True]
+    assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+
+
+def test_a_forked_worker_of_a_job_is_ended_by_the_signal_as_before():
+    """Its owner waits for that, and wants no traceback."""
+    code = """
+import os, signal, sys, time
+from liquid_llm.cli.main import guard
+def job():
+    ready, say = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(say, b".")
+        time.sleep(5)
+        os._exit(7)
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(guard(job))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM}\n", "")
 
 
 @pytest.mark.parametrize("command", ["inspect", "report", "demo", "store", "prepare", "study"])
