@@ -132,7 +132,7 @@ def make_student(
 def _take(
     config: RunConfig, text: TextTools, device: torch.device, token: str | None, calibration: Sequence[Text]
 ) -> TakenStudent:
-    said = "student: %s is made of its teacher's weights, measured on %d of the run's texts"
+    said = "%s is made of its teacher's weights, which are measured on %d of the run's texts"
     log.info(said, config.student.spec, len(calibration))
     return take_student(
         config.student.spec,
