@@ -67,7 +67,7 @@ def test_the_schedules_are_in_the_rows(finished):
     assert rows[1]["kd_alpha"] == pytest.approx(0.9)
     assert rows[10]["kd_alpha"] == pytest.approx(0.9 - 0.1 * 9 / 18)
     assert rows[60]["kd_alpha"] == pytest.approx(0.8)
-    assert {row["kd_temperature"] for row in rows.values()} == {2.0}
+    assert {row["kd_temperature"] for row in rows.values()} == {1.0}
     assert rows[4]["lr"] == pytest.approx(1e-2)
     assert rows[60]["lr"] < 2e-3
 

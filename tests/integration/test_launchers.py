@@ -228,7 +228,7 @@ def test_a_run_whose_stored_signal_is_too_noisy_for_its_steps_says_so_before_the
     folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
     few = {"codec_options": "draws_t1=2,draws_t2=1,draws_t4=0.5"}
     assert main(["capture", *captured.capture_words(**folders, **few)]) == 0
-    steps = {**SHORT, "max_steps": 1, "kd_alpha_start": 0.7, "kd_alpha_end": 0.7}
+    steps = {**SHORT, "max_steps": 1, "kd_temperature": 2, "kd_alpha_start": 0.7, "kd_alpha_end": 0.7}
     with caplog.at_level("INFO"):
         assert main(["train", *captured.train_words(tmp_path / "noisy", **folders, **steps)]) == 0
     (said,) = [one.getMessage() for one in caplog.records if one.getMessage().startswith("math_tool: the draws")]
@@ -248,7 +248,8 @@ def test_a_store_of_draws_at_one_temperature_trains_there(captured: Tiny, tmp_pa
     folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
     codec = {"codec": "sampled", "codec_options": "draws=20,temperature=2"}
     assert main(["capture", *captured.capture_words(**folders, **codec)]) == 0
-    assert main(["train", *captured.train_words(tmp_path / "out", **folders, **{**SHORT, "max_steps": 12})]) == 0
+    steps = {**SHORT, "max_steps": 12, "kd_temperature": 2}
+    assert main(["train", *captured.train_words(tmp_path / "out", **folders, **steps)]) == 0
     lines = (tmp_path / "out" / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert any(row["by_type"].get("math_tool", {}).get("kd_coverage") == 1.0 for row in rows if row["kind"] == "train")

@@ -78,7 +78,7 @@ def test_each_type_gets_the_teacher_that_is_named_for_it(
     tiny: Tiny, text: TextTools, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sources = {"code": {"teacher": f"online:{tiny.teacher}"}}
-    config = hybrid(lm_teacher_id=str(tiny.teacher), math_logits_dir=str(store), sources=sources)
+    config = hybrid(lm_teacher_id=str(tiny.teacher), math_logits_dir=str(store), sources=sources, kd_temperature=2.0)
     with caplog.at_level(logging.INFO):
         made = teachers_of(config, text, "lm", "math_tool", "code")
     assert list(made.router) == ["lm", "math_tool", "code"]
