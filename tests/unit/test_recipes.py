@@ -177,7 +177,9 @@ def test_a_run_with_all_of_them(extended: Path, tiny: Tiny, server: ThreadingHTT
         "code": {"teacher": f"served:{url}", "temperature": 1.0},
     }
     file.write_text(yaml.safe_dump({"sources": sources, "student": "liquid-8m", "trackers": ["csv"]}))
-    words = tiny.train_words(tmp_path, math_logits_dir=None, code_logits_dir=None, student=None, max_steps=12)
+    words = tiny.train_words(
+        tmp_path, math_logits_dir=None, code_logits_dir=None, student=None, max_steps=12, kd_temperature=2
+    )
     trained = liquid(extended, "train", f"--config={file}", *words)
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "run"
