@@ -15,7 +15,7 @@ from typing import Any
 
 from liquid_llm.metrics import read_metrics, seconds_of
 
-NEAR = 0.02
+NEAR = 0.05
 """Steps that differ by less than this share are the same: one run of the baseline serves both."""
 
 
