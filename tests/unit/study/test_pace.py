@@ -35,5 +35,6 @@ def test_the_baseline_trains_for_as_long_as_the_arm_takes():
     assert scale_steps(100, 0.5, 25.0, []) == 50
     assert scale_steps(100, 0.5, 50.6, []) == 100, "its own run is near enough"
     assert scale_steps(100, 0.5, 75.6, [150, 400]) == 150, "one that runs anyway is near enough"
-    assert scale_steps(100, 0.5, 78.0, [150]) == 156
+    assert scale_steps(100, 0.5, 78.0, [150]) == 150, "seconds are never the same twice"
+    assert scale_steps(100, 0.5, 80.0, [150]) == 160
     assert scale_steps(100, 0.5, 0.1, []) == 1
