@@ -1,30 +1,55 @@
 """How many processes take a step together, and what they agree on: the one seam for more than one.
 
     rank     this process's number among ``world_size``; rank 0 is the main one, which alone writes files
+    host     a machine; the first rank of each prepares what its ranks read (token caches)
     engine   adds tensors and gradients up over all ranks, and lets them decide together
 
 The loss gives sums and the step divides them once by the global number of positions, so ranks add up as micro-batches
 do: a step's ``grad_accum`` micro-batches are dealt out among them, and what each has is summed by the engine. All that
-may import ``torch.distributed`` is here. One process is a world of 1, in which nothing is exchanged; it is the only one
-there is yet.
+may import ``torch.distributed`` is here. One process is a world of 1, in which nothing is exchanged.
+
+No rank waits for one that has failed. While a run is made ready, ranks tell each other how it went (``together``)
+before anyone goes on; later on, a rank that ends closes its connections, on which the others end as well. The first to
+fail leaves its exit code in the store through which the ranks have met; it speaks, and the others end in silence with
+the same code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import Parameter
 
-from liquid_llm.errors import UsageError
+from liquid_llm.device import device_error, is_out_of_memory
+from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, RankError, UsageError, first_line
+
+T = TypeVar("T")
+
+MEETING_TIME = timedelta(minutes=5)  # until all ranks are there
+STEP_TIME = timedelta(minutes=30)  # the most that one rank may be behind another while training
+START_TIME = timedelta(days=1)  # the same while the first of a host prepares data
+_BUCKET_BYTES = 2**26  # gradients that are summed in one exchange
+_KNOWN_WITHIN_SECONDS = 5.0  # a rank that fails leaves its exit code before its connections close
 
 
 class Engine:
     """One process, a world of 1; an engine of several overrides ``rank``, ``world_size`` and ``sum``.
 
-    Each method is called by all ranks, in the same order.
+    Each method is called by all ranks, in the same order. A context manager: what a rank ends with is known to the
+    others.
     """
 
     rank: int = 0
@@ -41,51 +66,346 @@ class Engine:
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Replace each parameter's gradient by the sum over ranks; it stays None where no rank has one."""
+        if self.world_size == 1:
+            return
         parameters = list(parameters)
         has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        for parameter, ranks in zip(parameters, self.sum(has_gradient).tolist(), strict=True):
-            if ranks:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.sum(own)
+        found = self.sum(has_gradient).tolist()
+        for bucket in _buckets([one for one, ranks in zip(parameters, found, strict=True) if ranks]):
+            own = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
+            total = self.sum(torch.cat([one.reshape(-1) for one in own]))
+            parts = torch.split(total, [one.numel() for one in bucket])
+            for parameter, gradient, part in zip(bucket, own, parts, strict=True):
+                parameter.grad = gradient.copy_(part.view_as(gradient))
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return bool(self.sum(torch.tensor(int(flag))))
 
+    def gather(self, number: float) -> list[float]:
+        """What each rank gives, by rank."""
+        own = torch.zeros(self.world_size, dtype=torch.float64)
+        own[self.rank] = number
+        return cast("list[float]", self.sum(own).tolist())
 
-def read_rank() -> tuple[int, int]:
-    """Rank and world size as a launcher such as torchrun sets them; (0, 1) without one.
+    def smallest(self, number: int | None) -> int | None:
+        """The smallest of what ranks give; None where all give None."""
+        given = [int(one) for one in self.gather(-1 if number is None else number) if one >= 0]
+        return min(given, default=None)
+
+    def share(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on the main rank, where alone it runs, on every rank: plain values and tensors.
+
+        Raises:
+            LiquidError: whatever it raises; ``RankError`` on the other ranks.
+        """
+        return work()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on this rank, when it has ended well on all of them; else raises as ``share``."""
+        return work()
+
+    def host_first(self, work: Callable[[], T]) -> T:
+        """``work`` on the first rank of each host, then on the others, which find what it has made."""
+        return work()
+
+    def wait_for_all(self) -> None:
+        """Return when every rank is here."""
+        self.together(lambda: None)
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors of the same shapes the main rank's very bits."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+
+def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+    """Runs of parameters of one dtype and device, of at most ``_BUCKET_BYTES`` or a single one."""
+    bucket: list[Parameter] = []
+    held = 0
+    for one in parameters:
+        size = one.numel() * one.element_size()
+        alike = bucket and (one.dtype, one.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or held + size > _BUCKET_BYTES):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(one)
+        held += size
+    if bucket:
+        yield bucket
+
+
+class ProcessEngine(Engine):
+    """Processes that a launcher has started, over gloo; on GPUs what lies there goes over NCCL.
+
+    Args:
+        ranks: who this process is.
+        device: what it computes on.
 
     Raises:
-        UsageError: they are set to something else.
+        RankError: the others are not there in time.
+        UsageError: a device on which several processes cannot exchange anything.
     """
-    rank, world_size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
-        raise UsageError(
-            "not a rank of a world",
-            where="environment",
-            got=f"RANK={rank} WORLD_SIZE={world_size}",
-            expected="0 <= RANK < WORLD_SIZE",
-            remedy="unset both, or use torchrun",
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(
+                "several processes cannot train together on this device",
+                where="--device",
+                got=device,
+                expected="cuda or cpu",
+            )
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self._is_first_of_host = ranks.local_rank == 0
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        try:
+            store = next(iter(rendezvous("env://", timeout=MEETING_TIME)))[0]
+            self._store = PrefixStore("liquid", store)
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("ranks", store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=STEP_TIME,
+                device_id=device if device.type == "cuda" else None,
+            )
+            self._control = dist.new_group(backend="gloo", timeout=START_TIME)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                "the processes of this run do not find each other",
+                where=f"rank {self.rank} of {self.world_size}, rendezvous at {ranks.meeting_place}",
+                got=first_line(error),
+                remedy="start all of them, with one --rdzv-endpoint (or MASTER_ADDR and MASTER_PORT) that each can "
+                "reach; on a host with several networks name one in GLOO_SOCKET_IFNAME",
+            ) from error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        with self._exchange():
+            dist.all_reduce(total)
+        return total
+
+    def share(self, work: Callable[[], T]) -> T:
+        value, packed, failure = None, torch.empty(0, dtype=torch.uint8), None
+        if self.is_main:
+            try:
+                value = work()
+                packed = _pack(value)
+            except RankError:
+                raise
+            except Exception as error:  # noqa: BLE001 whatever it is, the others hear of it
+                failure = error
+        size = self._tell(failure, len(packed))
+        buffer = packed if self.is_main else torch.empty(size, dtype=torch.uint8)
+        with self._exchange():
+            dist.broadcast(buffer, 0, group=self._control)
+        return cast("T", value if self.is_main else _unpack(buffer))
+
+    def together(self, work: Callable[[], T]) -> T:
+        value, failure = None, None
+        try:
+            value = work()
+        except RankError:
+            raise  # all ranks know already
+        except Exception as error:  # noqa: BLE001 whatever it is, the others hear of it
+            failure = error
+        self._tell(failure)
+        return cast("T", value)
+
+    def host_first(self, work: Callable[[], T]) -> T:
+        first = self._is_first_of_host
+        early = self.together(lambda: work() if first else None)
+        late = self.together(lambda: None if first else work())
+        return cast("T", early if first else late)
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            with self._exchange():
+                dist.broadcast(whole, 0)
+            tensor.detach().copy_(whole)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            dist.destroy_process_group()
+            return
+        # Connections close with the process: a rank that waits for this one finds its exit code by then.
+        if not isinstance(error, LiquidError):
+            self._leave(_exit_code(error))
+            return
+        if error.speaks is None:
+            error.speaks = self._leave(error.exit_code)
+        if not error.speaks:
+            # A launcher ends all ranks as soon as one has ended: the one that speaks comes first.
+            time.sleep(LAST_WORDS_SECONDS)
+
+    def _leave(self, exit_code: int) -> bool:
+        """Tell whoever looks that this rank fails; whether it is the first."""
+        try:
+            if self._store.add("failures", 1) > 1:
+                return False
+            self._store.set("exit code", str(exit_code))
+        except RuntimeError:  # the process that keeps the store is gone
+            pass
+        return True
+
+    def _tell(self, failure: Exception | None, size: int = 0) -> int:
+        """Exchange how it went; ends as all do when it went wrong anywhere. Returns the main rank's ``size``."""
+        own = torch.zeros(self.world_size, 2, dtype=torch.int64)
+        own[self.rank, 0] = 0 if failure is None else _exit_code(failure)
+        own[self.rank, 1] = size
+        with self._exchange():
+            dist.all_reduce(own, group=self._control)
+        codes = own[:, 0].tolist()
+        if not any(codes):
+            return int(own[0, 1])
+        first = next(rank for rank, code in enumerate(codes) if code)
+        if failure is None:
+            raise RankError(f"rank {first} has failed", exit_code=codes[first], speaks=False)
+        if isinstance(failure, LiquidError):
+            failure.speaks = self.rank == first
+        raise failure
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> RankError:
+        """What to end with when an exchange fails: as the rank that failed, where it left word."""
+        until = time.monotonic() + _KNOWN_WITHIN_SECONDS
+        try:
+            while time.monotonic() < until:
+                if self._store.check(["exit code"]):
+                    code = int(self._store.get("exit code"))
+                    return RankError("another rank has failed", exit_code=code, speaks=False)
+                time.sleep(0.05)
+        except RuntimeError:  # the process that kept the store is gone
+            pass
+        return RankError(
+            "another process of this run has ended, or cannot be reached any more",
+            where=f"rank {self.rank} of {self.world_size}",
+            got=first_line(error),
+            remedy="look at what that process said; run the same command again to go on from the last checkpoint",
         )
-    return int(rank), int(world_size)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, LiquidError):
+        return error.exit_code
+    found = device_error(error)
+    return 1 if found is None else found.exit_code
+
+
+def _pack(value: object) -> Tensor:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return torch.frombuffer(stream.getbuffer(), dtype=torch.uint8)
+
+
+def _unpack(buffer: Tensor) -> Any:
+    return torch.load(io.BytesIO(buffer.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a launcher says in the environment.
+
+    Attributes:
+        local_rank: this process's number among those of its host.
+        local_world_size: how many those are.
+        meeting_place: where the ranks find each other; "" where none is named.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    meeting_place: str
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] | None = None) -> Ranks:
+        """As a launcher such as torchrun sets them; one process without one.
+
+        Raises:
+            UsageError: they are set to something else.
+        """
+        given = os.environ if environment is None else environment
+
+        def number(name: str, default: str) -> str:
+            return given.get(name, "").strip() or default
+
+        rank, world_size = number("RANK", "0"), number("WORLD_SIZE", "1")
+        local_rank, local_size = number("LOCAL_RANK", "0"), number("LOCAL_WORLD_SIZE", "1")
+        numbers = all(one.isdigit() for one in (rank, world_size, local_rank, local_size))
+        if not (numbers and int(rank) < int(world_size)):
+            raise UsageError(
+                "not a rank of a world",
+                where="environment",
+                got=f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size}",
+                expected="0 <= RANK < WORLD_SIZE",
+                remedy="unset them, or use torchrun",
+            )
+        address, port = number("MASTER_ADDR", ""), number("MASTER_PORT", "")
+        meeting_place = f"{address}:{port}" if address and port else ""
+        return cls(int(rank), int(world_size), int(local_rank), int(local_size), meeting_place)
+
+
+def read_rank() -> tuple[int, int]:
+    """Rank and world size as a launcher such as torchrun sets them; (0, 1) without one. Raises as ``Ranks.read``."""
+    ranks = Ranks.read()
+    return ranks.rank, ranks.world_size
+
+
+def join_engine(device: torch.device) -> Engine:
+    """The engine of the processes that a launcher has started, once all of them are there.
+
+    Raises:
+        UsageError: there are several, and nothing says where they find each other.
+        RankError: they do not find each other.
+    """
+    ranks = Ranks.read()
+    if ranks.world_size == 1:
+        return Engine()
+    if not ranks.meeting_place:
+        raise UsageError(
+            "several processes, and nothing says where they find each other",
+            where="environment",
+            got=f"WORLD_SIZE={ranks.world_size} without MASTER_ADDR and MASTER_PORT",
+            remedy="use torchrun, which sets them (torchrun --nproc-per-node 2 -m liquid_llm train ...), or unset "
+            "WORLD_SIZE for one process",
+        )
+    return ProcessEngine(ranks, device)
 
 
 def start_engine(environment: Mapping[str, str] | None = None) -> Engine:
-    """The engine for the processes that a launcher has started, as it says in the environment.
+    """The engine of a job that is one process's.
 
     Raises:
-        UsageError: there are several.
+        UsageError: a launcher has started several.
     """
-    given = os.environ if environment is None else environment
-    world_size = given.get("WORLD_SIZE", "1").strip() or "1"
-    if world_size != "1":
+    world_size = Ranks.read(environment).world_size
+    if world_size > 1:
         raise UsageError(
-            "training with several processes is not supported yet",
+            "this job is not done by several processes",
             where="WORLD_SIZE in the environment",
             got=world_size,
             expected="1",
-            remedy="start one process (without torchrun, or with --nproc_per_node=1); more micro-batches a step by "
-            "--grad_accum give the same gradient",
+            remedy="start one process, without torchrun",
         )
     return Engine()

@@ -9,6 +9,7 @@
     │   └── CheckpointError 4 a checkpoint that is missing, truncated or of another architecture
     ├── NumericalError    5   a loss or gradient that is not finite
     ├── DeviceError       6   a device whose memory does not suffice, or that is lost
+    │   └── RankError         another process of the run is gone: 6, or the exit code it has ended with
     └── Interrupted      75   stopped by a signal with the state saved: run again to go on
 
 An error is one message: where it happened, what is wrong, what was got, what was expected and what to do.
@@ -16,9 +17,16 @@ An error is one message: where it happened, what is wrong, what was got, what wa
 
 from __future__ import annotations
 
+from typing import Any
+
+LAST_WORDS_SECONDS = 2.0  # how long a process waits with its end for the one of its run that says why
+
 
 class LiquidError(Exception):
     """Base of all errors shown to a user without a traceback.
+
+    Attributes:
+        speaks: whether this process says it, where several of one run end with it; None while that is not settled.
 
     Args:
         problem: what is wrong, as a short clause without a full stop.
@@ -29,6 +37,7 @@ class LiquidError(Exception):
     """
 
     exit_code = 1
+    speaks: bool | None = None
 
     def __init__(
         self,
@@ -98,6 +107,21 @@ class DeviceError(LiquidError):
     """A device (GPU, or the machine's own memory) that cannot hold what is asked, or that failed."""
 
     exit_code = 6
+
+
+class RankError(DeviceError):
+    """Another process of the same run has failed, or cannot be reached.
+
+    Args:
+        exit_code: what it ended with, where that is known; this one ends with the same.
+        speaks: as the attribute.
+    """
+
+    def __init__(self, problem: str, *, exit_code: int | None = None, speaks: bool | None = None, **words: Any) -> None:
+        super().__init__(problem, **words)
+        if exit_code is not None:
+            self.exit_code = exit_code
+        self.speaks = speaks
 
 
 class Interrupted(LiquidError):

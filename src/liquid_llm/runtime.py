@@ -56,14 +56,40 @@ def choose_device(requested: str = "auto") -> Choice:
         requested: ``auto`` takes ``cuda`` where a GPU can be used, else ``cpu``; otherwise a device as torch names it,
             with or without an index: ``cuda``, ``cuda:1``, ``mps``, or that of a backend registered with torch.
 
+    Of several processes on one machine (LOCAL_RANK, as torchrun sets it) each takes the GPU of its number, where none
+    is named; torch's current device would not do, as it is one thread's.
+
     Raises:
-        UsageError: this machine, or this build of torch, has no such device.
+        UsageError: this machine, or this build of torch, has no such device, or too few for its processes.
     """
-    if requested != "auto":
+    if requested not in ("auto", "cuda"):
         return _named_device(requested)
-    if torch.cuda.is_available():
-        return Choice("cuda", f"found {torch.cuda.get_device_name()}")
-    return Choice("cpu", "no usable CUDA device")
+    if not torch.cuda.is_available():
+        return Choice("cpu", "no usable CUDA device") if requested == "auto" else _named_device(requested)
+    index = _own_gpu(torch.cuda.device_count())
+    device = "cuda" if index is None else f"cuda:{index}"
+    return Choice(device, f"found {torch.cuda.get_device_name(device)}" if requested == "auto" else "requested")
+
+
+def _own_gpu(count: int) -> int | None:
+    """The GPU of this process among ``count``; None where it is the only process of this machine.
+
+    Raises:
+        UsageError: there are fewer GPUs than processes.
+    """
+    rank, processes = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not rank.isdigit() or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    if count == 1 and processes != "1" and os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit():
+        return 0  # a launcher that shows each process a GPU of its own
+    if int(rank) >= count:
+        raise UsageError(
+            "there is no GPU for this process",
+            where=f"LOCAL_RANK={rank}",
+            got=f"{count} GPU{'s' if count > 1 else ''} on this machine",
+            remedy="start as many processes as there are GPUs (--nproc-per-node), or give --device=cpu",
+        )
+    return int(rank)
 
 
 def _named_device(requested: str) -> Choice:
@@ -151,8 +177,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every global generator as tensors and plain values, loadable with ``weights_only=True``."""
+def random_state(*, gpus: bool = True) -> dict[str, Any]:
+    """The state of every global generator as tensors and plain values, loadable with ``weights_only=True``.
+
+    Args:
+        gpus: with those of all GPUs; asking one of them takes memory of it, which may be another process's.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -165,7 +195,7 @@ def random_state() -> dict[str, Any]:
             "gauss": float(cached),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if gpus and torch.cuda.is_available() else [],
     }
 
 

@@ -45,7 +45,7 @@ def stderr_console() -> Console:
 def setup_logging(level: str | int = "INFO") -> None:
     """Send log lines to standard error, short and with secrets masked. A second call replaces the first.
 
-    This package speaks from ``level`` on, everybody else from WARNING on.
+    This package speaks from ``level`` on, everybody else from WARNING on. Stages are shown where INFO is.
     """
     root, package = logging.getLogger(), logging.getLogger(_PACKAGE)
     for old in [handler for handler in root.handlers if handler.get_name() == _HANDLER_NAME]:
@@ -64,6 +64,13 @@ def setup_logging(level: str | int = "INFO") -> None:
     handler.addFilter(MaskingFilter(process_masker()))
     root.addHandler(handler)
     package.setLevel(level)
+
+
+def _stage_console() -> Console:
+    """Where stages are shown: nowhere in a process that was told to warn only."""
+    if logging.getLogger(_PACKAGE).level > logging.INFO:
+        return Console(stderr=True, quiet=True, force_terminal=False)
+    return stderr_console()
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 cannot subscript it
@@ -128,7 +135,7 @@ class Stage:
         line_seconds: float = PLAIN_LINE_SECONDS,
     ) -> None:
         self.name, self.unit, self.total, self.done = name, unit, total, done
-        self._console = stderr_console() if console is None else console
+        self._console = _stage_console() if console is None else console
         self._clock = clock
         self._line_seconds = line_seconds
         self._lock = threading.Lock()

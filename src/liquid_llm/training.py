@@ -221,6 +221,8 @@ class Trainer:
         own = [sum(batch.num_positions for batch, _ in drawn), sum(batch.num_tokens for batch, _ in drawn)]
         num_positions, num_tokens = self.engine.sum(torch.tensor(own)).tolist()
         scored = self._add_gradients(drawn, values, num_positions)
+        # A cut that one rank had to make is made by all from here on, and is in the checkpoint of this step.
+        self.progress.passes.max_tokens = self.engine.smallest(self.progress.passes.max_tokens)
         grad_norm = self._clip(scored)
         self._update()
         self.progress.step += 1
@@ -291,23 +293,31 @@ class Trainer:
         parameters = [parameter for parameter in every if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        # The one wait of a step: norm and losses come to the host together, and what positions were counted.
-        found = torch.stack([norm, *(one.output.loss.detach().to(norm) for one in scored)])
+        # The one wait of a step: norm and losses come to the host together, and what positions were counted. A loss
+        # that is not finite makes the sum over ranks so: no rank updates its weights when one cannot.
+        losses = torch.stack([one.output.loss.detach().to(norm) for one in scored])
+        found = torch.cat([norm.reshape(1), self.engine.sum(losses.sum().reshape(1)), losses])
         counted = self._count_entropies(scored, norm.device)
         on_host = torch.cat([found, counted.flatten().to(found)]).cpu()
-        seen = on_host[: len(found)].tolist()
-        grad_norm, losses = float(seen[0]), seen[1:]
-        if not self.engine.agree(not all(map(math.isfinite, seen))):
-            if self.progress.selection is not None:
-                self.progress.selection.update(self.engine.sum(on_host[len(found) :].view_as(counted)))
-            return grad_norm
-        self.optimizer.zero_grad(set_to_none=True)
-        raise NumericalError(
+        grad_norm, total, *own = on_host[: len(found)].tolist()
+        if not (math.isfinite(grad_norm) and math.isfinite(total)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self._not_finite(grad_norm, own, [one.batch.type for one in scored])
+        if self.progress.selection is not None:
+            self.progress.selection.update(self.engine.sum(on_host[len(found) :].view_as(counted)))
+        return float(grad_norm)
+
+    def _not_finite(self, grad_norm: float, losses: list[float], types: list[str]) -> NumericalError:
+        """What all ranks end with; one that it comes from says it."""
+        error = NumericalError(
             "the loss or its gradient is not finite",
             where=f"step {self.progress.step}",
-            got=f"loss sums {losses} of types {[one.batch.type for one in scored]}, gradient norm {grad_norm}",
+            got=f"loss sums {losses} of types {types}, gradient norm {grad_norm}",
             remedy="lower --lr, lengthen --warmup_steps or use --precision=float32; the last checkpoint is intact",
         )
+        bad = self.engine.gather(not all(map(math.isfinite, losses)))
+        error.speaks = self.engine.rank == bad.index(max(bad))
+        return error
 
 
 def build_optimizer(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-ORDER = 1
+ORDER = 2
 FRAMING = 2
 NUMERICS = 2
 
@@ -32,6 +32,8 @@ class Change:
         what: the change, as a clause.
         before: what keeps the old behaviour, as a clause: an option, or the last release that has it.
         bfloat16_only: whether a run in float32 is the same as before.
+        kept: whether a run begun before goes on in the old way, and so nothing of it changes; its checkpoints go on
+            saying the old number.
     """
 
     name: str
@@ -39,9 +41,17 @@ class Change:
     what: str
     before: str
     bfloat16_only: bool = False
+    kept: bool = False
 
 
 CHANGES = (
+    Change(
+        "order",
+        2,
+        "several ranks draw the type of a micro-batch for as many in a row as there are ranks (it was drawn for each)",
+        "a run of one process, and what was begun with release 0.1.0, still draws it for each",
+        kept=True,
+    ),
     Change(
         "numerics",
         2,
@@ -93,9 +103,9 @@ def find_newer(versions: Mapping[str, int]) -> str | None:
 def changes_since(
     versions: Mapping[str, int], *, bfloat16: bool = True, changes: Iterable[Change] = CHANGES
 ) -> list[Change]:
-    """What has changed since ``versions`` for a run in bfloat16 or not, the oldest change first."""
+    """What has changed since ``versions`` for a run in bfloat16 or not that goes on, the oldest change first."""
     return [
         change
         for change in sorted(changes, key=lambda one: one.version)
-        if change.version > versions.get(change.name, 1) and (bfloat16 or not change.bfloat16_only)
+        if change.version > versions.get(change.name, 1) and (bfloat16 or not change.bfloat16_only) and not change.kept
     ]

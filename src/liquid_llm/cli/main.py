@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ from liquid_llm.cli.memory import memory
 from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
 from liquid_llm.cli.study import study
-from liquid_llm.errors import LiquidError
+from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError
 from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of, reference_values
 
 DESCRIPTIONS = {
@@ -130,6 +131,10 @@ def guard(job: Callable[[], int]) -> int:
     except LiquidError as error:
         from liquid_llm.masking import process_masker
 
+        if error.speaks is None and _is_later_rank():
+            time.sleep(LAST_WORDS_SECONDS)  # what is wrong with a command is wrong on all ranks: the first one says it
+        if error.speaks is False:
+            return error.exit_code
         # A URI or a library's own words may carry a secret.
         print(f"error: {process_masker().text(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -144,6 +149,11 @@ def guard(job: Callable[[], int]) -> int:
             raise
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
+
+
+def _is_later_rank() -> bool:
+    """Whether this is one of several processes of a run, and not the first."""
+    return os.environ.get("RANK", "0").strip() not in ("", "0") and os.environ.get("WORLD_SIZE", "1").strip() != "1"
 
 
 def _demo(words: list[str]) -> int:

@@ -1,7 +1,9 @@
 """Micro-batches: for training by position, without state; for validation as a fixed list.
 
-position: the number of a micro-batch of one rank; global micro-batch: ``position * world_size + rank``, so that ranks
-share one order between them, whatever their number.
+number: of a micro-batch among those of all ranks, which share one order between them, whatever their number.
+position: of a micro-batch of one rank, whose number is ``position * world_size + rank``.
+group: so many micro-batches in a row, drawn from the same dataset: what ranks compute at the same time takes equally
+long.
 
 Micro-batches of the layout ``blocks`` hold ``batch_size`` full blocks, those of ``samples`` whole samples of near-equal
 length, at most ``batch_size * block_size`` tokens with padding (``buckets.py``). A dataset repeats for ever; each pass
@@ -37,7 +39,7 @@ class WeightedDataset:
 class TrainingStream:
     """The endless, seeded order of training micro-batches.
 
-    ``micro_batch`` is a pure function of the position and of what is given here: resuming is going on at a position.
+    ``at`` is a pure function of a micro-batch's number and of what is given here: resuming is going on at a number.
 
     Args:
         mixture: what is drawn from, in the order of the manifest (the order is part of the seed).
@@ -47,6 +49,7 @@ class TrainingStream:
         sample_tokens: the most a model sees of a whole sample; a block by default, and never more.
         document_mask: the documents of a block are kept apart, see ``read_blocks``.
         rank: this process's number among ``world_size``.
+        group_size: micro-batches of a group; part of the order, like the seed.
 
     Attributes:
         orders: for each dataset, how its material is cut: see ``BlockOrder`` and ``SampleOrder``.
@@ -67,9 +70,11 @@ class TrainingStream:
         document_mask: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        group_size: int = 1,
     ) -> None:
-        if block_size < 2 or batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"{block_size=} below 2, {batch_size=} below 1, or {rank=} outside {world_size=}")
+        if block_size < 2 or batch_size < 1 or group_size < 1 or not 0 <= rank < world_size:
+            sizes = f"{block_size=} below 2, {batch_size=} or {group_size=} below 1"
+            raise ValueError(f"{sizes}, or {rank=} outside {world_size=}")
         if not mixture:
             raise DataError("there is nothing to train on", remedy="add an entry to the manifest")
         self.orders: list[BlockOrder | SampleOrder] = []
@@ -82,12 +87,17 @@ class TrainingStream:
         self._draws = WeightedDraws([part.weight for part in mixture], seed)
         self._rank = rank
         self._world_size = world_size
+        self._group_size = group_size
 
-    def micro_batch(self, index: int) -> MicroBatch:
-        """Micro-batch number ``index`` of this rank. May be called from several threads."""
-        draw = index * self._world_size + self._rank
-        source = self._draws.source(draw)
-        return self.orders[source].micro_batch(self._draws.count(source, draw))
+    def micro_batch(self, position: int) -> MicroBatch:
+        """The micro-batch of this rank at ``position``. May be called from several threads."""
+        return self.at(position * self._world_size + self._rank)
+
+    def at(self, number: int) -> MicroBatch:
+        """Micro-batch ``number`` of all ranks. May be called from several threads."""
+        group, within = divmod(number, self._group_size)
+        source = self._draws.source(group)
+        return self.orders[source].micro_batch(self._draws.count(source, group) * self._group_size + within)
 
 
 class BlockOrder:

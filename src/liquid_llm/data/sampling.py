@@ -1,6 +1,6 @@
 """Which source a micro-batch comes from, and in which order a source's material is seen: pure functions of integers.
 
-draw: the choice of a source for one global micro-batch; epoch: one pass over a source's material.
+draw: the choice of a source for one group of micro-batches; epoch: one pass over a source's material.
 
 Nothing here keeps a state, so resuming is setting an integer. Random bits are the raw output of the Philox counter
 generator (Salmon et al. 2011), which NumPy guarantees not to change between versions, and orders come from sorting

@@ -161,7 +161,9 @@ def _cut(base: Path, student: str, data: DemoData, seed: int) -> str:
         config = build_run_config(TRAIN, _options(base, BEFORE, student, data, 1, seed))
         with CheckpointStore(resolve_place(config).run_dir, keep_last=1, log=log.warning) as store:
             start = find_start(config, resolve_place(config), store)
-        parts = build_parts(build_basis(config, start), start, find_run_data(config.data).entries, start_engine())
+        engine = start_engine()
+        basis = build_basis(config, start, engine)
+        parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
         with closing(parts.teachers.router):
             save_student(parts.built.model, parts.text.student_tokenizer(), folder)
     return str(folder)

@@ -6,15 +6,18 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
-from liquid_llm.distributed import Engine, start_engine
+from liquid_llm.distributed import Engine, join_engine, read_rank, start_engine
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, prepare_run_data
@@ -30,10 +33,18 @@ from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.wiring.parts import BatchFeed, Parts, build_basis, build_parts
 from liquid_llm.wiring.places import Place, resolve_place
-from liquid_llm.wiring.recorder import Hooks, Recorder
+from liquid_llm.wiring.recorder import Hooks, Recorder, RunFiles
 from liquid_llm.wiring.rehearsal import rehearse
 from liquid_llm.wiring.repeat import run_options_to_repeat
-from liquid_llm.wiring.start import Start, continue_from, describe_metadata, find_start, settle_context
+from liquid_llm.wiring.start import (
+    Start,
+    continue_from,
+    deal_out,
+    describe_metadata,
+    find_start,
+    settle_context,
+    share_start,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +56,44 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
         LiquidError: any problem a user can cause.
         Interrupted: the process was asked to stop and the state is saved.
     """
-    setup_logging("INFO")
-    engine = start_engine()
+    setup_logging("INFO" if read_rank()[0] == 0 else "WARNING")
     prepare_allocator()
     config = build_run_config(face, given)
-    choose_device(config.device)  # before anything is read or made
-    with deterministic_algorithms(config.deterministic):
-        place = resolve_place(config)
+    device = choose_device(config.device)  # before anything is read or made
+    with deterministic_algorithms(config.deterministic), join_engine(torch.device(device.value)) as engine:
         if config.dry_run:
-            print_findings(*_dry_run(config, place, engine))
-            return 0
-        with CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning) as store:
-            config, start = _take_up(config, find_start(config, place, store))
-            if not _nothing_to_do(config, start, store):
-                _train(config, place, store, start, engine)
-            elif config.optimizer.steps > 0 and start.kind == "continue":
-                send_what_is_lacking(place)
+            findings = _dry_run(config, engine)
+            if engine.is_main:
+                print_findings(*findings)
+        else:
+            _run(config, engine)
     return 0
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What the main rank alone has: where the run is written to, and its checkpoints, locked."""
+
+    place: Place
+    store: CheckpointStore
+
+
+def _run(config: RunConfig, engine: Engine) -> None:
+    with ExitStack() as stack:
+
+        def open_output() -> _Output:
+            place = resolve_place(config)
+            store = CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning)
+            return _Output(place, stack.enter_context(store))
+
+        output = engine.together(lambda: open_output() if engine.is_main else None)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        start = share_start(engine, lambda: _find_start(config, output), folder)
+        config, start = engine.together(lambda: _take_up(config, start, engine))
+        if not engine.share(lambda: _nothing_to_do(config, start, output)):
+            _train(config, output, start, engine)
+        elif output is not None and config.optimizer.steps > 0 and start.kind == "continue":
+            send_what_is_lacking(output.place)
 
 
 def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any], Fit]:
@@ -70,19 +102,25 @@ def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any]
     config = build_run_config(face, given)
     choose_device(config.device)
     with deterministic_algorithms(config.deterministic):
-        return _dry_run(config, resolve_place(config), start_engine())
+        return _dry_run(config, start_engine())
 
 
-def _take_up(config: RunConfig, start: Start) -> tuple[RunConfig, Start]:
+def _find_start(config: RunConfig, output: _Output | None) -> Start:
+    assert output is not None
+    return find_start(config, output.place, output.store)
+
+
+def _take_up(config: RunConfig, start: Start, engine: Engine) -> tuple[RunConfig, Start]:
     """What goes on of a start, and the configuration with what it stands for behind what was given."""
     settled = settle_context(start, config)
     if start.origin.metadata is not None:
         log.info("checkpoint metadata: %s", describe_metadata(start.origin.metadata))
     log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.origin.description)
-    return inherit(config, settled.options(config)), settled
+    return deal_out(inherit(config, settled.options(config)), settled, engine.world_size), settled
 
 
-def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> bool:
+def _nothing_to_do(config: RunConfig, start: Start, output: _Output | None) -> bool:
+    assert output is not None
     step, steps = start.step, config.optimizer.steps
     schedules = build_schedules(config)
     log.info("step %d: alpha %g, T %g", step, schedules.alpha.value(step), schedules.temperature.value(step))
@@ -91,35 +129,29 @@ def _nothing_to_do(config: RunConfig, start: Start, store: CheckpointStore) -> b
         return True
     if step < steps:
         return False
-    if start.kind == "continue" and not (store.run_dir / STUDENT).is_dir():
+    if start.kind == "continue" and not (output.place.run_dir / STUDENT).is_dir():
         return False  # killed between the last step and the end: what is left is done
     log.info("already at step %d of %d: nothing to do", step, steps)
     return True
 
 
-def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start, engine: Engine) -> None:
-    basis = build_basis(config, start)
-    data = prepare_run_data(config.data)
-    parts = build_parts(basis, start, data.entries, engine)
+def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engine) -> None:
+    parts, fit = engine.together(lambda: _prepare(config, output, start, engine))
     config = parts.config
-    fit = check_fit(config, parts)
-    say_fit(fit, parts.device)
-    parts.evaluator.consumers = fit.largest
-    if config.output.restart:  # not before everything that can fail has not
-        store.set_aside()
-    _write_provenance(config, place, start, parts, data, fit)
-    keep_tokenizer(parts.text.tokenizer, place.run_dir)
+    engine.copy_from_main(parts.built.model.state_dict().values())  # what each has built is the same to rounding
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(closing(parts.teachers.router))
         feed = stack.enter_context(BatchFeed(parts, config.optimizer.grad_accum, config.data.num_workers))
-        resume_step = parts.progress.step if start.kind == "continue" else None
-        trackers = open_trackers(config.output.trackers, place.run_dir, resume_step)
-        metrics = stack.enter_context(MetricsWriter(place.run_dir, resume_step=resume_step, trackers=trackers))
-        mirrors = stack.enter_context(Mirrors(place, config.output.upload_every_seconds))
-        recorder = stack.enter_context(
-            Recorder(config, parts, store, metrics, mirrors.checkpoints, waited=lambda: feed.waited)
-        )
+        files, mirrors = None, None
+        if output is not None:
+            resume_step = parts.progress.step if start.kind == "continue" else None
+            trackers = open_trackers(config.output.trackers, output.place.run_dir, resume_step)
+            metrics = MetricsWriter(output.place.run_dir, resume_step=resume_step, trackers=trackers)
+            stack.enter_context(metrics)
+            mirrors = stack.enter_context(Mirrors(output.place, config.output.upload_every_seconds))
+            files = RunFiles(output.store, metrics, mirrors.checkpoints)
+        recorder = stack.enter_context(Recorder(config, parts, files, waited=lambda: feed.waited))
         if start.goes_on:
             recorder.probe()
         else:
@@ -129,17 +161,45 @@ def _train(config: RunConfig, place: Place, store: CheckpointStore, start: Start
             done = trainer.train()
         if not done:
             recorder.stop()
-            mirrors.close()
-            raise Interrupted(
-                f"stopped at step {parts.progress.step} of {config.optimizer.steps} with the state saved",
-                where=place.shown,
-                remedy="run the same command again to go on",
-            )
+            if mirrors is not None:
+                mirrors.close()
+            engine.wait_for_all()  # a launcher ends all as soon as one has ended: not before the state is saved
+            raise _interrupted(config, parts, output)
         recorder.finish()
-        save_with_card(parts.built.model, parts.text.student_tokenizer(), recorder.metadata(), place.run_dir / STUDENT)
-        build_report(place.run_dir)
-        mirrors.finish()
-    log.info("done: %s", place.shown)
+        if output is not None and mirrors is not None:
+            student, run_dir = parts.text.student_tokenizer(), output.place.run_dir
+            save_with_card(parts.built.model, student, recorder.metadata(), run_dir / STUDENT)
+            build_report(run_dir)
+            mirrors.finish()
+        engine.wait_for_all()
+    if output is not None:
+        log.info("done: %s", output.place.shown)
+
+
+def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: Engine) -> tuple[Parts, Fit]:
+    """All that a run needs before its first step; what it was made of is written."""
+    basis = build_basis(config, start, engine)
+    data = engine.host_first(lambda: prepare_run_data(config.data))
+    parts = build_parts(basis, start, data.entries, engine)
+    fit = check_fit(parts.config, parts)
+    say_fit(fit, parts.device)
+    parts.evaluator.consumers = fit.largest
+    if output is not None:
+        if config.output.restart:  # not before everything that can fail has not
+            output.store.set_aside()
+        _write_provenance(parts.config, output.place, start, parts, data, fit)
+        keep_tokenizer(parts.text.tokenizer, output.place.run_dir)
+    return parts, fit
+
+
+def _interrupted(config: RunConfig, parts: Parts, output: _Output | None) -> Interrupted:
+    error = Interrupted(
+        f"stopped at step {parts.progress.step} of {config.optimizer.steps} with the state saved",
+        where=None if output is None else output.place.shown,
+        remedy="run the same command again to go on",
+    )
+    error.speaks = output is not None  # all ranks end with it
+    return error
 
 
 def _make_trainer(
@@ -194,8 +254,9 @@ def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Part
     )
 
 
-def _would_start(config: RunConfig, place: Place, nowhere: Place, store: CheckpointStore) -> Start:
+def _would_start(config: RunConfig, nowhere: Place, store: CheckpointStore) -> Start:
     """What the run itself would start from, without a trace: its directory is read, its mirror fetched elsewhere."""
+    place = resolve_place(config)
     there = place.run_dir.is_dir() and not config.output.restart
     found = latest_checkpoint(place.run_dir) if there else None
     if found is not None:
@@ -203,17 +264,23 @@ def _would_start(config: RunConfig, place: Place, nowhere: Place, store: Checkpo
     return find_start(config, replace(nowhere, remote=place.remote), store)
 
 
-def _dry_run(config: RunConfig, place: Place, engine: Engine) -> tuple[dict[str, Any], Fit]:
+def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
     """Look at everything, take two steps on real data in a folder that is thrown away; what was found."""
-    findings: dict[str, Any] = {"place": check_place(place)}
+    findings: dict[str, Any] = {"place": engine.share(lambda: check_place(resolve_place(config)))}
     with tempfile.TemporaryDirectory() as folder:
         nowhere = Place(Path(folder), None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
-            config, start = _take_up(config, _would_start(config, place, nowhere, store))
-        basis = build_basis(config, start)
-        parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
+            find = partial(_would_start, config, nowhere, store)
+            start = share_start(engine, find, nowhere.run_dir)
+            config, start = engine.together(lambda: _take_up(config, start, engine))
+
+        def prepare() -> tuple[Parts, Fit]:
+            basis = build_basis(config, start, engine)
+            parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
+            return parts, check_fit(parts.config, parts)
+
+        parts, fit = engine.together(prepare)
         config = parts.config
-        fit = check_fit(config, parts)
         parts.evaluator.consumers = fit.largest
         sizes = estimate(config, parts.built.model, parts.teachers.models)
         findings |= {

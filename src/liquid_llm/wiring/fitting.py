@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from liquid_llm.config import CaptureConfig, RunConfig
+from liquid_llm.distributed import Engine
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.memory import MOST_TOKENS, predict_capture, predict_training
@@ -83,9 +84,11 @@ class Fit:
 
 
 def settle(
-    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, engine: Engine
 ) -> tuple[RunConfig, dict[str, Choice], dict[str, Any]]:
     """Decide what is left to memory, before anything of size is built; a run that goes on keeps what it decided.
+
+    The main rank decides for all: what is free differs between ranks.
 
     Returns:
         The configuration with every ``auto`` replaced; what was chosen, and why; the same as plain values for the
@@ -102,10 +105,19 @@ def settle(
     models = describe_models(config, start, text, device, token)
     available = available_bytes(device)
     free = None if available is None else available - models.held_bytes
-    settled, choices = resolve_auto(config, models, free, device.type, decided=decided)
-    for name, choice in choices.items():
-        log.info("%s %s: %s", name, choice.value, choice.reason)
-    return settled, choices, decisions(config, settled)
+
+    def decide() -> dict[str, Any]:
+        settled, choices = resolve_auto(config, models, free, device.type, decided=decided, ranks=engine.world_size)
+        for name, choice in choices.items():
+            log.info("%s %s: %s", name, choice.value, choice.reason)
+        return {
+            "values": decisions(config, settled),
+            "choices": {name: (choice.value, choice.reason) for name, choice in choices.items()},
+        }
+
+    found = engine.share(decide)
+    choices = {name: Choice(*choice) for name, choice in found["choices"].items()}
+    return _with(config, **found["values"]), choices, found["values"]
 
 
 def resolve_auto(
@@ -115,6 +127,7 @@ def resolve_auto(
     device: str,
     *,
     decided: Mapping[str, Any] | None = None,
+    ranks: int = 1,
 ) -> tuple[RunConfig, dict[str, Choice]]:
     """The configuration with every ``auto`` that memory decides replaced, and why.
 
@@ -122,6 +135,7 @@ def resolve_auto(
         available: bytes that the run can have; None where that is not known.
         device: its type.
         decided: what ``decisions`` kept when the run began; it wins over what would be decided today.
+        ranks: how many share the micro-batches of a step.
 
     Raises:
         UsageError: no micro-batch fits, or tokens a step that no batch of this block size gives.
@@ -131,7 +145,7 @@ def resolve_auto(
     else:
         kept = {}
     if config.data.batch_size == AUTO_BATCH:
-        config, chosen = _choose_batch(config, models, available, device)
+        config, chosen = _choose_batch(config, models, available, device, ranks)
         return config, {**kept, **chosen}
     if config.student.grad_checkpoint == AUTO:
         choice = _choose_checkpointing(config, models, available, device)
@@ -193,10 +207,17 @@ def _choose_checkpointing(config: RunConfig, models: Models, available: int | No
 
 
 def _choose_batch(
-    config: RunConfig, models: Models, available: int | None, device: str
+    config: RunConfig, models: Models, available: int | None, device: str, ranks: int
 ) -> tuple[RunConfig, dict[str, Choice]]:
     tokens, block = config.optimizer.tokens_per_step, config.data.block_size
     assert tokens is not None
+    if tokens // block % ranks:
+        raise UsageError(
+            "the blocks of a step cannot be dealt out among the ranks",
+            where=f"--tokens_per_step={tokens}",
+            got=f"{tokens // block} blocks of {block} tokens for {ranks} ranks",
+            expected=f"a multiple of {ranks * block}",
+        )
     if available is None:
         raise UsageError(
             "what is free is not known, so no batch can be chosen", where="--batch_size=auto", remedy="give a number"
@@ -211,13 +232,13 @@ def _choose_batch(
     found = largest_batch(
         build,
         predict_training,
-        blocks_per_step=tokens // block,
+        blocks_per_step=tokens // block // ranks,
         most_blocks=max(1, MOST_TOKENS // block),
         free_bytes=available,
         checkpointing=tried,
     )
     if found is None:
-        least = predict_training(build(1, tokens // block, tried[-1]))
+        least = predict_training(build(1, tokens // block // ranks, tried[-1]))
         raise UsageError(
             "not even a single block fits into memory",
             where="--batch_size=auto",
@@ -225,15 +246,17 @@ def _choose_batch(
             remedy="use a smaller student or teacher, a shorter --block_size or a larger device",
         )
     figures = f"{format_bytes(found.needed_bytes)} of {format_bytes(available)}"
-    reason = f"the whole step, which fits: {figures}" if found.grad_accum == 1 else f"the most that fits: {figures}"
+    whole = "the whole step" if ranks == 1 else "a rank's whole part of the step"
+    reason = f"{whole}, which fits: {figures}" if found.grad_accum == 1 else f"the most that fits: {figures}"
+    grad_accum = found.grad_accum * ranks
     choices = {
         "batch_size": Choice(str(found.batch_size), reason),
-        "grad_accum": Choice(str(found.grad_accum), f"{tokens} tokens a step"),
+        "grad_accum": Choice(str(grad_accum), f"{tokens} tokens a step"),
     }
     if automatic:
         words = "not even one block fits without" if found.grad_checkpoint else "it fits without"
         choices["grad_checkpoint"] = Choice(str(found.grad_checkpoint).lower(), words)
-    chosen = {"batch_size": found.batch_size, "grad_accum": found.grad_accum, "grad_checkpoint": found.grad_checkpoint}
+    chosen = {"batch_size": found.batch_size, "grad_accum": grad_accum, "grad_checkpoint": found.grad_checkpoint}
     return _with(config, **chosen), choices
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.device import forget_peak
 from liquid_llm.distributed import Engine
+from liquid_llm.errors import DataError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
@@ -47,7 +49,7 @@ from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
-from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.start import Start, require_division
 from liquid_llm.wiring.students import (
     BuiltStudent,
     calibration_text,
@@ -89,7 +91,11 @@ class Basis:
 
 @dataclass(frozen=True)
 class Parts(Basis):
-    """What a training job is made of; see each class."""
+    """What a training job is made of; see each class.
+
+    Attributes:
+        group_size: micro-batches of a group in the order of the data; see ``TrainingStream``.
+    """
 
     built: BuiltStudent
     engine: Engine
@@ -101,11 +107,12 @@ class Parts(Basis):
     evaluator: Evaluator
     speech: Speech
     stream: TrainingStream
+    group_size: int
     progress: Progress
     accumulator: StepAccumulator
 
 
-def build_basis(config: RunConfig, start: Start) -> Basis:
+def build_basis(config: RunConfig, start: Start, engine: Engine) -> Basis:
     """Build what a run needs beside data, from its configuration and what it starts from.
 
     Raises:
@@ -122,7 +129,8 @@ def build_basis(config: RunConfig, start: Start) -> Basis:
     token = read_token(config.teacher)
     text = choose_tokenizer(config, start, token)
     prompts = read_prompts(config.evaluation.sample_prompts, text)
-    config, choices, decided = settle(config, start, text, device, token)
+    config, choices, decided = settle(config, start, text, device, token, engine)
+    require_division(config, engine.world_size)
     built = None
     if takes_weights(config, start):
         check_shape(config, text, token)
@@ -151,12 +159,14 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     config, text = basis.config, basis.text
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
-    inputs = read_inputs(config, text, basis.token, entries)
+    inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries))
+    _require_same_data(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
-    stream = _make_stream(config, inputs, engine)
+    group_size = start.group_size or engine.world_size
+    stream = _make_stream(config, inputs, engine, group_size)
     built = basis.built
     if built is None:
-        calibration = calibration_text(_make_stream(config, inputs, Engine()))
+        calibration = calibration_text(_make_stream(config, inputs, Engine(), group_size))
         built = _make_student(config, start, basis.text, basis.device, basis.token, calibration)
     if text.framings.student != basis.text.framings.student:
         name_tokens(built.model, text.framings.student)
@@ -181,7 +191,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         engine=engine,
         inputs=inputs,
         teachers=teachers,
-        student=Student(built.model, basis.dtype, _reference(config, start, built.model, schedules)),
+        student=Student(built.model, basis.dtype, _reference(config, start, built.model, schedules, engine)),
         optimizer=optimizer,
         schedules=schedules,
         evaluator=Evaluator(
@@ -194,6 +204,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
             token_bytes=token_bytes(text.tokenizer, text.vocab_size) if config.evaluation.measures else None,
         ),
         stream=stream,
+        group_size=group_size,
         speech=make_speech(config.evaluation, basis.prompts, text, inputs.validation, engine, config.seed),
         progress=Progress(selection=_selection(config, inputs, text)),
         accumulator=StepAccumulator(inputs.types, engine),
@@ -219,7 +230,7 @@ def _make_student(
     return built
 
 
-def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine) -> TrainingStream:
+def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: int) -> TrainingStream:
     return TrainingStream(
         inputs.mixture,
         block_size=config.data.block_size,
@@ -229,7 +240,22 @@ def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine) -> TrainingS
         document_mask=config.data.document_mask,
         rank=engine.rank,
         world_size=engine.world_size,
+        group_size=group_size,
     )
+
+
+def _require_same_data(inputs: Inputs, engine: Engine) -> None:
+    """Raise DataError where this rank has read other texts than the main one: a host may have an older copy."""
+    own = json.dumps(inputs.readiness(), sort_keys=True)
+    main = engine.share(lambda: own)
+    if own != main:
+        raise DataError(
+            "the processes of this run read different texts",
+            where=f"rank {engine.rank}",
+            got=own,
+            expected=f"as on rank 0: {main}",
+            remedy="give every host the same files, or a URL that all of them read",
+        )
 
 
 def _say_unknown_types(config: RunConfig, types: Sequence[str]) -> None:
@@ -272,16 +298,22 @@ def read_inputs(
     return inputs
 
 
-def _reference(config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules) -> nn.Module | None:
+def _reference(
+    config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules, engine: Engine
+) -> nn.Module | None:
     """The frozen student of the keep-old-logits term: the weights the run began with, even when it is continued."""
     if schedules.gamma.value(start.step) == 0:
         return None
     reference = copy.deepcopy(model)
     if start.kind == "continue":
         assert config.student.resume_uri is not None
-        source = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
-        load_weights(reference, source.state_dict, source.description)
+        weights = engine.share(partial(_read_weights, config.student.resume_uri))
+        load_weights(reference, weights, config.student.resume_uri)
     return reference.requires_grad_(False).eval()
+
+
+def _read_weights(uri: str) -> dict[str, torch.Tensor]:
+    return dict(read_student_weights(uri, cache_dir() / "resume").state_dict)
 
 
 def _restore(parts: Parts, start: Start) -> None:
@@ -312,12 +344,12 @@ class BatchFeed:
     def __init__(self, parts: Parts, grad_accum: int, num_workers: int) -> None:
         stream, schedules, device = parts.stream, parts.schedules, parts.device
         router = parts.teachers.router
-        first_step, ranks = parts.progress.step, parts.engine.world_size
-        first_index, per_step = parts.progress.data_position // ranks, grad_accum // ranks
+        first_step, rank, ranks = parts.progress.step, parts.engine.rank, parts.engine.world_size
+        first_number, per_step = parts.progress.data_position, grad_accum // ranks
 
         def fetch(index: int) -> tuple[MicroBatch, Any]:
-            batch = stream.micro_batch(index)
-            step = first_step + (index - first_index) // per_step
+            batch = stream.at(first_number + index * ranks + rank)
+            step = first_step + index // per_step
             objective = schedules.at(step).objective(batch.type)
             # A weight of 0 needs no teacher: the control of an experiment does not cost what the experiment does.
             prepared = router.prepare(batch, objective.signal_temperature) if objective.alpha > 0 else None
@@ -326,7 +358,7 @@ class BatchFeed:
 
         self._router = router
         workers = max(1, num_workers)
-        self._prefetcher = Prefetcher(fetch, first_index, depth=max(2 * workers, per_step), workers=workers)
+        self._prefetcher = Prefetcher(fetch, 0, depth=max(2 * workers, per_step), workers=workers)
 
     @property
     def waited(self) -> float:

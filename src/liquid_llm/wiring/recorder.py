@@ -23,6 +23,7 @@ from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
+from liquid_llm.versions import CURRENT
 from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import course_of, describe_metadata
 
@@ -33,6 +34,15 @@ Hook = tuple[Callable[[StepResult], None], int]
 Hooks = Sequence[Hook]
 
 
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run is written to, by its main rank alone."""
+
+    store: CheckpointStore
+    metrics: MetricsWriter
+    uploader: Uploader
+
+
 @dataclass
 class Recorder:
     """Writes a run's metrics and checkpoints; a context manager that does not end before the last save has.
@@ -41,13 +51,15 @@ class Recorder:
     best, so that a run continued from any checkpoint writes what an uninterrupted one writes. Checkpoints are written
     behind the steps (``checkpoint/background.py``). Each rank of a run has one, as all of them add up and evaluate; the
     main rank's alone writes.
+
+    Attributes:
+        files: None on all ranks but the main one.
+        waited: seconds that steps have waited for data so far.
     """
 
     config: RunConfig
     parts: Parts
-    store: CheckpointStore
-    metrics: MetricsWriter
-    uploader: Uploader
+    files: RunFiles | None
     waited: Callable[[], float]
     clock: Callable[[], float] = time.monotonic
     _row_started: float = field(default=0.0, init=False)
@@ -55,20 +67,21 @@ class Recorder:
     _last_time_save: float = field(default=0.0, init=False)
     _evaluated_at: int = field(default=-1, init=False)
     _saved_at: int = field(default=-1, init=False)
-    _saver: BackgroundSaver = field(init=False)
+    _saver: BackgroundSaver | None = field(default=None, init=False)
     _prepared: bool = field(default=False, init=False)
     _said_stop: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._saver = BackgroundSaver(
-            self.store, self.parts.device, self._tell_saved, log=log.warning, clock=self.clock
-        )
         self._row_started = self._last_time_save = self.clock()
-        # A run killed between its last evaluation and its end is evaluated already.
-        rows = (row for _, row in iter_metrics(self.store.run_dir) if row is not None)
-        self._evaluated_at = max((row["step"] for row in rows if row.get("kind") == "eval"), default=-1)
-        if self.parts.engine.is_main and (self.store.run_dir / SAMPLES_FILE).exists():
-            self._open_samples().close()  # of steps that are run again nothing stays, asked for now or not
+        if self.files is not None:
+            store = self.files.store
+            self._saver = BackgroundSaver(store, self.parts.device, self._tell_saved, log=log.warning, clock=self.clock)
+            # A run killed between its last evaluation and its end is evaluated already.
+            rows = (row for _, row in iter_metrics(store.run_dir) if row is not None)
+            self._evaluated_at = max((row["step"] for row in rows if row.get("kind") == "eval"), default=-1)
+            if (store.run_dir / SAMPLES_FILE).exists():
+                self._open_samples(self.files).close()  # of steps that are run again nothing stays
+        self._evaluated_at = int(self.parts.engine.gather(self._evaluated_at)[0])  # all evaluate, or none does
 
     def __enter__(self) -> Recorder:
         return self
@@ -76,7 +89,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._saver.__exit__(kind, error, traceback)
+        if self._saver is not None:
+            self._saver.__exit__(kind, error, traceback)
 
     def hooks(self, stage: Stage) -> Hooks:
         """The trainer's hooks in the order they must run; ``stage`` shows how far it is."""
@@ -122,9 +136,9 @@ class Recorder:
             **self._device_memory(),
         )
         self._row_started, self._row_waited = now, waited
-        if not self.parts.engine.is_main:
+        if self.files is None:
             return
-        written = self.metrics.write("train", result.step, row)
+        written = self.files.metrics.write("train", result.step, row)
         stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
         log.info(
             "step %d/%d loss %.4f ce %.4f kd %s alpha %.3g T %.3g lr %.3g %.0f tokens/s",
@@ -162,8 +176,11 @@ class Recorder:
         self.parts.speech.add_answers(self.parts.student, row)
         self._write_samples()
         row["eval_seconds"] = self.clock() - began
-        if self.parts.engine.is_main:
-            self.metrics.write("eval", progress.step, row)
+        if self.files is not None:
+            self.files.metrics.write("eval", progress.step, row)
+        # A cut is in the checkpoint, for all ranks to round as they did.
+        passes = self.parts.evaluator.passes
+        passes.max_tokens = self.parts.engine.smallest(passes.max_tokens)
         self._evaluated_at = progress.step
         self._row_started += self.clock() - began  # a row's rate is that of training
         loss = float(row["val_loss_student"])
@@ -175,16 +192,16 @@ class Recorder:
 
     def _write_samples(self) -> None:
         """What the student says; before the row of its evaluation, without which all of it is asked again."""
-        if not (self.parts.speech.prompts and self.parts.engine.is_main):
+        if self.files is None or not self.parts.speech.prompts:
             return
-        with self._open_samples() as file:
+        with self._open_samples(self.files) as file:
             for row in self.parts.speech.sample(self.parts.student):
                 file.write({"step": self.parts.progress.step, **row})
             file.sync()
 
-    def _open_samples(self) -> RowFile:
+    def _open_samples(self, files: RunFiles) -> RowFile:
         done = self._evaluated_at if self._evaluated_at >= 0 else None
-        return RowFile(self.store.run_dir / SAMPLES_FILE, resume_step=done)
+        return RowFile(files.store.run_dir / SAMPLES_FILE, resume_step=done)
 
     def save(self, *, snapshot: bool) -> None:
         """Write a checkpoint of this step, unless there is one; behind the steps."""
@@ -193,24 +210,30 @@ class Recorder:
 
     def stop(self) -> None:
         """A checkpoint of this step, whole when this returns; within ``STOP_SECONDS`` if the disk allows it."""
-        if self._saved_at != self.parts.progress.step and self._saver.give_up_for_another(STOP_SECONDS):
+        saver, saved = self._saver, self._saved_at == self.parts.progress.step
+        if saver is not None and not saved and saver.give_up_for_another(STOP_SECONDS):
             log.info("the save under way was given up: in %.0f s there is time for this step's only", STOP_SECONDS)
         self.save(snapshot=True)
-        self._saver.wait()
+        if saver is not None:
+            saver.wait()
 
     def finish(self) -> None:
         """Last evaluation, final checkpoint; it is whole when this returns."""
         self.evaluate()
         if self._saved_at != self.parts.progress.step:
             self._save(names=("final",), snapshot=True)
-            self._saver.wait()
-        elif (info := self._saver.give_names(("final",))) is not None:
-            self.uploader.enqueue_checkpoint(info)
+            if self._saver is not None:
+                self._saver.wait()
+        elif self.files is not None and self._saver is not None:
+            info = self._saver.give_names(("final",))
+            if info is not None:
+                self.files.uploader.enqueue_checkpoint(info)
 
     def _save_by_time(self) -> None:
         # One that is due while another is under way is taken once that is whole: it would only be waited for.
         due = self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes
-        if self.parts.engine.agree(due and not self._saver.busy):
+        busy = self.parts.engine.agree(self._saver is not None and self._saver.busy)
+        if self.parts.engine.agree(due) and not busy:
             self._last_time_save = self.clock()
             self._save(names=(), snapshot=False)
 
@@ -220,13 +243,13 @@ class Recorder:
         state = {
             **self._tensors(),
             "lr_schedule": {"step": metadata.step, "peak": self.config.optimizer.peak, "lr": metadata.lr},
-            "random": random_state(),
+            "random": random_state(gpus=self.parts.engine.world_size == 1),
             "accumulator": self.parts.accumulator.state_dict(),
         }
         if self.parts.progress.selection is not None:
             state["selection"] = self.parts.progress.selection.state_dict()
         self._saved_at = metadata.step
-        if not self.parts.engine.is_main:
+        if self.files is None or self._saver is None:
             return
         if self._saver.busy:
             log.info("step %d waits to be saved: the save before it is still being written", metadata.step)
@@ -235,7 +258,7 @@ class Recorder:
             metadata,
             kind="step" if snapshot else "time",
             also_as=("last", *names),
-            first=self.metrics.sync,
+            first=self.files.metrics.sync,
         )
         self._row_started += self.clock() - began
 
@@ -244,15 +267,19 @@ class Recorder:
 
     def _look_after_saves(self) -> None:
         """After each step: end with what a save failed with; after the first, when moments are there, prepare saves."""
+        if self._saver is None:
+            return
         self._saver.check()
-        if self._prepared or not self.parts.engine.is_main:
+        if self._prepared:
             return
         self._prepared = True
         self._saver.prepare(self._tensors(), host_room_bytes())
-        self._say_if_a_stop_takes_long("as long as none was measured")
+        self._say_if_a_stop_takes_long(self._saver, "as long as none was measured")
 
     def _tell_saved(self, saved: Saved) -> None:
-        self.uploader.enqueue_checkpoint(saved.info)
+        assert self.files is not None
+        assert self._saver is not None
+        self.files.uploader.enqueue_checkpoint(saved.info)
         log.info(
             "saved %s: stopped training for %.2f s, on the disk after %.2f s: %s",
             " ".join(saved.info.names),
@@ -260,10 +287,10 @@ class Recorder:
             saved.seconds,
             describe_metadata(saved.info.metadata),
         )
-        self._say_if_a_stop_takes_long("as measured")
+        self._say_if_a_stop_takes_long(self._saver, "as measured")
 
-    def _say_if_a_stop_takes_long(self, basis: str) -> None:
-        size, seconds = self._saver.num_bytes, self._saver.expected_seconds
+    def _say_if_a_stop_takes_long(self, saver: BackgroundSaver, basis: str) -> None:
+        size, seconds = saver.num_bytes, saver.expected_seconds
         if self._said_stop or seconds <= STOP_SECONDS:
             return
         self._said_stop = True
@@ -311,6 +338,7 @@ class Recorder:
             best_val_loss=progress.best_val_loss,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             run=self._run_values(),
+            versions={**CURRENT, "order": 1 if self.parts.group_size == 1 else CURRENT["order"]},
         )
 
     def _run_values(self) -> dict[str, Any]:
@@ -323,6 +351,7 @@ class Recorder:
             "max_pass_tokens": progress.passes.max_tokens,
             "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
             "decided": self.parts.decided,
+            "group_size": self.parts.group_size,
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
             "course": course_of(config),

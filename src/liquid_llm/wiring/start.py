@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from liquid_llm import storage
@@ -21,7 +22,8 @@ from liquid_llm.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
 from liquid_llm.checkpoint.resume import ResumeSource, read_student_weights
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
-from liquid_llm.errors import CheckpointError
+from liquid_llm.distributed import Engine
+from liquid_llm.errors import CheckpointError, UsageError
 from liquid_llm.runtime import choose_device, choose_dtype
 from liquid_llm.schedules import level_from
 from liquid_llm.versions import changes_since, find_newer
@@ -63,6 +65,8 @@ class Start:
             values["block_size"] = metadata.block_size
         if self.kind == "continue" and not config.continues_resumed:
             values["kd_temperature"] = metadata.kd_temperature  # an earlier release had another default
+            if config.optimizer.tokens_per_step is None:
+                values["grad_accum"] = metadata.grad_accum  # of several ranks it was their number
         if config.continues_resumed:
             values |= {
                 "alpha": metadata.kd_alpha,
@@ -82,6 +86,45 @@ class Start:
             decayed = self.origin.state["optimizer"]["param_groups"][0]
             values |= {"weight_decay": decayed["weight_decay"], "betas": tuple(decayed["betas"])}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def group_size(self) -> int | None:
+        """Micro-batches in a row that are drawn from one dataset, where the order of a run goes on."""
+        metadata = self.origin.metadata
+        return int(metadata.run.get("group_size", 1)) if self.goes_on and metadata is not None else None
+
+    def plain(self) -> dict[str, Any]:
+        """As values and tensors that ``of_plain`` reads on another rank."""
+        origin, folder = self.origin, self.origin.tokenizer_folder
+        files = (
+            {} if folder is None else {one.name: one.read_bytes() for one in Path(folder).iterdir() if one.is_file()}
+        )
+        return {
+            "kind": self.kind,
+            "description": origin.description,
+            "metadata": None if origin.metadata is None else origin.metadata.to_dict(),
+            "config": None if origin.config is None else json.dumps(dict(origin.config)),
+            "state": None if origin.state is None else dict(origin.state),
+            "weights": {} if origin.state is not None else dict(origin.state_dict),
+            "tokenizer": None if folder is None else files,
+        }
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any], folder: Path) -> Start:
+        """The start of the main rank; ``folder`` takes the files of a tokenizer that came along."""
+        given, state, config = values["metadata"], values["state"], values["config"]
+        description = values["description"]
+        for name, content in (values["tokenizer"] or {}).items():
+            (folder / Path(name).name).write_bytes(content)
+        origin = ResumeSource(
+            values["weights"] if state is None else state["student"],
+            description,
+            None if given is None else CheckpointMetadata.from_dict(given, description),
+            None if config is None else json.loads(config),
+            None if values["tokenizer"] is None else str(folder),
+            state,
+        )
+        return cls(values["kind"], origin)
 
     def _schedule(self, text: str | None, level: str, given: Mapping[str, object]) -> str | None:
         """A checkpoint's schedule, with what it has reached replaced by a newly given level.
@@ -164,12 +207,68 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
     return begin(config)
 
 
+def share_start(engine: Engine, find: Callable[[], Start], folder: Path) -> Start:
+    """What ``find`` gives on the main rank, on every rank, wherever they are; raises as it does.
+
+    Args:
+        folder: takes a tokenizer that came along, on the other ranks.
+    """
+    if engine.world_size == 1:
+        return find()
+    found: list[Start] = []
+
+    def look() -> dict[str, Any]:
+        found.append(find())
+        return found[0].plain()
+
+    values = engine.share(look)
+    return found[0] if engine.is_main else Start.of_plain(values, folder)
+
+
 def begin(config: RunConfig) -> Start:
     """Where a run starts that has no checkpoint of its own; raises as ``find_start``."""
     if config.student.resume_uri is None:
         return Start("fresh", ResumeSource({}, f"--student={config.student.spec}"))
     origin = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
     return Start("resume", origin if config.continues_resumed else replace(origin, state=None))
+
+
+def deal_out(config: RunConfig, start: Start, ranks: int) -> RunConfig:
+    """The configuration with a step's micro-batches as ranks can share them.
+
+    Where nobody said how many they are it is one a rank, so that a command works with any number of them.
+
+    Raises:
+        UsageError: their number was given, or is that of the run that is continued, and cannot be dealt out.
+    """
+    count = config.optimizer.grad_accum
+    if config.optimizer.tokens_per_step is not None or count % ranks == 0:
+        return config
+    if "grad_accum" in config.given or start.kind == "continue":
+        require_division(config, ranks)
+    settled = -(-count // ranks) * ranks
+    log.info("--grad_accum=%d: a micro-batch of each step for each of %d processes", settled, ranks)
+    return replace(config, optimizer=replace(config.optimizer, grad_accum=settled))
+
+
+def require_division(config: RunConfig, ranks: int) -> None:
+    """Raise UsageError unless a step's micro-batches can be dealt out among the ranks."""
+    count = config.optimizer.grad_accum
+    if count % ranks == 0:
+        return
+    given = "grad_accum" in config.given
+    divisors = [str(one) for one in range(1, count + 1) if count % one == 0]
+    raise UsageError(
+        "the micro-batches of a step cannot be dealt out among the processes",
+        where=f"--grad_accum={count}" if given else "grad_accum of the run that is continued",
+        got=f"{count} micro-batches a step, {ranks} processes",
+        expected=f"{_either(divisors)} processes" + (f", or a multiple of {ranks}" if given else ""),
+        remedy=None if given else "another number would be another run: start it with --restart for that",
+    )
+
+
+def _either(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def settle_context(start: Start, config: RunConfig) -> Start:
