@@ -19,6 +19,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,6 +250,8 @@ class ProcessEngine(Engine):
             error.speaks = self._leave(error.exit_code)
         if not error.speaks:
             # A launcher ends all ranks as soon as one has ended: the one that speaks comes first.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(LAST_WORDS_SECONDS)
 
     def _leave(self, exit_code: int) -> bool:

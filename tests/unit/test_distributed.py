@@ -19,7 +19,7 @@ from tests.support.ranks import ThreadEngine, World
 from liquid_llm.cli.main import main
 from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.distributed import Engine, start_engine
+from liquid_llm.distributed import Engine, Ranks, start_engine
 from liquid_llm.errors import NumericalError, UsageError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
@@ -185,18 +185,52 @@ def test_one_process_started_by_a_launcher_is_a_world_of_one(value: str) -> None
     assert start_engine({}).world_size == 1
 
 
-def test_several_processes_are_refused_in_words() -> None:
+def test_a_job_of_one_process_refuses_several_in_words() -> None:
     with pytest.raises(UsageError, match=r"WORLD_SIZE.*several processes.*got 2.*torchrun") as caught:
         start_engine({"WORLD_SIZE": "2"})
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("face", ["train", "anneal"])
-def test_a_job_of_several_processes_ends_before_anything_is_made(
+def test_several_processes_without_a_place_to_meet_end_before_anything_is_made(
     face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert main([face, f"--output_gcs_uri={tmp_path / 'run'}"]) == 2
-    assert "training with several processes is not supported yet" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    words = ["--dataset_manifest=m.jsonl"] if face == "train" else ["--teacher_name=t", "--dataset_name=d"]
+    assert main([face, f"--output_gcs_uri={tmp_path / 'run'}", "--device=cpu", *words]) == 2
+    said = capsys.readouterr().err
+    assert "WORLD_SIZE=2 without MASTER_ADDR and MASTER_PORT" in said
+    assert "torchrun" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_launcher_says_is_read_and_what_is_no_rank_is_refused() -> None:
+    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert Ranks.read({**given, "MASTER_ADDR": "host", "MASTER_PORT": "29500"}) == Ranks(5, 8, 1, 4, "host:29500")
+    assert Ranks.read({}) == Ranks(0, 1, 0, 1, "")
+    for wrong in ({"RANK": "8"}, {"RANK": "-1"}, {"WORLD_SIZE": "many"}):
+        with pytest.raises(UsageError, match="not a rank of a world"):
+            Ranks.read({**given, **wrong})
+
+
+def test_numbers_are_gathered_by_rank_and_a_limit_of_one_is_that_of_all() -> None:
+    assert World(3).run(lambda engine: engine.gather(2.5 * engine.rank)) == [[0.0, 2.5, 5.0]] * 3
+    assert World(2).run(lambda engine: engine.smallest(None if engine.is_main else 64)) == [64, 64]
+    assert World(2).run(lambda engine: engine.smallest(None)) == [None, None]
+    assert World(2).run(lambda engine: engine.smallest(0 if engine.is_main else 64)) == [0, 0]
+
+
+def test_gradients_larger_than_a_bucket_are_summed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("liquid_llm.distributed._BUCKET_BYTES", 24)
+
+    def work(engine: Engine) -> list[Any]:
+        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 9, 3, 1)]
+        parameters.append(torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)))
+        for number, one in enumerate(parameters):
+            one.grad = torch.full_like(one, number + engine.rank)
+        engine.sum_gradients(parameters)
+        return [one.grad.unique().tolist() for one in parameters]
+
+    assert World(2).run(work) == [[[1.0], [3.0], [5.0], [7.0], [9.0]]] * 2

@@ -20,16 +20,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.support.models import tiny_model
 from tests.support.recipes import EXAMPLES, PAGE, Recipe, apply, read_recipes
 from tests.support.sources import REPOSITORY, imports, parse
 from tests.support.teachers import IDENTITY, batch_of, make_samples, random_logits
 from tests.support.tiny import VOCAB_SIZE, Tiny, build
 from tests.support.tokenizers import tiny_tokenizer
-from tests.unit.test_distributed import assert_equal_rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liquid_llm.distributed import Engine
 from liquid_llm.errors import ModelError, SignalError
 from liquid_llm.metrics import read_metrics
 from liquid_llm.models.loading import LoadedModel
@@ -44,7 +41,6 @@ COSTS = {
     "A teacher": "1 file and 1 line",
     "A tracker": "1 file and 1 line",
     "A student preset": "1 line",
-    "An engine": "15 lines",
 }
 NUM_IDS = 20
 
@@ -196,36 +192,6 @@ def test_a_run_with_all_of_them(extended: Path, tiny: Tiny, server: ThreadingHTT
     assert server.asked
     teachers = json.loads((run / "provenance" / "environment.json").read_text())["teachers"]
     assert teachers["served"]["url"] == url
-
-
-RANK = """
-import json, sys
-from tests.support.models import tiny_model
-from tests.unit.test_distributed import train
-from liquid_llm.distributed import start_engine
-engine = start_engine()
-assert (engine.world_size, type(engine).__name__) == (2, "GlooEngine")
-found = train(tiny_model("llama"), engine)
-if engine.is_main:
-    with open(sys.argv[1], "w") as file:
-        json.dump(found["rows"], file)
-"""
-
-
-def test_two_processes_of_the_engine_take_the_steps_of_one(extended: Path, tmp_path: Path) -> None:
-    script, rows = tmp_path / "rank.py", tmp_path / "rows.json"
-    script.write_text(RANK)
-    found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(rows)],
-        env={**os.environ, "PYTHONPATH": f"{extended}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    one = train(tiny_model("llama"), Engine())
-    assert_equal_rows(dict(enumerate(json.loads(rows.read_text()))), dict(enumerate(one["rows"])))
 
 
 def test_without_the_recipe_the_name_is_refused(tiny: Tiny, tmp_path: Path) -> None:

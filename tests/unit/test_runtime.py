@@ -234,3 +234,22 @@ def test_freed_memory_is_used_again():
     assert kept == "True"
     assert count < 0.2 * faults("leave")[1]  # 49,155 where pages are small
     assert faults("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_each_process_of_a_machine_takes_the_gpu_of_its_number(requested: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert runtime.choose_device(requested).value == "cuda", "one process alone"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert runtime.choose_device(requested).value == "cuda:2"
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UsageError, match=r"LOCAL_RANK=4.*got 4 GPUs.*--nproc-per-node"):
+        runtime.choose_device(requested)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert runtime.choose_device(requested).value == "cuda:0", "the only one that this process is shown"

@@ -428,3 +428,26 @@ def test_every_position_of_validation_names_the_text_that_its_label_is_of(begin)
         for name in batch.documents.names
     ]
     assert of_windows.count("d1") == 6
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_group_is_of_one_dataset_and_nothing_of_an_epoch_is_left_out_or_seen_twice(size: int) -> None:
+    grouped, one_by_one = stream(group_size=size), stream()
+    taken: dict[str, list[object]] = {}
+    for group in range(60):
+        batches = [grouped.at(group * size + within) for within in range(size)]
+        assert len({batch.type for batch in batches}) == 1
+        assert batches[0].type == one_by_one.at(group).type, "types are drawn as before, for groups"
+        taken.setdefault(batches[0].type, []).extend(map(content, batches))
+    (only,) = [part for part in MIXTURE if part.dataset.type == "code"]
+    alone = stream([only], group_size=size)
+    assert alone.at(7) is not None
+    order = grouped.orders[MIXTURE.index(only)]
+    assert taken["code"] == [content(order.micro_batch(n)) for n in range(len(taken["code"]))]
+
+
+@given(st.integers(1, 4), st.integers(0, 40))
+def test_ranks_share_one_order_whatever_their_number(world_size: int, position: int) -> None:
+    for rank in range(world_size):
+        own = stream(rank=rank, world_size=world_size, group_size=2).micro_batch(position)
+        assert content(own) == content(stream(group_size=2).at(position * world_size + rank))

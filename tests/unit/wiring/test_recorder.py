@@ -19,9 +19,10 @@ from liquid_llm.errors import StorageError
 from liquid_llm.framing import Framing
 from liquid_llm.losses import LossOutput, Objective
 from liquid_llm.metrics import StepAccumulator
+from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import StepValues
 from liquid_llm.training import Progress
-from liquid_llm.wiring.recorder import Recorder
+from liquid_llm.wiring.recorder import Recorder, RunFiles
 from liquid_llm.wiring.speech import Speech
 
 
@@ -60,6 +61,7 @@ class Plain(Recorder):
 class Evaluate:
     def __init__(self) -> None:
         self.sets = {8: {"lm": [1]}}
+        self.passes = PassLimit()
 
     def __call__(self, student: Any) -> dict[str, Any]:
         return {"val_loss_student": 2.0}
@@ -84,7 +86,8 @@ def recorder(engine: Engine, folder: Path, clock: Any, written: Any = None) -> t
         optimizer=module,
         device=torch.device("cpu"),
     )
-    return Plain(config, parts, written, written, written, waited=lambda: 0.0, clock=clock), written
+    files = RunFiles(written, written, written) if engine.is_main else None
+    return Plain(config, parts, files, waited=lambda: 0.0, clock=clock), written
 
 
 def take_step(one: Recorder, step: int, loss: float = 1.0) -> None:
