@@ -202,8 +202,6 @@ class ProcessEngine(Engine):
             try:
                 value = work()
                 packed = _pack(value)
-            except RankError:
-                raise
             except Exception as error:  # noqa: BLE001 whatever it is, the others hear of it
                 failure = error
         size = self._tell(failure, len(packed))
@@ -216,8 +214,6 @@ class ProcessEngine(Engine):
         value, failure = None, None
         try:
             value = work()
-        except RankError:
-            raise  # all ranks know already
         except Exception as error:  # noqa: BLE001 whatever it is, the others hear of it
             failure = error
         self._tell(failure)
@@ -266,6 +262,8 @@ class ProcessEngine(Engine):
 
     def _tell(self, failure: Exception | None, size: int = 0) -> int:
         """Exchange how it went; ends as all do when it went wrong anywhere. Returns the main rank's ``size``."""
+        if isinstance(failure, RankError) or (isinstance(failure, LiquidError) and failure.speaks is not None):
+            raise failure  # all ranks know already: it was told in an exchange inside this one
         own = torch.zeros(self.world_size, 2, dtype=torch.int64)
         own[self.rank, 0] = 0 if failure is None else _exit_code(failure)
         own[self.rank, 1] = size
