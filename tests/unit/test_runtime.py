@@ -77,7 +77,7 @@ def test_a_device_that_is_not_there_is_refused_with_what_is_there(monkeypatch, r
 def test_a_gpu_is_taken_where_one_can_be_used_and_another_one_by_its_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert runtime.choose_device() == runtime.Choice("cuda", "found a card")
     assert runtime.choose_device("cuda:1").value == "cuda:1"
     assert runtime.choose_device("cpu").value == "cpu"

@@ -59,12 +59,13 @@ class Plain(Recorder):
 
 
 class Evaluate:
-    def __init__(self) -> None:
+    def __init__(self, **found: float) -> None:
         self.sets = {8: {"lm": [1]}}
         self.passes = PassLimit()
+        self.found = found
 
     def __call__(self, student: Any) -> dict[str, Any]:
-        return {"val_loss_student": 2.0}
+        return {"val_loss_student": 2.0, **self.found}
 
 
 def recorder(engine: Engine, folder: Path, clock: Any, written: Any = None) -> tuple[Plain, Any]:
@@ -261,8 +262,7 @@ def test_a_disk_that_proves_too_slow_is_said_after_the_first_save(tmp_path: Path
 def test_the_log_says_of_an_evaluation_what_was_asked_for(tmp_path: Path, caplog: Any) -> None:
     one, _ = recorder(Engine(), tmp_path, lambda: 0.0)
     asked = {"val_loss_student@16": 2.5, "val_kd": 0.25, "val_agreement": 0.5, "answers_right": 3, "answers": 20}
-    one.parts.evaluator = lambda student: {"val_loss_student": 2.0, **asked}
-    one.parts.evaluator.sets = {8: {"lm": [1]}}
+    one.parts.evaluator = Evaluate(**asked)
     with caplog.at_level("INFO"):
         one.evaluate()
     said = "val_loss_student 2.0000 val_loss_student@16 2.5000 val_kd 0.2500 val_agreement 0.5000 answers right 3/20"

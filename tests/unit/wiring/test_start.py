@@ -51,8 +51,10 @@ def test_what_an_annealing_run_takes_from_its_checkpoint() -> None:
     assert not {"lr_peak", "temp_schedule"} & set(values), "what it does not have, it does not stand for"
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("resume", set()), ("continue", {"block_size", "kd_temperature"})])
-def test_a_hybrid_run_takes_no_more_than_its_own_length_and_temperature(kind: str, expected: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("resume", set()), ("continue", {"block_size", "kd_temperature", "grad_accum"})]
+)
+def test_a_hybrid_run_takes_no_more_than_its_own_length_temperature_and_step(kind: str, expected: set[str]) -> None:
     assert set(start(kind, rope_scale=None).options(config(TRAIN))) == expected
 
 
