@@ -106,8 +106,9 @@ class PassLimit:
             )
         self.max_tokens = (num_rows + 1) // 2 * time
         log.warning(
-            "%s: out of memory with %d x %d tokens, so it is cut in two, as every pass above %d tokens from now on; the "
-            "result is the same. A smaller --batch_size with more --grad_accum, or --grad_checkpoint, would spare the cut",
+            "%s: out of memory with %d x %d tokens, so it is cut in two, as every pass above %d tokens from now on; "
+            "the result is the same. A smaller --batch_size with more --grad_accum, or --grad_checkpoint, would spare "
+            "the cut",
             where,
             num_rows,
             time,
