@@ -25,7 +25,16 @@ CODECS: dict[str, dict[str, object]] = {
     "sampled": {"codec": "sampled", "codec_options": "draws=32,temperature=2"},
 }
 FLOAT32 = {"precision": "float32", "teacher_precision": "float32"}
-SHORT = {"max_steps": 4, "lr": 1e-3, "eval_every": 2, "save_every": 2, "eval_tokens": 512, "seed": 3, **FLOAT32}
+SHORT = {
+    "max_steps": 4,
+    "lr": 1e-3,
+    "eval_every": 2,
+    "save_every": 2,
+    "eval_tokens": 512,
+    "seed": 3,
+    "kd_temperature": 2,
+    **FLOAT32,
+}
 LOSSES = ("loss", "ce", "kd", "l2", "grad_norm", "val_loss_student", "val_kd", "val_loss_teacher")
 TOLERANCE = {"cuda": 3e-4}
 

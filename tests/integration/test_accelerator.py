@@ -30,7 +30,16 @@ CODECS = {
 }
 FLOAT32 = {"precision": "float32", "teacher_precision": "float32"}
 # A learning rate at which what rounding differs by does not grow from step to step.
-SHORT = {"max_steps": 4, "lr": 1e-3, "eval_every": 2, "save_every": 2, "eval_tokens": 512, "seed": 3, **FLOAT32}
+SHORT = {
+    "kd_temperature": 2,
+    "max_steps": 4,
+    "lr": 1e-3,
+    "eval_every": 2,
+    "save_every": 2,
+    "eval_tokens": 512,
+    "seed": 3,
+    **FLOAT32,
+}
 DEVICES = ("cpu", NAME)
 NOT_STORED = {"mc_teacher_id": None, "math_logits_dir": None, "code_logits_dir": None}
 KINDS: dict[str, dict[str, object]] = {

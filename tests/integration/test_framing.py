@@ -53,13 +53,13 @@ def without(tiny: Tiny, **options: object) -> dict[str, object]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[MicroBatch]:
     """Every micro-batch that is trained on from now on."""
     batches: list[MicroBatch] = []
-    real = TrainingStream.micro_batch
+    real = TrainingStream.at
 
     def kept(self: TrainingStream, index: int) -> MicroBatch:
         batches.append(real(self, index))
         return batches[-1]
 
-    monkeypatch.setattr(TrainingStream, "micro_batch", kept)
+    monkeypatch.setattr(TrainingStream, "at", kept)
     return batches
 
 

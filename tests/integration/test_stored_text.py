@@ -162,6 +162,7 @@ def test_noise_is_said_of_the_positions_that_steps_learn(world, tmp_path, caplog
     few = "draws_t1=0.5,draws_t2=0.3,draws_t4=0.1"
     assert capture(world, tmp_path / "store", "tail", codec_options=few) == 0
     options = {"lm_teacher_id": None, "batch_size": 8, "max_steps": 12, "grad_accum": 2, "metrics_interval": 1}
+    options["kd_temperature"] = 2
     signal = f"--signal=lm={tmp_path / 'store'}"
     assert hybrid(world, tmp_path, signal, **options, mc_teacher_id=world.teacher) == 0
     said = re.search(r"lm: the draws of its stored signal .* in steps of ([\d,]+) positions at T=2: (.*)", caplog.text)

@@ -109,9 +109,9 @@ def edit_checkpoints(run_dir: Path, **changes: Any) -> None:
 def micro_batches(monkeypatch: Any) -> dict[int, dict[str, Any]]:
     """From here on, what each training micro-batch holds, by its number, in the words of ``fixtures/make.py``."""
     seen: dict[int, dict[str, Any]] = {}
-    original = TrainingStream.micro_batch
+    original = TrainingStream.at
 
-    def micro_batch(self: TrainingStream, index: int) -> Any:
+    def at(self: TrainingStream, index: int) -> Any:
         batch = original(self, index)
         ids = np.ascontiguousarray(batch.input_ids.numpy().astype("<i8"))
         seen[index] = {
@@ -122,5 +122,5 @@ def micro_batches(monkeypatch: Any) -> dict[int, dict[str, Any]]:
         }
         return batch
 
-    monkeypatch.setattr(TrainingStream, "micro_batch", micro_batch)
+    monkeypatch.setattr(TrainingStream, "at", at)
     return seen
