@@ -59,8 +59,7 @@ def run_study(study: Study, folder: str) -> int:
         Interrupted: the process was asked to stop; what was begun is saved.
     """
     setup_logging("INFO")
-    if start_engine().world_size > 1:
-        raise UsageError("a study's runs are of one process each", where="liquid study", remedy="use --processes")
+    start_engine()  # refuses several processes: a study's runs are of one each
     place = open_folder(folder)
     if study.dry_run:
         return _dry_run(study, place)

@@ -24,8 +24,6 @@ from liquid_llm.errors import DataError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
-from liquid_llm.models.heads import check_documents
-from liquid_llm.models.importance import Text
 from liquid_llm.models.token_bytes import token_bytes
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
@@ -135,7 +133,7 @@ def build_basis(config: RunConfig, start: Start, engine: Engine) -> Basis:
     if takes_weights(config, start):
         check_shape(config, text, token)
     else:
-        built = _make_student(config, start, text, device, token)
+        built = make_student(config, start, text, device, token)
     check_teachers(config, token)
     return Basis(
         config=config,
@@ -167,7 +165,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     built = basis.built
     if built is None:
         calibration = calibration_text(_make_stream(config, inputs, Engine(), group_size))
-        built = _make_student(config, start, basis.text, basis.device, basis.token, calibration)
+        built = make_student(config, start, basis.text, basis.device, basis.token, calibration)
     if text.framings.student != basis.text.framings.student:
         name_tokens(built.model, text.framings.student)
     _say_unknown_types(config, inputs.types)
@@ -213,21 +211,6 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     counted = partial(learnt_positions, parts.stream, inputs.mixture)
     say_noise(config, schedules, teachers.router, counted, parts.progress.step)
     return parts
-
-
-def _make_student(
-    config: RunConfig,
-    start: Start,
-    text: TextTools,
-    device: torch.device,
-    token: str | None,
-    calibration: Sequence[Text] = (),
-) -> BuiltStudent:
-    """As ``make_student``, and able to keep documents apart where that is asked for."""
-    built = make_student(config, start, text, device, token, calibration)
-    if config.data.document_mask:
-        check_documents(built.model)
-    return built
 
 
 def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: int) -> TrainingStream:

@@ -18,6 +18,7 @@ from liquid_llm.config import RunConfig
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.errors import CheckpointError, UsageError
 from liquid_llm.framing import Framing
+from liquid_llm.models.heads import check_documents
 from liquid_llm.models.importance import Text, mean_loss
 from liquid_llm.models.positions import (
     Stretch,
@@ -102,7 +103,7 @@ def make_student(
 
     Raises:
         CheckpointError: the weights are of another architecture or vocabulary.
-        ModelError: the architecture's head is not one the loss understands.
+        ModelError: the architecture's head is not one the loss understands, or documents cannot be kept apart in it.
         UsageError: an evaluation length past what the student supports.
     """
     taken = _take(config, text, device, token, calibration) if takes_weights(config, start) else None
@@ -118,6 +119,8 @@ def make_student(
     if config.student.grad_checkpoint is True:
         enable_gradient_checkpointing(model)
     model.to(device)
+    if config.data.document_mask:
+        check_documents(model)
     kind = positional_embedding(model)
     trained = longest if start.kind == "fresh" else max(longest, trained or max_positions(model) or longest)
     description = {"spec": _spec(config, start), "config": model.config.to_dict(), "trained_positions": trained}
