@@ -14,6 +14,7 @@ from filelock import FileLock
 from hypothesis import settings
 from tests.support.accelerator import Accelerator, install
 from tests.support.gcs import Bucket, FakeGcs, running_server
+from tests.support.tiny import end_started
 from tests.support.world import World, build, served
 
 # No deadline: the cores are shared, so an example's time says nothing. `make test` tries the same examples each time:
@@ -79,6 +80,13 @@ def built_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             build(complete.parent)
             complete.touch()
     return complete.parent
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """What a failed test started does not run into the next one."""
+    yield
+    end_started()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.support.gcs import Bucket
-from tests.support.tiny import Tiny, build, run, start
+from tests.support.tiny import Tiny, build, files, run, start
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
@@ -89,7 +89,7 @@ def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tin
         math_logits_dir=tmp_path / "math", code_logits_dir=tmp_path / "code", batch_size=1, logits_format="pt"
     )
     process = start(CAPTURE, words)
-    while not list(tmp_path.glob("math/*.pt")) and not list(tmp_path.glob("code/*.pt")):
+    while not files(tmp_path, "math/*.pt") and not files(tmp_path, "code/*.pt"):
         assert process.poll() is None
         time.sleep(0)
     process.terminate()

@@ -20,7 +20,7 @@ import yaml
 from tests.support import readme, texts
 from tests.support.gcs import Bucket
 from tests.support.raw_inputs import RAW, jsonl, zipped
-from tests.support.tiny import Tiny, build
+from tests.support.tiny import Tiny, build, files
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
@@ -127,7 +127,7 @@ def test_a_killed_command_is_run_again_and_ends_with_the_same_shards(
     kills = 0
     for shards_at_least in (1, 4, 9):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((tmp_path / "killed").glob("a-*"))) < shards_at_least:
+        while process.poll() is None and len(files(tmp_path / "killed", "a-*")) < shards_at_least:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from tests.support.tiny import build
+from tests.support.tiny import build, files
 
 from liquid_llm.cli.main import main
 from liquid_llm.study.folder import StudyFolder
@@ -103,7 +103,7 @@ def begin(asked, folder):
 
 def wait_for(folder, pattern):
     until = time.monotonic() + 120
-    while not list(folder.glob(pattern)):
+    while not files(folder, pattern):
         assert time.monotonic() < until, f"{pattern} does not come"
         time.sleep(0.02)
 

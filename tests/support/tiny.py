@@ -5,6 +5,7 @@ Everything goes through the real command lines; only the sizes are small.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -135,13 +136,31 @@ def _trained_teacher(tokenizer: Any, lines: list[str], steps: int) -> Any:
 
 def start(module: str, argv: list[str], **env: str) -> subprocess.Popen[str]:
     """A face as a process of its own, one thread, so that results do not depend on how busy the machine is."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", module, *argv],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    _STARTED.append(process)
+    return process
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+def end_started() -> None:
+    """End what a failed test left running, so that the next test does not fail for it as well."""
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.communicate()  # its pipes too
+
+
+def files(folder: Path, pattern: str) -> list[str]:
+    """What matches now, in a folder that another process makes or removes meanwhile (where ``Path.glob`` raises)."""
+    return glob.glob(pattern, root_dir=folder)
 
 
 def run(module: str, argv: list[str], **env: str) -> subprocess.CompletedProcess[str]:
