@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed.run import get_args_parser
 
 from liquid_llm.cli.parse import parse
-from liquid_llm.config import build_capture_config, build_run_config
+from liquid_llm.config import build_capture_config, build_config_to_measure, build_run_config
 from liquid_llm.options import CAPTURE, options_of
 
 
@@ -26,13 +26,14 @@ def add_program(folder: Path, name: str, body: str) -> None:
 
 
 def run_script(words: Sequence[str], programs: Path, **env: str) -> subprocess.Popen[str]:
-    """A bash script and its words as a process that finds ``programs`` before any others of their names."""
+    """A bash script and its words as a process group that finds ``programs`` before any others of their names."""
     return subprocess.Popen(
         ["bash", *words],
         env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -49,14 +50,17 @@ def record(words: Sequence[str], folder: Path, *programs: str, **env: str) -> li
 
 
 def check_liquid(words: Sequence[str]) -> None:
-    """Read the words of ``liquid train``, ``anneal`` or ``capture`` as it would.
+    """Read the words of ``liquid train``, ``anneal``, ``capture`` or ``memory`` of one of them as it would.
 
     Raises:
         UsageError: an option or a value is not one of its own.
     """
-    face, *rest = words
+    measured = words[0] == "memory"
+    face, *rest = [word for word in words[measured:] if not (measured and word.startswith("--gpu_memory="))]
     given = parse(options_of(face), rest, f"liquid {face}", "", face=face)
-    if face == CAPTURE:
+    if measured:
+        build_config_to_measure(face, given)
+    elif face == CAPTURE:
         build_capture_config(given)
     else:
         build_run_config(face, given)

@@ -1,4 +1,4 @@
-"""examples/slurm, skypilot.yaml and vertex: each is read as its launcher reads it, and its command as `liquid` does."""
+"""examples/slurm, vertex, skypilot.yaml and docs/scaling.md: read as launchers read them, and as `liquid` does."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from tests.support.launchers import check_liquid, read_torchrun, record
-from tests.support.readme import REPOSITORY
+from tests.support.readme import REPOSITORY, commands
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import get_args_parser
 
 from liquid_llm.errors import UsageError
+from liquid_llm.options import OPTIONS
 
 EXAMPLES = REPOSITORY / "examples"
 SLURM, VERTEX = EXAMPLES / "slurm", EXAMPLES / "vertex"
@@ -163,20 +166,17 @@ def test_containers_of_a_job_meet_at_the_first_under_numbers_of_their_own() -> N
     assert numbers == [0, 1, 2]
 
 
-def test_a_container_ends_with_the_code_of_its_processes() -> None:
+def test_a_container_ends_with_the_code_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun ends with 1, and 75 would not be seen."""
-    script = f"""
-import runpy, sys
-import torch.distributed.run as run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-def main(words):
-    raise ChildFailedError("liquid_llm", {{0: ProcessFailure(0, 1, 75, "")}})
-run.main = main
-sys.argv = ["start.py", "train"]
-runpy.run_path({str(VERTEX / "start.py")!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 75, done.stderr
+
+    def stopped(words: list[str]) -> None:
+        raise ChildFailedError("liquid_llm", {0: ProcessFailure(0, 1, 75, "")})
+
+    monkeypatch.setattr("torch.distributed.run.main", stopped)
+    monkeypatch.setattr(sys, "argv", ["start.py", "train"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(VERTEX / "start.py"), run_name="__main__")
+    assert ended.value.code == 75
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -207,3 +207,40 @@ def test_the_image_holds_what_it_starts_with() -> None:
     folder, program = dict(steps)["WORKDIR"], json.loads(dict(steps)["ENTRYPOINT"])
     assert program == ["python", f"{folder}/start.py"]
     assert "examples/vertex/start.py" in there
+
+
+PAGE = (REPOSITORY / "docs" / "scaling.md").read_text()
+FILES = {"sbatch": r"\S+\.sbatch", "sky": r"\S+\.yaml", "gcloud": r"(?<=--config=)\S+"}
+
+
+@pytest.mark.parametrize("command", commands(PAGE))
+def test_the_commands_of_the_page_on_scaling_are_understood(command: str, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(re.search(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1])  # type: ignore[index]
+    words = shlex.split(command.replace("--config=job.yaml", f"--config={job}"))
+    while "=" in words[0]:
+        assert words.pop(0).partition("=")[0] in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+    program, *rest = words
+    if program in FILES:
+        assert (REPOSITORY / re.search(FILES[program], command)[0]).is_file()  # type: ignore[index]
+    elif program == "torchrun":
+        check_liquid(read_torchrun(rest)[1])
+    elif program == "accelerate":
+        read = launch_command_parser().parse_args(rest[1:])
+        assert (rest[0], read.module, read.training_script, read.multi_gpu) == ("launch", True, "liquid_llm", True)
+        check_liquid(read.training_script_args)
+    else:
+        assert program == "liquid"
+        check_liquid(rest)
+
+
+def test_the_page_has_a_command_of_each_launcher() -> None:
+    assert {"torchrun", "accelerate", *FILES} <= {command.split()[0] for command in commands(PAGE)}
+
+
+def test_what_torchrun_takes_for_its_own_is_what_the_page_says() -> None:
+    """An option of liquid's that begins several of torchrun's is refused before liquid sees it."""
+    own = [name for action in get_args_parser()._actions for name in action.option_strings]
+    begun = {option.name for option in OPTIONS if sum(name.startswith(f"--{option.name}") for name in own) > 1}
+    assert begun == {"signal"}
+    assert all(" -- liquid_llm " in line for line in commands(PAGE) if " --signal" in line)

@@ -8,6 +8,7 @@ that is already there under another name is copied there, not sent again. Everyt
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,11 +29,16 @@ _SMALL_BYTES = 32 * 2**20
 
 
 class Mirror:
-    """What is known of one mirror. Used by one thread at a time."""
+    """What is known of one mirror. Used by one thread at a time.
+
+    Attributes:
+        bytes_per_second: at which the last checkpoint's data was sent; None before the first.
+    """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
         self._dir = run_dir
         self.uri = uri
+        self.bytes_per_second: float | None = None
         self._complete: dict[str, CheckpointMetadata] = {}  # checkpoints known to be complete there
         self._sent: dict[str, tuple[int, int]] = {}  # file -> (size, time of change) as it was sent
 
@@ -62,7 +68,9 @@ class Mirror:
         self._complete.pop(name, None)
         storage.remove(self._of(name, SIDECAR_SUFFIX))
         if twin is None:
+            began = time.monotonic()
             storage.upload(data, self._of(name, DATA_SUFFIX))
+            self.bytes_per_second = data.stat().st_size / max(time.monotonic() - began, 1e-3)
         else:
             known = self._complete.pop(twin)  # should it be gone, the next attempt sends the data
             storage.copy(self._of(twin, DATA_SUFFIX), self._of(name, DATA_SUFFIX))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from liquid_llm.checkpoint.background import ASSUMED_BYTES_PER_SECOND
 from liquid_llm.checkpoint.discovery import (
     DATA_SUFFIX,
     CheckpointInfo,
@@ -98,6 +99,12 @@ class Uploader:
                 self._waiting.pop(name, None)  # to the end of the queue
                 self._waiting[name] = self._checkpoint_job(name, info.metadata)
             self._changed.notify_all()
+
+    def expected_seconds(self, num_bytes: int) -> float:
+        """How long a checkpoint of this size is on its way: as the last one was; the first as to the assumed disk."""
+        if self._thread is None:
+            return 0.0
+        return num_bytes / (self._mirror.bytes_per_second or ASSUMED_BYTES_PER_SECOND)
 
     def close(self, deadline_seconds: float = 900.0) -> None:
         """Send what is left, try again what failed, compare the mirror with the run directory. Once; then nothing.

@@ -290,16 +290,19 @@ class Recorder:
         self._say_if_a_stop_takes_long(self._saver, "as measured")
 
     def _say_if_a_stop_takes_long(self, saver: BackgroundSaver, basis: str) -> None:
+        assert self.files is not None
         size, seconds = saver.num_bytes, saver.expected_seconds
-        if self._said_stop or seconds <= STOP_SECONDS:
+        sending = self.files.uploader.expected_seconds(size)  # a machine that is taken away takes its disk along
+        if self._said_stop or seconds + sending <= STOP_SECONDS:
             return
         self._said_stop = True
         log.warning(
-            "a save takes about %s: %s at %.0f MB/s, %s. A machine that leaves %.0f s after SIGTERM ends before this "
+            "a save takes about %s: %s at %.0f MB/s%s, %s. A machine that leaves %.0f s after SIGTERM ends before this "
             "run's state is saved, and the last checkpoint counts: make --save_every small enough, or the disk faster",
-            format_seconds(seconds),
+            format_seconds(seconds + sending),
             format_bytes(size),
             size / seconds / 1e6,
+            f" to the disk and {format_seconds(sending)} more to the mirror" if sending else "",
             basis,
             STOP_SECONDS,
         )

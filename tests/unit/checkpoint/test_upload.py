@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,6 +139,27 @@ def test_enqueueing_does_not_wait_for_the_line(
     # what was forgotten before its turn is not sent; "last" is sent once, as it is now; staged data is let go of
     assert remote_names(remote) == both("last", "step-00000004", "step-00000005")
     assert same_files(run_dir, remote)
+
+
+def test_how_long_a_checkpoint_is_on_its_way_is_that_of_the_last_one(
+    store: CheckpointStore, run_dir: Path, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pretended line of 1 kB/s: its clock goes on by what is sent."""
+    now, send = [0.0], storage.upload
+
+    def slowly(path: Path, target: str) -> None:
+        send(path, target)
+        now[0] += path.stat().st_size / 1e3
+
+    monkeypatch.setattr("liquid_llm.checkpoint.mirror.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(storage, "upload", slowly)
+    with Uploader(run_dir, None) as nowhere:
+        assert nowhere.expected_seconds(240_000_000) == 0.0
+    with Uploader(run_dir, remote) as uploader:
+        assert uploader.expected_seconds(240_000_000) == 1.0, "assumed"
+        uploader.enqueue_checkpoint(save(store, 1, "last"))
+        wait_for(lambda: uploader.expected_seconds(240_000_000) != 1.0)
+        assert uploader.expected_seconds(10_000) == pytest.approx(10.0)
 
 
 def test_data_is_sent_once_and_copied_there(
