@@ -32,6 +32,12 @@ class StudentConfig:
     rope_scale: float | None
     grad_checkpoint: bool | str
     precision: str
+    shard: str
+
+    @property
+    def is_dealt_out(self) -> bool:
+        """Whether each of several processes holds a part of the student alone."""
+        return self.shard == "full"
 
 
 @dataclass(frozen=True)

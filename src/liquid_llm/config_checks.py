@@ -62,7 +62,7 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
     problems += _collect(lambda: parse_student(config.student.spec))
     problems += _collect(lambda: parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: parse_schedule(objective.temp_schedule, "--temp_schedule", None))
-    problems += _divergence_problems(config)
+    problems += _divergence_problems(config) + _sharding_problems(config)
     return problems + _batch_problems(config, block_size_known) + _token_problems(teacher) + toolkit_problems(data)
 
 
@@ -101,6 +101,21 @@ def _batch_problems(config: RunConfig, block_size_known: bool) -> list[str]:
     if config.price_per_hour is not None and not config.dry_run:
         problems.append("--price_per_hour goes with --dry_run, which says what a run costs before it begins")
     return problems
+
+
+def _sharding_problems(config: RunConfig) -> list[str]:
+    if not config.student.is_dealt_out:
+        return []
+    asked, what = config.evaluation, "--shard=full goes without"
+    return [
+        f"{what} {option}: {why}"
+        for option, given, why in (
+            ("--sample_prompts", asked.sample_prompts, "a student in parts answers no prompts"),
+            ("--eval_answers", asked.answers, "a student in parts answers no prompts; liquid evaluate has it answer"),
+            ("--batch_size=auto", config.data.batch_size == AUTO_BATCH, "what fits is worked out for a whole student"),
+        )
+        if given
+    ]
 
 
 def _data_problems(data: DataConfig, what: str) -> list[str]:

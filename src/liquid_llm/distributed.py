@@ -118,6 +118,10 @@ class Engine:
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors of the same shapes the main rank's very bits."""
 
+    def watch(self) -> contextlib.AbstractContextManager[None]:
+        """What fails inside because another rank has ended, in an exchange of torch's own, raises ``RankError``."""
+        return contextlib.nullcontext()
+
     def __enter__(self) -> Engine:
         return self
 
@@ -280,6 +284,15 @@ class ProcessEngine(Engine):
         raise failure
 
     @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_exchange(error):
+                raise
+            raise self._lost(error) from error
+
+    @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
         try:
             yield
@@ -305,6 +318,11 @@ class ProcessEngine(Engine):
             got=first_line(error),
             remedy="look at what that process said; run the same command again to go on from the last checkpoint",
         )
+
+
+def _is_of_exchange(error: RuntimeError) -> bool:
+    """Whether torch raised it for a connection: gloo has no class of its own for that."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _exit_code(error: BaseException) -> int:

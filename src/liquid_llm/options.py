@@ -35,6 +35,7 @@ STUDENT, TEACHER, DATA, OBJECTIVE, OPTIMIZER, EVALUATION, OUTPUT, STORE, RUN = (
 
 AUTO = "auto"
 AUTO_BATCH = 0  # what stands for it in the configuration, until a batch is chosen
+SHARDINGS = ("none", "full")
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
@@ -89,6 +90,7 @@ OPTIONS = (
     Option("rope_scale", "float", STUDENT, "rope_scale", None, "RoPE scaling factor of a rotary student", above=0),
     Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),
     Option("grad_checkpoint", "auto bool", STUDENT, "grad_checkpoint", AUTO, "recompute activations in the backward pass: less memory, a third more time; auto: only where it would not fit otherwise"),
+    Option("shard", "str", STUDENT, "shard", "none", "full: each of several processes holds a part of the student's weights, gradients and moments alone (FSDP2): for a student that no GPU holds", choices=SHARDINGS),
     # teachers
     Option("teacher_name", "str", TEACHER, "online_id", None, "online teacher, or with --teacher_mode=precomputed the one whose stored signal --signal names (none: plain cross-entropy)", faces=(ANNEAL,)),
     Option("lm_teacher_id", "str", TEACHER, "online_id", None, "online teacher, for type=lm", faces=(TRAIN,)),

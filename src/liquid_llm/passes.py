@@ -36,9 +36,11 @@ class PassLimit:
 
     Attributes:
         max_tokens: None until a pass has run out of memory.
+        cuts: whether one that does is cut. Not where ranks compute together, each as many passes as the others.
     """
 
     max_tokens: int | None = None
+    cuts: bool = True
 
     def parts(self, batch: MicroBatch) -> Iterator[tuple[MicroBatch, slice]]:
         """The passes of ``batch`` in order: rows as equal in number as can be, and their labelled positions."""
@@ -93,9 +95,18 @@ class PassLimit:
         """Halve the passes as large as ``part``, which ran out of memory.
 
         Raises:
-            DeviceError: it was a single row already.
+            DeviceError: it was a single row already, or nothing is cut here.
         """
         num_rows, time = part.input_ids.shape
+        if not self.cuts:
+            raise DeviceError(
+                f"{num_rows} x {time} tokens do not fit into memory, and what several processes compute together is not "
+                "cut",
+                where=where,
+                got=consumers or None,
+                remedy="take a smaller --batch_size with more --grad_accum, --grad_checkpoint or more processes; the "
+                "last checkpoint is intact",
+            )
         if num_rows == 1:
             raise DeviceError(
                 f"a single row of {time} tokens does not fit into memory",

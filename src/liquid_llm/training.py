@@ -31,6 +31,7 @@ from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import StepSchedules, StepValues
 from liquid_llm.selection import PositionSelection
+from liquid_llm.sharding import make_whole
 
 
 @dataclass
@@ -82,6 +83,10 @@ class Student(nn.Module):
         compute_dtype: float32, or bfloat16 by autocast.
         reference: the frozen student of the keep-old-logits term, or None.
         plan: how the loss goes about its work; None takes what suits the device.
+
+    Attributes:
+        is_dealt_out: whether each rank has a part of the weights only (``sharding``); then each backward sums the
+            gradients over the ranks itself.
     """
 
     reference: nn.Module | None
@@ -98,6 +103,7 @@ class Student(nn.Module):
         object.__setattr__(self, "reference", reference)  # beside the modules: no part of what is trained
         self.compute_dtype = compute_dtype
         self.plan = plan
+        self.is_dealt_out = False
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +117,7 @@ class Student(nn.Module):
             ValueError: a gamma above zero without a reference student.
         """
         with self._arithmetic():
-            return self.loss(self._states(self.model, batch), batch, signal, objective)
+            return self._loss(self._states(self.model, batch), batch, signal, objective)
 
     def states(self, batch: MicroBatch) -> Tensor:
         """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take."""
@@ -126,16 +132,19 @@ class Student(nn.Module):
     def loss(self, hidden: Tensor, batch: MicroBatch, signal: Signal | None, objective: Objective) -> LossOutput:
         """As ``forward``, of ``states`` that are there already."""
         with self._arithmetic():
-            return fused_loss(
-                hidden,
-                self.head,
-                batch.targets,
-                signal=signal,
-                objective=objective,
-                reference=self._reference_signal(batch) if objective.gamma > 0 else None,
-                plan=self.plan,
-                all_labelled=True,
-            )
+            return self._loss(hidden, batch, signal, objective)
+
+    def _loss(self, hidden: Tensor, batch: MicroBatch, signal: Signal | None, objective: Objective) -> LossOutput:
+        return fused_loss(
+            hidden,
+            self.head,
+            batch.targets,
+            signal=signal,
+            objective=objective,
+            reference=self._reference_signal(batch) if objective.gamma > 0 else None,
+            plan=self.plan,
+            all_labelled=True,
+        )
 
     def _reference_signal(self, batch: MicroBatch) -> DenseSignal:
         if self.reference is None:
@@ -289,10 +298,13 @@ class Trainer:
             NumericalError: it, or a loss of any rank, is not finite.
         """
         every = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.engine.sum_gradients(every)
+        if not self.student.is_dealt_out:
+            self.engine.sum_gradients(every)
         parameters = [parameter for parameter in every if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
+        if self.student.is_dealt_out:
+            norm = make_whole(norm)
         # The one wait of a step: norm and losses come to the host together, and what positions were counted. A loss
         # that is not finite makes the sum over ranks so: no rank updates its weights when one cannot.
         losses = torch.stack([one.output.loss.detach().to(norm) for one in scored])

@@ -45,6 +45,7 @@ LAYERS = (
         "registry",
         "sources",
         "distributed",
+        "sharding",
         "data.types",
     },
     set(),  # parts
@@ -165,13 +166,14 @@ def test_what_a_face_stands_for_is_decided_in_configuration_alone() -> None:
     assert face_branches("liquid_llm.config"), "or the rule sees nothing"
 
 
-SEAMS = {"storage": {"fsspec", "gcsfs", "aiohttp"}, "distributed": {"torch.distributed"}}
-"""Packages that one component alone may import."""
+SEAMS = {("storage",): {"fsspec", "gcsfs", "aiohttp"}, ("distributed", "sharding"): {"torch.distributed"}}
+"""Packages that these components alone may import. What ranks say to one another is ``distributed``'s, how a model
+lies among them ``sharding``'s."""
 
 
 def test_seams_are_the_only_ones_that_know_what_is_behind_them() -> None:
-    for owner, behind in SEAMS.items():
-        others = [module for module in FILES if component(module) != owner]
+    for owners, behind in SEAMS.items():
+        others = [module for module in FILES if component(module) not in owners]
         found = {
             (module, entry.name) for module in others for entry in imports(module, parse(FILES[module]), set(FILES))
         }

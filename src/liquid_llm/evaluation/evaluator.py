@@ -85,6 +85,7 @@ class Evaluator:
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
         engine: the ranks among which the batches are dealt out.
         measures: whether agreement, overlap, calibration and bits a byte are in the row too.
+        alike: whether every rank scores as many batches as every other, as they compute together: some twice.
         token_bytes: [vocab], the bytes that each token stands for, for bits a byte.
     """
 
@@ -97,6 +98,7 @@ class Evaluator:
     engine: Engine = field(default_factory=Engine)
     measures: bool = False
     token_bytes: Tensor | None = None
+    alike: bool = False
     _kept: dict[tuple[int, int, int], Signal] = field(default_factory=dict)
     _teacher_ce: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
     _cached_bytes: int = 0
@@ -115,7 +117,7 @@ class Evaluator:
         sums = SumsOfSets(self.sets, self.token_bytes) if self.measures else None
         scores = {
             length: {type: score.sum_over(self.engine) for type, score in by_type.items()}
-            for length, by_type in self._score(student, own, sums).items()
+            for length, by_type in self._score(student, own, sums, alike=self.alike).items()
         }
         row = _summarise(scores[self.block_size], "")
         row["by_type"] = {
@@ -155,7 +157,9 @@ class Evaluator:
         }
         self._score(student, largest, SumsOfSets(largest, self.token_bytes) if self.measures else None)
 
-    def _score(self, student: Student, sets: Sets, sums: SumsOfSets | None) -> dict[int, dict[str, Score]]:
+    def _score(
+        self, student: Student, sets: Sets, sums: SumsOfSets | None, *, alike: bool = False
+    ) -> dict[int, dict[str, Score]]:
         """The sums of each length and type, without dropout or gradients; the further measures go to ``sums``."""
         training = student.model.training
         student.model.eval()
@@ -163,13 +167,23 @@ class Evaluator:
             with torch.no_grad():
                 return {
                     length: {
-                        type: sum((self._score_batch(student, length, one, sums) for one in batches), Score())
+                        type: sum(
+                            (self._score_batch(student, length, one, sums) for one in batches),
+                            self._keep_up(student, length, type, len(batches)) if alike else Score(),
+                        )
                         for type, batches in by_type.items()
                     }
                     for length, by_type in sets.items()
                 }
         finally:
             student.model.train(training)
+
+    def _keep_up(self, student: Student, length: int, type: str, num_own: int) -> Score:
+        """Compute a batch more where other ranks have one more to score; it counts there alone."""
+        batches = self.sets[length][type]
+        if num_own < -(-len(batches) // self.engine.world_size):
+            self._score_batch(student, length, batches[0], None)
+        return Score()
 
     def _score_batch(self, student: Student, length: int, batch: MicroBatch, sums: SumsOfSets | None) -> Score:
         """Score a batch in as many passes as its memory asks for."""

@@ -57,6 +57,12 @@ def run_memory(face: str, given: Mapping[str, object]) -> int:
     asked = options.pop("gpu_memory", None)
     price = options.pop("price_per_hour", None)
     config = build_config_to_measure(face, options)
+    if isinstance(config, RunConfig) and config.student.is_dealt_out:
+        raise UsageError(
+            "what a student takes that is dealt out among processes is not worked out",
+            where="--shard=full",
+            remedy="leave it out: weights, gradients and moments, of what is said then, are divided by the processes",
+        )
     card = _card(config.device, asked)
     found = _capture(config, card) if isinstance(config, CaptureConfig) else _training(config, card, price)
     job, fit, choices, notes = found

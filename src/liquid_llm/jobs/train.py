@@ -36,6 +36,7 @@ from liquid_llm.wiring.places import Place, resolve_place
 from liquid_llm.wiring.recorder import Hooks, Recorder, RunFiles
 from liquid_llm.wiring.rehearsal import rehearse
 from liquid_llm.wiring.repeat import run_options_to_repeat
+from liquid_llm.wiring.sharding import gather_student, place_parts, require_processes
 from liquid_llm.wiring.start import (
     Start,
     continue_from,
@@ -61,6 +62,7 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
     config = build_run_config(face, given)
     device = choose_device(config.device)  # before anything is read or made
     with deterministic_algorithms(config.deterministic), join_engine(torch.device(device.value)) as engine:
+        require_processes(config, engine.world_size)
         if config.dry_run:
             findings = _dry_run(config, engine)
             if engine.is_main:
@@ -102,7 +104,9 @@ def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any]
     config = build_run_config(face, given)
     choose_device(config.device)
     with deterministic_algorithms(config.deterministic):
-        return _dry_run(config, start_engine())
+        engine = start_engine()
+        require_processes(config, engine.world_size)
+        return _dry_run(config, engine)
 
 
 def _find_start(config: RunConfig, output: _Output | None) -> Start:
@@ -138,7 +142,7 @@ def _nothing_to_do(config: RunConfig, start: Start, output: _Output | None) -> b
 def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engine) -> None:
     parts, fit = engine.together(lambda: _prepare(config, output, start, engine))
     config = parts.config
-    engine.copy_from_main(parts.built.model.state_dict().values())  # what each has built is the same to rounding
+    parts = place_parts(parts, engine)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(closing(parts.teachers.router))
@@ -152,6 +156,7 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             mirrors = stack.enter_context(Mirrors(output.place, config.output.upload_every_seconds))
             files = RunFiles(output.store, metrics, mirrors.checkpoints)
         recorder = stack.enter_context(Recorder(config, parts, files, waited=lambda: feed.waited))
+        stack.enter_context(engine.watch())
         if start.goes_on:
             recorder.probe()
         else:
@@ -166,9 +171,10 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             engine.wait_for_all()  # a launcher ends all as soon as one has ended: not before the state is saved
             raise _interrupted(config, parts, output)
         recorder.finish()
+        weights = gather_student(parts)
         if output is not None and mirrors is not None:
             student, run_dir = parts.text.student_tokenizer(), output.place.run_dir
-            save_with_card(parts.built.model, student, recorder.metadata(), run_dir / STUDENT)
+            save_with_card(parts.built.model, student, recorder.metadata(), run_dir / STUDENT, weights)
             build_report(run_dir)
             mirrors.finish()
         engine.wait_for_all()
@@ -283,6 +289,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
         config = parts.config
         parts.evaluator.consumers = fit.largest
         sizes = estimate(config, parts.built.model, parts.teachers.models)
+        parts = place_parts(parts, engine)
         findings |= {
             "starts_from": _describe_start(start),
             "data": parts.inputs.readiness(),

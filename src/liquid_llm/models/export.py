@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from liquid_llm import storage
 from liquid_llm.models import card as cards
@@ -18,20 +20,27 @@ _WRITTEN = (
 """The names, as patterns, of what a model, its tokenizer and its card are saved in: files, and no folder."""
 
 
-def save_student(model: Any, tokenizer: Any, folder: str | Path, card: str | None = None) -> Path:
+def save_student(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Save ``model`` and ``tokenizer`` so that ``AutoModelForCausalLM`` and ``AutoTokenizer`` open ``folder`` anywhere.
 
     The folder appears complete or stays as it was; an earlier one is replaced. Weights keep their dtype.
 
     Args:
         card: the text of its ``README.md``, or None for none.
+        weights: its state dict; None takes the model's own.
 
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
 
     with storage.publish_folder(Path(folder)) as fresh:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(fresh)
         if card is not None:
             (fresh / cards.NAME).write_text(card, encoding="utf-8")

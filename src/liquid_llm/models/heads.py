@@ -12,6 +12,7 @@ does the same for the promise that padding on the right cannot reach a real posi
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -44,7 +45,7 @@ def hidden_states(model: Any, input_ids: Tensor, places: Tensor | None = None) -
     Returns:
         [batch, time, hidden]; ``output_head(model).logits`` of it are the model's logits.
     """
-    body = model.base_model if model.base_model is not model else model.get_decoder()
+    body = body_of(model)
     batch, time = input_ids.shape
     arguments: dict[str, Tensor] = {}
     if places is not None:
@@ -54,6 +55,31 @@ def hidden_states(model: Any, input_ids: Tensor, places: Tensor | None = None) -
     with tell_rows(joined=places is not None):
         hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True, **arguments)[0]
     return hidden.view(batch, time, -1).to(_head_module(model).weight.dtype)
+
+
+def body_of(model: Any) -> Any:
+    """The module before the output head; called, it gives hidden states."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The blocks of a model's body in order: its largest list of modules.
+
+    Raises:
+        ModelError: there is none, or a weight is used in a block and elsewhere.
+    """
+    lists = [one for one in body_of(model).modules() if isinstance(one, nn.ModuleList)]
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in lists]
+    blocks = list(lists[sizes.index(max(sizes))]) if lists else []
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    owned = [id(one) for block in blocks for one in block.parameters()]
+    if not owned or any(uses[one] > 1 for one in owned):
+        raise ModelError(
+            "the weights of this architecture do not lie in blocks of their own",
+            where=architecture(model),
+            remedy="leave out --shard=full and --teacher_shard=full",
+        )
+    return blocks
 
 
 def output_head(model: Any) -> OutputHead:

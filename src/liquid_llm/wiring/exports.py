@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from liquid_llm import storage
@@ -40,15 +41,24 @@ TOKENIZER = f"{FOLDER}/tokenizer"
 _NAMING = ("lm_teacher_id", "teacher_name", "mc_teacher_id")  # options that name a model with a tokenizer
 
 
-def save_with_card(model: Any, tokenizer: Any, metadata: CheckpointMetadata, folder: Path) -> None:
+def save_with_card(
+    model: Any,
+    tokenizer: Any,
+    metadata: CheckpointMetadata,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write ``model``, the student that ``metadata`` is of, with its tokenizer and a card that says what it is.
+
+    Args:
+        weights: its state dict, where the model has only a part of each.
 
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
     stop_at_turns(model, tokenizer)
     with quiet_transformers():
-        save_student(model, tokenizer, folder, _card(model, metadata))
+        save_student(model, tokenizer, folder, _card(model, metadata), weights)
 
 
 def _card(model: Any, metadata: CheckpointMetadata) -> str:

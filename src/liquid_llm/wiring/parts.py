@@ -133,7 +133,7 @@ def build_basis(config: RunConfig, start: Start, engine: Engine) -> Basis:
     if takes_weights(config, start):
         check_shape(config, text, token)
     else:
-        built = make_student(config, start, text, device, token)
+        built = make_student(config, start, text, _place(config, device), token)
     check_teachers(config, token)
     return Basis(
         config=config,
@@ -146,6 +146,11 @@ def build_basis(config: RunConfig, start: Start, engine: Engine) -> Basis:
         choices={"device": device_choice, "student_dtype": dtype, **begin_choice(text.framings), **choices},
         prompts=prompts,
     )
+
+
+def _place(config: RunConfig, device: torch.device) -> torch.device:
+    """Where a student is built: one that is dealt out later may be larger than what a device holds."""
+    return torch.device("cpu") if config.student.is_dealt_out else device
 
 
 def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], engine: Engine) -> Parts:
@@ -165,7 +170,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     built = basis.built
     if built is None:
         calibration = calibration_text(_make_stream(config, inputs, Engine(), group_size))
-        built = make_student(config, start, basis.text, basis.device, basis.token, calibration)
+        built = make_student(config, start, basis.text, _place(config, basis.device), basis.token, calibration)
     if text.framings.student != basis.text.framings.student:
         name_tokens(built.model, text.framings.student)
     _say_unknown_types(config, inputs.types)
@@ -178,12 +183,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     schedules = build_schedules(config)
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
     sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)
-    optimizer = build_optimizer(
-        built.model,
-        lr=config.optimizer.peak,
-        weight_decay=config.optimizer.weight_decay,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-    )
+    optimizer = make_optimizer(config, built.model)
     parts = Parts(
         **{**vars(basis), "text": text, "built": built, "choices": {**basis.choices, **teachers.choices}},
         engine=engine,
@@ -211,6 +211,12 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     counted = partial(learnt_positions, parts.stream, inputs.mixture)
     say_noise(config, schedules, teachers.router, counted, parts.progress.step)
     return parts
+
+
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
+    """The optimizer of a run, of the parameters that ``model`` has now."""
+    betas = config.optimizer.betas[0], config.optimizer.betas[1]
+    return build_optimizer(model, lr=config.optimizer.peak, weight_decay=config.optimizer.weight_decay, betas=betas)
 
 
 def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: int) -> TrainingStream:

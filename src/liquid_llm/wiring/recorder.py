@@ -21,6 +21,7 @@ from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
+from liquid_llm.sharding import gather_whole, outline
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
 from liquid_llm.versions import CURRENT
@@ -263,7 +264,17 @@ class Recorder:
         self._row_started += self.clock() - began
 
     def _tensors(self) -> dict[str, Any]:
-        return {"student": self.parts.student.model.state_dict(), "optimizer": self.parts.optimizer.state_dict()}
+        """The student's weights and the moments; of a student that is dealt out all are gathered on the main rank."""
+        if not self.parts.student.is_dealt_out:
+            return self._held_tensors()
+        gathered: dict[str, Any] = gather_whole(self._held_tensors(), keep=self.files is not None)
+        return gathered
+
+    def _held_tensors(self) -> dict[str, Any]:
+        student = self.parts.student
+        # As parameters tied weights are one, whoever has a part of them.
+        weights = student.model.state_dict(keep_vars=student.is_dealt_out)
+        return {"student": weights, "optimizer": self.parts.optimizer.state_dict()}
 
     def _look_after_saves(self) -> None:
         """After each step: end with what a save failed with; after the first, when moments are there, prepare saves."""
@@ -273,7 +284,7 @@ class Recorder:
         if self._prepared:
             return
         self._prepared = True
-        self._saver.prepare(self._tensors(), host_room_bytes())
+        self._saver.prepare(outline(self._held_tensors()), host_room_bytes())
         self._say_if_a_stop_takes_long(self._saver, "as long as none was measured")
 
     def _tell_saved(self, saved: Saved) -> None:

@@ -1,0 +1,138 @@
+"""Models dealt out among the ranks of a run (FSDP2: ``torch.distributed.fsdp.fully_shard``).
+
+    dealt out   each rank keeps some rows of every weight, with their gradients and moments, and no more
+    block       what is gathered whole right before it is computed, and given up behind it; for backward again
+    rest        what is in no block: embedding, last norm and output head
+
+Gathering is an exchange: every rank computes a block as often as every other, and in the same order. What a rank
+fails with in between ends the others as well (``Engine.watch``); none of them waits.
+
+torch's part of it is imported where it is used: a run that deals nothing out does not wait for it to load.
+
+Zhao et al. 2023 (arXiv 2304.11277); gradients are summed, not averaged, as the loss is a sum that was divided already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def deal_out_trained(
+    root: nn.Module, blocks: Sequence[nn.Module], device: torch.device, methods: Sequence[str] = ()
+) -> None:
+    """Deal out a module that is trained. The ranks must hold the same weights; they go to ``device``, block by block.
+
+    The rest is gathered for ``root.forward`` and stays whole until its backward is done. Gradients are summed over the
+    ranks in float32, or whatever dtype parameters have.
+
+    Args:
+        root: holds the blocks; its parameters are replaced, so an optimizer is built afterwards.
+        methods: of ``root``, that compute with its weights outside ``forward``.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = _mesh(device)
+    for module in (*blocks, root):
+        sharded = fully_shard(module, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum that divides
+    for name in methods:
+        register_fsdp_forward_method(root, name)
+
+
+def deal_out_frozen(model: nn.Module, body: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Deal out the blocks of a model that is only asked; the rest of it is whole on every rank.
+
+    Args:
+        body: the module of ``model`` that is called, and calls the blocks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = _mesh(device)
+    dealt = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(body, mesh=mesh, ignored_params={one for one in body.parameters() if id(one) not in dealt})
+    model.to(device)
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def make_whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be dealt out, whole on every rank; all of them call this."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_whole(state: Any, *, keep: bool) -> Any:
+    """Nested mappings and lists with every tensor whole and in the host's memory; all ranks call this.
+
+    Args:
+        keep: whether this rank wants them; else None stands in their place.
+    """
+
+    def gather(tensor: Tensor) -> Tensor | None:
+        whole = make_whole(tensor.detach())
+        return whole.cpu() if keep else None
+
+    return _map_tensors(state, gather)
+
+
+def outline(state: Any) -> Any:
+    """The same with tensors of the whole sizes that hold nothing, without an exchange."""
+    return _map_tensors(state, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+
+def _map_tensors(state: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``state`` with ``change`` of each tensor; what is one tensor under several names stays one."""
+    changed: dict[int, Any] = {}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in changed:
+                changed[id(value)] = change(value)
+            return changed[id(value)]
+        if isinstance(value, Mapping):
+            return {key: of(one) for key, one in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(of, value))
+        return value
+
+    return of(state)
+
+
+def take_moments(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer has of each of its parameters, in order; it lets go of them, and is of no use any more."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    moments = [dict(optimizer.state.get(one, {})) for one in parameters]
+    optimizer.state.clear()
+    optimizer.param_groups.clear()
+    return moments
+
+
+def give_moments(optimizer: torch.optim.Optimizer, moments: Sequence[Mapping[str, Any]]) -> None:
+    """Give an optimizer of dealt-out parameters this rank's part of the moments of whole ones (``take_moments``)."""
+    from torch.distributed.tensor import distribute_tensor
+
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    for parameter, whole in zip(parameters, moments, strict=True):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        own = {name: value.to(parameter.device) for name, value in whole.items()}
+        for name, value in own.items():
+            if value.dim():  # each rank has them all: nothing is sent
+                own[name] = distribute_tensor(value, mesh, placements, src_data_rank=None)
+        if own:
+            optimizer.state[parameter] = own

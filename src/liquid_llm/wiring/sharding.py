@@ -1,0 +1,70 @@
+"""A run whose student is dealt out among its processes (``--shard=full``): what that asks for, and doing it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from liquid_llm.config import RunConfig
+from liquid_llm.distributed import Engine
+from liquid_llm.errors import UsageError
+from liquid_llm.models.heads import blocks_of, body_of
+from liquid_llm.sharding import deal_out_frozen, deal_out_trained, gather_whole, give_moments, take_moments
+from liquid_llm.wiring.parts import Parts, make_optimizer
+
+log = logging.getLogger(__name__)
+
+
+def require_processes(config: RunConfig, ranks: int) -> None:
+    """Raise UsageError where something is to be dealt out and there is one process."""
+    if config.student.is_dealt_out and ranks == 1:
+        raise UsageError(
+            "one process has nobody to share a model with",
+            where="--shard=full",
+            remedy="start several with torchrun --nproc-per-node N -m liquid_llm ..., or leave it out",
+        )
+
+
+def place_parts(parts: Parts, engine: Engine) -> Parts:
+    """The parts with the student dealt out, where that is asked for; of the ranks' weights the main one's count.
+
+    Raises:
+        ModelError: the student's weights do not lie in blocks.
+    """
+    engine.copy_from_main(parts.built.model.state_dict().values())  # what each has built is the same to rounding
+    config, student = parts.config, parts.student
+    if not config.student.is_dealt_out:
+        return parts
+    blocks = blocks_of(student.model)
+    moments = take_moments(parts.optimizer)
+    deal_out_trained(student, blocks, parts.device, methods=("states", "loss"))
+    student.is_dealt_out = True
+    if student.reference is not None:
+        frozen = student.reference
+        deal_out_frozen(frozen, body_of(frozen), blocks_of(frozen), parts.device)
+    optimizer = make_optimizer(config, student.model)
+    give_moments(optimizer, moments)
+    log.info("the student is dealt out: %d blocks among %d processes", len(blocks), engine.world_size)
+    _compute_alike(parts)
+    return replace(parts, optimizer=optimizer)
+
+
+def _compute_alike(parts: Parts) -> None:
+    """Every rank computes as many passes as every other, in evaluation too."""
+    limits = parts.progress.passes, parts.evaluator.passes
+    if any(limit.max_tokens is not None for limit in limits):
+        log.warning("this run's micro-batches were cut in passes so far; dealt out, each is computed in one")
+    for limit in limits:
+        limit.max_tokens, limit.cuts = None, False
+    parts.evaluator.alike = True
+
+
+def gather_student(parts: Parts) -> Mapping[str, Tensor] | None:
+    """The weights of a student that is dealt out, whole, on the main rank (else none); None of one that is not."""
+    if not parts.student.is_dealt_out:
+        return None
+    weights: dict[str, Tensor] = gather_whole(parts.built.model.state_dict(keep_vars=True), keep=parts.engine.is_main)
+    return weights
