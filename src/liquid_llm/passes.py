@@ -100,8 +100,8 @@ class PassLimit:
         num_rows, time = part.input_ids.shape
         if not self.cuts:
             raise DeviceError(
-                f"{num_rows} x {time} tokens do not fit into memory, and what several processes compute together is not "
-                "cut",
+                f"{num_rows} x {time} tokens do not fit into memory, and what several processes compute together "
+                "is not cut",
                 where=where,
                 got=consumers or None,
                 remedy="take a smaller --batch_size with more --grad_accum, --grad_checkpoint or more processes; the "

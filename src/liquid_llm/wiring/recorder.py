@@ -265,15 +265,14 @@ class Recorder:
 
     def _tensors(self) -> dict[str, Any]:
         """The student's weights and the moments; of a student that is dealt out all are gathered on the main rank."""
-        if not self.parts.student.is_dealt_out:
-            return self._held_tensors()
-        gathered: dict[str, Any] = gather_whole(self._held_tensors(), keep=self.files is not None)
-        return gathered
+        if self.parts.student.is_dealt_out:
+            gathered: dict[str, Any] = gather_whole(self._own_tensors(), keep=self.files is not None)
+            return gathered
+        return {"student": self.parts.student.model.state_dict(), "optimizer": self.parts.optimizer.state_dict()}
 
-    def _held_tensors(self) -> dict[str, Any]:
-        student = self.parts.student
-        # As parameters tied weights are one, whoever has a part of them.
-        weights = student.model.state_dict(keep_vars=student.is_dealt_out)
+    def _own_tensors(self) -> dict[str, Any]:
+        """The same as this rank has it; tied weights are one, as parameters."""
+        weights = self.parts.student.model.state_dict(keep_vars=True)
         return {"student": weights, "optimizer": self.parts.optimizer.state_dict()}
 
     def _look_after_saves(self) -> None:
@@ -284,7 +283,8 @@ class Recorder:
         if self._prepared:
             return
         self._prepared = True
-        self._saver.prepare(outline(self._held_tensors()), host_room_bytes())
+        dealt_out = self.parts.student.is_dealt_out  # then gathering is an exchange, and sizes are known without
+        self._saver.prepare(outline(self._own_tensors()) if dealt_out else self._tensors(), host_room_bytes())
         self._say_if_a_stop_takes_long(self._saver, "as long as none was measured")
 
     def _tell_saved(self, saved: Saved) -> None:

@@ -87,7 +87,7 @@ def recorder(engine: Engine, folder: Path, clock: Any, written: Any = None) -> t
         evaluator=Evaluate(),
         speech=Speech(tokenizer=None, framing=Framing(None, 0), end_ids=()),
         progress=Progress(),
-        student=SimpleNamespace(model=module),
+        student=SimpleNamespace(model=module, is_dealt_out=False),
         optimizer=module,
         device=torch.device("cpu"),
     )
