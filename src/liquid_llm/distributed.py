@@ -90,6 +90,17 @@ class Engine:
         own[self.rank] = number
         return cast("list[float]", self.sum(own).tolist())
 
+    def collect(self, value: T) -> list[T]:
+        """What each rank gives, by rank: plain values and tensors. A rank may come late, as to ``wait_for_all``."""
+        self.wait_for_all()
+        if self.world_size == 1:
+            return [value]
+        packed = _pack(value)
+        sizes = [int(one) for one in self.gather(len(packed))]
+        whole = torch.zeros(sum(sizes), dtype=torch.uint8)
+        torch.split(whole, sizes)[self.rank].copy_(packed)
+        return [_unpack(one) for one in torch.split(self.sum(whole).to(torch.uint8), sizes)]
+
     def smallest(self, number: int | None) -> int | None:
         """The smallest of what ranks give; None where all give None."""
         given = [int(one) for one in self.gather(-1 if number is None else number) if one >= 0]
@@ -129,6 +140,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         pass
+
+
+def deal(works: Sequence[T], engine: Engine) -> Sequence[T]:
+    """This rank's of what is dealt out among all of them in turn."""
+    return works[engine.rank :: engine.world_size]
 
 
 def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
@@ -326,8 +342,9 @@ def _is_of_exchange(error: RuntimeError) -> bool:
 
 
 def _exit_code(error: BaseException) -> int:
-    if isinstance(error, LiquidError):
-        return error.exit_code
+    own = getattr(error, "exit_code", None)  # of a LiquidError, or of a signal
+    if isinstance(own, int):
+        return own
     found = device_error(error)
     return 1 if found is None else found.exit_code
 

@@ -95,7 +95,13 @@ def _face(face: str, words: list[str], prog: str | None = None, *, reference: bo
 
 
 class Terminated(BaseException):
-    """SIGTERM came while nothing was under way that is saved: then a ``StopSignal`` would have heard it."""
+    """SIGTERM came while nothing was under way that is saved: then a ``StopSignal`` would have heard it.
+
+    Attributes:
+        exit_code: not 75, which promises saved state: a shell's code for a process that SIGTERM has ended.
+    """
+
+    exit_code = 128 + signal.SIGTERM
 
 
 @contextmanager
@@ -125,9 +131,9 @@ def guard(job: Callable[[], int]) -> int:
     try:
         with _terminate_in_words():
             return job()
-    except Terminated:  # not 75, which promises saved state: a shell's code for a process that SIGTERM has ended
+    except Terminated as error:
         print("terminated before there was anything to save: run the same command again", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        return error.exit_code
     except LiquidError as error:
         from liquid_llm.masking import process_masker
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.distributed import Engine
+from liquid_llm.distributed import Engine, deal
 from liquid_llm.evaluation.judge import Sets, SumsOfSets
 from liquid_llm.evaluation.measures import PositionMeasures, compare
 from liquid_llm.evaluation.sums import TextSums
@@ -109,9 +109,8 @@ class Evaluator:
         Raises:
             DeviceError: not even one row of a batch fits into the device's memory.
         """
-        rank, ranks = self.engine.rank, self.engine.world_size
         own = {
-            length: {type: batches[rank::ranks] for type, batches in by_type.items()}
+            length: {type: deal(batches, self.engine) for type, batches in by_type.items()}
             for length, by_type in self.sets.items()
         }
         sums = SumsOfSets(self.sets, self.token_bytes) if self.measures else None

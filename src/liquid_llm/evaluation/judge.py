@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.data.types import Documents, MicroBatch
-from liquid_llm.distributed import Engine
+from liquid_llm.distributed import Engine, deal
 from liquid_llm.evaluation.measures import PositionMeasures, compare
 from liquid_llm.evaluation.sums import TextSums
 from liquid_llm.passes import PassLimit
@@ -97,16 +97,14 @@ class Judge:
         try:
             with torch.no_grad():
                 for length, by_type in self.sets.items():
-                    for batch in (one for batches in by_type.values() for one in self._own(batches)):
+                    for batch in (one for batches in by_type.values() for one in deal(batches, self.engine)):
                         self._measure(students, found, length, batch)
                         self.advance(batch.num_tokens)
         finally:
             for one, mode in zip(students, training, strict=True):
                 one.model.train(mode)
+        self.engine.wait_for_all()  # which may take longer than an exchange lets a rank be behind
         return [one.sum_over(self.engine) for one in found]
-
-    def _own(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        return batches[self.engine.rank :: self.engine.world_size]
 
     def _measure(
         self, students: Sequence[Student], found: Sequence[SumsOfSets], length: int, batch: MicroBatch

@@ -1,4 +1,8 @@
-"""``liquid evaluate``: students on held-out text, beside their teacher, with the uncertainty of each figure."""
+"""``liquid evaluate``: students on held-out text, beside their teacher, with the uncertainty of each figure.
+
+Of several processes (torchrun) each opens all students and teachers, takes every so manieth batch of texts and of
+prompts and every so manieth student's benchmarks; what they find is put together, and the main one tells it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from liquid_llm import storage
 from liquid_llm.answers import MAX_NEW_TOKENS
 from liquid_llm.config import DataConfig, RunConfig
 from liquid_llm.data.types import ManifestEntry
+from liquid_llm.distributed import Engine, deal, join_engine, read_rank
 from liquid_llm.errors import UsageError
 from liquid_llm.evaluation import Evaluation, Judge
 from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
@@ -36,9 +41,10 @@ from liquid_llm.wiring.judging import (
     evaluation_config,
     hold_out,
     judge_on,
+    plain_config,
     planned_evaluation,
     records_entries,
-    token_config,
+    require_same_students,
 )
 from liquid_llm.wiring.opening import OpenedStudent, open_student
 from liquid_llm.wiring.start import begin
@@ -54,45 +60,62 @@ def run_evaluate(students: Sequence[str], given: Mapping[str, Any]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    setup_logging("INFO")
-    found = compare_with_first(evaluate_students(students, given))
+    setup_logging("INFO" if read_rank()[0] == 0 else "WARNING")
+    with join_engine(torch.device(choose_device(plain_config(given).device).value)) as engine:
+        found = evaluate_students(students, given, engine)
+        engine.share(lambda: _tell(compare_with_first(found), given.get("json")))
+    return 0
+
+
+def _tell(found: Sequence[Evaluation], json_file: object) -> None:
     print_evaluations(found)
     for one in found:
         if one.about["run"] is not None:
             storage.write_bytes(storage.join(one.about["run"], FILE_NAME), _as_json(one.plain()))
-    if given.get("json"):
-        storage.write_bytes(str(given["json"]), _as_json([one.plain() for one in found]))
-    return 0
+    if json_file:
+        storage.write_bytes(str(json_file), _as_json([one.plain() for one in found]))
 
 
-def evaluate_students(students: Sequence[str], given: Mapping[str, Any] | None = None) -> list[Evaluation]:
+def evaluate_students(
+    students: Sequence[str], given: Mapping[str, Any] | None = None, engine: Engine | None = None
+) -> list[Evaluation]:
     """Evaluate students on the same texts; the teacher is asked once a batch for all of them.
 
     Args:
         students: see ``wiring.opening.open_student``. All have one tokenizer.
         given: options of ``liquid evaluate`` by name (``cli/evaluate.py``); without any texts named, those that the
             first run among the students has held out, and without a teacher named that run's own.
+        engine: the processes that do it together, each of which is given the whole.
 
     Raises:
         LiquidError: any problem a user can cause.
     """
-    given = given or {}
+    given, engine = given or {}, engine or Engine()
     plan = _plan_tasks(given)
     which, tokenizer = given.get("which"), given.get("tokenizer")
-    token = read_token(token_config(given))
-    opened = [open_student(one, which=which, tokenizer=tokenizer, token=token) for one in students]
+    plain = plain_config(given)
+    token, device = read_token(plain.teacher), torch.device(choose_device(plain.device).value)
+    # What is fetched lies in a folder of the host, and is the same for all of its processes.
+    opened = engine.host_first(
+        lambda: [open_student(one, which=which, tokenizer=tokenizer, token=token) for one in students]
+    )
     if which is not None and not any(one.is_run for one in opened):
         raise UsageError("--which chooses from run directories, and no student is one", got=", ".join(students))
     config = evaluation_config(given, opened)
-    device = torch.device(choose_device(config.device).value)
-    judgement = judge_on(config, opened, _find_entries(given, config.data), device, token)
+    entries = engine.host_first(lambda: _find_entries(given, config.data))
+    judgement = engine.together(lambda: judge_on(config, opened, entries, device, token, engine))
     with closing(judgement.teachers.router):
         told = given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS, token
-        found = _judge(opened, judgement, device, *told)
+        found = _judge(opened, judgement, device, engine, *told)
     if plan is None:
         return found
-    tasks = [_run_tasks(plan, student, judgement) for student in opened]
-    return [replace(one, tasks=results) for one, results in zip(found, tasks, strict=True)]
+    own = {
+        number: _run_tasks(plan, student, judgement)
+        for number, student in enumerate(opened)
+        if number % engine.world_size == engine.rank
+    }
+    tasks = {number: results for part in engine.collect(own) for number, results in part.items()}
+    return [replace(one, tasks=tasks[number]) for number, one in enumerate(found)]
 
 
 def compare_with_first(found: Sequence[Evaluation]) -> list[Evaluation]:
@@ -126,7 +149,7 @@ def check_evaluation(run: RunConfig, given: Mapping[str, Any]) -> None:
             asked for.
     """
     config = planned_evaluation(given, run)
-    token = read_token(token_config(given))
+    token = read_token(plain_config(given).teacher)
     text = choose_tokenizer(run, begin(run), token).learn(config.data, token)
     inputs, _ = hold_out(config, text, token, _find_entries(given, config.data))
     choose_questions(inputs, text.tokenizer, given.get("answers"))
@@ -153,6 +176,7 @@ def _judge(
     opened: Sequence[OpenedStudent],
     on: Judgement,
     device: torch.device,
+    engine: Engine,
     num_answers: int | None,
     answer_tokens: int,
     token: str | None,
@@ -160,13 +184,16 @@ def _judge(
     dtype = choose_dtype(on.config.student.precision, device.type)
     log.info("students in %s: %s", dtype.value, dtype.reason)
     students = [Student(one.model.to(device), torch_dtype(dtype.value)) for one in opened]
+    engine.together(lambda: require_same_students(opened, engine))
     questions = choose_questions(on.inputs, on.text.tokenizer, num_answers)  # before the measures, which may take long
-    total = sum(batch.num_tokens for by_type in on.sets.values() for those in by_type.values() for batch in those)
+    each = [batches for by_type in on.sets.values() for batches in by_type.values()]
+    total = sum(one.num_tokens for batches in each for one in deal(batches, engine))
     sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
     with Stage("evaluate", unit="tokens", total=total) as stage:
-        found = Judge(on.sets, on.teachers.router, sizes, advance=stage.advance)(students)
+        found = Judge(on.sets, on.teachers.router, sizes, engine=engine, advance=stage.advance)(students)
     models = [one.model for one in students]
-    answers, of_teacher = answer_all(on, models, torch_dtype(dtype.value), questions, answer_tokens, token)
+    told = torch_dtype(dtype.value), questions, answer_tokens, token
+    answers, of_teacher = answer_all(on, models, *told, engine=engine)
     return [
         Evaluation(
             student=one.name,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from liquid_llm.answers import Question, answer_questions, count_right, end_tokens, pick_questions
+from liquid_llm.distributed import Engine, deal
 from liquid_llm.errors import UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.terminal import Stage
@@ -53,6 +54,8 @@ def answer_all(
     questions: Sequence[Question],
     max_new_tokens: int,
     token: str | None,
+    *,
+    engine: Engine,
 ) -> tuple[list[Rows], Rows]:
     """The marked answers of each model, and those of the online teachers to the questions of their types.
 
@@ -61,6 +64,7 @@ def answer_all(
 
     Args:
         token: of the Hugging Face hub, for a teacher that is gated.
+        engine: the processes that answer, each some batches of prompts; all know all answers.
     """
     if not questions:
         return [[] for _ in models], []
@@ -70,22 +74,28 @@ def answer_all(
         teacher = on.teachers.router.get(question.type)
         if teacher is not None and teacher.model is not None:
             by_teacher.setdefault(teacher.model, []).append(question)
-    total = len(questions) * len(models) + sum(map(len, by_teacher.values()))
-    with Stage("answer", unit="prompts", total=total) as stage:
-
-        def answer(model: Any, asked: Sequence[Question], products: torch.dtype | None) -> Rows:
-            rows: Rows = []
-            for start in range(0, len(asked), _AT_ONCE):
-                some = asked[start : start + _AT_ONCE]
-                told = {"end_ids": ends, "max_new_tokens": max_new_tokens, "dtype": products, "batch_size": _AT_ONCE}
-                rows += answer_questions(model, on.text.tokenizer, some, **told)  # type: ignore[arg-type]
-                stage.advance(len(some))
-            return rows
-
-        own = None if dtype == torch.float32 else dtype
-        students = [answer(model, questions, own) for model in models]
-        teachers = [row for model, asked in by_teacher.items() for row in answer(model, asked, None)]
-    return students, teachers
+    own = None if dtype == torch.float32 else dtype
+    asked = [(model, questions, own) for model in models]
+    asked += [(model, those, None) for model, those in by_teacher.items()]
+    # The batches are those of one process, whatever their number: a row's answer may depend on what is beside it.
+    batches = [
+        (number, model, those[start : start + _AT_ONCE], products)
+        for number, (model, those, products) in enumerate(asked)
+        for start in range(0, len(those), _AT_ONCE)
+    ]
+    mine = deal(batches, engine)
+    with Stage("answer", unit="prompts", total=sum(len(some) for _, _, some, _ in mine)) as stage:
+        found: list[tuple[int, Rows]] = []
+        for number, model, some, products in mine:
+            told = {"end_ids": ends, "max_new_tokens": max_new_tokens, "dtype": products, "batch_size": _AT_ONCE}
+            found.append((number, answer_questions(model, on.text.tokenizer, some, **told)))  # type: ignore[arg-type]
+            stage.advance(len(some))
+    dealt = engine.collect(found)
+    rows: list[Rows] = [[] for _ in asked]
+    for place in range(len(batches)):
+        number, some_rows = dealt[place % engine.world_size][place // engine.world_size]
+        rows[number] += some_rows
+    return rows[: len(models)], [row for those in rows[len(models) :] for row in those]
 
 
 def _ends(on: Judgement, questions: Sequence[Question], token: str | None) -> list[int]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from liquid_llm import storage
-from liquid_llm.config import BARE, NOWHERE, RunConfig, Sources, TeacherConfig, build_run_config
+from liquid_llm.config import BARE, NOWHERE, RunConfig, Sources, build_run_config
 from liquid_llm.data.types import ManifestEntry, MicroBatch
+from liquid_llm.distributed import Engine
 from liquid_llm.errors import DataError, UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.models.positions import max_positions
@@ -20,7 +21,7 @@ from liquid_llm.sources import NONE, is_type, read_spec
 from liquid_llm.wiring.framing import Speaker, choose_framings
 from liquid_llm.wiring.inputs import Inputs, validation_sets
 from liquid_llm.wiring.opening import OpenedStudent, run_options
-from liquid_llm.wiring.parts import read_inputs
+from liquid_llm.wiring.parts import read_inputs, require_same_texts
 from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -122,10 +123,10 @@ def _configure(
     return _with_teachers(config, given.get("teacher"), given.get("sources") or {})
 
 
-def token_config(given: Mapping[str, Any]) -> TeacherConfig:
-    """Where the Hugging Face token is, by the options alone: students are opened before there is a configuration."""
-    named = {name: given[name] for name in _PLAIN if name.startswith("hf_token") and name in given}
-    return build_run_config(BARE, {"dataset_manifest": NOWHERE, **named}).teacher
+def plain_config(given: Mapping[str, Any]) -> RunConfig:
+    """Which device, and where the Hugging Face token is: what the options say before any student is opened."""
+    named = {name: given[name] for name in _PLAIN if name in given}
+    return build_run_config(BARE, {"dataset_manifest": NOWHERE, **named})
 
 
 _PLAIN = ("device", "num_workers", "hf_token_file", "hf_token_uri", "hf_token_secret")
@@ -195,17 +196,19 @@ def judge_on(
     entries: Sequence[ManifestEntry],
     device: torch.device,
     token: str | None,
+    engine: Engine,
 ) -> Judgement:
     """Read the texts, then open the teachers.
 
     Raises:
-        DataError: no text is held out.
+        DataError: no text is held out, or ranks have read different ones.
         LiquidError: any other problem a user can cause.
     """
     text = choose_text(config, students, token)
     check_teachers(config, token)
     _require_positions(students, config)
-    inputs, sets = hold_out(config, text, token, entries)
+    inputs, sets = engine.host_first(lambda: hold_out(config, text, token, entries))
+    require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
     teachers = make_teachers(config, inputs, text, device, token)
     return Judgement(config, text, inputs, sets, teachers, config.data.block_size)
@@ -230,6 +233,24 @@ def hold_out(
             remedy="raise --val_fraction (1 takes everything), or name other texts",
         )
     return inputs, sets
+
+
+def require_same_students(students: Sequence[OpenedStudent], engine: Engine) -> None:
+    """Give every rank the main one's weights: a host may have an older copy.
+
+    Raises:
+        DataError: its copy is of another shape.
+    """
+    shapes = [[[*one.shape] for one in student.model.state_dict().values()] for student in students]
+    if shapes != engine.share(lambda: shapes):
+        raise DataError(
+            "the processes have opened different students",
+            where=f"rank {engine.rank}",
+            got=", ".join(student.description for student in students),
+            expected="the same as on rank 0",
+            remedy="give every host the same files, or a URL that all of them read",
+        )
+    engine.copy_from_main(tensor for student in students for tensor in student.model.state_dict().values())
 
 
 def _require_positions(students: Sequence[OpenedStudent], config: RunConfig) -> None:

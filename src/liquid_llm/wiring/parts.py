@@ -163,7 +163,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries))
-    _require_same_data(inputs, engine)
+    require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
     group_size = start.group_size or engine.world_size
     stream = _make_stream(config, inputs, engine, group_size)
@@ -233,7 +233,7 @@ def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: 
     )
 
 
-def _require_same_data(inputs: Inputs, engine: Engine) -> None:
+def require_same_texts(inputs: Inputs, engine: Engine) -> None:
     """Raise DataError where this rank has read other texts than the main one: a host may have an older copy."""
     own = json.dumps(inputs.readiness(), sort_keys=True)
     main = engine.share(lambda: own)
