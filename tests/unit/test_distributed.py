@@ -19,7 +19,7 @@ from tests.support.ranks import ThreadEngine, World
 from liquid_llm.cli.main import main
 from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.distributed import Engine, Ranks, start_engine
+from liquid_llm.distributed import Engine, Ranks, deal, start_engine
 from liquid_llm.errors import NumericalError, UsageError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
@@ -234,3 +234,15 @@ def test_gradients_larger_than_a_bucket_are_summed_whole(monkeypatch: pytest.Mon
         return [one.grad.unique().tolist() for one in parameters]
 
     assert World(2).run(work) == [[[1.0], [3.0], [5.0], [7.0], [9.0]]] * 2
+
+
+def test_what_ranks_have_is_collected_by_rank() -> None:
+    def work(engine: Engine) -> list[Any]:
+        return engine.collect({"rank": engine.rank, "words": ["ä"] * engine.rank, "tensor": torch.ones(engine.rank)})
+
+    for found in World(3).run(work):
+        assert [one["rank"] for one in found] == [0, 1, 2]
+        assert [one["words"] for one in found] == [[], ["ä"], ["ä", "ä"]]
+        assert [len(one["tensor"]) for one in found] == [0, 1, 2]
+    assert Engine().collect(5) == [5]
+    assert World(2).run(lambda engine: deal([1, 2, 3], engine)) == [[1, 3], [2]]
