@@ -94,6 +94,32 @@ def test_the_readmes_command_says_that_it_fits(tmp_path: Path, capsys: pytest.Ca
     assert found["choices"]["grad_checkpoint"]["value"] == "true"
 
 
+def test_the_page_on_scaling_has_the_figures_of_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table's second column; a parameter takes 4 bytes of gradient and twice as many of moments."""
+    page = (readme.REPOSITORY / "docs" / "scaling.md").read_text()
+    (command,) = [text for text in readme.commands(page) if text.startswith("liquid memory")]
+    teacher = tmp_path / "config.json"
+    teacher.write_text(json.dumps(dict(LLAMA_3B.config)))
+    words = shlex.split(command.replace("meta-llama/Llama-3.2-3B", str(teacher)))
+    _, found, _ = ask(capsys, *words[2:])
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    said = {row[0]: row[2] for row in rows if len(row) == 4}
+    consumers = {name: size / GIB for name, size in found["prediction"]["consumers"].items()}
+    weights = consumers["student weights"]
+    expected = {
+        "its weights": weights,
+        "its gradients": weights,
+        "its moments": 2 * weights,
+        "the teacher's weights": consumers["teacher weights"],
+        "activations": consumers["activations"],
+        "buffers of the loss, the teacher's signal": consumers["loss buffers"] + consumers["teacher signal"],
+        "at most at one time, with allowances": found["prediction"]["needed_bytes"] / GIB,
+    }
+    for name, value in expected.items():
+        assert float(said[name]) == pytest.approx(value, rel=0.005), name
+    assert float(said["parameters of the student"].removesuffix("M")) == pytest.approx(weights * GIB / 4e6, rel=0.005)
+
+
 def test_what_does_not_fit_ends_with_6_and_says_what_makes_it(
     teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
