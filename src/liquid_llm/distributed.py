@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import threading
@@ -39,6 +40,7 @@ from liquid_llm.device import device_error, is_out_of_memory
 from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, RankError, UsageError, first_line
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 MEETING_TIME = timedelta(minutes=5)  # until all ranks are there
 STEP_TIME = timedelta(minutes=30)  # the most that one rank may be behind another while training
@@ -418,6 +420,7 @@ def join_engine(device: torch.device) -> Engine:
     """
     ranks = Ranks.read()
     if ranks.world_size == 1:
+        _say_if_meant_for_several(os.environ)
         return Engine()
     if not ranks.meeting_place:
         raise UsageError(
@@ -428,6 +431,23 @@ def join_engine(device: torch.device) -> Engine:
             "WORLD_SIZE for one process",
         )
     return ProcessEngine(ranks, device)
+
+
+def _say_if_meant_for_several(given: Mapping[str, str]) -> None:
+    """Warn where a launcher has started several processes, or was asked to, and does not say which this one is."""
+    if given.get("WORLD_SIZE"):
+        return
+    tasks = given.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and int(tasks) > 1:
+        found, remedy = (
+            f"srun has started {tasks} processes",
+            "set RANK and its like as examples/slurm/train.sbatch does",
+        )
+    elif given.get("MASTER_ADDR"):
+        found, remedy = f"MASTER_ADDR={given['MASTER_ADDR']}", "use torchrun, or accelerate launch with --multi_gpu"
+    else:
+        return
+    _log.warning("%s, but WORLD_SIZE is not set: this process works alone. To work together, %s", found, remedy)
 
 
 def start_engine(environment: Mapping[str, str] | None = None) -> Engine:

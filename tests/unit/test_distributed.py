@@ -19,7 +19,7 @@ from tests.support.ranks import ThreadEngine, World
 from liquid_llm.cli.main import main
 from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.distributed import Engine, Ranks, deal, start_engine
+from liquid_llm.distributed import Engine, Ranks, deal, join_engine, start_engine
 from liquid_llm.errors import NumericalError, UsageError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
@@ -246,3 +246,25 @@ def test_what_ranks_have_is_collected_by_rank() -> None:
         assert [len(one["tensor"]) for one in found] == [0, 1, 2]
     assert Engine().collect(5) == [5]
     assert World(2).run(lambda engine: deal([1, 2, 3], engine)) == [[1, 3], [2]]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "MASTER_ADDR=127.0.0.1, but WORLD_SIZE is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, "srun has started 8 processes, but WORLD_SIZE is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "1", "RANK": "0"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_process_that_a_launcher_leaves_alone_says_so(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `accelerate launch --num_processes=2` without --multi_gpu does, and srun without ranks."""
+    for name in ("MASTER_ADDR", "WORLD_SIZE", "RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert join_engine(torch.device("cpu")).world_size == 1
+    assert (said in caplog.text) if said else not caplog.text
