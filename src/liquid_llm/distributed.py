@@ -2,11 +2,12 @@
 
     rank     this process's number among ``world_size``; rank 0 is the main one, which alone writes files
     host     a machine; the first rank of each prepares what its ranks read (token caches)
-    engine   adds tensors and gradients up over all ranks, and lets them decide together
+    engine   adds tensors up over all ranks, and lets them decide together
 
 The loss gives sums and the step divides them once by the global number of positions, so ranks add up as micro-batches
-do: a step's ``grad_accum`` micro-batches are dealt out among them, and what each has is summed by the engine. All that
-may import ``torch.distributed`` is here. One process is a world of 1, in which nothing is exchanged.
+do: a step's ``grad_accum`` micro-batches are dealt out among them, and what each has is summed by the engine (what a
+step exchanges: ``step_sums.py``). All that may import ``torch.distributed`` is here. One process is a world of 1, in
+which nothing is exchanged.
 
 No rank waits for one that has failed. While a run is made ready, ranks tell each other how it went (``together``)
 before anyone goes on; later on, a rank that ends closes its connections, on which the others end as well. The first to
@@ -34,7 +35,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.nn import Parameter
 
 from liquid_llm.device import device_error, is_out_of_memory
 from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, RankError, UsageError, first_line
@@ -45,7 +45,6 @@ _log = logging.getLogger(__name__)
 MEETING_TIME = timedelta(minutes=5)  # until all ranks are there
 STEP_TIME = timedelta(minutes=30)  # the most that one rank may be behind another while training
 START_TIME = timedelta(days=1)  # the same while the first of a host prepares data
-_BUCKET_BYTES = 2**26  # gradients that are summed in one exchange
 _KNOWN_WITHIN_SECONDS = 5.0  # a rank that fails leaves its exit code before its connections close
 
 
@@ -68,23 +67,13 @@ class Engine:
         """What all ranks give, of the same shape and dtype, added up: the same bits on all of them."""
         return tensor
 
-    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace each parameter's gradient by the sum over ranks; it stays None where no rank has one."""
-        if self.world_size == 1:
-            return
-        parameters = list(parameters)
-        has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        found = self.sum(has_gradient).tolist()
-        for bucket in _buckets([one for one, ranks in zip(parameters, found, strict=True) if ranks]):
-            own = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
-            total = self.sum(torch.cat([one.reshape(-1) for one in own]))
-            parts = torch.split(total, [one.numel() for one in bucket])
-            for parameter, gradient, part in zip(bucket, own, parts, strict=True):
-                parameter.grad = gradient.copy_(part.view_as(gradient))
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a contiguous tensor by its sum over ranks; what comes back waits for it.
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return bool(self.sum(torch.tensor(int(flag))))
+        On a GPU what is done with the tensor next waits, and not the host. Nothing touches it meanwhile.
+        """
+        tensor.copy_(self.sum(tensor))
+        return lambda: None
 
     def gather(self, number: float) -> list[float]:
         """What each rank gives, by rank."""
@@ -149,22 +138,6 @@ def deal(works: Sequence[T], engine: Engine) -> Sequence[T]:
     return works[engine.rank :: engine.world_size]
 
 
-def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
-    """Runs of parameters of one dtype and device, of at most ``_BUCKET_BYTES`` or a single one."""
-    bucket: list[Parameter] = []
-    held = 0
-    for one in parameters:
-        size = one.numel() * one.element_size()
-        alike = bucket and (one.dtype, one.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not alike or held + size > _BUCKET_BYTES):
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(one)
-        held += size
-    if bucket:
-        yield bucket
-
-
 class ProcessEngine(Engine):
     """Processes that a launcher has started, over gloo; on GPUs what lies there goes over NCCL.
 
@@ -217,6 +190,16 @@ class ProcessEngine(Engine):
         with self._exchange():
             dist.all_reduce(total)
         return total
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        with self._exchange():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            with self._exchange():
+                work.wait()
+
+        return wait
 
     def share(self, work: Callable[[], T]) -> T:
         value, packed, failure = None, torch.empty(0, dtype=torch.uint8), None

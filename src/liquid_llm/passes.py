@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -61,6 +62,7 @@ class PassLimit:
         device: torch.device,
         where: str,
         consumers: Callable[[], str],
+        last_pass: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> list[Result]:
         """What ``compute`` makes of each pass of ``batches``, in order; passes are cut until they fit into memory.
 
@@ -70,15 +72,18 @@ class PassLimit:
             batches: each with what ``compute`` is given beside the pass and its labelled positions.
             undo: takes back what was computed.
             where, consumers: what was being done, and what takes most of the memory, in words.
+            last_pass: gives what the last pass is computed in.
 
         Raises:
             DeviceError: a single row does not fit.
         """
         while True:
             done: list[Result] = []
-            for part, positions, given in ((*one, given) for batch, given in batches for one in self.parts(batch)):
+            passes = [(*one, given) for batch, given in batches for one in self.parts(batch)]
+            for number, (part, positions, given) in enumerate(passes, start=1):
                 try:
-                    done.append(compute(part, positions, given))
+                    with last_pass() if number == len(passes) else nullcontext():
+                        done.append(compute(part, positions, given))
                     continue
                 except RuntimeError as error:
                     if not is_out_of_memory(error):

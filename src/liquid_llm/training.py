@@ -32,6 +32,7 @@ from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import StepSchedules, StepValues
 from liquid_llm.selection import PositionSelection
 from liquid_llm.sharding import make_whole
+from liquid_llm.step_sums import Tally, make_step_sums
 
 
 @dataclass
@@ -65,12 +66,19 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: the sums of this rank's micro-batches, and what was applied."""
+    """One optimizer step: the sums of this rank's micro-batches, what was applied, and what the ranks agreed on.
+
+    Attributes:
+        stop: a rank was asked to stop before the step ended.
+        save: a rank asks for a checkpoint.
+    """
 
     step: int
     values: StepValues
     scored: tuple[ScoredBatch, ...]
     grad_norm: float
+    stop: bool = False
+    save: bool = False
 
 
 class Student(nn.Module):
@@ -181,6 +189,7 @@ class Trainer:
         engine: the ranks that take each step together; ``grad_accum`` micro-batches are dealt out among them.
         hooks: ``(fn, every)``: ``fn(result)`` after every ``every``-th step, in order.
         stopping: says that the process was asked to stop.
+        saving: says that it is time for a checkpoint.
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
     """
 
@@ -195,12 +204,15 @@ class Trainer:
     engine: Engine = field(default_factory=Engine)
     hooks: Sequence[tuple[Callable[[StepResult], None], int]] = ()
     stopping: Callable[[], bool] = lambda: False
+    saving: Callable[[], bool] = lambda: False
     consumers: Callable[[], str] = lambda: ""
 
     def __post_init__(self) -> None:
         if self.grad_accum % self.engine.world_size:
             ranks = self.engine.world_size
             raise ValueError(f"{self.grad_accum} micro-batches cannot be dealt out among {ranks} ranks")
+        trained = [one for one in self.student.parameters() if one.requires_grad]
+        self._sums = make_step_sums(self.engine, trained, dealt_out=self.student.is_dealt_out)
 
     def train(self) -> bool:
         """Run to the end; False when it stopped early because the process was asked to."""
@@ -209,7 +221,8 @@ class Trainer:
             for hook, every in self.hooks:
                 if self.progress.step % every == 0:
                     hook(result)
-            if self.engine.agree(self.stopping()):
+            # One process heeds a wish to stop at once; several have agreed on it in the step.
+            if self.stopping() if self.engine.world_size == 1 else result.stop:
                 return self.progress.step >= self.total_steps
         return True
 
@@ -227,32 +240,37 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
         drawn = [next(self.batches) for _ in range(self.grad_accum // self.engine.world_size)]
-        own = [sum(batch.num_positions for batch, _ in drawn), sum(batch.num_tokens for batch, _ in drawn)]
-        num_positions, num_tokens = self.engine.sum(torch.tensor(own)).tolist()
-        scored = self._add_gradients(drawn, values, num_positions)
+        scored = self._add_gradients(drawn, values)
+        losses = torch.stack([one.output.loss.detach() for one in scored])
+        told, loss = self._sums.sum(self._tally([batch for batch, _ in drawn]), losses.sum())
         # A cut that one rank had to make is made by all from here on, and is in the checkpoint of this step.
-        self.progress.passes.max_tokens = self.engine.smallest(self.progress.passes.max_tokens)
-        grad_norm = self._clip(scored)
+        self.progress.passes.max_tokens = told.max_tokens
+        grad_norm = self._clip(scored, losses, loss)
         self._update()
         self.progress.step += 1
         self.progress.data_position += self.grad_accum
-        self.progress.tokens_seen += num_tokens
-        return StepResult(self.progress.step, values, tuple(scored), grad_norm)
+        self.progress.tokens_seen += told.tokens
+        return StepResult(self.progress.step, values, tuple(scored), grad_norm, told.stop, told.save)
 
-    def _add_gradients(
-        self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues, num_positions: int
-    ) -> list[ScoredBatch]:
-        """Losses of this rank's micro-batches, their gradients added up.
+    def _tally(self, batches: list[MicroBatch]) -> Tally:
+        """What this rank tells the others when it has computed its micro-batches."""
+        return Tally(
+            sum(batch.num_positions for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            self.progress.passes.max_tokens,
+            self.stopping(),
+            self.saving(),
+        )
 
-        Args:
-            num_positions: labelled positions of the whole step.
-        """
+    def _add_gradients(self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues) -> list[ScoredBatch]:
+        """Losses of this rank's micro-batches, their gradients added up."""
+        divisor = self._sums.divisor(sum(batch.num_positions for batch, _ in drawn))
 
         def compute(part: MicroBatch, positions: slice, signal_of: SignalOf | None) -> ScoredBatch:
             on_device = part.to(self.student.device)
             signal = None if signal_of is None else signal_of(on_device, positions)
             output: LossOutput = self.student(on_device, signal, values.objective(part.type))
-            (output.loss / num_positions).backward()  # type: ignore[no-untyped-call]
+            (output.loss / divisor).backward()  # type: ignore[no-untyped-call]
             return ScoredBatch(part, output)
 
         return self.progress.passes.run(
@@ -262,6 +280,7 @@ class Trainer:
             device=self.student.device,
             where=f"step {self.progress.step}",
             consumers=self.consumers,
+            last_pass=self._sums.last_pass,
         )
 
     def _count_entropies(self, scored: list[ScoredBatch], device: torch.device) -> Tensor:
@@ -291,24 +310,24 @@ class Trainer:
         if values.default.gamma == 0:
             self.student.reference = None
 
-    def _clip(self, scored: list[ScoredBatch]) -> float:
-        """Sum the gradients over the ranks and clip them; their norm before.
+    def _clip(self, scored: list[ScoredBatch], losses: Tensor, loss: Tensor) -> float:
+        """Clip the gradients of the step; their norm before.
+
+        Args:
+            losses: of the passes of this rank.
+            loss: their sum over all ranks.
 
         Raises:
-            NumericalError: it, or a loss of any rank, is not finite.
+            NumericalError: it, or the norm, is not finite: no rank updates its weights when one cannot.
         """
         every = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if not self.student.is_dealt_out:
-            self.engine.sum_gradients(every)
         parameters = [parameter for parameter in every if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         if self.student.is_dealt_out:
             norm = make_whole(norm)
-        # The one wait of a step: norm and losses come to the host together, and what positions were counted. A loss
-        # that is not finite makes the sum over ranks so: no rank updates its weights when one cannot.
-        losses = torch.stack([one.output.loss.detach().to(norm) for one in scored])
-        found = torch.cat([norm.reshape(1), self.engine.sum(losses.sum().reshape(1)), losses])
+        # The one wait of a step: norm and losses come to the host together, and what positions were counted.
+        found = torch.cat([one.reshape(-1).to(norm) for one in (norm, loss, losses)])
         counted = self._count_entropies(scored, norm.device)
         on_host = torch.cat([found, counted.flatten().to(found)]).cpu()
         grad_norm, total, *own = on_host[: len(found)].tolist()

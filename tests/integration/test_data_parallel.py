@@ -15,6 +15,7 @@ from tests.support.processes import end_all, launch, run, wait
 from tests.support.tiny import Tiny
 from tests.support.tiny import run as run_alone
 
+from liquid_llm import step_sums
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.metrics import read_metrics, without_timings
 from liquid_llm.training import Student
@@ -207,7 +208,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(tiny, tmp_path) -> None:
 
 
 def run_out_of_memory() -> None:
-    """In the second step there is no room for two rows."""
+    """In the second step there is no room for two rows on one rank."""
     forward, calls = Student.forward, []
 
     def broken(self, batch, *given):
@@ -216,11 +217,34 @@ def run_out_of_memory() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return forward(self, batch, *given)
 
-    Student.forward = broken
+    if os.environ["RANK"] == "1":
+        Student.forward = broken
 
 
-def test_a_cut_that_one_rank_makes_is_made_by_all_and_changes_nothing(tiny, undisturbed, tmp_path) -> None:
-    ranks = launch(HYBRID, hybrid_words(tiny, tmp_path), tmp_path / "said", fault=(1, run_out_of_memory))
+def run_out_of_memory_in_backward() -> None:
+    """The same at the twelfth gradient, when sums of others are under way."""
+    step_sums._BUCKET_BYTES = 2**13
+    forward, calls, found = Student.forward, [], []
+
+    def fail(_):
+        found.extend([1] * (len(calls) == 2))
+        if len(found) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    def broken(self, batch, *given):
+        calls.extend([1] * is_real(batch))
+        if len(calls) == 1:
+            for one in self.parameters():
+                one.register_post_accumulate_grad_hook(fail)
+        return forward(self, batch, *given)
+
+    if os.environ["RANK"] == "1":
+        Student.forward = broken
+
+
+@pytest.mark.parametrize("fault", [run_out_of_memory, run_out_of_memory_in_backward])
+def test_a_cut_that_one_rank_makes_is_made_by_all_and_changes_nothing(tiny, undisturbed, tmp_path, fault) -> None:
+    ranks = launch(HYBRID, hybrid_words(tiny, tmp_path), tmp_path / "said", fault=(None, fault))
     assert wait(ranks) == [0, 0], "\n".join(rank.said for rank in ranks)
     assert "cut in two" in ranks[1].said
     assert_equal_runs(tmp_path / "run", undisturbed)

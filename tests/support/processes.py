@@ -41,7 +41,7 @@ def launch(
     folder: Path,
     size: int = 2,
     *,
-    fault: tuple[int, Fault] | None = None,
+    fault: tuple[int | None, Fault] | None = None,
     apart: bool = False,
     env: dict[str, str] | None = None,
 ) -> list[Rank]:
@@ -50,7 +50,7 @@ def launch(
     Args:
         words: of all ranks, or those of each.
         folder: takes what they say.
-        fault: a rank, and what goes wrong there.
+        fault: a rank, and what goes wrong there; None is every rank.
         apart: as if each were on a host of its own, with its own folder to work in and its own cache.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def launch(
             **(env or {}),
         }
         log = folder / f"rank-{rank}.log"
-        broken = fault[1] if fault is not None and fault[0] == rank else None
+        broken = fault[1] if fault is not None and fault[0] in (rank, None) else None
         given = (face, list(own), {name: str(value) for name, value in variables.items()}, log, place, broken)
         process = _CONTEXT.Process(target=_be_a_rank, args=given)
         process.start()

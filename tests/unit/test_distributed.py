@@ -153,21 +153,7 @@ def _with_nan(output: Any) -> Any:
     return replace(output, loss=output.loss + (torch.tensor(float("nan")) - output.loss.detach()))
 
 
-def test_a_stop_that_one_rank_was_asked_for_stops_all() -> None:
-    assert World(2).run(lambda engine: engine.agree(engine.rank == 1)) == [True, True]
-    assert World(2).run(lambda engine: engine.agree(False)) == [False, False]
-
-
-def test_a_gradient_that_no_rank_has_is_none_and_one_that_some_have_is_their_sum() -> None:
-    def work(engine: Engine) -> list[Any]:
-        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
-        parameters[0].grad = torch.full((2,), 1.0 + engine.rank)
-        if engine.rank == 1:
-            parameters[1].grad = torch.ones(2)
-        engine.sum_gradients(parameters)
-        return [None if one.grad is None else one.grad.tolist() for one in parameters]
-
-    assert World(2).run(work) == [[[3.0, 3.0], [1.0, 1.0], None]] * 2
+def test_ranks_differ_in_who_is_the_main_one() -> None:
     assert Engine().is_main
     assert [ThreadEngine(rank, World(2)).is_main for rank in (0, 1)] == [True, False]
 
@@ -220,20 +206,6 @@ def test_numbers_are_gathered_by_rank_and_a_limit_of_one_is_that_of_all() -> Non
     assert World(2).run(lambda engine: engine.smallest(None if engine.is_main else 64)) == [64, 64]
     assert World(2).run(lambda engine: engine.smallest(None)) == [None, None]
     assert World(2).run(lambda engine: engine.smallest(0 if engine.is_main else 64)) == [0, 0]
-
-
-def test_gradients_larger_than_a_bucket_are_summed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liquid_llm.distributed._BUCKET_BYTES", 24)
-
-    def work(engine: Engine) -> list[Any]:
-        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 9, 3, 1)]
-        parameters.append(torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)))
-        for number, one in enumerate(parameters):
-            one.grad = torch.full_like(one, number + engine.rank)
-        engine.sum_gradients(parameters)
-        return [one.grad.unique().tolist() for one in parameters]
-
-    assert World(2).run(work) == [[[1.0], [3.0], [5.0], [7.0], [9.0]]] * 2
 
 
 def test_what_ranks_have_is_collected_by_rank() -> None:

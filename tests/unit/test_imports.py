@@ -46,6 +46,7 @@ LAYERS = (
         "sources",
         "distributed",
         "sharding",
+        "step_sums",
         "data.types",
     },
     set(),  # parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -162,7 +162,8 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
         else:
             recorder.evaluate()
         with Stage("train", unit="steps", total=config.optimizer.steps, done=parts.progress.step) as stage:
-            trainer = _make_trainer(config, parts, feed, fit, recorder.hooks(stage), lambda: stop.requested)
+            trainer = _make_trainer(config, parts, feed, fit, recorder.hooks(stage))
+            trainer.stopping, trainer.saving = lambda: stop.requested, recorder.wants_save
             done = trainer.train()
         if not done:
             recorder.stop()
@@ -208,14 +209,7 @@ def _interrupted(config: RunConfig, parts: Parts, output: _Output | None) -> Int
     return error
 
 
-def _make_trainer(
-    config: RunConfig,
-    parts: Parts,
-    feed: BatchFeed,
-    fit: Fit,
-    hooks: Hooks = (),
-    stopping: Callable[[], bool] = lambda: False,
-) -> Trainer:
+def _make_trainer(config: RunConfig, parts: Parts, feed: BatchFeed, fit: Fit, hooks: Hooks = ()) -> Trainer:
     return Trainer(
         parts.student,
         parts.optimizer,
@@ -227,7 +221,6 @@ def _make_trainer(
         config.optimizer.grad_clip,
         engine=parts.engine,
         hooks=hooks,
-        stopping=stopping,
         consumers=fit.largest,
     )
 

@@ -107,7 +107,7 @@ class Recorder:
         if config.output.save_every_steps:
             hooks.append((lambda _: self.save(snapshot=True), config.output.save_every_steps))
         if config.output.save_every_minutes:
-            hooks.append((lambda _: self._save_by_time(), 1))
+            hooks.append((lambda result: self._save_by_time() if result.save else None, 1))
         return hooks
 
     def _count(self, result: StepResult) -> None:
@@ -230,13 +230,17 @@ class Recorder:
             if info is not None:
                 self.files.uploader.enqueue_checkpoint(info)
 
-    def _save_by_time(self) -> None:
+    def wants_save(self) -> bool:
+        """Whether the time for a checkpoint has come on this rank: on the main one, whose clock decides."""
         # One that is due while another is under way is taken once that is whole: it would only be waited for.
-        due = self.clock() - self._last_time_save >= 60 * self.config.output.save_every_minutes
-        busy = self.parts.engine.agree(self._saver is not None and self._saver.busy)
-        if self.parts.engine.agree(due) and not busy:
-            self._last_time_save = self.clock()
-            self._save(names=(), snapshot=False)
+        minutes = self.config.output.save_every_minutes
+        if not minutes or self._saver is None or self._saver.busy:
+            return False
+        return self.clock() - self._last_time_save >= 60 * minutes
+
+    def _save_by_time(self) -> None:
+        self._last_time_save = self.clock()
+        self._save(names=(), snapshot=False)
 
     def _save(self, *, names: tuple[str, ...], snapshot: bool) -> None:
         began = self.clock()
