@@ -65,6 +65,7 @@ class DataConfig:
     begin_token: str
     block_size: int
     seq_len: int
+    draw_group: int | None
     document_mask: bool
     val_fraction: float
     manifest: str | None

@@ -19,6 +19,7 @@ from liquid_llm import step_sums
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.metrics import read_metrics, without_timings
 from liquid_llm.training import Student
+from liquid_llm.wiring.recorder import Recorder
 
 pytestmark = pytest.mark.slow
 HYBRID, ANNEALING = "stage1_hybrid.cli", "trainer.entrypoint"
@@ -121,6 +122,20 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     found, expected = state(one)["student"], state(other)["student"]
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_fresh_run_of_one_process_can_have_the_steps_of_several(tiny, undisturbed, tmp_path) -> None:
+    """``undisturbed`` has two by default; and three."""
+    three = tmp_path / "three"
+    run(HYBRID, hybrid_words(tiny, three, max_steps=3), tmp_path / "said", 3)
+    for count, several in ((2, undisturbed), (3, three / "run")):
+        alone = tmp_path / f"alone-{count}"
+        options = {"draw_group": count, "grad_accum": count, "max_steps": 6 if count == 2 else 3}
+        done = run_alone(HYBRID, hybrid_words(tiny, alone, **options))
+        assert done.returncode == 0, done.stderr
+        assert_equal_runs(alone / "run", several)
+        kept = metadata(alone / "run")
+        assert (kept["run"]["group_size"], kept["versions"]["order"]) == (count, 2)
 
 
 def test_three_ranks_on_hosts_of_their_own_take_the_steps_of_one_process(tiny, tmp_path) -> None:
@@ -261,6 +276,37 @@ def test_killed_between_the_last_evaluation_and_the_end_no_rank_waits(tiny, undi
     assert rows(tmp_path / "run", "eval") == rows(undisturbed, "eval")
     assert (tmp_path / "run" / "student").is_dir()
     assert (tmp_path / "run" / "final.pt").exists()
+
+
+def be_killed_between_evaluation_and_save() -> None:
+    """Of the sixth step: its rows are written, and nothing of its checkpoint."""
+    save = Recorder._save
+
+    def killed(self, **given):
+        if self.parts.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, **given)
+
+    Recorder._save = killed
+
+
+def test_killed_between_an_evaluation_and_its_save_it_goes_on_as_if_nothing_had_been(
+    tiny, undisturbed, tmp_path
+) -> None:
+    fault = (0, be_killed_between_evaluation_and_save)  # the main rank, which the others have met through
+    ranks = launch(HYBRID, hybrid_words(tiny, tmp_path), tmp_path / "said", fault=fault)
+    assert wait(ranks) == [-signal.SIGKILL, 6], "\n".join(rank.said for rank in ranks)
+    assert ranks[1].said.count("another process of this run has ended") == 1
+    assert "Traceback" not in ranks[1].said
+    found = latest_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert found.step == 3
+    assert rows(tmp_path / "run", "eval")[-1]["step"] == 6, "or this is not the moment that is meant"
+    run(HYBRID, hybrid_words(tiny, tmp_path), tmp_path / "said")
+    for kind in ("train", "eval"):
+        assert rows(tmp_path / "run", kind) == rows(undisturbed, kind)
+    for name, tensor in state(undisturbed)["student"].items():
+        assert torch.equal(state(tmp_path / "run")["student"][name], tensor), name
 
 
 def test_a_rank_that_fails_while_starting_ends_all_with_its_message(tiny, tmp_path) -> None:

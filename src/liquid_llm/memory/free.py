@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from liquid_llm.device import free_memory
+from liquid_llm.distributed import Ranks
 from liquid_llm.runtime import process_memory_bytes, process_peak_memory_bytes
 
 # Files of a control group: its limit, its use, and the line of memory.stat with what can be dropped.
@@ -28,7 +29,8 @@ def available_bytes(device: torch.device, held_bytes: int = 0) -> int | None:
     """
     if device.type == "cpu":
         free = host_free_bytes()
-        return None if free is None else free + held_bytes
+        # Of several processes on this machine each is to have as much of what is free.
+        return None if free is None else free // Ranks.read().local_world_size + held_bytes
     found = free_memory(device)
     if found is None:
         return None

@@ -47,7 +47,7 @@ from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
-from liquid_llm.wiring.start import Start, require_division
+from liquid_llm.wiring.start import Start, choose_group, require_division
 from liquid_llm.wiring.students import (
     BuiltStudent,
     calibration_text,
@@ -165,7 +165,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries))
     require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
-    group_size = start.group_size or engine.world_size
+    group_size = choose_group(config, start, engine.world_size)
     stream = _make_stream(config, inputs, engine, group_size)
     built = basis.built
     if built is None:

@@ -239,8 +239,11 @@ def deal_out(config: RunConfig, start: Start, ranks: int) -> RunConfig:
     Where nobody said how many they are it is one a rank, so that a command works with any number of them.
 
     Raises:
-        UsageError: their number was given, or is that of the run that is continued, and cannot be dealt out.
+        UsageError: their number was given, or is that of the run that is continued, and cannot be dealt out; or the
+            group in which types are drawn was given and is another than that of the run that goes on.
     """
+    if choose_group(config, start, ranks) % ranks:
+        log.info("--draw_group is no multiple of %d processes: they wait for one another at unlike types", ranks)
     count = config.optimizer.grad_accum
     if config.optimizer.tokens_per_step is not None or count % ranks == 0:
         return config
@@ -249,6 +252,23 @@ def deal_out(config: RunConfig, start: Start, ranks: int) -> RunConfig:
     settled = -(-count // ranks) * ranks
     log.info("--grad_accum=%d: a micro-batch of each step for each of %d processes", settled, ranks)
     return replace(config, optimizer=replace(config.optimizer, grad_accum=settled))
+
+
+def choose_group(config: RunConfig, start: Start, ranks: int) -> int:
+    """Micro-batches in a row that are drawn from one dataset: what the run so far has, what was given, or the ranks.
+
+    Raises:
+        UsageError: another number was given than the run so far has.
+    """
+    kept, given = start.group_size, config.data.draw_group
+    if kept is not None and given is not None and given != kept:
+        raise UsageError(
+            "the run so far has drawn its micro-batches in groups of another size",
+            where=f"--draw_group={given}",
+            got=f"groups of {kept} in {start.origin.description}",
+            remedy="leave the option out; another size is another order of the data: start with --restart for that",
+        )
+    return kept or given or ranks
 
 
 def require_division(config: RunConfig, ranks: int) -> None:

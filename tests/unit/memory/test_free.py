@@ -73,6 +73,14 @@ def test_what_the_job_holds_already_is_its_own() -> None:
     assert 0 < free < 1 << 50 < held
 
 
+def test_what_is_free_is_for_all_processes_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("liquid_llm.memory.free.host_free_bytes", lambda: 12 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_bytes(torch.device("cpu"), held_bytes=GIB) == 4 * GIB
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert available_bytes(torch.device("cpu"), held_bytes=GIB) == 13 * GIB
+
+
 def test_room_is_what_is_left_beside_the_most_that_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("host_free_bytes", 10), ("process_peak_memory_bytes", 6), ("process_memory_bytes", 4)):
         monkeypatch.setattr(f"liquid_llm.memory.free.{name}", lambda size=size: size * GIB)

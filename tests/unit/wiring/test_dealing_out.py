@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.support.checkpoints import metadata_of
 from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.errors import UsageError
-from liquid_llm.wiring.start import Start, deal_out
+from liquid_llm.wiring.start import Start, choose_group, deal_out
 
 FRESH = Start("fresh", ResumeSource({}, "--student=x"))
 CONTINUED = Start("continue", ResumeSource({}, "run"))
@@ -39,6 +40,25 @@ def test_a_number_that_was_given_is_kept_or_refused() -> None:
 def test_a_run_that_is_continued_keeps_its_steps() -> None:
     with pytest.raises(UsageError, match=r"grad_accum of the run that is continued.*--restart"):
         deal_out(config(), CONTINUED, 2)
+
+
+def test_types_are_drawn_for_as_many_as_was_said_or_as_there_are_ranks() -> None:
+    assert choose_group(config(), FRESH, 3) == 3
+    assert choose_group(config(draw_group=2), FRESH, 1) == 2
+
+
+def test_the_group_of_a_run_that_goes_on_is_kept_and_another_refused(caplog: pytest.LogCaptureFixture) -> None:
+    metadata = replace(metadata_of(3), run={"group_size": 2})
+    started = Start("continue", ResumeSource({}, "run/last.pt", metadata, state={"optimizer": {}}))
+    assert choose_group(config(), started, 4) == choose_group(config(draw_group=2), started, 4) == 2
+    with pytest.raises(UsageError, match=r"--draw_group=4.*got groups of 2 in run/last\.pt.*--restart") as caught:
+        deal_out(config(draw_group=4, grad_accum=4), started, 4)
+    assert caught.value.exit_code == 2
+    with caplog.at_level(logging.INFO):
+        deal_out(config(grad_accum=4), started, 4)
+    assert "--draw_group is no multiple of 4 processes" in caplog.text
+    old = replace(started, origin=replace(started.origin, metadata=metadata_of(3)))
+    assert choose_group(config(), old, 1) == 1
 
 
 def test_a_start_reaches_another_rank_as_values(tmp_path: Path) -> None:
