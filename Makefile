@@ -47,7 +47,7 @@ check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/mypy
 
 LONG := benchmarks/bench_codec_train.py benchmarks/bench_noise.py benchmarks/bench_retention.py
-bench: $(STAMP)  ## run the benchmarks, each prints a table; bench-NAME runs one: capture codec codec-train data loss noise retention save store
+bench: $(STAMP)  ## run the benchmarks, each prints a table; bench-NAME runs one: capture codec codec-train data loss noise retention save scaling store
 	@set -e; for file in $(filter-out $(LONG),$(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$file"; $(BIN)/python "$$file"; done
 
