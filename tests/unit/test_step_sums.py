@@ -68,7 +68,8 @@ def test_gradients_larger_than_a_bucket_are_summed_whole(monkeypatch: pytest.Mon
 def test_what_one_rank_asks_for_all_learn(size: int) -> None:
     def work(engine: Engine) -> Tally:
         last = engine.rank == size - 1
-        own = Tally(3, 2**40 + engine.rank, 64 - engine.rank if last else None, stop=last, save=engine.is_main)
+        limit = None if engine.is_main else 64 - engine.rank
+        own = Tally(3, 2**40 + engine.rank, limit, stop=last, save=engine.is_main)
         return RankSums(engine, [Parameter(torch.zeros(1))]).sum(own, ONE)[0]
 
     expected = Tally(3 * size, size * 2**40 + sum(range(size)), 65 - size, stop=True, save=True)
