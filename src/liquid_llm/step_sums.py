@@ -135,7 +135,7 @@ class RankSums(StepSums):
             begun.flat.div_(told.positions)
             parts = torch.split(begun.flat, [one.numel() for one in [*bucket, begun.beside]])
             for parameter, part in zip(bucket, parts[:-1], strict=True):
-                parameter.grad = part.view_as(parameter) if next(ranks_with_gradient) else None
+                parameter.grad = _laid_out_as(parameter, part) if next(ranks_with_gradient) else None
         loss = parts[-1]
         self._begun.clear()
         return told, loss
@@ -198,6 +198,12 @@ def make_step_sums(engine: Engine, parameters: Iterable[Parameter], *, dealt_out
     if engine.world_size == 1:
         return StepSums()
     return DealtOutSums(engine, parameters) if dealt_out else RankSums(engine, parameters)
+
+
+def _laid_out_as(parameter: Parameter, flat: Tensor) -> Tensor:
+    """The gradient in the layout of its parameter: torch's fused AdamW goes through both without looking."""
+    gradient = flat.view_as(parameter)
+    return gradient if parameter.is_contiguous() else torch.empty_like(parameter).copy_(gradient)
 
 
 def split_into_buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:

@@ -49,6 +49,20 @@ def test_a_gradient_that_no_rank_has_is_none_and_one_that_some_have_is_divided_b
     assert World(2).run(work) == [[[0.75, 0.75], [0.25, 0.25], None]] * 2
 
 
+def test_a_gradient_lies_in_memory_as_its_parameter_does() -> None:
+    """Else the fused AdamW updates each weight with another one's gradient, without a word."""
+
+    def work(engine: Engine) -> Any:
+        parameter = Parameter(torch.arange(6.0).view(2, 3).t())
+        gradient = torch.arange(6.0).view(3, 2)
+        (parameter * gradient).sum().backward()
+        make_step_sums(engine, [parameter]).sum(Tally(1, 1), ONE)
+        assert torch.equal(parameter.grad, gradient)
+        return parameter.stride(), parameter.grad.stride()
+
+    assert World(2).run(work) == [((1, 3), (1, 3))] * 2
+
+
 def test_gradients_larger_than_a_bucket_are_summed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("liquid_llm.step_sums._BUCKET_BYTES", 24)
 
