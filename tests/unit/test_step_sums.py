@@ -78,6 +78,20 @@ def test_gradients_larger_than_a_bucket_are_summed_whole(monkeypatch: pytest.Mon
     assert World(2).run(work) == [[[0.5], [1.5], [2.5], [3.5], [4.5]]] * 2
 
 
+def test_gradients_that_backward_has_summed_are_divided_and_not_sent() -> None:
+    def work(engine: Engine) -> list[Any]:
+        events: list[str] = []
+        parameters = [Parameter(torch.zeros(2)) for _ in range(2)]
+        parameters[0].grad = torch.full((2,), 6.0)
+        recording = Recording(events, engine.rank, engine.world)
+        sums = make_step_sums(recording, parameters, dealt_out=True)
+        told, loss = sums.sum(Tally(1 + engine.rank, 1, stop=engine.rank == 1), ONE)
+        assert events == ["begun", "exchanged", "waited"], "the loss and the row"
+        return [told, float(loss), parameters[0].grad.tolist(), parameters[1].grad, sums.divisor(9)]
+
+    assert World(2).run(work) == [[Tally(3, 2, None, stop=True), 2.0, [2.0, 2.0], None, 1]] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_one_rank_asks_for_all_learn(size: int) -> None:
     def work(engine: Engine) -> Tally:
