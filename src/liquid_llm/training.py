@@ -211,8 +211,10 @@ class Trainer:
         if self.grad_accum % self.engine.world_size:
             ranks = self.engine.world_size
             raise ValueError(f"{self.grad_accum} micro-batches cannot be dealt out among {ranks} ranks")
-        trained = [one for one in self.student.parameters() if one.requires_grad]
-        self._sums = make_step_sums(self.engine, trained, dealt_out=self.student.is_dealt_out)
+        dealt_out = self.student.is_dealt_out
+        # In the order of the model; while one that is dealt out is gathered, its parameters are not those trained.
+        trained = self._every_parameter() if dealt_out else filter(_is_trained, self.student.parameters())
+        self._sums = make_step_sums(self.engine, trained, dealt_out=dealt_out)
 
     def train(self) -> bool:
         """Run to the end; False when it stopped early because the process was asked to."""
@@ -251,6 +253,9 @@ class Trainer:
         self.progress.data_position += self.grad_accum
         self.progress.tokens_seen += told.tokens
         return StepResult(self.progress.step, values, tuple(scored), grad_norm, told.stop, told.save)
+
+    def _every_parameter(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _tally(self, batches: list[MicroBatch]) -> Tally:
         """What this rank tells the others when it has computed its micro-batches."""
@@ -320,8 +325,7 @@ class Trainer:
         Raises:
             NumericalError: it, or the norm, is not finite: no rank updates its weights when one cannot.
         """
-        every = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        parameters = [parameter for parameter in every if parameter.grad is not None]
+        parameters = [parameter for parameter in self._every_parameter() if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         if self.student.is_dealt_out:
@@ -349,6 +353,10 @@ class Trainer:
         bad = self.engine.gather(not all(map(math.isfinite, losses)))
         error.speaks = self.engine.rank == bad.index(max(bad))
         return error
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
 
 
 def build_optimizer(
