@@ -211,10 +211,10 @@ class Trainer:
         if self.grad_accum % self.engine.world_size:
             ranks = self.engine.world_size
             raise ValueError(f"{self.grad_accum} micro-batches cannot be dealt out among {ranks} ranks")
-        dealt_out = self.student.is_dealt_out
-        # In the order of the model; while one that is dealt out is gathered, its parameters are not those trained.
-        trained = self._every_parameter() if dealt_out else filter(_is_trained, self.student.parameters())
-        self._sums = make_step_sums(self.engine, trained, dealt_out=dealt_out)
+        trained = [one for one in self.student.parameters() if one.requires_grad]  # in the order of the model
+        if self.student.is_dealt_out:  # while it is gathered, as for an evaluation, its own are not what is trained
+            trained = self._every_parameter()
+        self._sums = make_step_sums(self.engine, trained, dealt_out=self.student.is_dealt_out)
 
     def train(self) -> bool:
         """Run to the end; False when it stopped early because the process was asked to."""
@@ -353,10 +353,6 @@ class Trainer:
         bad = self.engine.gather(not all(map(math.isfinite, losses)))
         error.speaks = self.engine.rank == bad.index(max(bad))
         return error
-
-
-def _is_trained(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad
 
 
 def build_optimizer(
