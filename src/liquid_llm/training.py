@@ -125,7 +125,9 @@ class Student(nn.Module):
             ValueError: a gamma above zero without a reference student.
         """
         with self._arithmetic():
-            return self._loss(self._states(self.model, batch), batch, signal, objective)
+            output = self._loss(self._states(self.model, batch), batch, signal, objective)
+        # What runs before backward is hung onto the loss, which must be no view of another tensor for that.
+        return replace(output, loss=output.loss.clone()) if self.is_dealt_out else output
 
     def states(self, batch: MicroBatch) -> Tensor:
         """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take."""
