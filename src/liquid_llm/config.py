@@ -53,6 +53,12 @@ class TeacherConfig:
     mode: str
     fa_wheel_uri: str | None
     fa_wheel_sha256: str | None
+    shard: str
+
+    @property
+    def is_dealt_out(self) -> bool:
+        """Whether each of several processes holds a part of an online teacher alone."""
+        return self.shard == "full"
 
 
 @dataclass(frozen=True)

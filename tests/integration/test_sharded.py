@@ -161,6 +161,26 @@ def test_it_stays_near_its_old_logits_as_one_process_does(tiny, one, tmp_path) -
     assert_equal_runs(tmp_path / "two" / "run", tmp_path / "one" / "run")
 
 
+def test_a_teacher_that_is_dealt_out_says_what_a_whole_one_says(tiny, tmp_path) -> None:
+    """Texts of three types, one of which it is not asked for; the ranks evaluate different numbers of batches."""
+    given = {
+        "hybrid": False,
+        "math_logits_dir": None,
+        "code_logits_dir": None,
+        "alpha_by_type": "code=0",
+        "max_steps": 6,
+        "eval_every": 3,
+        "save_every": 3,
+    }
+    run(HYBRID, tiny.train_words(tmp_path / "whole", **given), tmp_path / "said-whole")
+    for name, options in (("teacher", {}), ("both", {"shard": "full"})):
+        given_too = {**given, "teacher_shard": "full", **options}
+        run(HYBRID, tiny.train_words(tmp_path / name, **given_too), tmp_path / f"said-{name}")
+        assert "the online teacher is dealt out among 2" in (tmp_path / f"said-{name}" / "rank-0.log").read_text()
+        assert_equal_runs(tmp_path / name / "run", tmp_path / "whole" / "run")
+    assert len({tuple(row["by_type"]) for row in rows(tmp_path / "whole" / "run", "train")}) > 1
+
+
 def test_a_rank_that_has_no_room_ends_all_and_none_waits(tiny, tmp_path) -> None:
     given = words(tiny, tmp_path, shard="full", **LLAMA)
     began = time.monotonic()
@@ -226,6 +246,14 @@ def wait_for_rows(folder: Path, count: int, seconds: float = 240) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("no rows")
+
+
+def test_a_dry_run_takes_two_steps_and_leaves_nothing(tiny, tmp_path) -> None:
+    given = words(tiny, tmp_path / "out", shard="full", teacher_shard="full", dry_run=True, student="llama")
+    ranks = launch(ANNEALING, given, tmp_path / "said")
+    assert wait(ranks) == [0, 0], "\n".join(rank.said for rank in ranks)
+    assert "models that are dealt out among processes are not worked out" in ranks[0].said
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_deals_nothing_out_and_says_so(tiny, tmp_path) -> None:

@@ -86,6 +86,7 @@ class Evaluator:
         engine: the ranks among which the batches are dealt out.
         measures: whether agreement, overlap, calibration and bits a byte are in the row too.
         alike: whether every rank scores as many batches as every other, as they compute together: some twice.
+        cache_bytes: how much of what a teacher has computed is kept for the next evaluation.
         token_bytes: [vocab], the bytes that each token stands for, for bits a byte.
     """
 
@@ -99,6 +100,7 @@ class Evaluator:
     measures: bool = False
     token_bytes: Tensor | None = None
     alike: bool = False
+    cache_bytes: int = CACHE_BYTES
     _kept: dict[tuple[int, int, int], Signal] = field(default_factory=dict)
     _teacher_ce: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
     _cached_bytes: int = 0
@@ -238,7 +240,7 @@ class Evaluator:
         if signal is None or prepared.signal is not None:
             return signal
         # It was computed just now, which is dear, and will be the same the next time.
-        if self._cached_bytes + signal.nbytes <= CACHE_BYTES:
+        if self._cached_bytes + signal.nbytes <= self.cache_bytes:
             self._kept[key] = signal.to(torch.device("cpu"))
             self._cached_bytes += signal.nbytes
         return signal

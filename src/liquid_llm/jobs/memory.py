@@ -57,10 +57,10 @@ def run_memory(face: str, given: Mapping[str, object]) -> int:
     asked = options.pop("gpu_memory", None)
     price = options.pop("price_per_hour", None)
     config = build_config_to_measure(face, options)
-    if isinstance(config, RunConfig) and config.student.is_dealt_out:
+    if isinstance(config, RunConfig) and (config.student.is_dealt_out or config.teacher.is_dealt_out):
         raise UsageError(
-            "what a student takes that is dealt out among processes is not worked out",
-            where="--shard=full",
+            "what a model takes that is dealt out among processes is not worked out",
+            where="--shard=full" if config.student.is_dealt_out else "--teacher_shard=full",
             remedy="leave it out: weights, gradients and moments, of what is said then, are divided by the processes",
         )
     card = _card(config.device, asked)

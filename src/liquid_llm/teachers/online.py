@@ -16,10 +16,11 @@ from liquid_llm.data.types import MicroBatch
 from liquid_llm.errors import UsageError
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
-from liquid_llm.models.heads import hidden_states, output_head
+from liquid_llm.models.heads import blocks_of, body_of, hidden_states, output_head
 from liquid_llm.models.loading import LoadedModel, load_teacher
 from liquid_llm.models.positions import max_positions
 from liquid_llm.runtime import Choice, choose_dtype, torch_dtype
+from liquid_llm.sharding import deal_out_frozen
 from liquid_llm.teachers.teacher import Prepared, Teacher, TeacherSetup
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,19 @@ class OnlineTeacher(Teacher):
         self.model: nn.Module = loaded.model.eval().requires_grad_(False)
         self.choices = choices or {}
         self._max_tokens = max_tokens
+        self._vocab_size = vocab_size
         self.identity = loaded.identity
         self.head: OutputHead = output_head(self.model).cut(vocab_size)
+
+    def deal_out(self, device: torch.device) -> None:
+        """As ``Teacher`` has it; a batch is asked in one pass from now on, as every rank asks as often as every other.
+
+        Raises:
+            ModelError: its weights do not lie in blocks.
+        """
+        deal_out_frozen(self.model, body_of(self.model), blocks_of(self.model), device)
+        self.head = output_head(self.model).cut(self._vocab_size)
+        self._max_tokens = None
 
     @property
     def device(self) -> torch.device:
@@ -116,16 +128,21 @@ def load_online(
     device: torch.device,
     attention: Callable[[torch.device, str], Choice],
     token: str | None,
+    place: torch.device | None = None,
 ) -> tuple[LoadedModel, dict[str, Choice]]:
     """A model in inference mode on ``device``, and the choices made for it; see ``TeacherSetup`` for the arguments.
+
+    Args:
+        place: where it is until it is moved to ``device``, if not there.
 
     Raises:
         ModelError: it cannot be opened.
     """
     dtype = choose_dtype(precision, device.type)
-    kernel = attention(device, dtype.value)
+    place = place or device
+    kernel = attention(place, dtype.value)  # it is tried where it lies
     log.info("teacher %s in %s (%s), attention %s (%s)", model_id, *vars(dtype).values(), *vars(kernel).values())
-    loaded = load_teacher(model_id, dtype=torch_dtype(dtype.value), device=device, attention=kernel.value, token=token)
+    loaded = load_teacher(model_id, dtype=torch_dtype(dtype.value), device=place, attention=kernel.value, token=token)
     used = loaded.model.config._attn_implementation
     if used != kernel.value:  # transformers has no other for Gemma 2, whose scores are capped
         kernel = Choice(used, f"{loaded.model.config.model_type} has no {kernel.value}")
@@ -151,7 +168,8 @@ def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
         ModelError: the model cannot be opened.
         UsageError: it cannot see so long a context.
     """
-    loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token)
+    place = torch.device("cpu") if setup.dealt_out else setup.device
+    loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token, place)
     require_context(max_positions(loaded.model), setup.context, model_id, "--block_size or --eval_ctx_lens")
     vocab_size = min(setup.vocab_size, loaded.model.config.vocab_size)
     max_tokens = None if setup.device.type == "cpu" else PASS_TOKENS

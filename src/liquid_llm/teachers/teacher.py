@@ -42,6 +42,7 @@ class TeacherSetup:
         stored_id: the teacher whose signal a store must hold; None takes any.
         strict: ``--hybrid_strict``.
         deterministic: the same bits every time on a GPU too.
+        dealt_out: a model is going to be dealt out among the ranks (``Teacher.deal_out``); until then the host has it.
         cache: folder for what is fetched.
     """
 
@@ -57,6 +58,7 @@ class TeacherSetup:
     stored_id: str | None = None
     strict: bool = False
     deterministic: bool = False
+    dealt_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,9 @@ class Teacher(ABC):
             every: look at each sample, however long that takes.
         """
         return None
+
+    def deal_out(self, device: torch.device) -> None:  # noqa: B027 (most hold no model)
+        """Deal the model that it holds out among the ranks, on ``device`` of each; all of them call this."""
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Give back what it holds; it is not asked again."""

@@ -269,7 +269,7 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
     Called when the models are on the device: what they take is part of both sides of the comparison.
     """
     device = parts.device
-    if config.student.is_dealt_out:
+    if config.student.is_dealt_out or config.teacher.is_dealt_out:
         return Fit(None, None, None, "models that are dealt out among processes are not worked out")
     # Another teacher's weights are neither predicted nor given back: they lie on the device already.
     teacher: Any = max(parts.teachers.models, key=_size, default=None)

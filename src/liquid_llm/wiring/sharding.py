@@ -20,24 +20,36 @@ log = logging.getLogger(__name__)
 
 def require_processes(config: RunConfig, ranks: int) -> None:
     """Raise UsageError where something is to be dealt out and there is one process."""
-    if config.student.is_dealt_out and ranks == 1:
-        raise UsageError(
-            "one process has nobody to share a model with",
-            where="--shard=full",
-            remedy="start several with torchrun --nproc-per-node N -m liquid_llm ..., or leave it out",
-        )
+    asked = (("--shard=full", config.student.is_dealt_out), ("--teacher_shard=full", config.teacher.is_dealt_out))
+    for option, is_asked in asked:
+        if is_asked and ranks == 1:
+            raise UsageError(
+                "one process has nobody to share a model with",
+                where=option,
+                remedy="start several with torchrun --nproc-per-node N -m liquid_llm ..., or leave it out",
+            )
 
 
 def place_parts(parts: Parts, engine: Engine) -> Parts:
-    """The parts with the student dealt out, where that is asked for; of the ranks' weights the main one's count.
+    """The parts with the models dealt out that are to be; of the ranks' weights the main one's count.
 
     Raises:
-        ModelError: the student's weights do not lie in blocks.
+        ModelError: the weights of a model do not lie in blocks.
+        UsageError: the ranks would ask a teacher that is dealt out at different times.
     """
     engine.copy_from_main(parts.built.model.state_dict().values())  # what each has built is the same to rounding
-    config, student = parts.config, parts.student
-    if not config.student.is_dealt_out:
-        return parts
+    config = parts.config
+    if config.teacher.is_dealt_out:
+        _deal_out_teachers(parts, engine)
+    if config.student.is_dealt_out:
+        parts = _deal_out_student(parts, engine)
+    if config.student.is_dealt_out or config.teacher.is_dealt_out:
+        _compute_alike(parts)
+    return parts
+
+
+def _deal_out_student(parts: Parts, engine: Engine) -> Parts:
+    student = parts.student
     blocks = blocks_of(student.model)
     moments = take_moments(parts.optimizer)
     deal_out_trained(student, blocks, parts.device, methods=("states", "loss"))
@@ -45,18 +57,33 @@ def place_parts(parts: Parts, engine: Engine) -> Parts:
     if student.reference is not None:
         frozen = student.reference
         deal_out_frozen(frozen, body_of(frozen), blocks_of(frozen), parts.device)
-    optimizer = make_optimizer(config, student.model)
+    optimizer = make_optimizer(parts.config, student.model)
     give_moments(optimizer, moments)
     log.info("the student is dealt out: %d blocks among %d processes", len(blocks), engine.world_size)
-    _compute_alike(parts)
     return replace(parts, optimizer=optimizer)
+
+
+def _deal_out_teachers(parts: Parts, engine: Engine) -> None:
+    if len(parts.inputs.types) > 1 and parts.group_size % engine.world_size:
+        raise UsageError(
+            "the processes would ask a teacher that is dealt out at different times",
+            where="--teacher_shard=full",
+            got=f"texts of types {', '.join(parts.inputs.types)} drawn for {parts.group_size} micro-batches at a time, "
+            f"{engine.world_size} processes",
+            expected="as many processes as the run began with, or a divisor",
+            remedy="leave it out, or begin another run with --restart",
+        )
+    for teacher in dict.fromkeys(parts.teachers.router.values()):
+        teacher.deal_out(parts.device)
+    parts.evaluator.cache_bytes = 0  # what one rank has room for, another may have to ask again
+    log.info("the online teacher is dealt out among %d processes", engine.world_size)
 
 
 def _compute_alike(parts: Parts) -> None:
     """Every rank computes as many passes as every other, in evaluation too."""
     limits = parts.progress.passes, parts.evaluator.passes
     if any(limit.max_tokens is not None for limit in limits):
-        log.warning("this run's micro-batches were cut in passes so far; dealt out, each is computed in one")
+        log.warning("this run's micro-batches were cut in passes so far; from now on each is computed in one")
     for limit in limits:
         limit.max_tokens, limit.cuts = None, False
     parts.evaluator.alike = True

@@ -124,6 +124,7 @@ def make_teachers(
         token=token,
         strict=config.teacher.hybrid_strict,
         deterministic=config.deterministic,
+        dealt_out=config.teacher.is_dealt_out,
     )
     specs = _asked_specs(config, inputs.types)
     keys = {type: (spec, _stored_id(config, type)) for type, spec in specs.items()}
