@@ -14,7 +14,9 @@ Zhao et al. 2023 (arXiv 2304.11277); gradients are summed, not averaged, as the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,3 +138,71 @@ def give_moments(optimizer: torch.optim.Optimizer, moments: Sequence[Mapping[str
                 own[name] = distribute_tensor(value, mesh, placements, src_data_rank=None)
         if own:
             optimizer.state[parameter] = own
+
+
+_PIECE = "piece"  # the only key of a mapping that stands for a tensor
+
+
+def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Nested mappings without the tensors that are dealt out, and those by name; ``join_tensors`` undoes it."""
+    from torch.distributed.tensor import DTensor
+
+    names: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+
+    def of(value: Any, name: str) -> Any:
+        if isinstance(value, DTensor):
+            called = names.setdefault(id(value), name)
+            tensors[called] = value.detach()
+            return {_PIECE: called}
+        if isinstance(value, Mapping):
+            return {key: of(one, f"{name}/{key}" if name else str(key)) for key, one in value.items()}
+        return value
+
+    rest: dict[str, Any] = of(state, "")
+    return rest, tensors
+
+
+def join_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """``state`` with its tensors in their places."""
+    if isinstance(state, Mapping):
+        if state.keys() == {_PIECE}:
+            return tensors[state[_PIECE]]
+        return {key: join_tensors(one, tensors) for key, one in state.items()}
+    return state
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write to ``folder``, which all ranks see, what each has of these; all of them call this.
+
+    Raises:
+        OSError: on every rank, what one of them could not write for.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """What ``write_tensors`` wrote, whole, in the memory of the host; by this process alone."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata.items()
+    tensors = {
+        name: torch.empty(one.size, dtype=one.properties.dtype)
+        for name, one in known
+        if isinstance(one, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is what is meant
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

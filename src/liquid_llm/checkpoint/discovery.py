@@ -20,7 +20,8 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.files import read_archive
-from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
+from liquid_llm.checkpoint.pieces import KEY, find_damage, folder_name, join_pieces
 from liquid_llm.errors import CheckpointError
 from liquid_llm.storage import translate_errors
 
@@ -165,9 +166,20 @@ def latest_checkpoint(folder: Path, log: Log = _log.warning) -> CheckpointInfo |
         if inode not in checked:
             checked[inode] = storage.sha256(path)
         if checked[inode] == found[name].sha256:
-            return CheckpointInfo(path, found[name])
+            damage = damaged_pieces(path, found[name])
+            if damage is None:
+                return CheckpointInfo(path, found[name])
+            log(f"skipped a checkpoint: {path}: {damage}; an older one is tried")
+            continue
         log(f"skipped a checkpoint: {path} does not have the sha256 its sidecar says; an older one is tried")
     return None
+
+
+def damaged_pieces(path: Path, metadata: CheckpointMetadata) -> str | None:
+    """What is wrong with the pieces of a checkpoint whose data file is whole; None of one without."""
+    if metadata.format_version != IN_PIECES:
+        return None
+    return find_damage(read_archive(path).get(KEY, {}), path.parent / folder_name(metadata))
 
 
 def read_checkpoint(
@@ -190,7 +202,7 @@ def read_checkpoint(
             where=path,
             remedy="give it as --resume_gcs_uri to take its weights only",
         )
-    return take_apart(content, path, expected or verify_sidecar(path))
+    return take_apart(content, path, expected or verify_sidecar(path), path.parent)
 
 
 def is_checkpoint(content: object) -> bool:
@@ -212,12 +224,13 @@ def verify_sidecar(path: Path, where: object = None) -> CheckpointMetadata | Non
 
 
 def take_apart(
-    content: dict[str, Any], where: object, expected: CheckpointMetadata | None
+    content: dict[str, Any], where: object, expected: CheckpointMetadata | None, beside: Path
 ) -> tuple[dict[str, Any], CheckpointMetadata]:
-    """State and metadata in the content of a checkpoint file; see ``read_checkpoint``."""
+    """State and metadata in the content of a checkpoint file, whose pieces lie ``beside``; see ``read_checkpoint``."""
     metadata = CheckpointMetadata.from_dict(content[METADATA_KEY], where)
     if expected is not None and replace(expected, sha256=None) != metadata:
         raise _disagreement(where, "other metadata inside the file", "that of the sidecar")
+    content = join_pieces(content, metadata, beside, where)
     if not isinstance(content.get("student"), dict):
         raise CheckpointError("this checkpoint has no student in it", where=where, remedy="choose another checkpoint")
     return {key: value for key, value in content.items() if key != METADATA_KEY}, metadata

@@ -19,6 +19,7 @@ from liquid_llm.errors import CheckpointError
 from liquid_llm.versions import CURRENT, read_versions
 
 FORMAT_VERSION = 1
+IN_PIECES = 2  # the same with its tensors in a folder beside the file (``pieces``), which earlier releases do not read
 _REMEDY = "the file was written by something else or is damaged: choose another checkpoint"
 
 
@@ -106,12 +107,12 @@ class CheckpointMetadata:
                 "this is no checkpoint metadata", where=where, got=type(values).__name__, expected="a JSON object"
             )
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, IN_PIECES):
             raise CheckpointError(
                 "this checkpoint has another format version",
                 where=f"{where}, field format_version",
                 got=repr(version),
-                expected=FORMAT_VERSION,
+                expected=f"{FORMAT_VERSION} or {IN_PIECES}",
                 remedy="use the release of liquid-llm that wrote it, or give the exported student/ folder instead",
             )
         checked = {name: _check_field(name, values, where) for name in _TYPES}

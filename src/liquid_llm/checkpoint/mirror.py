@@ -22,7 +22,8 @@ from liquid_llm.checkpoint.discovery import (
     sidecar_text,
     sidecars,
 )
-from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
+from liquid_llm.checkpoint.pieces import find_unused, piece_files
 from liquid_llm.storage import translate_errors
 
 _SMALL_BYTES = 32 * 2**20
@@ -67,6 +68,10 @@ class Mirror:
         twin = next((other for other, known in self._complete.items() if known.sha256 == metadata.sha256), None)
         self._complete.pop(name, None)
         storage.remove(self._of(name, SIDECAR_SUFFIX))
+        for piece, path in piece_files(self._dir, metadata).items():  # they never change
+            there = storage.stat(storage.join(self.uri, piece))
+            if there is None or there.size != path.stat().st_size:
+                storage.upload(path, storage.join(self.uri, piece))
         if twin is None:
             began = time.monotonic()
             storage.upload(data, self._of(name, DATA_SUFFIX))
@@ -90,6 +95,9 @@ class Mirror:
                 del self._complete[name]
                 storage.remove(self._of(name, SIDECAR_SUFFIX))
                 storage.remove(self._of(name, DATA_SUFFIX))
+        if any(metadata.format_version == IN_PIECES for metadata in self._complete.values()):
+            for name in find_unused([one.name for one in storage.list_files(self.uri)], self._complete.values()):
+                storage.remove(storage.join(self.uri, name))
 
     def _has(self, name: str, metadata: CheckpointMetadata) -> bool:
         return name in self._complete and self._complete[name].sha256 == metadata.sha256
@@ -134,6 +142,8 @@ class Mirror:
         for name, metadata in sidecars(self._dir).items():
             size = data_path(self._dir, name).stat().st_size
             there = sizes.get(name + DATA_SUFFIX) == size and name + SIDECAR_SUFFIX in sizes
+            pieces = piece_files(self._dir, metadata).items()
+            there = there and all(sizes.get(piece) == path.stat().st_size for piece, path in pieces)
             if not there or not self._has(name, metadata):
                 lacking.append(name + DATA_SUFFIX)
         for name, (size, _) in self._files(names):

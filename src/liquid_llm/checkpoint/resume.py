@@ -22,9 +22,17 @@ import torch
 from torch import Tensor
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX, is_checkpoint, take_apart, verify_sidecar
+from liquid_llm.checkpoint.discovery import (
+    DATA_SUFFIX,
+    SIDECAR_SUFFIX,
+    is_checkpoint,
+    parse_sidecar,
+    take_apart,
+    verify_sidecar,
+)
 from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.pieces import fetch_pieces
 from liquid_llm.errors import CheckpointError, StorageError
 from liquid_llm.storage import FileInfo, translate_errors
 
@@ -105,6 +113,7 @@ def _fetch_file(uri: str, found: FileInfo, work_dir: Path) -> Path:
         local = folder / (found.name.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
         if sidecar is not None:
             storage.fetch_once(sidecar.uri, folder, sidecar)
+            fetch_pieces(uri.rpartition("/")[0], parse_sidecar(local.read_bytes(), sidecar.uri), folder)
         else:
             storage.remove(str(local))
     return path
@@ -153,7 +162,7 @@ def _read_torch_file(path: Path, uri: str) -> ResumeSource:
     content = read_archive(path, uri)
     if not is_checkpoint(content):
         return ResumeSource(_bare_state_dict(content, uri), f"weights of {uri}", config=_config_beside(content))
-    state, metadata = take_apart(content, uri, verify_sidecar(path, uri))
+    state, metadata = take_apart(content, uri, verify_sidecar(path, uri), path.parent)
     state = {**state, "student": _bare_state_dict(state["student"], uri)}
     return ResumeSource.of_checkpoint(state, metadata, f"checkpoint {uri} of step {metadata.step}")
 

@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +32,7 @@ from liquid_llm.checkpoint.discovery import (
     SIDECAR_SUFFIX,
     CheckpointInfo,
     Log,
+    damaged_pieces,
     data_path,
     is_checkpoint,
     is_snapshot,
@@ -49,6 +50,7 @@ from liquid_llm.checkpoint.discovery import (
 )
 from liquid_llm.checkpoint.files import read_archive, write_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.pieces import PIECES_PATTERN, drop_unused, fetch_pieces, folder_name
 from liquid_llm.errors import CheckpointError, StorageError
 from liquid_llm.storage import TEMPORARY_SUFFIX, sync, translate_errors
 
@@ -136,7 +138,12 @@ class CheckpointStore:
                 temporary.unlink(missing_ok=True)
         info = self.publish_as(CheckpointInfo(target, complete), also_as)
         self._retain(info)
+        self._drop_pieces()
         return info
+
+    def open_pieces(self, metadata: CheckpointMetadata) -> AbstractContextManager[Path]:
+        """The folder that takes the pieces of a checkpoint (``pieces``) before its ``save``."""
+        return storage.publish_folder(self.run_dir / folder_name(metadata), alone=True)
 
     def publish_as(self, info: CheckpointInfo, names: Sequence[str]) -> CheckpointInfo:
         """Give a complete checkpoint further names (``last``, ``best``, ``final``), taking them from others."""
@@ -174,6 +181,8 @@ class CheckpointStore:
                 os.replace(sidecar, folder / sidecar.name)
                 if data.exists():
                     os.replace(data, folder / data.name)
+            for pieces in self.run_dir.glob(PIECES_PATTERN):
+                os.replace(pieces, folder / pieces.name)
         return folder
 
     # ---------------------------------------------------------------------------------------------------------- pieces
@@ -214,6 +223,12 @@ class CheckpointStore:
             for name in newest_first(found)[self._keep_last - 1 :]:
                 self._forget(name)
 
+    def _drop_pieces(self) -> None:
+        """Remove the pieces of checkpoints that are gone; none while a sidecar is there that may lead to them."""
+        known = sidecars(self.run_dir, lambda _: None)
+        if known.keys() >= set(known_names(self.run_dir)):
+            drop_unused(self.run_dir, known.values())
+
     def _tidy(self) -> None:
         """Finish or undo what a killed process left half done."""
         for path in self.run_dir.glob(".*" + TEMPORARY_SUFFIX):
@@ -236,6 +251,7 @@ class CheckpointStore:
             ):
                 self._say(f"removed an unfinished checkpoint: {data}")
                 data.unlink()
+        self._drop_pieces()
 
     def _is_complete(self, name: str) -> bool:
         metadata = sidecars(self.run_dir, self._say).get(name)
@@ -289,6 +305,12 @@ def fetch_latest(
             continue
         for file in present.intersection(ROW_FILES):
             storage.download(storage.join(remote_uri, file), run_dir / file)
+        fetch_pieces(remote_uri, found[name], run_dir)
+        damage = damaged_pieces(fetched, found[name])
+        if damage is not None:
+            fetched.unlink()
+            log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX}: {damage}")
+            continue
         target = data_path(run_dir, name)
         with translate_errors(target, writing=True):
             sidecar_path(run_dir, name).unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX
+from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
+from liquid_llm.checkpoint.pieces import folder_name
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.errors import UsageError
 from liquid_llm.metrics import FILE_NAME, read_metrics
@@ -30,7 +32,8 @@ def describe(uri: str) -> dict[str, Any]:
     """The same as a mapping whose ``kind`` says what was found."""
     if uri.endswith(DATA_SUFFIX):
         sidecar = uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX
-        return {"kind": "checkpoint", **json.loads(storage.read_bytes(sidecar))}
+        found = json.loads(storage.read_bytes(sidecar))
+        return {"kind": "checkpoint", **found, **_pieces(uri.rpartition("/")[0] or ".", found)}
     if uri.endswith((".jsonl", ".manifest")):
         return _manifest(uri)
     names = {info.name: info for info in storage.list_files(uri)}
@@ -46,6 +49,15 @@ def describe(uri: str) -> dict[str, Any]:
     )
 
 
+def _pieces(run: str, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint whose tensors lie in a folder beside it, that folder."""
+    if sidecar.get("format_version") != IN_PIECES:
+        return {}
+    folder = folder_name(CheckpointMetadata.from_dict(sidecar, run))
+    files = storage.list_files(storage.join(run, folder))
+    return {"pieces": {"folder": folder, "files": len(files), "bytes": sum(one.size for one in files)}}
+
+
 def _manifest(uri: str) -> dict[str, Any]:
     entries = read_manifest(uri)
     files = {entry.path: len(entry_files(entry)) for entry in entries}
@@ -58,7 +70,8 @@ def _run(uri: str, sidecars: list[str]) -> dict[str, Any]:
     for name in sidecars:
         metadata = json.loads(storage.read_bytes(storage.join(uri, name)))
         checkpoints[name.removesuffix(SIDECAR_SUFFIX)] = {
-            key: metadata[key] for key in ("step", "tokens_seen", "block_size")
+            **{key: metadata[key] for key in ("step", "tokens_seen", "block_size")},
+            **_pieces(uri, metadata),
         }
     found: dict[str, Any] = {"kind": "run", "checkpoints": checkpoints}
     if not storage.is_remote(uri):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from liquid_llm.checkpoint.background import BackgroundSaver, Saved
-from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.copies import block_sizes
+from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
+from liquid_llm.checkpoint.pieces import KEY, describe, digest_files, require_folder
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
@@ -21,7 +25,8 @@ from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
-from liquid_llm.sharding import gather_whole, outline
+from liquid_llm.sharding import gather_whole, outline, split_tensors, write_tensors
+from liquid_llm.storage import translate_errors
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
 from liquid_llm.versions import CURRENT
@@ -29,6 +34,7 @@ from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import course_of, describe_metadata
 
 log = logging.getLogger(__name__)
+LARGEST_FILE = 10 * 10**9  # bytes of a student and its moments that are gathered into one file
 STOP_SECONDS = 30.0  # what spot machines leave a process between SIGTERM and the end
 
 Hook = tuple[Callable[[StepResult], None], int]
@@ -254,6 +260,9 @@ class Recorder:
         if self.parts.progress.selection is not None:
             state["selection"] = self.parts.progress.selection.state_dict()
         self._saved_at = metadata.step
+        if self._in_pieces:
+            metadata = replace(metadata, format_version=IN_PIECES)
+            state = self._write_pieces(state, metadata)
         if self.files is None or self._saver is None:
             return
         if self._saver.busy:
@@ -267,8 +276,43 @@ class Recorder:
         )
         self._row_started += self.clock() - began
 
+    @property
+    def _in_pieces(self) -> bool:
+        """Whether checkpoints of this run are too large to be gathered: all ranks count the same."""
+        if not self.parts.student.is_dealt_out:
+            return False
+        return sum(size * count for size, count in block_sizes(outline(self._own_tensors())).items()) > LARGEST_FILE
+
+    def _write_pieces(self, state: dict[str, Any], metadata: CheckpointMetadata) -> dict[str, Any]:
+        """Have each rank write the tensors it has, while training waits; the state without them, and what they are.
+
+        Raises:
+            StorageError: a rank does not see the run directory, or cannot write there.
+        """
+        engine, began = self.parts.engine, self.clock()
+        if self._saver is not None:
+            self._saver.wait()
+        rest, tensors = split_tensors(state)
+        with ExitStack() as stack:
+            folder = Path(engine.share(lambda: self._open_pieces(stack, metadata)))
+            engine.together(lambda: require_folder(folder))
+            with translate_errors(folder, writing=True):
+                write_tensors(tensors, folder)
+            digests = digest_files(folder, engine)
+            if engine.is_main:  # which alone has the folder until it takes its name
+                rest[KEY] = describe(folder, digests)
+        size = sum(one for one, _ in rest.get(KEY, {}).values())
+        log.info("wrote %s in pieces: training stood still for %.1f s", format_bytes(size), self.clock() - began)
+        return rest
+
+    def _open_pieces(self, stack: ExitStack, metadata: CheckpointMetadata) -> str:
+        assert self.files is not None
+        return str(stack.enter_context(self.files.store.open_pieces(metadata)))
+
     def _tensors(self) -> dict[str, Any]:
         """The student's weights and the moments; of a student that is dealt out all are gathered on the main rank."""
+        if self._in_pieces:
+            return self._own_tensors()
         if self.parts.student.is_dealt_out:
             gathered: dict[str, Any] = gather_whole(self._own_tensors(), keep=self.files is not None)
             return gathered
@@ -287,6 +331,8 @@ class Recorder:
         if self._prepared:
             return
         self._prepared = True
+        if self._in_pieces:
+            return  # the saver's memory is for whole checkpoints
         dealt_out = self.parts.student.is_dealt_out  # then gathering is an exchange, and sizes are known without
         self._saver.prepare(outline(self._own_tensors()) if dealt_out else self._tensors(), host_room_bytes())
         self._say_if_a_stop_takes_long(self._saver, "as long as none was measured")

@@ -18,7 +18,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
-from liquid_llm.checkpoint.metadata import FORMAT_VERSION, CheckpointMetadata
+from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.resume import ResumeSource, read_student_weights
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
@@ -337,12 +337,12 @@ def _require_known_format(folder: str) -> None:
             version = json.loads(storage.read_bytes(info.uri))["format_version"]
         except (ValueError, TypeError, KeyError):
             continue  # damaged: reported where checkpoints are compared
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if isinstance(version, int) and version > IN_PIECES:
             raise CheckpointError(
                 "this checkpoint was written by a newer release",
                 where=info.uri,
                 got=f"format version {version}",
-                expected=f"at most {FORMAT_VERSION}",
+                expected=f"at most {IN_PIECES}",
                 remedy=_NEWER,
             )
 
