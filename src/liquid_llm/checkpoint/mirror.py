@@ -65,12 +65,17 @@ class Mirror:
         """
         if self._has(name, metadata):
             return
+        pieces = piece_files(self._dir, metadata)
+        if metadata.format_version == IN_PIECES and not pieces:
+            return  # forgotten before its turn, or another of its step has its name by now
         twin = next((other for other, known in self._complete.items() if known.sha256 == metadata.sha256), None)
         self._complete.pop(name, None)
         storage.remove(self._of(name, SIDECAR_SUFFIX))
-        for piece, path in piece_files(self._dir, metadata).items():  # they never change
+        for piece, path in pieces.items():
             there = storage.stat(storage.join(self.uri, piece))
-            if there is None or there.size != path.stat().st_size:
+            with translate_errors(path):
+                size = path.stat().st_size
+            if there is None or there.size != size:  # they never change
                 storage.upload(path, storage.join(self.uri, piece))
         if twin is None:
             began = time.monotonic()

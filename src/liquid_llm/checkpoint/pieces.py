@@ -100,7 +100,7 @@ def piece_files(run_dir: Path, metadata: CheckpointMetadata) -> dict[str, Path]:
     if metadata.format_version != IN_PIECES:
         return {}
     folder = run_dir / folder_name(metadata)
-    return {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {f"{folder.name}/{path.name}": path for path in sorted(folder.glob("*.safetensors"))}
 
 
 def find_unused(names: Iterable[str], known: Iterable[CheckpointMetadata]) -> list[str]:
