@@ -49,6 +49,16 @@ def deal_out_trained(
         register_fsdp_forward_method(root, name)
 
 
+def reshard(root: nn.Module) -> None:
+    """Give up what ``root`` has gathered for passes without a backward, which would do that: its parameters are those
+    that an optimizer holds again, and not whole ones in their places.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(root, FSDPModule)
+    root.reshard()
+
+
 def deal_out_frozen(model: nn.Module, body: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
     """Deal out the blocks of a model that is only asked; the rest of it is whole on every rank.
 

@@ -24,6 +24,7 @@ from liquid_llm.evaluation.sums import TextSums
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.signals import Signal
 from liquid_llm.passes import PassLimit
+from liquid_llm.sharding import reshard
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.teacher import Prepared
 from liquid_llm.training import Student
@@ -178,6 +179,8 @@ class Evaluator:
                 }
         finally:
             student.model.train(training)
+            if student.is_dealt_out:
+                reshard(student)
 
     def _keep_up(self, student: Student, length: int, type: str, num_own: int) -> Score:
         """Compute a batch more where other ranks have one more to score; it counts there alone."""
