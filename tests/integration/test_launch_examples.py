@@ -16,7 +16,6 @@ from tests.support.readme import REPOSITORY
 from tests.support.tiny import Tiny, build
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
-from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,10 +45,42 @@ else:
 PYTHON = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
+SLURM = REPOSITORY / "examples" / "slurm"
+
+
+def make_job(folder: Path, bucket: Path, tasks: int, **more: str) -> dict[str, str]:
+    """The environment of a job on a pretended Slurm, whose programs are in ``folder / "bin"``."""
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+        add_program(folder / "bin", name, body)
+    return {
+        "BUCKET": str(bucket),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node-1",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_NNODES": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SRUN_PID": str(folder / "srun.pid"),
+        "QUEUE": str(folder / "queue"),
+        "HF_HUB_OFFLINE": "1",
+        **more,
+    }
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    tiny = build(tmp_path_factory.mktemp("tiny"))
-    assert main(["capture", *tiny.capture_words()]) == 0
+    """With a store that capture.sbatch has made, as an array of one."""
+    tiny, folder = build(tmp_path_factory.mktemp("tiny")), tmp_path_factory.mktemp("capture")
+    array = {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3"}
+    job = make_job(folder, tiny.root, 1, **array, SLURM_ARRAY_TASK_COUNT="1")
+    words = [f"--mc_teacher_id={tiny.teacher}", "--seq_len=64", f"--data_cache={tiny.root / 'tokens'}"]
+    done = run_script([str(SLURM / "capture.sbatch"), *words], folder / "bin", **job)
+    try:
+        said, _ = done.communicate(timeout=400)
+    finally:
+        end(done)
+    assert done.returncode == 0, said
+    assert '"written": 80' in said
+    assert not Path(job["QUEUE"]).exists()
     return tiny
 
 
@@ -71,28 +102,9 @@ def small(tiny: Tiny, **options: object) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items()]
 
 
-@pytest.fixture
-def slurm(tiny: Tiny, tmp_path: Path) -> dict[str, str]:
-    """The environment of a job; its programs are in ``bin``."""
-    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
-        add_program(tmp_path / "bin", name, body)
-    return {
-        "BUCKET": str(tiny.root),
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NODELIST": "node-1",
-        "SLURM_NTASKS": "2",
-        "SLURM_NNODES": "1",
-        "SLURM_CPUS_PER_TASK": "1",
-        "SRUN_PID": str(tmp_path / "srun.pid"),
-        "QUEUE": str(tmp_path / "queue"),
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
-def test_a_job_of_slurm_that_is_stopped_goes_back_into_the_queue_and_on(
-    tiny: Tiny, slurm: dict[str, str], tmp_path: Path
-) -> None:
-    script, run = str(REPOSITORY / "examples" / "slurm" / "train.sbatch"), tiny.root / "runs" / "liquid-350m"
+def test_a_job_of_slurm_that_is_stopped_goes_back_into_the_queue_and_on(tiny: Tiny, tmp_path: Path) -> None:
+    slurm = make_job(tmp_path, tiny.root, 2)
+    script, run = str(SLURM / "train.sbatch"), tiny.root / "runs" / "liquid-350m"
     job = run_script([script, *small(tiny, max_steps=100000)], tmp_path / "bin", **slurm)
     try:
         wait_for_rows(run, 3, job)
