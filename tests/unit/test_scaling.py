@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks.bench_scaling import FLOPS, MACHINES, POSITIONS, STUDENTS
 from benchmarks.scaling.arithmetic import Job, Machine, pass_seconds, share_of_ideal, step_seconds, sum_seconds
+from tests.support.readme import REPOSITORY
 
 HOSTS = Machine("two hosts of 4", gpus=4, link=4e9, network=1e9)
 
@@ -28,3 +30,17 @@ def test_more_passes_a_step_come_nearer_to_the_ideal() -> None:
     shares = [share_of_ideal(Job(1e9, 0.1e9, 3.0, passes), HOSTS, 8) for passes in (1, 2, 4, 8)]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(24 / (22 + 7))
+
+
+def test_the_page_on_scaling_has_what_arithmetic_gives() -> None:
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "a host, " in line]
+    said = {(row[0], int(row[1])): row[2:] for row in rows}
+    worked_out = {}
+    for machine, flops in zip(MACHINES, FLOPS, strict=True):
+        for name, (parameters, last) in STUDENTS.items():
+            for passes in (1, 8):
+                job = Job(parameters, last, pass_seconds(parameters, POSITIONS, flops), passes)
+                shares = [f"{share_of_ideal(job, machine, gpus):.2f}" for gpus in (2, 4, 8, 16, 32, 64)]
+                worked_out[f"{name}, {machine.name}", passes] = shares
+    assert said == worked_out
