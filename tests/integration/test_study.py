@@ -331,18 +331,32 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_anything_runs(
     assert not (folder / "captures.json").exists()
 
 
-def test_answers_in_records_of_the_evaluation_s_own_can_be_marked(asked, tmp_path):
-    """What is asked of the held-out text is asked of the text that the evaluation names."""
+def test_answers_in_records_of_the_evaluation_s_own_can_be_marked_and_more_of_them_later(asked, tmp_path, caplog):
+    """What is asked of the held-out text is asked of the text that the evaluation names; what is measured stays."""
     records, path = tmp_path / "held.jsonl", tmp_path / "run.yaml"
-    rows = [{"prompt": f"{n} and {n} are", "completion": f"so many: #### {2 * n}"} for n in range(4)]
+    rows = [{"prompt": f"{n} and {n} are", "completion": f"so many: #### {2 * n}"} for n in range(6)]
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {**yaml.safe_load(asked.read_text()), "max_steps": 1, "seeds": [0], "eval_every": 0}
-    path.write_text(
-        yaml.safe_dump({**values, "evaluation": {"records": f"lm={records}", "answers": 3, "answer_tokens": 4}})
-    )
-    folder = tmp_path / "study"
-    assert main(words(path, folder)) == 0
-    assert len(StudyFolder(folder).evaluation(Unit("plain", 0))["answers"]) == 3
+    folder, unit = tmp_path / "study", Unit("plain", 0)
+
+    def ask(answers):
+        evaluation = {"records": f"lm={records}", "answers": answers, "answer_tokens": 4}
+        path.write_text(yaml.safe_dump({**values, "evaluation": evaluation}))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert main(words(path, folder)) == 0
+        said = [one for one in caplog.messages if one.startswith("study: ") and "students" in one]
+        return StudyFolder(folder).evaluation(unit), said
+
+    found, _ = ask(3)
+    assert len(found["answers"]) == found["measures"]["answers"]["all"]["total"] == 3
+    more, said = ask(5)
+    assert said == ["study: hear the answers of 2 students"]
+    assert len(more["answers"]) == more["measures"]["answers"]["all"]["total"] == 5
+    assert (more["texts"], more["measures"]["all"]) == (found["texts"], found["measures"]["all"])
+    none, said = ask(0)
+    assert (none["answers"], "answers" in none["measures"], len(said)) == ([], False, 1)
+    assert ask(0) == (none, []), "nothing is left to do"
 
 
 def test_an_arm_without_kd_at_first_alone_is_pointed_at(asked, tmp_path, caplog):

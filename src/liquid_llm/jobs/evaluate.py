@@ -24,6 +24,7 @@ from liquid_llm.distributed import Engine, deal, join_engine, read_rank
 from liquid_llm.errors import UsageError
 from liquid_llm.evaluation import Evaluation, Judge
 from liquid_llm.evaluation.result import FILE_NAME, list_texts, summarise
+from liquid_llm.evaluation.sums import TextSums
 from liquid_llm.jobs.evaluate_answers import answer_all, choose_questions, tally
 from liquid_llm.jobs.evaluation_table import print_evaluations
 from liquid_llm.jobs.prepare import find_run_data
@@ -77,7 +78,11 @@ def _tell(found: Sequence[Evaluation], json_file: object) -> None:
 
 
 def evaluate_students(
-    students: Sequence[str], given: Mapping[str, Any] | None = None, engine: Engine | None = None
+    students: Sequence[str],
+    given: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    *,
+    measuring: bool = True,
 ) -> list[Evaluation]:
     """Evaluate students on the same texts; the teacher is asked once a batch for all of them.
 
@@ -86,6 +91,7 @@ def evaluate_students(
         given: options of ``liquid evaluate`` by name (``cli/evaluate.py``); without any texts named, those that the
             first run among the students has held out, and without a teacher named that run's own.
         engine: the processes that do it together, each of which is given the whole.
+        measuring: False leaves the measures and ``texts`` out: nothing but answers is found.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -106,7 +112,7 @@ def evaluate_students(
     judgement = engine.together(lambda: judge_on(config, opened, entries, device, token, engine))
     with closing(judgement.teachers.router):
         told = given.get("answers"), given.get("answer_tokens") or MAX_NEW_TOKENS, token
-        found = _judge(opened, judgement, device, engine, *told)
+        found = _judge(opened, judgement, device, engine, *told, measuring=measuring)
     if plan is None:
         return found
     own = {
@@ -180,17 +186,15 @@ def _judge(
     num_answers: int | None,
     answer_tokens: int,
     token: str | None,
+    *,
+    measuring: bool,
 ) -> list[Evaluation]:
     dtype = choose_dtype(on.config.student.precision, device.type)
     log.info("students in %s: %s", dtype.value, dtype.reason)
     students = [Student(one.model.to(device), torch_dtype(dtype.value)) for one in opened]
     engine.together(lambda: require_same_students(opened, engine))
     questions = choose_questions(on.inputs, on.text.tokenizer, num_answers)  # before the measures, which may take long
-    each = [batches for by_type in on.sets.values() for batches in by_type.values()]
-    total = sum(one.num_tokens for batches in each for one in deal(batches, engine))
-    sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
-    with Stage("evaluate", unit="tokens", total=total) as stage:
-        found = Judge(on.sets, on.teachers.router, sizes, engine=engine, advance=stage.advance)(students)
+    found = _measure(students, on, engine) if measuring else [None] * len(students)
     models = [one.model for one in students]
     told = torch_dtype(dtype.value), questions, answer_tokens, token
     answers, of_teacher = answer_all(on, models, *told, engine=engine)
@@ -198,8 +202,8 @@ def _judge(
         Evaluation(
             student=one.name,
             teacher={type: name for type, name in on.teachers.names.items() if type in on.sets[on.length]},
-            measures={**summarise(sums, on.length), **_tallies(answered, of_teacher)},
-            texts=list_texts(sums[on.length]),
+            measures={**({} if sums is None else summarise(sums, on.length)), **_tallies(answered, of_teacher)},
+            texts=[] if sums is None else list_texts(sums[on.length]),
             length=on.length,
             answers=answered,
             teacher_answers=of_teacher,
@@ -207,6 +211,15 @@ def _judge(
         )
         for one, sums, answered in zip(opened, found, answers, strict=True)
     ]
+
+
+def _measure(students: Sequence[Student], on: Judgement, engine: Engine) -> list[dict[int, dict[str, TextSums]]]:
+    """The sums of each student, by length and type."""
+    each = [batches for by_type in on.sets.values() for batches in by_type.values()]
+    total = sum(one.num_tokens for batches in each for one in deal(batches, engine))
+    sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
+    with Stage("evaluate", unit="tokens", total=total) as stage:
+        return Judge(on.sets, on.teachers.router, sizes, engine=engine, advance=stage.advance)(students)
 
 
 def _tallies(answers: Sequence[Mapping[str, Any]], of_teacher: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -346,24 +346,45 @@ class _Work:
             raise DataError("samples could not be captured", where="captures", got=f"exit code {code}")
 
     def evaluate(self, units: Sequence[Unit]) -> None:
-        """Evaluate the students that are not yet, all on what the baseline has held out."""
+        """Evaluate the students that are not yet, all on what the baseline has held out.
+
+        Where no more than ``answers`` is asked for otherwise than before, the measures stay and the answers alone are
+        generated.
+        """
         asked = json.loads(json.dumps(self.study.evaluation))
+        known = {one: self.place.evaluation(one) or {} for one in units}
+        lacking = [one for one in units if _asked_of_measures(known[one].get("asked")) != _asked_of_measures(asked)]
+        self._evaluate(lacking, units, asked, measuring=True)
+        lacking = [one for one in units if one not in lacking and known[one]["asked"] != asked]
+        self._evaluate(lacking, units, asked, measuring=False)
+
+    def _evaluate(
+        self, lacking: Sequence[Unit], units: Sequence[Unit], asked: Mapping[str, Any], *, measuring: bool
+    ) -> None:
         baseline = self.study.arms[0].name
         of_baseline = next((one for one in units if one.arm == baseline), units[0])
-        lacking = [one for one in units if (self.place.evaluation(one) or {}).get("asked") != asked]
         while lacking:
             self.check()
             # The first of each group says what is held out, so it is one of the baseline: a new one where there is any.
             first = next((one for one in lacking if one.arm == baseline), of_baseline)
             others = [one for one in lacking if one != first]
             group = [first, *others[: max(1, self._at_once(first) - 1)]]
-            log.info("study: evaluate %d students", sum(one in lacking for one in group))
+            what = "evaluate" if measuring else "hear the answers of"
+            log.info("study: %s %d students", what, sum(one in lacking for one in group))
             students = [str(self.place.run_dir(one) / FINAL) for one in group]
-            found = evaluate_students(students, _evaluation_options(self.study))
+            found = evaluate_students(students, _evaluation_options(self.study), measuring=measuring)
             for unit, one in zip(group, found, strict=True):
-                self.place.keep_evaluation(unit, {**one.plain(), "asked": asked})
+                self._keep(unit, one.plain(), asked, measuring=measuring)
             lacking = [one for one in lacking if one not in group]
             gc.collect()
+
+    def _keep(self, unit: Unit, found: Mapping[str, Any], asked: Mapping[str, Any], *, measuring: bool) -> None:
+        if not measuring:
+            there = self.place.evaluation(unit) or {}
+            measures = {name: value for name, value in there["measures"].items() if name not in _ANSWERS}
+            answered = {name: found[name] for name in _ANSWERS}
+            found = {**there, **answered, "measures": {**measures, **found["measures"]}}
+        self.place.keep_evaluation(unit, {**found, "asked": asked})
 
     def _at_once(self, unit: Unit) -> int:
         """How many students such as this run's are evaluated together."""
@@ -371,6 +392,13 @@ class _Work:
         return min(AT_ONCE, AT_ONCE_BYTES // max(1, size))
 
 
+def _asked_of_measures(asked: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What was asked of an evaluation besides its answers."""
+    return None if asked is None else {name: value for name, value in asked.items() if name not in _OF_ANSWERS}
+
+
+_ANSWERS = ("answers", "teacher_answers")  # what an evaluation holds of them
+_OF_ANSWERS = ("answers", "answer_tokens")  # what is asked of them
 _GO_ON = "run the same command again to go on"
 
 
