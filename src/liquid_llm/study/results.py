@@ -325,9 +325,3 @@ def _mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for type in types
     }
     return means
-
-
-def headline(verdicts: Sequence[Mapping[str, Any]], arm: str, at: str) -> Mapping[str, Any] | None:
-    """The verdict by cross-entropy over all texts."""
-    wanted = (arm, at, ALL, "ce")
-    return next((one for one in verdicts if (one["arm"], one["at"], one["type"], one["measure"]) == wanted), None)
