@@ -142,6 +142,7 @@ class OutputConfig:
     uri: str | None
     workdir: str | None
     restart: bool
+    accept_changes: bool
     save_every_steps: int
     save_every_minutes: float
     keep_last: int

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from liquid_llm.errors import DeviceError, first_line
 
@@ -150,3 +151,30 @@ def device_error(error: BaseException) -> DeviceError | None:
 def _module(device: torch.device) -> Any:
     """``torch.cuda`` or what other devices have in its place; None for the CPU."""
     return None if device.type == "cpu" else torch.get_device_module(device)
+
+
+def find_not_finite(state: Mapping[str, Any]) -> str | None:
+    """The name of a tensor in ``state``, nested mappings and lists, that holds a NaN or an infinity; None without one.
+
+    Each is read once and nothing of its size is made; a device is waited for once.
+    """
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in _named_tensors(state, "")
+        if tensor.is_floating_point() and tensor.numel() and tensor.layout == torch.strided
+    }
+    for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
+        there = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        extremes = [torch.stack(torch.aminmax(tensor)).float() for tensor in there.values()]  # a NaN is both
+        right = torch.stack(extremes).isfinite().all(dim=1).tolist()
+        if not all(right):
+            return list(there)[right.index(False)]
+    return None
+
+
+def _named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _named_tensors(one, f"{name}.{key}" if name else str(key))

@@ -143,7 +143,7 @@ def _task_names(file: Path) -> list[str]:
         root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError as error:
         raise UsageError("no such task file", where=file) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError("the task file cannot be read", where=file, got=first_line(error)) from error
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     named = {key.value: value.value for key, value in pairs if isinstance(value, yaml.ScalarNode)}

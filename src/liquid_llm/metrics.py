@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.storage import publish, translate_errors
 from liquid_llm.trackers import Tracker
 
@@ -82,8 +83,8 @@ def without_timings(row: Mapping[str, Any]) -> Row:
 def _parse(line: bytes) -> Row | None:
     """A row, or None for a torn line: one without its newline, or one that is no JSON object with a step."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:  # also undecodable bytes
+        row = parse_json(line) if line.endswith(b"\n") else None
+    except ParseError:  # also undecodable bytes
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 

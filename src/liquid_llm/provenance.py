@@ -32,6 +32,7 @@ import yaml
 from liquid_llm import storage
 from liquid_llm.errors import StorageError, first_line
 from liquid_llm.masking import Masker, secret_values
+from liquid_llm.parsing import parse_json
 from liquid_llm.storage import write_bytes
 
 FOLDER = "provenance"
@@ -218,7 +219,7 @@ def _earlier_sessions(uri: str) -> list[dict[str, Any]]:
     try:
         if not storage.exists(uri):
             return []
-        last = json.loads(storage.read_bytes(uri))
+        last = parse_json(storage.read_bytes(uri))
     except (StorageError, ValueError) as error:
         _log.warning("%s: the earlier session's environment is unreadable and left out (%s)", uri, error)
         return []

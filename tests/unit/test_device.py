@@ -14,6 +14,7 @@ from liquid_llm.device import (
     deterministic_algorithms,
     device_error,
     device_memory,
+    find_not_finite,
     free_memory,
     is_lost,
     is_out_of_memory,
@@ -112,3 +113,19 @@ def test_the_users_own_allocator_settings_win(given: dict[str, str], expected: s
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**env, **given}, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tensor_that_is_not_finite_is_named_wherever_it_lies(value, dtype):
+    state = {
+        "student": {"a": torch.ones(3, 2), "empty": torch.ones(0)},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "m": torch.ones(5, dtype=dtype)}},
+            "groups": [{"lr": 1}],
+        },
+        "number": torch.tensor([2**62]),
+    }
+    assert find_not_finite(state) is None
+    state["optimizer"]["state"][0]["m"][4] = value
+    assert find_not_finite(state) == "optimizer.state.0.m"

@@ -39,6 +39,7 @@ LAYERS = (
         "formatting",
         "versions",
         "framing",
+        "parsing",
         "device",
         "passes",
         "identity",

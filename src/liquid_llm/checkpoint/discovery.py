@@ -23,6 +23,7 @@ from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import KEY, find_damage, folder_name, join_pieces
 from liquid_llm.errors import CheckpointError
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.storage import translate_errors
 
 DATA_SUFFIX = ".pt"
@@ -107,9 +108,9 @@ def parse_sidecar(text: bytes, where: object) -> CheckpointMetadata:
     """The metadata in a sidecar. Raises CheckpointError where it is none, or has no hash."""
     remedy = "choose another checkpoint"
     try:
-        metadata = CheckpointMetadata.from_dict(json.loads(text), where)
-    except ValueError as error:
-        raise CheckpointError("this sidecar is no JSON", where=where, remedy=remedy) from error
+        metadata = CheckpointMetadata.from_dict(parse_json(text), where)
+    except ParseError as error:
+        raise CheckpointError("this sidecar is no JSON", where=where, got=error, remedy=remedy) from error
     if metadata.sha256 is None:
         raise CheckpointError("this sidecar has no sha256", where=where, expected="text", remedy=remedy)
     return metadata

@@ -11,7 +11,6 @@ ever unpickled without ``weights_only=True``.
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.pieces import fetch_pieces
 from liquid_llm.errors import CheckpointError, StorageError
+from liquid_llm.parsing import parse_json
 from liquid_llm.storage import FileInfo, translate_errors
 
 _WRAPPERS = ("model", "state_dict", "student", "model_state_dict", "module", "weights")
@@ -205,7 +205,7 @@ def _read_folder(folder: Path, uri: str) -> ResumeSource:
         raise _not_a_model_folder(uri, names)
     try:
         with translate_errors(folder):
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = parse_json((folder / "config.json").read_bytes())
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -228,9 +228,7 @@ def _weight_files(folder: Path, names: list[str], uri: str) -> list[str]:
         if index in names:
             try:
                 with translate_errors(folder):
-                    shards = sorted(
-                        set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-                    )
+                    shards = sorted(set(parse_json((folder / index).read_bytes())["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError("this index of shards cannot be read", where=f"{uri}/{index}") from error
             missing = [str(shard) for shard in shards if shard not in names]

@@ -16,7 +16,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -29,17 +29,16 @@ from liquid_llm.checkpoint.discovery import (
     METADATA_KEY,
     MOVING_NAMES,
     REPLACED,
-    SIDECAR_SUFFIX,
     CheckpointInfo,
     Log,
     damaged_pieces,
     data_path,
-    is_checkpoint,
     is_snapshot,
     known_names,
     latest_checkpoint,
     newest_first,
     read_checkpoint,
+    read_sidecar,
     remote_sidecars,
     remove_checkpoint,
     sidecar_path,
@@ -48,10 +47,11 @@ from liquid_llm.checkpoint.discovery import (
     step_name,
     time_name,
 )
-from liquid_llm.checkpoint.files import read_archive, write_archive
+from liquid_llm.checkpoint.files import write_archive
+from liquid_llm.checkpoint.mending import mend_sidecar, read_whole, remains
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.pieces import PIECES_PATTERN, drop_unused, fetch_pieces, folder_name
-from liquid_llm.errors import CheckpointError, StorageError
+from liquid_llm.errors import StorageError
 from liquid_llm.storage import TEMPORARY_SUFFIX, sync, translate_errors
 
 __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
@@ -169,21 +169,28 @@ class CheckpointStore:
         return read_checkpoint(info.path, info.metadata)
 
     def set_aside(self) -> Path | None:
-        """Move every checkpoint into a folder of its own (for ``--restart``); None when there is none."""
-        found = [sidecar_path(self.run_dir, name) for name in known_names(self.run_dir)]
+        """Move every checkpoint, whole or not, and its rows into a folder of their own (for ``--restart``).
+
+        None when there is none.
+        """
+        found = self.remains()
         if not found:
             return None
         folder = self.run_dir / datetime.now(timezone.utc).strftime("before-restart-%Y%m%dT%H%M%S%fZ")
         with translate_errors(folder, writing=True):
             folder.mkdir()
-            for sidecar in found:
-                data = data_path(self.run_dir, sidecar.name.removesuffix(SIDECAR_SUFFIX))
-                os.replace(sidecar, folder / sidecar.name)
-                if data.exists():
-                    os.replace(data, folder / data.name)
+            names = [one.removesuffix(DATA_SUFFIX) for one in found]
+            parts = [place(self.run_dir, name) for name in names for place in (sidecar_path, data_path)]
+            for path in [*parts, *(self.run_dir / name for name in ROW_FILES)]:
+                if path.exists():
+                    os.replace(path, folder / path.name)
             for pieces in self.run_dir.glob(PIECES_PATTERN):
                 os.replace(pieces, folder / pieces.name)
         return folder
+
+    def remains(self) -> list[str]:
+        """Data files that are here under names of checkpoints, or that a sidecar names, whatever state they are in."""
+        return remains(path.name for path in self.run_dir.iterdir())
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
@@ -224,9 +231,9 @@ class CheckpointStore:
                 self._forget(name)
 
     def _drop_pieces(self) -> None:
-        """Remove the pieces of checkpoints that are gone; none while a sidecar is there that may lead to them."""
+        """Remove the pieces of checkpoints that are gone; none while something is there that may lead to them."""
         known = sidecars(self.run_dir, lambda _: None)
-        if known.keys() >= set(known_names(self.run_dir)):
+        if known.keys() >= {one.removesuffix(DATA_SUFFIX) for one in self.remains()}:
             drop_unused(self.run_dir, known.values())
 
     def _tidy(self) -> None:
@@ -236,7 +243,8 @@ class CheckpointStore:
         for name in known_names(self.run_dir):
             original = name.removesuffix(REPLACED)
             if not data_path(self.run_dir, name).exists():
-                sidecar_path(self.run_dir, name).unlink(missing_ok=True)
+                if data_path(self.run_dir, original).exists() or data_path(self.run_dir, name + REPLACED).exists():
+                    sidecar_path(self.run_dir, name).unlink(missing_ok=True)  # of a name that was being moved
             elif name != original and self._is_complete(original):
                 self._forget(name)
             elif name != original:
@@ -244,26 +252,25 @@ class CheckpointStore:
                 self._move(name, original)
         for data in self.run_dir.glob("*" + DATA_SUFFIX):
             name = data.name.removesuffix(DATA_SUFFIX)
-            if (
-                is_snapshot(name.removesuffix(REPLACED))
-                and not sidecar_path(self.run_dir, name).exists()
-                and _is_ours(data)
-            ):
-                self._say(f"removed an unfinished checkpoint: {data}")
-                data.unlink()
+            original = name.removesuffix(REPLACED)
+            if not is_snapshot(original) or self._has_sidecar(name):
+                continue
+            if name == original:
+                mend_sidecar(self.run_dir, name, self._say)
+            elif self._is_complete(original):
+                data.unlink()  # the rest of what a snapshot of its name has replaced
         self._drop_pieces()
+
+    def _has_sidecar(self, name: str) -> bool:
+        try:
+            read_sidecar(self.run_dir, name)
+        except StorageError:  # none, or one that cannot be read
+            return False
+        return True
 
     def _is_complete(self, name: str) -> bool:
         metadata = sidecars(self.run_dir, self._say).get(name)
         return metadata is not None and storage.sha256(data_path(self.run_dir, name)) == metadata.sha256
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a data file without a sidecar was written by this project; someone else's file is never removed."""
-    try:
-        return is_checkpoint(read_archive(path))
-    except CheckpointError:
-        return False
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -294,27 +301,44 @@ def fetch_latest(
     Raises:
         StorageError: the mirror cannot be read or the disk is full.
     """
-    found, present = remote_sidecars(remote_uri, log)
-    found = {name: metadata for name, metadata in found.items() if metadata.step > newer_than}
+    known, present = remote_sidecars(remote_uri, log)
+    found = {name: metadata for name, metadata in known.items() if metadata.step > newer_than}
     fetched = run_dir / f".fetched{TEMPORARY_SUFFIX}"
-    for name in newest_first(found):
-        storage.download(storage.join(remote_uri, name + DATA_SUFFIX), fetched)
-        if storage.sha256(fetched) != found[name].sha256:
-            fetched.unlink()
-            log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX} does not have the sha256 its sidecar says")
-            continue
-        for file in present.intersection(ROW_FILES):
-            storage.download(storage.join(remote_uri, file), run_dir / file)
-        fetch_pieces(remote_uri, found[name], run_dir)
-        damage = damaged_pieces(fetched, found[name])
-        if damage is not None:
-            fetched.unlink()
+    try:
+        for name in newest_first(found):
+            storage.download(storage.join(remote_uri, name + DATA_SUFFIX), fetched)
+            if storage.sha256(fetched) != found[name].sha256:
+                log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX} does not have the sha256 its sidecar says")
+                continue
+            fetch_pieces(remote_uri, found[name], run_dir)
+            damage = damaged_pieces(fetched, found[name])
+            if damage is None:
+                return _take_fetched(remote_uri, run_dir, name, found[name], fetched, present)
             log(f"skipped a checkpoint: {remote_uri}/{name}{DATA_SUFFIX}: {damage}")
-            continue
-        target = data_path(run_dir, name)
-        with translate_errors(target, writing=True):
-            sidecar_path(run_dir, name).unlink(missing_ok=True)
-            os.replace(fetched, target)
-        storage.write_bytes(str(sidecar_path(run_dir, name)), sidecar_text(found[name]))
-        return CheckpointInfo(target, found[name])
+        if known or newer_than >= 0:
+            return None
+        # The machine went away between the two uploads, or the sidecar was lost.
+        bare = [one.removesuffix(DATA_SUFFIX) for one in present if one.endswith(DATA_SUFFIX)]
+        for name in sorted(filter(is_snapshot, bare), reverse=True):
+            storage.download(storage.join(remote_uri, name + DATA_SUFFIX), fetched)
+            metadata = read_whole(fetched)
+            if metadata is not None:
+                log(f"{remote_uri}/{name}{DATA_SUFFIX} is whole, and has no sidecar that can be read: it is used")
+                return _take_fetched(remote_uri, run_dir, name, metadata, fetched, present)
+    finally:
+        fetched.unlink(missing_ok=True)
     return None
+
+
+def _take_fetched(
+    remote_uri: str, run_dir: Path, name: str, metadata: CheckpointMetadata, fetched: Path, present: Collection[str]
+) -> CheckpointInfo:
+    """Put what was fetched, and the rows before it, into the run directory."""
+    for file in set(present).intersection(ROW_FILES):
+        storage.download(storage.join(remote_uri, file), run_dir / file)
+    target = data_path(run_dir, name)
+    with translate_errors(target, writing=True):
+        sidecar_path(run_dir, name).unlink(missing_ok=True)
+        os.replace(fetched, target)
+    storage.write_bytes(str(sidecar_path(run_dir, name)), sidecar_text(metadata))
+    return CheckpointInfo(target, metadata)

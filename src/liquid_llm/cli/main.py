@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": (evaluate, "how good students are on held-out text, beside their teacher"),
         "export": (export, "a run's student as a Hugging Face folder: the best, any snapshot, of an interrupted run"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
+        "doctor": (_doctor, "whether a run, checkpoint, store, manifest or prepared data is whole, and what to do"),
         "report": (_report, "make report.html of a run, or study.html of a study, again from its files"),
     }
     listed = {name: text for name, (_, text) in commands.items()}
@@ -178,6 +179,15 @@ def _inspect(words: list[str]) -> int:
     from liquid_llm.jobs.inspect import inspect
 
     return inspect(str(given["path"]))
+
+
+def _doctor(words: list[str]) -> int:
+    path = Positional("path", "PATH", "run directory, .pt, signal store, manifest or prepared data; local or URL")
+    about = "Read all of it, compare it with its checksums, and say what is damaged and what to do. Nothing is changed."
+    given = parse((), words, "liquid doctor", about, positionals=[path])
+    from liquid_llm.jobs.doctor import doctor
+
+    return doctor(str(given["path"]))
 
 
 def _report(words: list[str]) -> int:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO, OPTIONS, Option
+from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.sources import NONE, is_blank, overlay, read_by_type, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
@@ -330,11 +331,11 @@ def load_yaml(path: Path) -> object:
         for first, those in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506: a SafeLoader
+        return parse_yaml(path.read_bytes(), Loader)
     except OSError as error:
         raise UsageError("cannot read the configuration file", where=path, got=error.strerror) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError("not a YAML file", where=path, got=" ".join(str(error).split())) from None
+    except ParseError as error:
+        raise UsageError("not a YAML file", where=path, got=error) from None
 
 
 def _expand_dates(value: object) -> object:

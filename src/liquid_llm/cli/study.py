@@ -42,6 +42,7 @@ _TAKEN = {
     **dict.fromkeys(("run_id", "local_workdir", "tensorboard_uri", "model_uri"), _STUDY),
     "seed": "seeds",
     "restart": _STUDY,
+    "accept_changes": _STUDY,
     "dry_run": "dry_run",
 }
 """Options of training that a study sets itself, and the one of its own to give in their place."""

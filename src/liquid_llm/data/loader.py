@@ -95,9 +95,18 @@ class TrainingStream:
 
     def at(self, number: int) -> MicroBatch:
         """Micro-batch ``number`` of all ranks. May be called from several threads."""
+        order, index = self._find(number)
+        return order.micro_batch(index)
+
+    def names(self, number: int) -> list[str]:
+        """The sample ids of the texts in micro-batch ``number`` of all ranks; for messages."""
+        order, index = self._find(number)
+        return order.names(index)
+
+    def _find(self, number: int) -> tuple[BlockOrder | SampleOrder, int]:
         group, within = divmod(number, self._group_size)
         source = self._draws.source(group)
-        return self.orders[source].micro_batch(self._draws.count(source, group) * self._group_size + within)
+        return self.orders[source], self._draws.count(source, group) * self._group_size + within
 
 
 class BlockOrder:
@@ -144,12 +153,19 @@ class BlockOrder:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
+        return read_blocks(self._type, self._stream, self._pieces(index), self._document_mask)
+
+    def names(self, index: int) -> list[str]:
+        """The sample ids of its documents, in their order there."""
+        documents = [one for piece in self._pieces(index) for one in self._stream.documents(*piece).tolist()]
+        return [self._stream.document_name(one) for one in dict.fromkeys(documents)]
+
+    def _pieces(self, index: int) -> list[tuple[int, int]]:
         starts = []
         for number in range(index * self._batch_size, (index + 1) * self._batch_size):
             epoch, within = divmod(number, self.num_blocks)
             starts.append(int(self._blocks[self._permutation(epoch)[within]]) * self._block_size)
-        pieces = [(start, self._block_size) for start in starts]
-        return read_blocks(self._type, self._stream, pieces, self._document_mask)
+        return [(start, self._block_size) for start in starts]
 
 
 class SampleOrder:
@@ -191,12 +207,17 @@ class SampleOrder:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
+        return _whole_samples(self._dataset, self._indices(index), self._window)
+
+    def names(self, index: int) -> list[str]:
+        """The sample ids of its samples, in their order there."""
+        return [self._dataset.sample_id(int(one)) for one in self._indices(index)]
+
+    def _indices(self, index: int) -> NDArray[np.int64]:
         epoch, within = divmod(index, self.num_micro_batches)
         samples, micro_batches = self._order(epoch)
         number = micro_batches[within]
-        return _whole_samples(
-            self._dataset, samples[self._plan.bounds[number] : self._plan.bounds[number + 1]], self._window
-        )
+        return samples[self._plan.bounds[number] : self._plan.bounds[number + 1]]
 
 
 def validation_batches(

@@ -17,6 +17,7 @@ from typing import Any
 from liquid_llm import storage
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.errors import DataError
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.sources import is_type
 
 _KEYS = ("path", "type", "weight")
@@ -57,8 +58,8 @@ def entry_files(entry: ManifestEntry) -> list[str]:
 
 def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line, "utf-8-sig")
+    except ParseError as error:
         raise DataError(f"not a JSON object ({error})", where=where, expected=_example()) from error
     if not isinstance(value, dict):
         raise DataError("not a JSON object", where=where, got=_shorten(value), expected=_example())

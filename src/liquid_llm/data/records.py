@@ -10,13 +10,13 @@ object a line; plain, ``.gz`` or ``.zst``) or ``.parquet`` (columns of those nam
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from liquid_llm import storage
 from liquid_llm.data.types import TextRecord, whole_text
 from liquid_llm.errors import DataError, first_line
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.storage.streams import CHUNK_BYTES, DamageError, lines, unpack
 
 MAX_LINE_BYTES = 256 * 2**20  # a record is one text: what is longer is no record, or a bomb
@@ -204,8 +204,8 @@ class RecordFile:
             expected = f"at most {MAX_LINE_BYTES:,} bytes"
             raise DataError("the line is far too long", where=self.location(number), expected=expected)
         try:
-            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
+            return parse_json(line, "utf-8-sig" if number == 1 else "utf-8")
+        except ParseError as error:
             raise DataError(f"not a JSON object ({error})", where=self.location(number)) from error
 
     def _record(self, value: Any, number: int) -> TextRecord:

@@ -9,12 +9,15 @@ column: one file with one number a sample; location number: where a record came 
     learnt      which tokens are learnt, a byte each (0 or 1), and
     first_learnt  the first learnt token after a sample's first; these two only where some token is not
     meta.json   see DatasetMeta
+
+Beside the folder ``.NAME.sha256`` has the hash of each of its files. A dataset of an earlier release has none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,7 +28,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from liquid_llm import storage
 from liquid_llm.errors import DataError
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.sources import default_layout
 
 FORMAT_VERSION = 1
@@ -35,6 +40,7 @@ LEARNT, FIRST_LEARNT = "learnt", "first_learnt"
 TEXT, PROMPT, MESSAGES = "text", "prompt", "messages"
 _LOCATIONS = "locations"
 _BLOCK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def read_meta(directory: Path, framing: int = 1) -> DatasetMeta | None:
     A cache is never refused: what this release cannot use is made anew, under another name.
     """
     try:
-        values = json.loads((directory / META).read_text())
+        values = parse_json((directory / META).read_bytes())
         if values.get("format_version") != FORMAT_VERSION:
             return None
         meta = DatasetMeta(**values)
@@ -92,6 +98,47 @@ def read_meta(directory: Path, framing: int = 1) -> DatasetMeta | None:
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError):
         return None
     return meta if complete and meta.framing == framing else None
+
+
+def write_hashes(directory: Path, meta: DatasetMeta) -> dict[str, str]:
+    """Keep the hash of each file of a published dataset beside its folder; returns them."""
+    hashes = {name: storage.sha256(directory / name) for name in (META, *meta.sizes)}
+    storage.write_bytes(str(_hashes_of(directory)), json.dumps(hashes, indent=1).encode())
+    return hashes
+
+
+def read_hashes(directory: Path, *, say: bool) -> dict[str, str] | None:
+    """The hashes of a dataset's files, which the files have; {} where none were kept; None where they are damaged.
+
+    Everything is read.
+
+    Args:
+        say: whether a warning tells what is damaged.
+    """
+    place = _hashes_of(directory)
+    hashes: dict[str, str] | None
+    try:
+        hashes = parse_json(place.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ParseError:
+        hashes = None
+    if not isinstance(hashes, dict) or META not in hashes:
+        damaged = [place.name]
+    else:
+        damaged = [name for name, digest in hashes.items() if _hash_of(directory / name) != digest]
+    if damaged and say:
+        said = "%s: this cache of tokens is damaged (%s) and is made again"
+        _log.warning(said, directory, ", ".join(damaged))
+    return None if damaged else hashes
+
+
+def _hashes_of(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.sha256")
+
+
+def _hash_of(path: Path) -> str | None:
+    return storage.sha256(path) if path.is_file() else None
 
 
 def split_hash(sample_id: str) -> int:

@@ -33,8 +33,10 @@ from liquid_llm.data.token_writer import (
     TEXT,
     DatasetMeta,
     TokenWriter,
+    read_hashes,
     read_meta,
     split_hash,
+    write_hashes,
 )
 from liquid_llm.data.types import Sample, TextRecord
 from liquid_llm.errors import DataError
@@ -67,12 +69,14 @@ class TokenDataset:
 
     offsets: NDArray[np.int64] | None = None
 
-    def __init__(self, directory: Path, meta: DatasetMeta, framing: Framing) -> None:
+    def __init__(
+        self, directory: Path, meta: DatasetMeta, framing: Framing, hashes: Mapping[str, str] | None = None
+    ) -> None:
         def column(name: str, dtype: str) -> NDArray[Any]:
             # np.asarray drops the memmap class, whose indexing is several times slower
             return np.asarray(np.memmap(directory / name, dtype=dtype, mode="r"))
 
-        self.meta, self.framing = meta, framing
+        self.meta, self.framing, self._directory, self._hashes = meta, framing, directory, hashes or {}
         self.tokens = column("tokens", meta.token_dtype)
         self.starts, self.lengths, self._id_starts, self._id_lengths, self.split_hashes = (
             column(name, dtype) for name, dtype in COLUMNS.items()
@@ -89,6 +93,12 @@ class TokenDataset:
     @property
     def layout(self) -> str:
         return self.meta.layout
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the samples that a view is of: their names, tokens and order, wherever they were tokenised."""
+        known = {name: self._hashes.get(name) or storage.sha256(self._directory / name) for name in self.meta.sizes}
+        return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +141,7 @@ class TokenDataset:
         """The samples at ``indices``, in that order, as a dataset that shares the memory map."""
         view = object.__new__(TokenDataset)
         view.meta, view.framing, view.tokens, view._ids = self.meta, self.framing, self.tokens, self._ids
-        view.learnt = self.learnt
+        view.learnt, view._directory, view._hashes = self.learnt, self._directory, self._hashes
         view.first_learnt = None if self.first_learnt is None else self.first_learnt[indices]
         for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
             setattr(view, name, getattr(self, name)[indices])
@@ -256,7 +266,8 @@ def tokenize(
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
-    The cache is keyed by the source's identity, the tokenizer, the format, the layout and the framing; where not all
+    What is cached is read once and compared with its checksums; what is damaged is made again, and that is said. The
+    cache is keyed by the source's identity, the tokenizer, the format, the layout and the framing; where not all
     records are texts, by what is learnt of the others too. Of several processes that want the same samples one does the
     work and the others wait. A dataset appears whole or not at all.
 
@@ -281,9 +292,13 @@ def tokenize(
     # Texts alone are the same whatever is learnt of other records: they have one name, that of earlier releases.
     texts, mixed = (Path(cache_dir) / _name(source.type, one) for one in (key, [*key, *learning.key]))
 
-    def find() -> TokenDataset | None:
-        found = ((directory, read_meta(directory, framing.version)) for directory in (texts, mixed))
-        return next((TokenDataset(directory, meta, framing) for directory, meta in found if meta is not None), None)
+    def find(*, say: bool = False) -> TokenDataset | None:
+        for directory in (texts, mixed):
+            hashes = read_hashes(directory, say=say) if directory.is_dir() else None
+            meta = None if hashes is None else read_meta(directory, framing.version)
+            if meta is not None:
+                return TokenDataset(directory, meta, framing, hashes)
+        return None
 
     if (dataset := find()) is not None:
         return dataset
@@ -291,7 +306,7 @@ def tokenize(
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         waiting = "waiting for process %s, which tokenises the same files"
         with storage.locked(texts.with_name(f".{texts.name}.lock"), on_wait=lambda holder: _log.info(waiting, holder)):
-            if (dataset := find()) is None:
+            if (dataset := find(say=True)) is None:
                 with storage.publish_folder(mixed, alone=True) as fresh:
                     highest = max(framing.end_id, *tokenizer.get_vocab().values())
                     options = ("<u2" if highest < 2**16 else "<u4", source.location, framing.version, layout)
@@ -306,7 +321,7 @@ def tokenize(
                         for path in mixed.iterdir():
                             path.rename(fresh / path.name)
                     mixed.rmdir()
-                dataset = TokenDataset(directory, meta, framing)
+                dataset = TokenDataset(directory, meta, framing, write_hashes(directory, meta))
     return dataset
 
 

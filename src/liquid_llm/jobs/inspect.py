@@ -7,12 +7,13 @@ from collections import Counter
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX
+from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX, parse_sidecar
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import folder_name
 from liquid_llm.data.manifest import entry_files, read_manifest
-from liquid_llm.errors import UsageError
+from liquid_llm.errors import CheckpointError, LiquidError, UsageError
 from liquid_llm.metrics import FILE_NAME, read_metrics
+from liquid_llm.parsing import parse_json
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.store import open_store
 
@@ -31,8 +32,7 @@ def inspect(uri: str) -> int:
 def describe(uri: str) -> dict[str, Any]:
     """The same as a mapping whose ``kind`` says what was found."""
     if uri.endswith(DATA_SUFFIX):
-        sidecar = uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX
-        found = json.loads(storage.read_bytes(sidecar))
+        found = _read_sidecar(uri.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
         return {"kind": "checkpoint", **found, **_pieces(uri.rpartition("/")[0] or ".", found)}
     if uri.endswith((".jsonl", ".manifest")):
         return _manifest(uri)
@@ -58,6 +58,20 @@ def _pieces(run: str, sidecar: dict[str, Any]) -> dict[str, Any]:
     return {"pieces": {"folder": folder, "files": len(files), "bytes": sum(one.size for one in files)}}
 
 
+def _read_sidecar(uri: str) -> dict[str, Any]:
+    """What a sidecar says, as it stands there. Raises CheckpointError where there is none or it is damaged."""
+    if not storage.exists(uri):
+        raise CheckpointError(
+            "this checkpoint has no sidecar",
+            where=uri,
+            remedy="liquid doctor says whether its data is whole; a run that goes on from it writes the sidecar again",
+        )
+    text = storage.read_bytes(uri)
+    parse_sidecar(text, uri)  # raises
+    found: dict[str, Any] = parse_json(text)
+    return found
+
+
 def _manifest(uri: str) -> dict[str, Any]:
     entries = read_manifest(uri)
     files = {entry.path: len(entry_files(entry)) for entry in entries}
@@ -66,18 +80,19 @@ def _manifest(uri: str) -> dict[str, Any]:
 
 
 def _run(uri: str, sidecars: list[str]) -> dict[str, Any]:
-    checkpoints = {}
+    checkpoints: dict[str, dict[str, Any]] = {}
     for name in sidecars:
-        metadata = json.loads(storage.read_bytes(storage.join(uri, name)))
-        checkpoints[name.removesuffix(SIDECAR_SUFFIX)] = {
-            **{key: metadata[key] for key in ("step", "tokens_seen", "block_size")},
-            **_pieces(uri, metadata),
-        }
+        try:
+            metadata = _read_sidecar(storage.join(uri, name))
+            row = {key: metadata[key] for key in ("step", "tokens_seen", "block_size")} | _pieces(uri, metadata)
+        except LiquidError as error:
+            row = {"damaged": str(error)}
+        checkpoints[name.removesuffix(SIDECAR_SUFFIX)] = row
     found: dict[str, Any] = {"kind": "run", "checkpoints": checkpoints}
     if not storage.is_remote(uri):
         rows = read_metrics(storage.local_path(uri))
         for kind in ("train", "eval"):
-            last = [row for row in rows if row["kind"] == kind][-1:]
+            last = [row for row in rows if row.get("kind") == kind][-1:]
             if last:
                 found[f"last_{kind}"] = last[0]
     return found

@@ -25,6 +25,7 @@ from liquid_llm.memory.shapes import CaptureShape, ModelShape
 from liquid_llm.memory.verdict import Verdict
 from liquid_llm.models.spec import parse_student
 from liquid_llm.models.student import PRESETS, student_config
+from liquid_llm.parsing import parse_json
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
 from liquid_llm.wiring.fitting import Fit, judge, judge_capture, resolve_auto
@@ -181,7 +182,7 @@ def _read_resumed_config(uri: str) -> Mapping[str, Any]:
     elif uri.endswith(".zip"):
         raise UsageError("a zip is not opened for its configuration", where=uri, remedy="name its shape with --student")
     try:
-        found = json.loads(storage.read_bytes(where))
+        found = parse_json(storage.read_bytes(where))
         config = found["student"]["config"] if uri.endswith(DATA_SUFFIX) else found
     except (ValueError, LookupError, TypeError):  # damaged, or of something else
         config = None

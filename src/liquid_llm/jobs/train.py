@@ -43,6 +43,7 @@ from liquid_llm.wiring.start import (
     deal_out,
     describe_metadata,
     find_start,
+    require_nothing_lost,
     settle_context,
     share_start,
 )
@@ -260,6 +261,8 @@ def _would_start(config: RunConfig, nowhere: Place, store: CheckpointStore) -> S
     found = latest_checkpoint(place.run_dir) if there else None
     if found is not None:
         return continue_from(store, found)
+    if there:
+        require_nothing_lost(place.run_dir, None)
     return find_start(config, replace(nowhere, remote=place.remote), store)
 
 

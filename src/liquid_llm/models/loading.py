@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,12 @@ from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve
 from liquid_llm.models.tokenizers import tokenizer_hash
 
 logger = logging.getLogger(__name__)
+
+HEAD_NAMES = ("lm_head", "embed_out", "output")
+HEAD_REMEDY = (
+    "an output head is not made up: save the model with it, or with tie_word_embeddings: true in config.json where its "
+    "head is its embedding"
+)
 
 
 @dataclass(frozen=True)
@@ -155,17 +161,66 @@ def open_weights(
                 device_map={"": device},
                 attn_implementation=choose_attention(attention),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in words
                 **source.load_arguments(token),
             )
+    _check_loaded(model, report, model_id)
+    return model.eval()
+
+
+def fill_model(config: Any, weights: Mapping[str, torch.Tensor], where: str) -> Any:
+    """The causal language model of ``config`` with ``weights`` in float32, under whatever names its kind is saved with.
+
+    What ``open_weights`` does to the files of a folder, for weights that were read already: both end with the same.
+
+    Raises:
+        ModelError: no such model can be built, or some of its weights are missing or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with as_model_error(where, "the weights cannot be put into the model"), quiet_transformers():
+        with torch.device("meta"):
+            kind: Any = type(AutoModelForCausalLM.from_config(config))
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in words
+        )
+    _check_loaded(model, report, where)
+    return model.eval()
+
+
+def _check_loaded(model: Any, report: Mapping[str, Any], where: str) -> None:
+    """Refuse a model whose weights were not all there; say what else its files hold."""
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would leave them at random values
+        head = all(name.rsplit(".", 1)[0] in HEAD_NAMES for name in missing)
         raise ModelError(
-            f"{len(missing)} of the model's weights are missing", where=model_id, got=f"no {', '.join(missing[:3])}"
+            f"{len(missing)} of the model's weights are missing",
+            where=where,
+            got=f"no {', '.join(missing[:3])}",
+            remedy=HEAD_REMEDY if head else None,
+        )
+    if report["mismatched_keys"]:
+        name, got, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(
+            "a weight has another shape than config.json says",
+            where=f"{where}, {name}",
+            got=tuple(got),
+            expected=tuple(expected),
         )
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])
-        logger.warning("%s: %d weights have no place in the model, such as %s", model_id, len(names), names[0])
-    return model.eval()
+        logger.warning("%s: %d weights have no place in the model, such as %s", where, len(names), names[0])
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        # Two tensors that differ are kept, and what is saved says that they are two.
+        logger.warning("%s: its head is not its embedding, though config.json says so: both are kept", where)
+        for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
+            config.tie_word_embeddings = False
 
 
 def choose_attention(asked: str) -> str | None:

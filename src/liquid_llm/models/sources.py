@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm.errors import ModelError, first_line
+from liquid_llm.parsing import parse_json
 
 PACKAGE_PREFIX = "package:"
 ORIGIN_FILE = "liquid_origin.json"
@@ -139,7 +140,7 @@ def _folder_source(path: Path, model_id: str) -> Source:
 def read_origin(folder: Path) -> dict[str, Any] | None:
     """``liquid_origin.json`` of ``folder`` (``id``, ``revision``, ``dtype``, ``fingerprint``), or None without one."""
     try:
-        found = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        found = parse_json((folder / ORIGIN_FILE).read_bytes())
     except (OSError, ValueError):
         return None
     complete = isinstance(found, dict) and {"id", "revision", "dtype", "fingerprint"} <= found.keys()

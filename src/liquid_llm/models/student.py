@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from liquid_llm.device import find_not_finite
 from liquid_llm.errors import ModelError
 from liquid_llm.models.cut import cut_config
 from liquid_llm.models.heads import check_causality, check_output_head
@@ -126,6 +127,8 @@ def build_student(
 
 def finish_student(model: Any, bos_id: int, eos_id: int, block_size: int) -> Any:
     """Give a new student its special ids and positions, and look whether it can be distilled; raises likewise."""
+    if (found := find_not_finite(dict(model.named_parameters()))) is not None:
+        raise ModelError("the student's weights are not finite", got=f"NaN or infinity in {found}")
     if model.generation_config is not None:
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         model.generation_config.update(**ids)

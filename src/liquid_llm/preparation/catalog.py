@@ -26,6 +26,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.errors import UsageError
+from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.preparation.layouts import FORMATS
 from liquid_llm.sources import is_type
 
@@ -114,12 +115,10 @@ def read_catalog(uri: str) -> Catalog:
             whose shards could be taken for each other.
         StorageError: it cannot be read.
     """
-    import yaml
-
     try:
-        loaded = yaml.safe_load(storage.read_bytes(uri).decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError("not a YAML file", where=uri, got=" ".join(str(error).split())) from None
+        loaded = parse_yaml(storage.read_bytes(uri))
+    except ParseError as error:
+        raise UsageError("not a YAML file", where=uri, got=error) from None
     if not isinstance(loaded, Mapping) or not loaded:
         got = "nothing" if not loaded else type(loaded).__name__
         raise UsageError("not a mapping of datasets", where=uri, got=got, expected="name: {type, in, out} entries")

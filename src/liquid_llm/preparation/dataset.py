@@ -25,6 +25,7 @@ from liquid_llm import storage
 from liquid_llm.data.records import read_records, stable_sample_id
 from liquid_llm.errors import DataError
 from liquid_llm.masking import process_masker
+from liquid_llm.parsing import parse_json
 from liquid_llm.preparation.catalog import Dataset
 from liquid_llm.preparation.formats import Document, Reading, Reject, documents, shorten
 from liquid_llm.preparation.shards import Seen, ShardInfo, ShardWriter
@@ -122,7 +123,11 @@ def read_complete(dataset: Dataset) -> dict[str, Any] | None:
     if marker is None or version != FORMAT_VERSION:
         return None
     sizes = {info.name: info.size for info in storage.list_files(dataset.out)}
-    return marker if all(sizes.get(one["name"]) == one["bytes"] for one in marker["shards"]) else None
+    try:
+        whole = all(sizes.get(one["name"]) == one["bytes"] for one in marker["shards"])
+    except (KeyError, TypeError):
+        return _damaged(_state_uri(dataset, COMPLETE))
+    return marker if whole else None
 
 
 def prepare(
@@ -203,11 +208,13 @@ class _Preparation:
         plain = _read_json(self.dataset, name) if f"{self.dataset.state_name}/{name}" in self.sizes else None
         if plain is None or plain.get("fingerprint") != self.chain[number + 1]:
             return None
-        shards = [ShardInfo(**one) for one in plain["shards"]]
-        if any(self.sizes.get(shard.name) != shard.bytes for shard in shards):
-            return None
-        counts = Counts(**{name: plain["counts"][name] for name in vars(Counts())})
-        return InputResult(plain["fingerprint"], counts, plain["rejects"], shards)
+        try:
+            shards = [ShardInfo(**one) for one in plain["shards"]]
+            counts = Counts(**{name: plain["counts"][name] for name in vars(Counts())})
+            result = InputResult(plain["fingerprint"], counts, plain["rejects"], shards)
+        except (KeyError, TypeError):
+            return _damaged(_state_uri(self.dataset, name))
+        return None if any(self.sizes.get(shard.name) != shard.bytes for shard in shards) else result
 
     def _take_over(self, earlier: InputResult, *, ids_needed: bool) -> None:
         for shard in earlier.shards if ids_needed else ():
@@ -333,11 +340,14 @@ def _read_json(dataset: Dataset, name: str) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     try:
-        value = json.loads(storage.read_bytes(uri))
+        value = parse_json(storage.read_bytes(uri))
     except ValueError:
-        _log.warning("%s: not a marker; prepared anew", uri)
-        return None
-    return value if isinstance(value, dict) else None
+        return _damaged(uri)
+    return value if isinstance(value, dict) else _damaged(uri)
+
+
+def _damaged(uri: str) -> None:
+    _log.warning("%s: not a marker; prepared anew", uri)
 
 
 def _write_json(dataset: Dataset, name: str, value: dict[str, Any]) -> None:

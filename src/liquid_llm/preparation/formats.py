@@ -25,6 +25,7 @@ from liquid_llm.data.records import Body, check_name, parquet_rows
 from liquid_llm.data.texts import text_documents, wikitext_articles
 from liquid_llm.errors import DataError
 from liquid_llm.formatting import format_bytes
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.preparation.layouts import FORMATS, Layout, UnusableError, field_layout, find_layout
 from liquid_llm.sources import FIRST_TYPES
 from liquid_llm.storage.streams import DamageError, lines, unpack
@@ -184,14 +185,14 @@ class _Input:
                 yield Reject(location, "the line is far too long")
             elif line.strip():
                 try:
-                    yield location, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:
+                    yield location, parse_json(line, "utf-8-sig" if number == 1 else "utf-8")
+                except ParseError as error:
                     yield Reject(location, f"not JSON ({shorten(error)})", shorten(line.decode(errors="replace")))
 
     def _array(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
         try:
-            items = json.loads(self._whole(chunks).decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+            items = parse_json(self._whole(chunks), "utf-8-sig")
+        except ParseError as error:
             raise DamageError(f"not a JSON array ({shorten(error)})") from error
         return ((f"{self.where}:{number}", item) for number, item in enumerate(items, start=1))
 

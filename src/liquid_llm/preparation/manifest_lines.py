@@ -14,6 +14,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.preparation.catalog import Dataset, to_absolute
 
 _ATTEMPTS = 5
@@ -70,8 +71,8 @@ def _add_line(content: bytes, dataset: Dataset) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(line.decode("utf-8-sig"))
+    with contextlib.suppress(ParseError):
+        value = parse_json(line, "utf-8-sig")
         if isinstance(value, dict):
             return value
     return {}  # whoever reads the manifest says what is wrong with it

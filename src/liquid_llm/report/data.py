@@ -7,7 +7,6 @@ notice   something a reader of the report must know: unreadable lines, values th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from array import array
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from liquid_llm.errors import UsageError
 from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE, iter_metrics
+from liquid_llm.parsing import ParseError, parse_json, parse_yaml
 
 Floats = NDArray[np.float64]
 
@@ -115,11 +114,11 @@ def read_run(run_dir: str | Path) -> RunData:
         notices=notices,
         config=_read(provenance / "config.json", notices),
         manifest=_read(
-            provenance / "manifest_snapshot.jsonl", notices, lambda lines: list(map(json.loads, lines.splitlines()))
+            provenance / "manifest_snapshot.jsonl", notices, lambda lines: list(map(parse_json, lines.splitlines()))
         )
         or [],
         readiness=_read(provenance / "data_readiness.json", notices),
-        datasets=_read(provenance / "datasets_snapshot.yaml", notices, yaml.safe_load),
+        datasets=_read(provenance / "datasets_snapshot.yaml", notices, parse_yaml),
         environment=_read(provenance / "environment.json", notices),
         checkpoints=_read_checkpoints(sidecars, notices),
         summary=_read(folder / "summary.json", notices),
@@ -209,7 +208,7 @@ def _read_rows(folder: Path, notices: list[str]) -> tuple[Columns, Columns, int]
 # --------------------------------------------------------------------------------------------------------- other files
 
 
-def _read(path: Path, notices: list[str], parse: Callable[[str], Any] = json.loads) -> Any:
+def _read(path: Path, notices: list[str], parse: Callable[[str], Any] = parse_json) -> Any:
     """A file's contents, or None with a notice where it cannot be read; None alone where there is no such file."""
     try:
         return parse(path.read_text(encoding="utf-8", errors="replace"))
@@ -217,8 +216,8 @@ def _read(path: Path, notices: list[str], parse: Callable[[str], Any] = json.loa
         return None
     except OSError as error:
         notices.append(f"{path.name} cannot be read ({error.strerror}) and is left out.")
-    except (ValueError, yaml.YAMLError):
-        notices.append(f"{path.name} is not valid {'YAML' if parse is yaml.safe_load else 'JSON'} and is left out.")
+    except ParseError:
+        notices.append(f"{path.name} is not valid {'YAML' if parse is parse_yaml else 'JSON'} and is left out.")
     return None
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from liquid_llm import storage
 from liquid_llm.errors import SignalError
+from liquid_llm.parsing import parse_json
 from liquid_llm.signal_store.records import SignalIdentity, difference_in_words
 from liquid_llm.versions import CURRENT, FRAMING, find_newer, read_versions
 
@@ -49,7 +50,7 @@ def read_store_file(uri: str) -> StoreFile:
     """
     where = storage.join(uri, STORE_FILE)
     try:
-        values = json.loads(storage.read_bytes(where))
+        values = parse_json(storage.read_bytes(where))
         version, layout = int(values.pop("format_version")), str(values.pop("layout"))
         versions = read_versions(values.pop("versions", None)) if version <= STORE_VERSION else {}
         identity = None if version > STORE_VERSION else SignalIdentity(**values)

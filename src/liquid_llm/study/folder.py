@@ -21,6 +21,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.errors import UsageError
+from liquid_llm.parsing import parse_json
 from liquid_llm.study.plan import Unit
 
 VERSION = 1
@@ -95,7 +96,7 @@ class StudyFolder:
         if not path.is_file():
             return None
         try:
-            return json.loads(storage.read_bytes(str(path)))
+            return parse_json(storage.read_bytes(str(path)))
         except ValueError:
             raise UsageError("not a JSON file", where=path, remedy="remove it: it is made again") from None
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import (
@@ -27,6 +26,7 @@ from liquid_llm.models.card import write_card
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import load_tokenizer, quiet_transformers
 from liquid_llm.models.spec import parse_student
+from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.provenance import FOLDER, OPTIONS
 from liquid_llm.wiring.framing import framings_of
 from liquid_llm.wiring.students import build_from_config, describe_taken, load_weights
@@ -169,8 +169,8 @@ def _is_weights(name: str) -> bool:
 def _models(options: str) -> list[str]:
     """The models that a run's options name."""
     try:
-        given = yaml.safe_load(storage.read_bytes(options))
-    except (yaml.YAMLError, StorageError) as error:
+        given = parse_yaml(storage.read_bytes(options))
+    except (ParseError, StorageError) as error:
         log.warning("%s cannot be read and is left out: %s", options, error)
         return []
     if not isinstance(given, Mapping):

@@ -56,6 +56,13 @@ class Inputs:
         return all(set(part.dataset.meta.forms) == {TEXT} for part in self.mixture)
 
     @property
+    def sources(self) -> list[tuple[TokenDataset, float]]:
+        """What is drawn from, before anything of it is held out, with its weight."""
+        if not self.entries:  # the splits of a named dataset
+            return [(part.dataset, part.weight) for part in self.mixture]
+        return [(one, entry.weight) for one, entry in zip(self.everything, self.entries, strict=True)]
+
+    @property
     def types(self) -> list[str]:
         """The types present, in the order that metrics have."""
         return order_types(part.dataset.type for part in self.mixture)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX
@@ -19,9 +18,11 @@ from liquid_llm.framing import Framing, Framings
 from liquid_llm.models.loading import load_teacher, load_tokenizer
 from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.options import Option, options_of
+from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.provenance import FOLDER, OPTIONS
 from liquid_llm.sources import NONE, read_sources
 from liquid_llm.wiring.exports import find_checkpoint, find_tokenizer, rebuild
+from liquid_llm.wiring.origins import read_origin
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.students import build_from_config, load_weights
 from liquid_llm.wiring.tokenizers import TextTools
@@ -29,6 +30,7 @@ from liquid_llm.wiring.tokenizers import TextTools
 log = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
+_NAME_TEXTS = "name the held-out texts: --dataset_manifest, --dataset_name or --records"
 _EXPECTED = "a run directory, a .pt file in one, or a Hugging Face folder"
 
 
@@ -114,7 +116,7 @@ def open_checkpoint(name: str, which: str | None, tokenizer: str | None, expecte
 
 
 def _open_elsewhere(name: str, tokenizer: str | None) -> OpenedStudent:
-    origin = read_student_weights(name, cache_dir() / "resume")
+    origin = read_origin(name)
     called = tokenizer or origin.tokenizer_folder
     if origin.config is None or called is None:
         lacks = "a tokenizer" if origin.config is not None else "a configuration"
@@ -136,12 +138,15 @@ def run_options(student: OpenedStudent) -> tuple[str, dict[str, Any]]:
     assert student.metadata is not None
     place = storage.join(student.run, FOLDER, OPTIONS)
     face = student.metadata.run.get("face")
-    found = yaml.safe_load(storage.read_bytes(place)) if storage.exists(place) else None
+    try:
+        found = parse_yaml(storage.read_bytes(place)) if storage.exists(place) else None
+    except ParseError as error:
+        raise UsageError("the run's options are no YAML", where=place, got=error, remedy=_NAME_TEXTS) from error
     if not isinstance(face, str) or not isinstance(found, Mapping):
         raise UsageError(
             "the run does not say what it was trained on",
             where=place,
-            remedy="name the held-out texts: --dataset_manifest, --dataset_name or --records",
+            remedy=_NAME_TEXTS,
         )
     known = {option.name: option for option in options_of(face)}
     given = {str(name): _read(known[name], value) for name, value in found.items() if name in known}

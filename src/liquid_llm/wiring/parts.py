@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
@@ -41,10 +40,11 @@ from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
+from liquid_llm.wiring.course import hash_weights, order_of, require_same_order, say_jumps
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
-from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.origins import read_origin
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
 from liquid_llm.wiring.start import Start, choose_group, require_division
@@ -93,6 +93,7 @@ class Parts(Basis):
 
     Attributes:
         group_size: micro-batches of a group in the order of the data; see ``TrainingStream``.
+        order: what the order of the run is a function of, for checkpoints; see ``course``.
     """
 
     built: BuiltStudent
@@ -106,6 +107,7 @@ class Parts(Basis):
     speech: Speech
     stream: TrainingStream
     group_size: int
+    order: dict[str, Any]
     progress: Progress
     accumulator: StepAccumulator
 
@@ -177,32 +179,25 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     text.keep_chat_template(inputs.has_chat)
     if config.data.document_mask and not any(part.dataset.layout == BLOCKS for part in inputs.mixture):
         log.warning("--document_mask changes nothing here: no texts are joined into blocks")
+    schedules = build_schedules(config)
+    reference, hashed = _reference(config, start, built.model, schedules, engine)
+    order = _compare(config, start, inputs, schedules, hashed)
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     for remark in schedule_remarks(config, start.step):
         log.warning("%s", remark)
-    schedules = build_schedules(config)
-    lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
-    sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)
     optimizer = make_optimizer(config, built.model)
     parts = Parts(
         **{**vars(basis), "text": text, "built": built, "choices": {**basis.choices, **teachers.choices}},
         engine=engine,
         inputs=inputs,
         teachers=teachers,
-        student=Student(built.model, basis.dtype, _reference(config, start, built.model, schedules, engine)),
+        student=Student(built.model, basis.dtype, reference),
         optimizer=optimizer,
         schedules=schedules,
-        evaluator=Evaluator(
-            sets,
-            config.data.block_size,
-            config.evaluation.context_lengths,
-            TeacherRouter({}) if config.evaluation.teacher is False else teachers.router,
-            engine=engine,
-            measures=config.evaluation.measures,
-            token_bytes=token_bytes(text.tokenizer, text.vocab_size) if config.evaluation.measures else None,
-        ),
+        evaluator=_make_evaluator(config, inputs, text, teachers, engine),
         stream=stream,
         group_size=group_size,
+        order=order,
         speech=make_speech(config.evaluation, basis.prompts, text, inputs.validation, engine, config.seed),
         progress=Progress(selection=_selection(config, inputs, text)),
         accumulator=StepAccumulator(inputs.types, engine),
@@ -217,6 +212,21 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
     """The optimizer of a run, of the parameters that ``model`` has now."""
     betas = config.optimizer.betas[0], config.optimizer.betas[1]
     return build_optimizer(model, lr=config.optimizer.peak, weight_decay=config.optimizer.weight_decay, betas=betas)
+
+
+def _make_evaluator(
+    config: RunConfig, inputs: Inputs, text: TextTools, teachers: RunTeachers, engine: Engine
+) -> Evaluator:
+    lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
+    return Evaluator(
+        validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens),
+        config.data.block_size,
+        config.evaluation.context_lengths,
+        TeacherRouter({}) if config.evaluation.teacher is False else teachers.router,
+        engine=engine,
+        measures=config.evaluation.measures,
+        token_bytes=token_bytes(text.tokenizer, text.vocab_size) if config.evaluation.measures else None,
+    )
 
 
 def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: int) -> TrainingStream:
@@ -287,22 +297,37 @@ def read_inputs(
     return inputs
 
 
+def _compare(
+    config: RunConfig, start: Start, inputs: Inputs, schedules: StepSchedules, reference: str | None
+) -> dict[str, Any]:
+    """What the order of the run is a function of; where it is continued, that of its checkpoint, or accepted."""
+    metadata = start.origin.metadata
+    order = order_of(config, inputs.sources, reference)
+    if start.kind == "continue" and start.goes_on and metadata is not None:
+        require_same_order(metadata, order, config, start.origin.description)
+        say_jumps(metadata, schedules, config)
+    return order
+
+
 def _reference(
     config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules, engine: Engine
-) -> nn.Module | None:
-    """The frozen student of the keep-old-logits term: the weights the run began with, even when it is continued."""
+) -> tuple[nn.Module | None, str | None]:
+    """The frozen student of the keep-old-logits term, and a hash of the weights it is made of.
+
+    It has the weights the run began with, even when it is continued.
+    """
     if schedules.gamma.value(start.step) == 0:
-        return None
-    reference = copy.deepcopy(model)
+        return None, None
+    reference, weights = copy.deepcopy(model), start.origin.state_dict
     if start.kind == "continue":
         assert config.student.resume_uri is not None
         weights = engine.share(partial(_read_weights, config.student.resume_uri))
         load_weights(reference, weights, config.student.resume_uri)
-    return reference.requires_grad_(False).eval()
+    return reference.requires_grad_(False).eval(), hash_weights(weights)
 
 
 def _read_weights(uri: str) -> dict[str, torch.Tensor]:
-    return dict(read_student_weights(uri, cache_dir() / "resume").state_dict)
+    return dict(read_origin(uri).state_dict)
 
 
 def _restore(parts: Parts, start: Start) -> None:

@@ -19,7 +19,8 @@ from liquid_llm.checkpoint.pieces import KEY, describe, digest_files, require_fo
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
-from liquid_llm.device import device_memory
+from liquid_llm.device import device_memory, find_not_finite
+from liquid_llm.errors import NumericalError
 from liquid_llm.formatting import format_bytes, format_seconds
 from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
@@ -30,8 +31,9 @@ from liquid_llm.storage import translate_errors
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
 from liquid_llm.versions import CURRENT
+from liquid_llm.wiring.course import course_of
 from liquid_llm.wiring.parts import Parts
-from liquid_llm.wiring.start import course_of, describe_metadata
+from liquid_llm.wiring.start import describe_metadata
 
 log = logging.getLogger(__name__)
 LARGEST_FILE = 10 * 10**9  # bytes of a student and its moments that are gathered into one file
@@ -250,9 +252,11 @@ class Recorder:
 
     def _save(self, *, names: tuple[str, ...], snapshot: bool) -> None:
         began = self.clock()
+        tensors = self._tensors()
+        self._require_finite(tensors)
         metadata = self.metadata()
         state = {
-            **self._tensors(),
+            **tensors,
             "lr_schedule": {"step": metadata.step, "peak": self.config.optimizer.peak, "lr": metadata.lr},
             "random": random_state(gpus=self.parts.engine.world_size == 1),
             "accumulator": self.parts.accumulator.state_dict(),
@@ -322,6 +326,23 @@ class Recorder:
         """The same as this rank has it; tied weights are one, as parameters."""
         weights = self.parts.student.model.state_dict(keep_vars=True)
         return {"student": weights, "optimizer": self.parts.optimizer.state_dict()}
+
+    def _require_finite(self, tensors: dict[str, Any]) -> None:
+        """Raise NumericalError where a step has left weights or moments that nothing can be trained from: a step looks
+        at its loss and gradient alone, and what it made of them would become the newest checkpoint, or the only one.
+        """
+        found = find_not_finite(tensors)
+        if not self.parts.engine.agree(found is not None):
+            return
+        error = NumericalError(
+            "the last step has left weights or moments that are not finite; they are not saved",
+            where=f"step {self.parts.progress.step}",
+            got=f"NaN or infinity in {found}" if found is not None else "those of another process",
+            remedy="lower --lr, lengthen --warmup_steps or use --precision=float32; what was saved before is intact",
+        )
+        finders = self.parts.engine.gather(found is not None)
+        error.speaks = self.parts.engine.rank == finders.index(max(finders))
+        raise error
 
     def _look_after_saves(self) -> None:
         """After each step: end with what a save failed with; after the first, when moments are there, prepare saves."""
@@ -419,6 +440,7 @@ class Recorder:
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
             "course": course_of(config),
+            "order": self.parts.order,
             "teachers": self.parts.teachers.names,
             "chat_template": self.parts.text.tokenizer.chat_template,  # there only if it was trained with
             "given_levels": {name: value for name, value in levels.items() if name in config.given},

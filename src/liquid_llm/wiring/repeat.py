@@ -45,7 +45,8 @@ def options_to_repeat(given: Mapping[str, object], choices: Mapping[str, Choice]
     """
     chosen = {option: choices[name].value for name, option in _CHOSEN.items() if name in choices}
     values = {**given, **chosen, **settled}
-    values.pop("restart", None)
+    for name in ("restart", "accept_changes"):
+        values.pop(name, None)
     return {name: _plain(name, value) for name, value in values.items() if value is not None}
 
 

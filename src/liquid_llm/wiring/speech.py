@@ -8,7 +8,6 @@ Both leave training as it is, to the bit: nothing is drawn, and the student's mo
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from liquid_llm.errors import UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.generation import generate, repeated_share
 from liquid_llm.masking import process_masker
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.training import Student
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -169,8 +169,8 @@ def read_prompts(uri: str | None, text: TextTools) -> tuple[Prompt, ...]:
 
 def _read_object(line: str, encoder: Encoder) -> str:
     try:
-        value = json.loads(line)
-    except ValueError as error:
+        value = parse_json(line)
+    except ParseError as error:
         raise ValueError(f"the line is not JSON ({error})") from error
     if isinstance(value, dict):
         messages = value.get("messages")

@@ -18,16 +18,20 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX, is_known
+from liquid_llm.checkpoint.mending import remains
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
-from liquid_llm.checkpoint.resume import ResumeSource, read_student_weights
+from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
 from liquid_llm.config import RunConfig
 from liquid_llm.distributed import Engine
 from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.parsing import parse_json
 from liquid_llm.runtime import choose_device, choose_dtype
 from liquid_llm.schedules import level_from
 from liquid_llm.versions import changes_since, find_newer
-from liquid_llm.wiring.places import Place, cache_dir
+from liquid_llm.wiring.course import changes_of_course
+from liquid_llm.wiring.origins import read_origin
+from liquid_llm.wiring.places import Place
 
 log = logging.getLogger(__name__)
 
@@ -145,36 +149,6 @@ def describe_metadata(metadata: CheckpointMetadata) -> str:
     return json.dumps({name: value for name, value in values.items() if name not in ("sha256", "run")})
 
 
-def course_of(config: RunConfig) -> dict[str, Any]:
-    """Option -> what shapes the loss and is not taken up from a checkpoint, which keeps it to be compared."""
-    objective, named = config.objective, config.source.named.items()
-    by_type = {
-        f"{name}_by_type": {type: source.objective[name] for type, source in named if name in source.objective}
-        for name in ("divergence", "alpha", "temperature")
-    }
-    return {
-        "document_mask": config.data.document_mask,
-        "kd_positions": objective.distilled_share,
-        "divergence": objective.divergence,
-        **by_type,
-    }
-
-
-def _changes_of_course(metadata: CheckpointMetadata, config: RunConfig) -> list[tuple[str, str, str]]:
-    """Option, old value, new value, of those that differ; a checkpoint of an older release says nothing of them."""
-    known = metadata.run.get("course", {})
-    present = course_of(config)
-    changed = [name for name in present if name in known and known[name] != present[name]]
-    return [(name, _spell(known[name]), _spell(present[name])) for name in changed]
-
-
-def _spell(value: object) -> str:
-    """A value as the command line has it."""
-    if isinstance(value, Mapping):
-        return ",".join(f"{type}={_spell(one)}" for type, one in value.items()) or "not given"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def continue_from(store: CheckpointStore, found: CheckpointInfo) -> Start:
     """The start that goes on from a complete checkpoint.
 
@@ -196,15 +170,31 @@ def find_start(config: RunConfig, place: Place, store: CheckpointStore) -> Start
         # A checkpoint of a newer format would be passed over like a damaged one, and the run go on from an older step.
         _require_known_format(str(place.run_dir))
         found = store.latest()
-        if place.remote is not None and config.optimizer.steps > 0:
+        remote = place.remote if config.optimizer.steps > 0 else None
+        if remote is not None:
             # Another machine may have gone on since this one's checkpoint: the mirror is asked even when there is one.
-            fetched = fetch_latest(place.remote, place.run_dir, newer_than=-1 if found is None else found.step)
+            fetched = fetch_latest(remote, place.run_dir, newer_than=-1 if found is None else found.step)
             found = fetched or found
             if found is None:
-                _require_known_format(place.remote)
+                _require_known_format(remote)
         if found is not None:
             return continue_from(store, found)
+        require_nothing_lost(place.run_dir, remote)
     return begin(config)
+
+
+def require_nothing_lost(run_dir: Path, remote: str | None) -> None:
+    """Raise CheckpointError where checkpoints are, and none that is whole: a run does not begin again over them."""
+    for folder in filter(None, (str(run_dir), remote)):
+        left = remains(info.name for info in storage.list_files(folder))
+        if left:
+            raise CheckpointError(
+                "none of this run's checkpoints can be used: each is damaged, or its data or sidecar is lost",
+                where=folder,
+                got=", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else ""),
+                remedy="copy whole ones back (liquid inspect says what each is), or begin again with --restart, "
+                "which keeps these aside; nothing was changed",
+            )
 
 
 def share_start(engine: Engine, find: Callable[[], Start], folder: Path) -> Start:
@@ -229,7 +219,7 @@ def begin(config: RunConfig) -> Start:
     """Where a run starts that has no checkpoint of its own; raises as ``find_start``."""
     if config.student.resume_uri is None:
         return Start("fresh", ResumeSource({}, f"--student={config.student.spec}"))
-    origin = read_student_weights(config.student.resume_uri, cache_dir() / "resume")
+    origin = read_origin(config.student.resume_uri)
     return Start("resume", origin if config.continues_resumed else replace(origin, state=None))
 
 
@@ -320,7 +310,7 @@ def settle_context(start: Start, config: RunConfig) -> Start:
     if changed:
         log.info("optimizer and step %d go on (give --reset_optim_on_ctx_change to start them afresh)", metadata.step)
     _require_known_versions(metadata, config, start.origin.description)
-    for option, was, value in _changes_of_course(metadata, config):
+    for option, was, value in changes_of_course(metadata, config):
         log.warning("--%s is %s, and was %s in the run so far: the run changes its course", option, value, was)
     return start
 
@@ -334,7 +324,7 @@ def _require_known_format(folder: str) -> None:
         if not info.name.endswith(SIDECAR_SUFFIX) or not is_known(info.name.removesuffix(SIDECAR_SUFFIX)):
             continue
         try:
-            version = json.loads(storage.read_bytes(info.uri))["format_version"]
+            version = parse_json(storage.read_bytes(info.uri))["format_version"]
         except (ValueError, TypeError, KeyError):
             continue  # damaged: reported where checkpoints are compared
         if isinstance(version, int) and version > IN_PIECES:

@@ -16,6 +16,7 @@ from torch import nn
 
 from liquid_llm.config import RunConfig
 from liquid_llm.data.loader import TrainingStream
+from liquid_llm.device import find_not_finite
 from liquid_llm.errors import CheckpointError, UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.models.heads import check_documents
@@ -250,8 +251,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     """Load a state dict; nothing but tied weights may be absent, nothing may be left over.
 
     Raises:
-        CheckpointError: names or shapes differ; the message says which.
+        CheckpointError: names or shapes differ, a head that is tied is there with other values than the embedding, or a
+            weight is not finite; the message says which.
     """
+    not_finite = find_not_finite({name: weights[name] for name, _ in model.named_parameters() if name in weights})
+    if not_finite is not None:
+        raise CheckpointError(
+            "the weights are not finite",
+            where=source,
+            got=f"NaN or infinity in {not_finite}",
+            remedy="choose a checkpoint of an earlier step; --restart begins a run afresh and keeps this one aside",
+        )
     require_weights_of(model, weights, source)
     model.load_state_dict(dict(weights), strict=False)
 
@@ -259,11 +269,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
 def require_weights_of(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
     """Raise CheckpointError unless ``weights`` are those of ``model``, whose learned positions become as many."""
     match_table(model, weights)
-    expected = model.state_dict()
-    tied = {
-        name for name, value in expected.items() if any(value is other for n, other in expected.items() if n != name)
-    }
-    missing = [name for name in expected if name not in weights and name not in tied and "lm_head" not in name]
+    expected = model.state_dict(keep_vars=True)  # tied weights are one object there
+    names: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        names.setdefault(id(value), []).append(name)
+    missing = [name for name, value in expected.items() if not any(one in weights for one in names[id(value)])]
     unknown = [name for name in weights if name not in expected]
     shapes = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
@@ -281,6 +291,17 @@ def require_weights_of(model: nn.Module, weights: Mapping[str, torch.Tensor], so
             expected=f"those of {type(model).__name__}",
             remedy="give the --student they were trained as, or leave it out if the checkpoint names it",
         )
+    for group in names.values():
+        there = [name for name in group if name in weights]
+        other = [name for name in there[1:] if not torch.equal(weights[name], weights[there[0]])]
+        if other:
+            raise CheckpointError(
+                "weights that are one in this model have two values",
+                where=source,
+                got=f"{other[0]} is not {there[0]}",
+                expected="the same numbers, or tie_word_embeddings: false in config.json",
+                remedy="correct config.json, or save the model again",
+            )
 
 
 def _require_positions(model: nn.Module, lengths: tuple[int, ...]) -> None:

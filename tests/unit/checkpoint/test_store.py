@@ -202,10 +202,12 @@ def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
 def test_restart_sets_everything_aside(store: CheckpointStore) -> None:
     assert store.set_aside() is None
     save(store, 9, "last", "best")
+    (store.run_dir / "metrics.jsonl").write_text("{}\n")
     folder = store.set_aside()
     assert folder is not None
     assert store.latest() is None
     assert sorted(complete_in(folder)) == ["best", "last", "step-00000009"]
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
     save(store, 1)
     latest = store.latest()
     assert latest is not None
@@ -256,6 +258,60 @@ def test_a_damaged_checkpoint_is_reported_and_an_older_one_taken(
     if damage not in ("sidecar", "gone"):  # those are what an unfinished save looks like
         assert len(said) == 1
         assert info.name in said[0]
+
+
+@pytest.mark.parametrize("damage", ["lost", "empty", "garbage", "a field", "no hash"])
+def test_a_sidecar_is_made_again_beside_data_that_is_whole(
+    store: CheckpointStore, said: list[str], damage: str
+) -> None:
+    save(store, 1)
+    info = save(store, 2)
+    sidecar = store.run_dir / f"{info.name}.meta.json"
+    whole = sidecar.read_text()
+    if damage == "lost":
+        sidecar.unlink()
+    else:
+        was = {"a field": whole.replace('"step"', '"stup"'), "no hash": whole.replace("sha256", "sha25V")}
+        sidecar.write_text({"empty": "", "garbage": whole[:30], **was}[damage])
+    store.close()
+    with CheckpointStore(store.run_dir, keep_last=2, log=said.append) as again:
+        assert sidecar.read_text() == whole
+        assert again.latest() == info
+    assert len(said) == 1
+    assert "is made again" in said[0]
+
+
+@pytest.mark.parametrize("at", [0, 0.3, 0.6, 0.99])
+def test_no_sidecar_is_made_for_data_with_a_flipped_bit(store: CheckpointStore, at: float) -> None:
+    info = save(store, 2)
+    data = bytearray(info.path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    info.path.write_bytes(data)
+    sidecar = store.run_dir / f"{info.name}.meta.json"
+    sidecar.unlink()
+    store.close()
+    with CheckpointStore(store.run_dir, keep_last=2, log=lambda _: None) as again:
+        assert again.latest() is None
+        assert again.remains() == [f"{info.name}.pt"]
+    assert not sidecar.exists()
+    assert info.path.read_bytes() == data
+
+
+def test_what_is_left_of_a_replaced_snapshot_is_cleared_away(store: CheckpointStore) -> None:
+    info = save(store, 2)
+    (store.run_dir / f"{info.name}.replaced.pt").write_bytes(info.path.read_bytes())
+    store.close()
+    with CheckpointStore(store.run_dir, keep_last=2) as again:
+        assert again.latest() == info
+        assert again.remains() == [f"{info.name}.pt"]
+
+
+def test_a_sidecar_whose_data_is_lost_is_not_cleared_away(store: CheckpointStore) -> None:
+    save(store, 2).path.unlink()
+    store.close()
+    with CheckpointStore(store.run_dir, keep_last=2) as again:
+        assert again.latest() is None
+        assert again.remains() == ["step-00000002.pt"]
 
 
 def test_one_damaged_file_under_many_names_is_read_once(
@@ -366,13 +422,13 @@ def check_after_crash(folder: Path, least: int) -> int:
     with CheckpointStore(folder, keep_last=2, log=lambda _: None) as store:
         tidied = store.latest()
         assert tidied is not None
-        assert tidied.step == found.step
+        assert tidied.step >= found.step  # data that lacked no more than its sidecar has one now
         state, metadata = store.load(tidied)
-        assert metadata.step == state["step"] == found.step
-        assert torch.equal(state["student"]["w"], torch.full_like(state["student"]["w"], float(found.step)))
+        assert metadata.step == state["step"] == tidied.step
+        assert torch.equal(state["student"]["w"], torch.full_like(state["student"]["w"], float(tidied.step)))
         left = [name for name in names_in(folder) if name.endswith(".tmp") or ".replaced" in name]
         assert not left
-    return found.step
+    return tidied.step
 
 
 def script(*arguments: str) -> list[str]:

@@ -451,3 +451,21 @@ def test_ranks_share_one_order_whatever_their_number(world_size: int, position: 
     for rank in range(world_size):
         own = stream(rank=rank, world_size=world_size, group_size=2).micro_batch(position)
         assert content(own) == content(stream(group_size=2).at(position * world_size + rank))
+
+
+@pytest.mark.parametrize("layout", ["blocks", "samples"])
+def test_the_texts_of_a_micro_batch_have_their_names(layout: str) -> None:
+    dataset = token_dataset(
+        [list(range(n * 40 + 1, n * 40 + 2 + n % 30 + 1)) for n in range(50)],
+        layout=layout,
+        sample_ids=[f"t{n}" for n in range(50)],
+    )
+    order = stream([WeightedDataset(dataset, 1.0)], group_size=2)
+    for number in range(40):
+        batch = order.at(number)
+        held = {f"t{(token - 1) // 40}" for row in rows(batch) for token in row if token != EOS}
+        names = order.names(number)
+        assert len(names) == len(set(names))
+        # the end token of a document may be all that a block has of it
+        assert held <= set(names)
+        assert len(set(names) - held) <= len(batch.lengths) if layout == "blocks" else set(names) == held

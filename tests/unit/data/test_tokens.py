@@ -214,6 +214,41 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
     assert tokenizer.texts == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["tokens", "starts", "lengths", "ids", "id_starts", "fates", "meta.json", "hashes"])
+def test_a_flipped_bit_in_a_cache_is_said_and_made_again(tmp_path: Path, name: str, caplog: Any) -> None:
+    shard = write(tmp_path / "a.jsonl", "one two", "three four")
+    before = build(shard, cache=tmp_path / "cache")
+    tokens, fingerprint = before.tokens.tolist(), before.fingerprint
+    (folder,) = (tmp_path / "cache").glob("lm-*")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    file = folder / name if name != "hashes" else folder.with_name(f".{folder.name}.sha256")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    tokenizer = Counting()
+    again = build(shard, cache=tmp_path / "cache", tokenizer=tokenizer)
+    assert tokenizer.texts == ["one two", "three four"]
+    assert again.tokens.tolist() == tokens
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert caplog.text.count("this cache of tokens is damaged") == 1
+    assert build(shard, cache=tmp_path / "cache", tokenizer=tokenizer).fingerprint == fingerprint
+    assert len(tokenizer.texts) == 2
+
+
+def test_a_cache_without_hashes_is_used_and_known_by_the_same_fingerprint(tmp_path: Path) -> None:
+    """As releases before this one left theirs."""
+    shard = write(tmp_path / "a.jsonl", "one two", "three four")
+    before = build(shard, cache=tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").glob("lm-*")
+    folder.with_name(f".{folder.name}.sha256").unlink()
+    tokenizer = Counting()
+    again = build(shard, cache=tmp_path / "cache", tokenizer=tokenizer)
+    assert tokenizer.texts == []
+    assert again.fingerprint == before.fingerprint == again.windows(3).fingerprint
+    other = build(write(tmp_path / "b.jsonl", "one two", "three five"), cache=tmp_path / "cache")
+    assert other.fingerprint != before.fingerprint
+
+
 def test_another_framing_has_a_cache_of_its_own(tmp_path: Path) -> None:
     """The first is neither in the name nor in the description: caches from before there were versions are used."""
     source = RecordFiles([write(tmp_path / "a.jsonl", "one", "two")], "lm")

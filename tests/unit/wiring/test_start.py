@@ -15,7 +15,8 @@ from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.errors import CheckpointError
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.versions import CURRENT
-from liquid_llm.wiring.start import Start, course_of, settle_context
+from liquid_llm.wiring.course import course_of
+from liquid_llm.wiring.start import Start, settle_context
 
 STATE = {"student": {}, "optimizer": {"param_groups": [{"weight_decay": 0.25, "betas": (0.5, 0.75)}]}}
 KNOWN = {"block_size": 512, "kd_alpha": 0.9, "kd_temperature": 2.0, "alpha_schedule": "0:0.9,20:0.1", "lr": 3e-4}

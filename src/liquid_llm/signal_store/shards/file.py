@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.signal_store.codecs import Payload
 from liquid_llm.signal_store.records import (
     FORMAT_VERSION,
@@ -57,6 +58,7 @@ _METADATA = "liquid_llm"
 _LENGTH_BYTES = 8
 _CHECKSUM = struct.Struct("<I")
 _MAX_HEADER_BYTES = 64 * 2**20
+_MAX_IDS_BYTES = 2**30
 _NUMPY = {"U8": "u1", "U32": "<u4", "U64": "<u8"}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -310,9 +312,13 @@ def read_ids(header: ShardHeader, read: Reader) -> list[str]:
     data = read(begin, end)
     if zlib.crc32(data) != checksum:
         raise RecordError("the list of sample ids is damaged")
-    ids: list[str] = json.loads(zlib.decompress(data))
-    if len(ids) != header.num_records:
-        raise RecordError(f"{len(ids)} sample ids for {header.num_records} records")
+    unpacked = zlib.decompressobj()
+    try:
+        ids = parse_json(unpacked.decompress(data, _MAX_IDS_BYTES))
+    except (ParseError, zlib.error) as error:
+        raise RecordError("the list of sample ids is damaged") from error
+    if not unpacked.eof or not isinstance(ids, list) or len(ids) != header.num_records:
+        raise RecordError(f"no list of sample ids for its {header.num_records} records")
     return ids
 
 
@@ -338,7 +344,7 @@ def read_safetensors_header(read: Reader) -> tuple[dict[str, Any], dict[str, tup
     if length > _MAX_HEADER_BYTES:
         raise ValueError("a header of impossible length")
     begin = _LENGTH_BYTES + length
-    tensors = json.loads(bytes(read(_LENGTH_BYTES, begin)))
+    tensors = parse_json(bytes(read(_LENGTH_BYTES, begin)))
     checksum, _, text = tensors.pop("__metadata__")[_METADATA].partition(" ")
     if int(checksum, 16) != zlib.crc32(text.encode()):
         raise ValueError("a checksum that does not match")
@@ -348,7 +354,7 @@ def read_safetensors_header(read: Reader) -> tuple[dict[str, Any], dict[str, tup
         if not 0 <= first <= last:
             raise ValueError("an array of negative size")
         spans[name] = (str(tensor["dtype"]), begin + first, begin + last)
-    return json.loads(text), spans
+    return parse_json(text), spans
 
 
 def read_array(read: Reader, span: tuple[str, int, int]) -> NDArray[Any]:

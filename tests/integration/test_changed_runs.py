@@ -1,0 +1,121 @@
+"""The same command over other data, weights or options: refused where it would be another run in silence, else said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.tiny import Tiny, build
+
+from liquid_llm.cli.main import main
+from liquid_llm.metrics import read_metrics, without_timings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Two types of text, one of them learnt without a teacher."""
+    made = build(tmp_path_factory.mktemp("tiny"))
+    lines = [{"path": "lm.jsonl", "type": "lm", "weight": 2.0}, {"path": "code.jsonl", "type": "code", "weight": 1.0}]
+    made.manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return made
+
+
+def train(tiny: Tiny, output: Path, **options: Any) -> int:
+    unused = dict.fromkeys(("mc_teacher_id", "math_logits_dir", "code_logits_dir"))
+    told = {"eval_every": 0, "save_every": 0, "max_steps": 3, "signal": "code=none", "warmup_steps": 1}
+    return main(["train", *tiny.train_words(output, **{**unused, **told, **options})])
+
+
+@pytest.fixture(scope="module")
+def begun(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("begun")
+    assert train(tiny, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def out(begun: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "out"))
+
+
+def changed(tiny: Tiny, folder: Path, change: str) -> Path:
+    """The manifest and its files in a folder of their own, with one change."""
+    folder.mkdir()
+    for name in ("lm.jsonl", "code.jsonl", "manifest.jsonl"):
+        shutil.copyfile(tiny.root / name, folder / name)
+    manifest, texts = folder / "manifest.jsonl", folder / "lm.jsonl"
+    if change == "a weight":
+        manifest.write_text(manifest.read_text().replace("2.0", "3.0"))
+    elif change == "a type":
+        manifest.write_text(manifest.read_text().splitlines()[0] + "\n")
+    elif change == "a text":
+        texts.write_text(texts.read_text().replace('"text": "', '"text": "The ', 1))
+    elif change == "fewer texts":
+        texts.write_text("".join(texts.read_text().splitlines(keepends=True)[::-1][:40]))
+    return manifest
+
+
+@pytest.mark.parametrize("change", ["a weight", "a type", "a text", "fewer texts"])
+def test_other_data_under_the_same_command_is_refused_and_may_be_accepted(
+    tiny: Tiny, out: Path, tmp_path: Path, change: str, capsys: Any
+) -> None:
+    manifest = changed(tiny, tmp_path / "data", change)
+    before = (out / "run" / "metrics.jsonl").read_bytes()
+    assert train(tiny, out, dataset_manifest=manifest, max_steps=5) == 3
+    message = capsys.readouterr().err.rpartition("error: ")[2]
+    assert "the data of this run has changed since its checkpoint" in message
+    assert ("code: gone" if change == "a type" else "lm: ") in message
+    assert (out / "run" / "metrics.jsonl").read_bytes() == before
+    assert train(tiny, out, dataset_manifest=manifest, max_steps=5, accept_changes="true") == 0
+    assert "as --accept_changes says: " in capsys.readouterr().err
+    assert read_metrics(out / "run")[-1]["step"] == 5
+    assert train(tiny, out, dataset_manifest=manifest, max_steps=6) == 0  # from here on it is its own data
+
+
+def test_the_same_data_elsewhere_is_the_same_run(tiny: Tiny, out: Path, tmp_path: Path) -> None:
+    """Neither its place nor its cache counts, nor when its files were written."""
+    manifest = changed(tiny, tmp_path / "data", "nothing")
+    assert train(tiny, out, dataset_manifest=manifest, data_cache=tmp_path / "cache", max_steps=5) == 0
+    assert train(tiny, tmp_path / "whole", max_steps=5) == 0
+    rows = [[without_timings(row) for row in read_metrics(one / "run")][-1] for one in (out, tmp_path / "whole")]
+    assert rows[0]["step"] == rows[1]["step"] == 5
+
+
+@pytest.mark.parametrize("option", [{"seed": 7}, {"batch_size": 4}, {"grad_accum": 2}, {"val_fraction": 0.3}])
+def test_another_order_by_option_is_refused_too(tiny: Tiny, out: Path, option: dict[str, Any], capsys: Any) -> None:
+    ((name, value),) = option.items()
+    assert train(tiny, out, max_steps=5, **option) == 2
+    assert f"--{name} is {value} and was" in capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_a_new_beginning_may_change_what_it_likes(tiny: Tiny, out: Path, tmp_path: Path, capsys: Any) -> None:
+    manifest = changed(tiny, tmp_path / "data", "a type")
+    resumed = {"resume_gcs_uri": out / "run" / "last.pt", "dataset_manifest": manifest, "seed": 7, "batch_size": 4}
+    assert train(tiny, tmp_path / "next", student=None, **resumed) == 0
+    assert "accept_changes" not in capsys.readouterr().err
+
+
+def test_a_longer_run_says_how_its_learning_rate_jumps(tiny: Tiny, out: Path, capsys: Any) -> None:
+    assert train(tiny, out, max_steps=20) == 0
+    said = capsys.readouterr().err
+    assert "the learning rate jumps at step 3" in said
+    assert "(of 20 steps now, of 3 then)" in said
+
+
+def test_the_weights_that_a_run_stays_near_must_be_those_it_began_with(
+    tiny: Tiny, begun: Path, tmp_path: Path, capsys: Any
+) -> None:
+    base = tmp_path / "base.pt"
+    shutil.copyfile(begun / "run" / "last.pt", base)
+    near = {"resume_gcs_uri": base, "keep_old_logit_l2": 0.5, "keep_old_logit_l2_fade_step": 9, "student": None}
+    assert train(tiny, tmp_path / "out", **near) == 0
+    assert train(tiny, tmp_path / "out", **{**near, "max_steps": 4}) == 0
+    shutil.copyfile(tmp_path / "out" / "run" / "last.pt", base)
+    capsys.readouterr()
+    assert train(tiny, tmp_path / "out", **{**near, "max_steps": 5}) == 2
+    assert "--resume_gcs_uri holds other weights" in capsys.readouterr().err

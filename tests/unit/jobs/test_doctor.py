@@ -1,0 +1,156 @@
+"""``liquid doctor`` finds each damage in whatever the project writes, names it, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support import stores
+from tests.support.checkpoints import metadata_of, state_of
+
+from liquid_llm.checkpoint.store import CheckpointStore
+from liquid_llm.cli.main import main
+from liquid_llm.errors import UsageError
+from liquid_llm.jobs.doctor import examine
+
+Damage = Callable[[Path], object]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Damage] = {
+    "a flipped bit": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "lost": Path.unlink,
+    "deep": lambda path: path.write_bytes(b"[" * 100_000),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    with CheckpointStore(folder, keep_last=2) as store:
+        for step in (1, 2):
+            store.save(state_of(step), metadata_of(step))
+    rows = [{"kind": "train", "step": step, "loss": 3.0 - step} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "provenance").mkdir()
+    (folder / "provenance" / "options.yaml").write_text("lr: 1\n")
+    return folder
+
+
+def test_a_whole_run_is_whole_and_its_parts_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    assert main(["doctor", str(run)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["kind"], said["whole"]) == ("run", True)
+    names = [part["name"] for part in said["parts"]]
+    assert names == ["step-00000001.pt", "step-00000002.pt", "metrics.jsonl", "provenance/options.yaml"]
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["step-00000002.pt", "step-00000002.meta.json"])
+def test_each_damage_to_a_checkpoint_is_named_and_inspect_goes_on(
+    run: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGES[damage](run / name)
+    before = contents(run)
+    assert main(["doctor", str(run)]) == 4
+    (bad,) = (part for part in json.loads(capsys.readouterr().out)["parts"] if "problem" in part)
+    assert bad["name"] == "step-00000002.pt"
+    assert bad["remedy"]
+    assert main(["doctor", str(run / "step-00000002.pt")]) == 4
+    assert main(["inspect", str(run)]) == 0
+    assert main(["inspect", str(run / "step-00000002.pt")]) in (0, 4)
+    assert "Traceback" not in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_rows_and_provenance_are_read_line_by_line(run: Path) -> None:
+    """A torn last line is what every kill leaves, and no damage."""
+    rows, options = run / "metrics.jsonl", run / "provenance" / "options.yaml"
+    rows.write_bytes(rows.read_bytes() + b'{"kind": "tr')
+    assert examine(str(run)).whole
+    for broken in (b"a: [1", b"[" * 3000, b"\0\0"):
+        rows.write_bytes(b'{"kind"\n' + rows.read_bytes())
+        options.write_bytes(broken)
+        bad = [part.name for part in examine(str(run)).parts if part.problem]
+        assert bad == ["metrics.jsonl", "provenance/options.yaml"]
+
+
+def test_weights_that_are_no_numbers_are_no_whole_checkpoint(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path, keep_last=2) as store:
+        info = store.save({"student": {"w": torch.tensor([1.0, torch.inf])}}, metadata_of(1))
+    (part,) = examine(str(info.path)).parts
+    assert part.problem == "NaN or infinity in w"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_store_says_what_of_it_is_damaged(tmp_path: Path, damage: str) -> None:
+    stores.write(tmp_path / "s", stores.SAMPLES)
+    assert examine(str(tmp_path / "s")).whole
+    before = contents(tmp_path / "s")
+    for name in before:
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        shutil.copytree(tmp_path / "s", tmp_path / "t")
+        DAMAGES[damage](tmp_path / "t" / name)
+        found = examine(str(tmp_path / "t"))
+        assert found.kind == "store"
+        # An index only spares reading the headers of the shards: without it the store is as whole.
+        assert found.whole == (damage == "lost" and name == "index.safetensors"), (name, found)
+
+
+def test_a_manifest_is_read_to_the_end_of_its_last_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "m.jsonl").write_text('{"path": "a.jsonl", "type": "lm"}\n{"path": "no-*.jsonl", "type": "code"}\n')
+    whole, missing = examine(str(tmp_path / "m.jsonl")).parts
+    assert (whole.found, whole.problem) == ("2 lm records", None)
+    assert "no file" in str(missing.problem)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 5000 + "\n")
+    assert "a.jsonl:2" in str(examine(str(tmp_path / "m.jsonl")).parts[0].problem)
+
+
+def prepared(folder: Path) -> Path:
+    (folder / "raw.jsonl").write_text("".join(json.dumps({"text": f"word {n}"}) + "\n" for n in range(5)))
+    (folder / "datasets.yaml").write_text("words: {type: lm, in: raw.jsonl, out: out}\n")
+    assert main(["prepare", f"--datasets_yaml={folder / 'datasets.yaml'}"]) == 0
+    return folder / "out"
+
+
+def test_prepared_data_is_compared_with_its_markers(tmp_path: Path) -> None:
+    out = prepared(tmp_path)
+    found = examine(str(out))
+    assert (found.kind, found.whole) == ("prepared data", True)
+    shard = next(path for path in out.glob("*.jsonl*"))
+    whole, marker = shard.read_bytes(), out / "_prepared" / "words" / "complete.json"
+    for damage in ("cut", "lost", "empty"):
+        DAMAGES[damage](shard)
+        assert not examine(str(out)).whole
+        shard.write_bytes(whole)
+    text = marker.read_text()
+    for broken in ("[" * 5000, "{}", text.replace('"shards": [', '"shards": [3, '), text[:50]):
+        marker.write_text(broken)
+        assert not examine(str(out)).whole
+        assert main(["prepare", f"--datasets_yaml={tmp_path / 'datasets.yaml'}"]) == 0  # made again, not a traceback
+        assert examine(str(out)).whole
+
+
+def test_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match="nothing to examine"):
+        examine(str(tmp_path))
