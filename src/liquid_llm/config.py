@@ -115,6 +115,7 @@ class OptimizerConfig:
     reset: bool
     reset_on_context_change: bool
     tokens_per_step: int | None
+    skip_bad_steps: int
 
     @property
     def peak(self) -> float:

@@ -298,6 +298,13 @@ class StepAccumulator:
             values.append(output.num_distilled.to(exact))
         self._pending.append((type, torch.stack(values)))
 
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last row, on any rank: each step since was left out. All ranks ask."""
+        import torch
+
+        own = sum(one["labelled"] for one in self._sums.values())
+        return not (own if self._engine is None else float(self._engine.sum(torch.tensor(own))))
+
     def row(self, *, seconds: float, **values: Any) -> Row:
         """The values of a ``train`` row over all that was added since the last one; starts anew.
 

@@ -158,6 +158,7 @@ OPTIONS = (
     Option("weight_decay", "float", OPTIMIZER, "weight_decay", 0.1, "AdamW decay of matrices", minimum=0),
     Option("betas", "floats", OPTIMIZER, "betas", (0.9, 0.95), "AdamW moments"),
     Option("grad_clip", "float", OPTIMIZER, "grad_clip", 1.0, "largest gradient norm (0: no clipping)", minimum=0),
+    Option("skip_bad_steps", "int", OPTIMIZER, "skip_bad_steps", 0, "leave out steps whose loss or gradient is not finite, at most so many in a row (0: the first one ends the run)", minimum=0),
     Option("reset_optim", "bool", OPTIMIZER, "reset", False, "start optimizer, LR schedule and step afresh when resuming", faces=(ANNEAL,)),
     Option("reset_optim_on_ctx_change", "bool", OPTIMIZER, "reset_on_context_change", False, "the same when block_size differs from the checkpoint's", faces=(ANNEAL,)),
     # evaluation

@@ -11,9 +11,12 @@ into the device's memory is computed in parts (``passes``).
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +37,32 @@ from liquid_llm.selection import PositionSelection
 from liquid_llm.sharding import make_whole
 from liquid_llm.step_sums import Tally, make_step_sums
 
+_log = logging.getLogger(__name__)
+_NAMED = 32  # sample ids in a message
+
+
+@dataclass
+class SkippedSteps:
+    """Steps that were left out because their loss or gradient was no number: weights and moments stayed as they were.
+
+    Attributes:
+        most_in_a_row: how many may follow each other; one more ends the run.
+        count: so far.
+        in_a_row: up to the last step.
+    """
+
+    most_in_a_row: int = 0
+    count: int = 0
+    in_a_row: int = 0
+
+    def leave_out(self, error: NumericalError) -> None:
+        """Count a step that ``error`` is about, and say it; raises it where it is one too many."""
+        if self.in_a_row >= self.most_in_a_row:
+            raise error
+        self.in_a_row, self.count = self.in_a_row + 1, self.count + 1
+        if error.speaks:
+            _log.warning("%s; got %s: the step is left out (%d so far)", error.where, error.got, self.count)
+
 
 @dataclass
 class Progress:
@@ -46,6 +75,7 @@ class Progress:
         best_val_loss: of the evaluations so far.
         passes: how much of a micro-batch one pass takes.
         selection: which positions are distilled; None where all with a signal are.
+        skipped: which steps were left out.
     """
 
     step: int = 0
@@ -54,6 +84,7 @@ class Progress:
     best_val_loss: float = math.inf
     passes: PassLimit = field(default_factory=PassLimit)
     selection: PositionSelection | None = None
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
 
 @dataclass(frozen=True)
@@ -69,6 +100,8 @@ class StepResult:
     """One optimizer step: the sums of this rank's micro-batches, what was applied, and what the ranks agreed on.
 
     Attributes:
+        scored: empty where the step was left out.
+        grad_norm: NaN where it was.
         stop: a rank was asked to stop before the step ended.
         save: a rank asks for a checkpoint.
     """
@@ -193,6 +226,8 @@ class Trainer:
         stopping: says that the process was asked to stop.
         saving: says that it is time for a checkpoint.
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
+        names: the sample ids of a micro-batch by its number among those of all ranks, for the message of one that is
+            no number.
     """
 
     student: Student
@@ -208,6 +243,7 @@ class Trainer:
     stopping: Callable[[], bool] = lambda: False
     saving: Callable[[], bool] = lambda: False
     consumers: Callable[[], str] = lambda: ""
+    names: Callable[[int], Sequence[str]] = lambda number: ()
 
     def __post_init__(self) -> None:
         if self.grad_accum % self.engine.world_size:
@@ -231,7 +267,7 @@ class Trainer:
         return True
 
     def step(self) -> StepResult:
-        """One optimizer step.
+        """One optimizer step; one whose loss or gradient is no number is left out where ``progress.skipped`` lets it.
 
         Raises:
             NumericalError: the loss or the gradient norm is not finite; the weights are as before the step.
@@ -249,11 +285,17 @@ class Trainer:
         told, loss = self._sums.sum(self._tally([batch for batch, _ in drawn]), losses.sum())
         # A cut that one rank had to make is made by all from here on, and is in the checkpoint of this step.
         self.progress.passes.max_tokens = told.max_tokens
-        grad_norm = self._clip(scored, losses, loss)
-        self._update()
+        try:
+            grad_norm = self._clip(scored, losses, loss)
+        except NumericalError as error:
+            self.progress.skipped.leave_out(self._with_texts(error, [batch for batch, _ in drawn], scored, losses))
+            scored, grad_norm = [], math.nan
+        else:
+            self._update()
+            self.progress.skipped.in_a_row = 0
+            self.progress.tokens_seen += told.tokens
         self.progress.step += 1
         self.progress.data_position += self.grad_accum
-        self.progress.tokens_seen += told.tokens
         return StepResult(self.progress.step, values, tuple(scored), grad_norm, told.stop, told.save)
 
     def _every_parameter(self) -> list[nn.Parameter]:
@@ -350,11 +392,34 @@ class Trainer:
             "the loss or its gradient is not finite",
             where=f"step {self.progress.step}",
             got=f"loss sums {losses} of types {types}, gradient norm {grad_norm}",
-            remedy="lower --lr, lengthen --warmup_steps or use --precision=float32; the last checkpoint is intact",
+            remedy="lower --lr, lengthen --warmup_steps or use --precision=float32, or leave such steps out with "
+            "--skip_bad_steps; the last checkpoint is intact",
         )
         bad = self.engine.gather(not all(map(math.isfinite, losses)))
         error.speaks = self.engine.rank == bad.index(max(bad))
         return error
+
+    def _with_texts(
+        self, error: NumericalError, drawn: list[MicroBatch], scored: list[ScoredBatch], losses: Tensor
+    ) -> NumericalError:
+        """The same with the sample ids of this rank's micro-batches whose loss is no number; of all if none is."""
+        # Passes come in the order of their micro-batches, whose positions they share out.
+        ends = list(accumulate(batch.num_positions for batch in drawn))
+        before = [0, *accumulate(one.batch.num_positions for one in scored)]
+        own = [bisect_right(ends, at) for at in before[:-1]]
+        bad = [index for index, loss in zip(own, losses.tolist(), strict=True) if not math.isfinite(loss)]
+        texts = []
+        for index in dict.fromkeys(bad or range(len(drawn))):
+            number = self.progress.data_position + index * self.engine.world_size + self.engine.rank
+            names = list(self.names(number))
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            if names:
+                texts.append(f"{drawn[index].type} samples {', '.join(names[:_NAMED])}{more}")
+        found = NumericalError(
+            error.problem, where=error.where, got="; ".join([str(error.got), *texts]), remedy=error.remedy
+        )
+        found.speaks = error.speaks
+        return found
 
 
 def build_optimizer(

@@ -302,7 +302,9 @@ def test_ranks_add_up(
 def test_a_row_starts_anew_and_an_empty_one_is_refused() -> None:
     accumulator = StepAccumulator(TYPES)
     add(accumulator, ("lm", 9.0, 1.0, 3, 3, 4))
+    assert not accumulator.is_empty()
     accumulator.row(seconds=1.0)
+    assert accumulator.is_empty()
     with pytest.raises(ValueError, match="labelled position"):
         accumulator.row(seconds=1.0)
     add(accumulator, ("code", 6.0, 1.0, 3, 0, 4))

@@ -1,7 +1,9 @@
 """The optimizer's groups, what a loaded optimizer keeps, and what is applied before each step."""
 
+import copy
 import gc
 import itertools
+import math
 import weakref
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ from liquid_llm.losses.objective import Objective
 from liquid_llm.models.positions import fit_positions, plan_stretch
 from liquid_llm.models.student import PRESETS
 from liquid_llm.schedules import Constant, Piecewise, Ramp, StepSchedules, WarmupCosine
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer, load_optimizer
+from liquid_llm.training import Progress, SkippedSteps, Student, Trainer, build_optimizer, load_optimizer
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
@@ -261,3 +263,69 @@ def test_a_loss_that_is_not_finite_leaves_the_weights():
             b,
         ) or (torch.isnan(a).any() and torch.isnan(b).any())
     assert run.progress.step == 0
+
+
+def bad_in(run, steps):
+    """Lets the loss of the second micro-batch of some steps be no number; its gradient is one."""
+    forward, calls = run.student.forward, []
+
+    def broken(batch, signal, objective):
+        calls.append(run.progress.step)
+        output = forward(batch, signal, objective)
+        bad = calls.count(calls[-1]) == run.grad_accum and calls[-1] in steps
+        return replace(output, loss=output.loss * float("nan")) if bad else output
+
+    run.student.forward = broken
+    return run
+
+
+def test_a_bad_step_is_left_out_counted_and_named(caplog):
+    skipped = SkippedSteps(most_in_a_row=2)
+    run = bad_in(trainer(SCHEDULES, grad_accum=2, names=lambda number: [f"s{number}"]), {1, 2, 4})
+    run.progress.skipped = skipped
+    taken = []
+    for step in range(5):
+        weights = [one.detach().clone() for one in run.student.model.parameters()]
+        moments = copy.deepcopy(run.optimizer.state_dict()["state"])
+        result = run.step()
+        same = all(map(torch.equal, weights, run.student.model.parameters()))
+        taken.append(not same)
+        assert result.step == step + 1
+        assert bool(result.scored) == (not same)
+        assert math.isnan(result.grad_norm) == same
+        if same:
+            after = run.optimizer.state_dict()["state"]
+            assert all(torch.equal(after[n][k], one) for n, state in moments.items() for k, one in state.items())
+            assert all(one.grad is None for one in run.student.model.parameters())
+    assert taken == [True, False, False, True, False]
+    assert (skipped.count, skipped.in_a_row, run.progress.data_position) == (3, 1, 10)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert "step 1; got " in said[0]
+    assert "lm samples s3: the step is left out (1 so far)" in said[0]  # its second micro-batch alone
+    assert "s2" not in said[0]
+
+
+def test_one_bad_step_too_many_in_a_row_ends_with_its_texts():
+    run = bad_in(trainer(SCHEDULES, names=lambda number: [f"s{number}-{n}" for n in range(40)]), {1, 2, 3})
+    run.progress.skipped = SkippedSteps(most_in_a_row=2)
+    for _ in range(3):
+        run.step()
+    with pytest.raises(NumericalError, match=r"step 3: .*lm samples s3-0, s3-1, .*, s3-31 and 8 more") as raised:
+        run.step()
+    assert "--skip_bad_steps" in str(raised.value)
+    assert run.progress.step == 3
+
+
+def test_where_no_loss_shows_it_all_texts_of_the_step_are_named():
+    """A gradient that overflows comes of a loss that is a number."""
+    run = trainer(SCHEDULES, grad_accum=2, names=lambda number: [f"s{number}"])
+    forward = run.student.forward
+
+    def steep(batch, signal, objective):
+        output = forward(batch, signal, objective)
+        return replace(output, loss=output.loss.detach() + (output.loss - output.loss.detach()) * 3e38)
+
+    run.student.forward = steep
+    with pytest.raises(NumericalError, match=r"gradient norm (inf|nan); lm samples s0; lm samples s1"):
+        run.step()

@@ -223,6 +223,7 @@ def _make_trainer(config: RunConfig, parts: Parts, feed: BatchFeed, fit: Fit, ho
         engine=parts.engine,
         hooks=hooks,
         consumers=fit.largest,
+        names=parts.stream.names,
     )
 
 

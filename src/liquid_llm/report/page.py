@@ -158,6 +158,9 @@ def _tiles(run: RunData) -> list[tuple[Html, Html, Html, Html]]:
         tiles.append(("Tokens a second", format_count(trained / seconds), "", "real ones, mean"))
     if coverage := train.get("kd_coverage"):
         tiles.append(("Signal coverage", f"{100 * coverage.finite.values.mean():.1f}", "%", "of positions"))
+    if skipped := train.get("skipped_steps"):
+        count = format_count(float(skipped.finite.values[-1]))
+        tiles.append(("Steps left out", count, "", "loss or gradient not finite"))
     tiles += _memory("Peak device memory", train.get("device_peak_memory_bytes"))
     return tiles + _memory("Peak host memory", train.get("peak_memory_bytes") or train.get("rss_bytes"))
 

@@ -39,7 +39,7 @@ from liquid_llm.selection import PositionSelection
 from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
-from liquid_llm.training import Progress, Student, build_optimizer, load_optimizer
+from liquid_llm.training import Progress, SkippedSteps, Student, build_optimizer, load_optimizer
 from liquid_llm.wiring.course import hash_weights, order_of, require_same_order, say_jumps
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
@@ -199,7 +199,9 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         group_size=group_size,
         order=order,
         speech=make_speech(config.evaluation, basis.prompts, text, inputs.validation, engine, config.seed),
-        progress=Progress(selection=_selection(config, inputs, text)),
+        progress=Progress(
+            selection=_selection(config, inputs, text), skipped=SkippedSteps(config.optimizer.skip_bad_steps)
+        ),
         accumulator=StepAccumulator(inputs.types, engine),
     )
     _restore(parts, start)
@@ -341,6 +343,8 @@ def _restore(parts: Parts, start: Start) -> None:
     progress.step = metadata.step
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position
+    if start.kind == "continue":
+        progress.skipped.count, progress.skipped.in_a_row = metadata.run.get("skipped_steps", (0, 0))
     progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
     parts.evaluator.passes.max_tokens = metadata.run.get("eval_max_pass_tokens")
     if progress.selection is not None and "selection" in state:

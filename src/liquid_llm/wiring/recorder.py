@@ -134,12 +134,15 @@ class Recorder:
             self._write_row(result, stage)
 
     def _write_row(self, result: StepResult, stage: Stage) -> None:
-        now, waited = self.clock(), self.waited()
+        now, waited, skipped = self.clock(), self.waited(), self.parts.progress.skipped.count
+        if skipped and self.parts.accumulator.is_empty():
+            return
         row = self.parts.accumulator.row(
             seconds=now - self._row_started,
             **result.values.as_row(),
             grad_norm=result.grad_norm,
             tokens_seen=self.parts.progress.tokens_seen,
+            **({"skipped_steps": skipped} if skipped else {}),
             signal_wait_seconds=waited - self._row_waited,
             peak_memory_bytes=process_peak_memory_bytes(),
             **self._device_memory(),
@@ -228,6 +231,9 @@ class Recorder:
 
     def finish(self) -> None:
         """Last evaluation, final checkpoint; it is whole when this returns."""
+        skipped = self.parts.progress.skipped.count
+        if skipped:
+            log.warning("%d of %d steps were left out: --skip_bad_steps", skipped, self.parts.progress.step)
         self.evaluate()
         if self._saved_at != self.parts.progress.step:
             self._save(names=("final",), snapshot=True)
@@ -441,6 +447,7 @@ class Recorder:
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
             "course": course_of(config),
             "order": self.parts.order,
+            "skipped_steps": [progress.skipped.count, progress.skipped.in_a_row],
             "teachers": self.parts.teachers.names,
             "chat_template": self.parts.text.tokenizer.chat_template,  # there only if it was trained with
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
