@@ -126,7 +126,8 @@ def read_complete(dataset: Dataset) -> dict[str, Any] | None:
     try:
         whole = all(sizes.get(one["name"]) == one["bytes"] for one in marker["shards"])
     except (KeyError, TypeError):
-        return _damaged(_state_uri(dataset, COMPLETE))
+        _say_damaged(_state_uri(dataset, COMPLETE))
+        return None
     return marker if whole else None
 
 
@@ -213,7 +214,8 @@ class _Preparation:
             counts = Counts(**{name: plain["counts"][name] for name in vars(Counts())})
             result = InputResult(plain["fingerprint"], counts, plain["rejects"], shards)
         except (KeyError, TypeError):
-            return _damaged(_state_uri(self.dataset, name))
+            _say_damaged(_state_uri(self.dataset, name))
+            return None
         return None if any(self.sizes.get(shard.name) != shard.bytes for shard in shards) else result
 
     def _take_over(self, earlier: InputResult, *, ids_needed: bool) -> None:
@@ -342,11 +344,14 @@ def _read_json(dataset: Dataset, name: str) -> dict[str, Any] | None:
     try:
         value = parse_json(storage.read_bytes(uri))
     except ValueError:
-        return _damaged(uri)
-    return value if isinstance(value, dict) else _damaged(uri)
+        value = None
+    if not isinstance(value, dict):
+        _say_damaged(uri)
+        return None
+    return value
 
 
-def _damaged(uri: str) -> None:
+def _say_damaged(uri: str) -> None:
     _log.warning("%s: not a marker; prepared anew", uri)
 
 
