@@ -338,7 +338,8 @@ class Recorder:
         at its loss and gradient alone, and what it made of them would become the newest checkpoint, or the only one.
         """
         found = find_not_finite(tensors)
-        if not self.parts.engine.agree(found is not None):
+        finders = self.parts.engine.gather(found is not None)
+        if not any(finders):
             return
         error = NumericalError(
             "the last step has left weights or moments that are not finite; they are not saved",
@@ -346,7 +347,6 @@ class Recorder:
             got=f"NaN or infinity in {found}" if found is not None else "those of another process",
             remedy="lower --lr, lengthen --warmup_steps or use --precision=float32; what was saved before is intact",
         )
-        finders = self.parts.engine.gather(found is not None)
         error.speaks = self.parts.engine.rank == finders.index(max(finders))
         raise error
 
