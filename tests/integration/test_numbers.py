@@ -59,7 +59,7 @@ def test_a_checkpoint_that_is_no_use_already_is_refused_by_name(tiny: Tiny, tmp_
 
 @pytest.fixture(scope="module")
 def poisoned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A teacher that has no number for one token, and texts of which a few hold it."""
+    """A teacher that has no number for one token, and texts of which a third hold it."""
     folder = tmp_path_factory.mktemp("poisoned")
     tokenizer = AutoTokenizer.from_pretrained(tiny.teacher)
     model = AutoModelForCausalLM.from_pretrained(tiny.teacher)
@@ -71,7 +71,7 @@ def poisoned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     model.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     rows = [json.loads(line) for line in (tiny.root / "lm.jsonl").read_text().splitlines()]
-    for number in (3, 17, 40):
+    for number in range(0, 60, 3):
         rows[number] |= {"text": "@ " + rows[number]["text"], "sample_id": f"poison-{number}"}
     (folder / "lm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "manifest.jsonl").write_text(json.dumps({"path": "lm.jsonl", "type": "lm"}) + "\n")

@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_is_reported_and_an_older_one_taken(
     elif damage == "sidecar-garbage":
         sidecar.write_text('{"step": 2')
     elif damage == "version":
-        sidecar.write_text(sidecar.read_text().replace('"format_version": 1', '"format_version": 2'))
+        sidecar.write_text(sidecar.read_text().replace('"format_version": 1', '"format_version": 9'))
     else:
         info.path.unlink()
     latest = store.latest()
