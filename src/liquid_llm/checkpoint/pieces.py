@@ -27,12 +27,12 @@ from liquid_llm.sharding import join_tensors, read_tensors
 
 KEY = "pieces"
 PIECES_PATTERN = "pieces-*"
-_NAME = re.compile(r"^pieces-\d{8,}-\d{14}$")
+_NAME = re.compile(r"^pieces-\d{8,}-\d{14,20}$")
 
 
 def folder_name(metadata: CheckpointMetadata) -> str:
-    """The folder that a checkpoint's tensors lie in, beside it."""
-    return f"pieces-{metadata.step:08d}-{re.sub(r'[^0-9]', '', metadata.created)[:14]}"
+    """The folder that a checkpoint's tensors lie in, beside it: two saves of one step, a blink apart, have two."""
+    return f"pieces-{metadata.step:08d}-{re.sub(r'[^0-9]', '', metadata.created.partition('+')[0])}"
 
 
 def require_folder(folder: Path) -> None:

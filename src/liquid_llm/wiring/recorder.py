@@ -271,7 +271,8 @@ class Recorder:
             state["selection"] = self.parts.progress.selection.state_dict()
         self._saved_at = metadata.step
         if self._in_pieces:
-            metadata = replace(metadata, format_version=IN_PIECES)
+            created = datetime.now(timezone.utc).isoformat(timespec="microseconds")  # no two have one folder
+            metadata = replace(metadata, format_version=IN_PIECES, created=created)
             state = self._write_pieces(state, metadata)
         if self.files is None or self._saver is None:
             return
