@@ -103,6 +103,13 @@ def gather_whole(state: Any, *, keep: bool) -> Any:
     return _map_tensors(state, gather)
 
 
+def own_parts(state: Any) -> Any:
+    """The same with what this rank has of each tensor, without an exchange."""
+    from torch.distributed.tensor import DTensor
+
+    return _map_tensors(state, lambda tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+
 def outline(state: Any) -> Any:
     """The same with tensors of the whole sizes that hold nothing, without an exchange."""
     return _map_tensors(state, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))

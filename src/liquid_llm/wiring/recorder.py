@@ -26,7 +26,7 @@ from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
-from liquid_llm.sharding import gather_whole, outline, split_tensors, write_tensors
+from liquid_llm.sharding import gather_whole, outline, own_parts, split_tensors, write_tensors
 from liquid_llm.storage import translate_errors
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
@@ -259,7 +259,7 @@ class Recorder:
     def _save(self, *, names: tuple[str, ...], snapshot: bool) -> None:
         began = self.clock()
         tensors = self._tensors()
-        self._require_finite(tensors)
+        self._require_finite(own_parts(tensors) if self._in_pieces else tensors)
         metadata = self.metadata()
         state = {
             **tensors,
