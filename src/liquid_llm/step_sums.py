@@ -4,9 +4,9 @@ tally     what a rank tells the others of a step: counts, its limit of passes, w
 bucket    gradients that are summed in one exchange
 begun     of a bucket: its sum is under way; what was given is given, and the gradients come back with the sum
 
-Losses are sums. One process divides them by the labelled positions of its step, as it knows how many these are. A rank
-does not: ranks add up gradients of undivided losses, learn beside them how many positions the step had, and divide the
-sum once.
+Losses are sums, which are divided by the labelled positions of all ranks before backward, as one process does it: were
+the summed gradients divided instead, products in bfloat16 would round in another way. So a rank draws its micro-batches
+a step ahead, and how many positions they have travels with what the step before has to tell.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _BUCKET_BYTES = 25 * 2**20  # as torch's own wrapper has it: small beside a step
 
 @dataclass(frozen=True)
 class Tally:
-    """What a rank, or all of them together, have to tell of a step.
+    """What a rank, or all of them together, have to tell after a step.
 
     Attributes:
-        positions: labelled positions.
-        tokens: real tokens.
+        positions: labelled positions of the next step.
+        tokens: its real tokens.
         max_tokens: the limit of passes, as ``PassLimit`` has it; of all ranks the smallest.
         stop: whether a rank was asked to stop.
         save: whether a rank asks for a checkpoint.
@@ -46,10 +46,6 @@ class Tally:
 class StepSums:
     """Of one process, which has nobody to exchange with; ``RankSums`` and ``DealtOutSums`` of several."""
 
-    def divisor(self, num_positions: int) -> int:
-        """What a rank with so many labelled positions divides its summed losses by before backward."""
-        return num_positions
-
     def last_pass(self) -> contextlib.AbstractContextManager[object]:
         """Around the last pass of a step, forward and backward; entered anew where the passes are computed anew."""
         return contextlib.nullcontext()
@@ -57,12 +53,10 @@ class StepSums:
     def sum(self, own: Tally, loss: Tensor) -> tuple[Tally, Tensor]:
         """After the last pass: the tally and the summed loss of all ranks.
 
-        From here on each parameter's gradient is that of the loss of all ranks' positions, divided by their number. It
-        is None where no rank has one.
+        From here on each parameter's gradient is the sum over ranks, None where no rank has one.
 
         Args:
-            loss: a scalar on the device of the gradients. What comes back is summed, perhaps divided: it is finite if
-                every rank's is, and the host has not waited for it.
+            loss: a scalar on the device of the gradients; the host does not wait for its sum.
         """
         return own, loss
 
@@ -101,9 +95,6 @@ class RankSums(StepSums):
         self._buckets = list(split_into_buckets(list(parameters)[::-1]))  # backward finds the last used first
         self._begun: list[_Begun] = []
 
-    def divisor(self, num_positions: int) -> int:
-        return 1
-
     @contextlib.contextmanager
     def last_pass(self) -> Iterator[None]:
         found: set[int] = set()
@@ -132,7 +123,6 @@ class RankSums(StepSums):
         told, ranks_with_gradient = _exchange(self._engine, own, has_gradient)
         for bucket, begun in zip(self._buckets, self._begun, strict=True):
             begun.wait()
-            begun.flat.div_(told.positions)
             parts = torch.split(begun.flat, [one.numel() for one in [*bucket, begun.beside]])
             for parameter, part in zip(bucket, parts[:-1], strict=True):
                 parameter.grad = _laid_out_as(parameter, part) if next(ranks_with_gradient) else None
@@ -153,27 +143,16 @@ class RankSums(StepSums):
 
 
 class DealtOutSums(StepSums):
-    """Of several processes, each of which has a part of the weights only: backward itself has summed the gradients.
+    """Of several processes, each of which has a part of the weights only: backward itself has summed the gradients."""
 
-    Args:
-        parameters: those that are trained, of each this rank's part.
-    """
-
-    def __init__(self, engine: Engine, parameters: Iterable[Parameter]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._parameters = list(parameters)
-
-    def divisor(self, num_positions: int) -> int:
-        return 1
 
     def sum(self, own: Tally, loss: Tensor) -> tuple[Tally, Tensor]:
         total = loss.clone()
         wait = self._engine.begin_sum(total)
         told, _ = _exchange(self._engine, own, [])
         wait()
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(told.positions)
         return told, total
 
 
@@ -197,7 +176,7 @@ def make_step_sums(engine: Engine, parameters: Iterable[Parameter], *, dealt_out
     """
     if engine.world_size == 1:
         return StepSums()
-    return DealtOutSums(engine, parameters) if dealt_out else RankSums(engine, parameters)
+    return DealtOutSums(engine) if dealt_out else RankSums(engine, parameters)
 
 
 def _laid_out_as(parameter: Parameter, flat: Tensor) -> Tensor:

@@ -209,6 +209,20 @@ class Student(nn.Module):
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """This rank's micro-batches of a step; labelled positions and real tokens of all ranks' together."""
+
+    batches: list[tuple[MicroBatch, SignalOf | None]]
+    positions: int
+    tokens: int
+
+
+def _count(drawn: list[tuple[MicroBatch, SignalOf | None]]) -> tuple[int, int]:
+    """Labelled positions and real tokens."""
+    return sum(batch.num_positions for batch, _ in drawn), sum(batch.num_tokens for batch, _ in drawn)
+
+
 @dataclass
 class Trainer:
     """Takes optimizer steps from ``progress.step`` to ``total_steps``.
@@ -250,9 +264,8 @@ class Trainer:
             ranks = self.engine.world_size
             raise ValueError(f"{self.grad_accum} micro-batches cannot be dealt out among {ranks} ranks")
         trained = [one for one in self.student.parameters() if one.requires_grad]  # in the order of the model
-        if self.student.is_dealt_out:  # while it is gathered, as for an evaluation, its own are not what is trained
-            trained = self._every_parameter()
         self._sums = make_step_sums(self.engine, trained, dealt_out=self.student.is_dealt_out)
+        self._ahead: _Drawn | None = None
 
     def train(self) -> bool:
         """Run to the end; False when it stopped early because the process was asked to."""
@@ -279,51 +292,57 @@ class Trainer:
         self._release_reference(values)
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
-        drawn = [next(self.batches) for _ in range(self.grad_accum // self.engine.world_size)]
+        drawn = self._ahead or self._draw_first()
         scored = self._add_gradients(drawn, values)
         losses = torch.stack([one.output.loss.detach() for one in scored])
-        told, loss = self._sums.sum(self._tally([batch for batch, _ in drawn]), losses.sum())
-        # A cut that one rank had to make is made by all from here on, and is in the checkpoint of this step.
-        self.progress.passes.max_tokens = told.max_tokens
+        loss, stop, save = self._sum_over_ranks(losses.sum())
         try:
             grad_norm = self._clip(scored, losses, loss)
         except NumericalError as error:
-            self.progress.skipped.leave_out(self._with_texts(error, [batch for batch, _ in drawn], scored, losses))
+            batches = [batch for batch, _ in drawn.batches]
+            self.progress.skipped.leave_out(self._with_texts(error, batches, scored, losses))
             scored, grad_norm = [], math.nan
         else:
             self._update()
             self.progress.skipped.in_a_row = 0
-            self.progress.tokens_seen += told.tokens
+            self.progress.tokens_seen += drawn.tokens
         self.progress.step += 1
         self.progress.data_position += self.grad_accum
-        return StepResult(self.progress.step, values, tuple(scored), grad_norm, told.stop, told.save)
+        return StepResult(self.progress.step, values, tuple(scored), grad_norm, stop, save)
 
-    def _every_parameter(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    def _draw(self) -> list[tuple[MicroBatch, SignalOf | None]]:
+        """This rank's micro-batches of a step."""
+        return [next(self.batches) for _ in range(self.grad_accum // self.engine.world_size)]
 
-    def _tally(self, batches: list[MicroBatch]) -> Tally:
-        """What this rank tells the others when it has computed its micro-batches."""
-        return Tally(
-            sum(batch.num_positions for batch in batches),
-            sum(batch.num_tokens for batch in batches),
-            self.progress.passes.max_tokens,
-            self.stopping(),
-            self.saving(),
-        )
+    def _draw_first(self) -> _Drawn:
+        """Those of a step that no rank has drawn ahead; one process never does."""
+        own = self._draw()
+        positions, tokens = self.engine.sum(torch.tensor(_count(own))).tolist()
+        return _Drawn(own, positions, tokens)
 
-    def _add_gradients(self, drawn: list[tuple[MicroBatch, SignalOf | None]], values: StepValues) -> list[ScoredBatch]:
+    def _sum_over_ranks(self, loss: Tensor) -> tuple[Tensor, bool, bool]:
+        """Sum the gradients; the summed loss, whether to stop, and to save. The next step is drawn and counted."""
+        has_next = self.engine.world_size > 1 and self.progress.step + 1 < self.total_steps
+        ahead = self._draw() if has_next else []
+        own = Tally(*_count(ahead), self.progress.passes.max_tokens, self.stopping(), self.saving())
+        told, loss = self._sums.sum(own, loss)
+        self._ahead = _Drawn(ahead, told.positions, told.tokens) if has_next else None
+        # A cut that one rank had to make is made by all from here on, and is in the checkpoint of this step.
+        self.progress.passes.max_tokens = told.max_tokens
+        return loss, told.stop, told.save
+
+    def _add_gradients(self, drawn: _Drawn, values: StepValues) -> list[ScoredBatch]:
         """Losses of this rank's micro-batches, their gradients added up."""
-        divisor = self._sums.divisor(sum(batch.num_positions for batch, _ in drawn))
 
         def compute(part: MicroBatch, positions: slice, signal_of: SignalOf | None) -> ScoredBatch:
             on_device = part.to(self.student.device)
             signal = None if signal_of is None else signal_of(on_device, positions)
             output: LossOutput = self.student(on_device, signal, values.objective(part.type))
-            (output.loss / divisor).backward()  # type: ignore[no-untyped-call]
+            (output.loss / drawn.positions).backward()  # type: ignore[no-untyped-call]
             return ScoredBatch(part, output)
 
         return self.progress.passes.run(
-            drawn,
+            drawn.batches,
             compute,
             lambda: self.optimizer.zero_grad(set_to_none=True),
             device=self.student.device,
@@ -369,7 +388,8 @@ class Trainer:
         Raises:
             NumericalError: it, or the norm, is not finite: no rank updates its weights when one cannot.
         """
-        parameters = [parameter for parameter in self._every_parameter() if parameter.grad is not None]
+        every = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for parameter in every if parameter.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         if self.student.is_dealt_out:
