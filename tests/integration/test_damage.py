@@ -94,7 +94,7 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(
     tiny: Tiny, begun: Path, tmp_path: Path, capsys: Any
 ) -> None:
     run = shutil.copytree(begun, tmp_path / "out") / "run"
-    for name in ("step-00000006", "last", "final"):
+    for name in ("step-00000006", "last", "best", "final"):
         damage(run / f"{name}.pt", bytes(1000))
     shutil.rmtree(run / "student")
     assert train(tiny, tmp_path / "out") == 0
