@@ -23,13 +23,15 @@ from liquid_llm.checkpoint.discovery import (
     data_path,
     is_checkpoint,
     is_known,
+    read_sidecar,
     sidecar_path,
     sidecar_text,
 )
 from liquid_llm.checkpoint.files import read_archive
-from liquid_llm.checkpoint.metadata import CheckpointMetadata
+from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import KEY, find_damage, folder_name
 from liquid_llm.errors import CheckpointError
+from liquid_llm.parsing import ParseError, parse_json
 
 
 def read_whole(data: Path) -> CheckpointMetadata | None:
@@ -50,6 +52,19 @@ def read_whole(data: Path) -> CheckpointMetadata | None:
     except (zipfile.BadZipFile, EOFError, CheckpointError):
         return None
     return replace(metadata, sha256=storage.sha256(data))
+
+
+def lacks_sidecar(folder: Path, name: str) -> bool:
+    """Whether a checkpoint has no sidecar, or one that is garbage. One of a newer release is what that wrote."""
+    try:
+        values = parse_json(sidecar_path(folder, name).read_bytes())
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if isinstance(version, int) and version > IN_PIECES:
+            return False
+        read_sidecar(folder, name)
+    except (OSError, ParseError, CheckpointError):
+        return True
+    return False
 
 
 def mend_sidecar(folder: Path, name: str, log: Log) -> None:

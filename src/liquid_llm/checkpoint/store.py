@@ -38,7 +38,6 @@ from liquid_llm.checkpoint.discovery import (
     latest_checkpoint,
     newest_first,
     read_checkpoint,
-    read_sidecar,
     remote_sidecars,
     remove_checkpoint,
     sidecar_path,
@@ -48,7 +47,7 @@ from liquid_llm.checkpoint.discovery import (
     time_name,
 )
 from liquid_llm.checkpoint.files import write_archive
-from liquid_llm.checkpoint.mending import mend_sidecar, read_whole, remains
+from liquid_llm.checkpoint.mending import lacks_sidecar, mend_sidecar, read_whole, remains
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.pieces import PIECES_PATTERN, drop_unused, fetch_pieces, folder_name
 from liquid_llm.errors import StorageError
@@ -253,20 +252,13 @@ class CheckpointStore:
         for data in self.run_dir.glob("*" + DATA_SUFFIX):
             name = data.name.removesuffix(DATA_SUFFIX)
             original = name.removesuffix(REPLACED)
-            if not is_snapshot(original) or self._has_sidecar(name):
+            if not is_snapshot(original) or not lacks_sidecar(self.run_dir, name):
                 continue
             if name == original:
                 mend_sidecar(self.run_dir, name, self._say)
             elif self._is_complete(original):
                 data.unlink()  # the rest of what a snapshot of its name has replaced
         self._drop_pieces()
-
-    def _has_sidecar(self, name: str) -> bool:
-        try:
-            read_sidecar(self.run_dir, name)
-        except StorageError:  # none, or one that cannot be read
-            return False
-        return True
 
     def _is_complete(self, name: str) -> bool:
         metadata = sidecars(self.run_dir, self._say).get(name)

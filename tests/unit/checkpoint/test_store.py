@@ -281,6 +281,16 @@ def test_a_sidecar_is_made_again_beside_data_that_is_whole(
     assert "is made again" in said[0]
 
 
+def test_a_sidecar_of_a_newer_release_is_never_written_over(store: CheckpointStore) -> None:
+    sidecar = store.run_dir / f"{save(store, 2).name}.meta.json"
+    sidecar.write_text(sidecar.read_text().replace('"format_version": 1', '"format_version": 9'))
+    newer = sidecar.read_text()
+    store.close()
+    with CheckpointStore(store.run_dir, keep_last=2, log=lambda _: None) as again:
+        assert again.latest() is None
+    assert sidecar.read_text() == newer
+
+
 @pytest.mark.parametrize("at", [0, 0.3, 0.6, 0.99])
 def test_no_sidecar_is_made_for_data_with_a_flipped_bit(store: CheckpointStore, at: float) -> None:
     info = save(store, 2)
