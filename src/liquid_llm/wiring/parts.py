@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -180,8 +180,8 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     if config.data.document_mask and not any(part.dataset.layout == BLOCKS for part in inputs.mixture):
         log.warning("--document_mask changes nothing here: no texts are joined into blocks")
     schedules = build_schedules(config)
-    reference, hashed = _reference(config, start, built.model, schedules, engine)
-    order = _compare(config, start, inputs, schedules, hashed)
+    first = _first_weights(config, start, schedules, engine)
+    order = _compare(config, start, inputs, schedules, None if first is None else hash_weights(first))
     teachers = make_teachers(config, inputs, text, basis.device, basis.token)
     for remark in schedule_remarks(config, start.step):
         log.warning("%s", remark)
@@ -191,7 +191,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         engine=engine,
         inputs=inputs,
         teachers=teachers,
-        student=Student(built.model, basis.dtype, reference),
+        student=Student(built.model, basis.dtype, _reference(config, start, built.model, first)),
         optimizer=optimizer,
         schedules=schedules,
         evaluator=_make_evaluator(config, inputs, text, teachers, engine),
@@ -311,21 +311,28 @@ def _compare(
     return order
 
 
-def _reference(
-    config: RunConfig, start: Start, model: nn.Module, schedules: StepSchedules, engine: Engine
-) -> tuple[nn.Module | None, str | None]:
-    """The frozen student of the keep-old-logits term, and a hash of the weights it is made of.
-
-    It has the weights the run began with, even when it is continued.
-    """
+def _first_weights(
+    config: RunConfig, start: Start, schedules: StepSchedules, engine: Engine
+) -> Mapping[str, torch.Tensor] | None:
+    """What the run began with, even when it is continued, while the keep-old-logits term asks for it; else None."""
     if schedules.gamma.value(start.step) == 0:
-        return None, None
-    reference, weights = copy.deepcopy(model), start.origin.state_dict
+        return None
+    if start.kind != "continue":
+        return start.origin.state_dict
+    assert config.student.resume_uri is not None
+    return engine.share(partial(_read_weights, config.student.resume_uri))
+
+
+def _reference(
+    config: RunConfig, start: Start, model: nn.Module, first: Mapping[str, torch.Tensor] | None
+) -> nn.Module | None:
+    """The frozen student of the keep-old-logits term: it has the weights the run began with."""
+    if first is None:
+        return None
+    reference = copy.deepcopy(model)
     if start.kind == "continue":
-        assert config.student.resume_uri is not None
-        weights = engine.share(partial(_read_weights, config.student.resume_uri))
-        load_weights(reference, weights, config.student.resume_uri)
-    return reference.requires_grad_(False).eval(), hash_weights(weights)
+        load_weights(reference, first, str(config.student.resume_uri))
+    return reference.requires_grad_(False).eval()
 
 
 def _read_weights(uri: str) -> dict[str, torch.Tensor]:

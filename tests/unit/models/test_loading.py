@@ -215,7 +215,7 @@ OWN_CODE = {"model_type": "x", "auto_map": {"AutoConfig": "evil.C", "AutoModelFo
         (truncate, "cannot be opened"),
         (without_weights, "cannot be opened"),
         (without_one_weight, r"1 of the model's weights are missing.*q_proj"),
-        (with_one_narrow_weight, "cannot be opened"),
+        (with_one_narrow_weight, "another shape"),
         (with_setting(model_type="no-such-type"), "no-such-type"),
         (with_setting(model_type="vit"), "cannot be opened"),
         (with_setting(hidden_size="wide"), "hidden_size"),
