@@ -170,6 +170,7 @@ class ProcessEngine(Engine):
         if ranks.rank >= self.world_size:
             self.rank, self.world_size, group = 0, 1, f"teacher {ranks.rank}"
         self._named = f"rank {ranks.rank} of {ranks.world_size}"
+        self._keeps_store = ranks.rank == 0
         self._is_first_of_host = ranks.local_rank == 0
         backend = "gloo"
         if device.type == "cuda":
@@ -262,6 +263,8 @@ class ProcessEngine(Engine):
             return
         if error.speaks is None:
             error.speaks = self._leave(error.exit_code)
+            if error.speaks and self._keeps_store:
+                time.sleep(LAST_WORDS_SECONDS / 2)  # the others look there for why they have to end
         if not error.speaks:
             # A launcher ends all ranks as soon as one has ended: the one that speaks comes first.
             if threading.current_thread() is threading.main_thread():
