@@ -158,8 +158,6 @@ def make_teachers(
     )
     specs = _asked_specs(config, inputs.types)
     keys = {type: (spec, _stored_id(config, type)) for type, spec in specs.items()}
-    if config.teacher.ranks and not any(spec.startswith(ONLINE) for spec in specs.values()):
-        raise _nothing_to_hold(config)
     made = {key: _make_or_reach(config, *key, setup, link) for key in dict.fromkeys(keys.values())}
     router = TeacherRouter({type: made[key] for type, key in keys.items()})
     if config.data.document_mask:
@@ -209,6 +207,8 @@ def _asked_specs(config: RunConfig, types: Sequence[str]) -> dict[str, str]:
             "%s: the teacher is not asked, as its weight is 0 at every step (in evaluation it is with --eval_teacher)"
         )
         log.info(said, ", ".join(type for type in named if type not in asked))
+    if config.teacher.ranks and not any(spec.startswith(ONLINE) for spec in asked.values()):
+        raise _nothing_to_hold(config)
     return asked
 
 
