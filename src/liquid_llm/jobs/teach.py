@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,12 +12,12 @@ from liquid_llm.config import RunConfig
 from liquid_llm.distributed_link import TeacherLink
 from liquid_llm.models.heads import check_documents
 from liquid_llm.runtime import StopSignal, keep_freed_memory
-from liquid_llm.teachers.online import OnlineTeacher, hold_online
+from liquid_llm.teachers.online import OnlineTeacher, open_online
 from liquid_llm.teachers.remote import serve
-from liquid_llm.wiring.teachers import choose_attention_of
+from liquid_llm.teachers.teacher import TeacherSetup
+from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.teachers import ONLINE, choose_attention_of
 from liquid_llm.wiring.tokens import read_token
-
-log = logging.getLogger(__name__)
 
 
 def run_teacher(config: RunConfig, link: TeacherLink, device: torch.device) -> None:
@@ -32,15 +31,18 @@ def run_teacher(config: RunConfig, link: TeacherLink, device: torch.device) -> N
     token = read_token(config.teacher)
 
     def open_teacher(spec: str, wanted: Mapping[str, Any]) -> OnlineTeacher:
-        teacher = hold_online(
-            spec.partition(":")[2],
-            config.teacher.precision,
-            device,
-            partial(choose_attention_of, config.teacher),
-            token,
+        setup = TeacherSetup(
+            tokenizer=None,
+            tokenizer_hash="",
             vocab_size=wanted["vocab_size"],
             context=wanted["context"],
+            device=device,
+            cache=cache_dir(),
+            precision=config.teacher.precision,
+            attention=partial(choose_attention_of, config.teacher),
+            token=token,
         )
+        teacher = open_online(spec.removeprefix(ONLINE), setup)
         if wanted["documents"]:
             check_documents(teacher.model)
         return teacher
