@@ -43,6 +43,7 @@ class StudentConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     precision: str
+    ranks: int
     token_file: str | None
     token_uri: str | None
     token_secret: str | None

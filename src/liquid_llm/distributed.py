@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from liquid_llm.device import device_error, is_out_of_memory
 from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, RankError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from liquid_llm.distributed_link import TeacherLink, TrainingLink
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -53,10 +56,14 @@ class Engine:
 
     Each method is called by all ranks, in the same order. A context manager: what a rank ends with is known to the
     others.
+
+    Attributes:
+        link: to the ranks that hold a teacher, or of such a one (a world of its own) to those that train.
     """
 
     rank: int = 0
     world_size: int = 1
+    link: TrainingLink | TeacherLink | None = None
 
     @property
     def is_main(self) -> bool:
@@ -144,13 +151,14 @@ class ProcessEngine(Engine):
     Args:
         ranks: who this process is.
         device: what it computes on.
+        teacher_ranks: how many of them, the last ones, are no part of the world: each is one of its own.
 
     Raises:
         RankError: the others are not there in time.
         UsageError: a device on which several processes cannot exchange anything.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, teacher_ranks: int = 0) -> None:
         if device.type not in ("cpu", "cuda"):
             raise UsageError(
                 "several processes cannot train together on this device",
@@ -158,7 +166,11 @@ class ProcessEngine(Engine):
                 got=device,
                 expected="cuda or cpu",
             )
-        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.rank, self.world_size, group = ranks.rank, ranks.world_size - teacher_ranks, "ranks"
+        if ranks.rank >= self.world_size:
+            self.rank, self.world_size, group = 0, 1, f"teacher {ranks.rank}"
+        self._named = f"rank {ranks.rank} of {ranks.world_size}"
+        self._keeps_store = ranks.rank == 0
         self._is_first_of_host = ranks.local_rank == 0
         backend = "gloo"
         if device.type == "cuda":
@@ -169,7 +181,7 @@ class ProcessEngine(Engine):
             self._store = PrefixStore("liquid", store)
             dist.init_process_group(
                 backend,
-                store=PrefixStore("ranks", store),
+                store=PrefixStore(group, store),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=STEP_TIME,
@@ -179,7 +191,7 @@ class ProcessEngine(Engine):
         except (RuntimeError, ValueError) as error:
             raise RankError(
                 "the processes of this run do not find each other",
-                where=f"rank {self.rank} of {self.world_size}, rendezvous at {ranks.meeting_place}",
+                where=f"{self._named}, rendezvous at {ranks.meeting_place}",
                 got=first_line(error),
                 remedy="start all of them, with one --rdzv-endpoint (or MASTER_ADDR and MASTER_PORT) that each can "
                 "reach; on a host with several networks name one in GLOO_SOCKET_IFNAME",
@@ -240,6 +252,8 @@ class ProcessEngine(Engine):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self.link is not None:
+            self.link.close(0 if error is None else _exit_code(error))
         if error is None:
             dist.destroy_process_group()
             return
@@ -249,6 +263,8 @@ class ProcessEngine(Engine):
             return
         if error.speaks is None:
             error.speaks = self._leave(error.exit_code)
+            if error.speaks and self._keeps_store:
+                time.sleep(LAST_WORDS_SECONDS / 2)  # the others look there for why they have to end
         if not error.speaks:
             # A launcher ends all ranks as soon as one has ended: the one that speaks comes first.
             if threading.current_thread() is threading.main_thread():
@@ -315,7 +331,7 @@ class ProcessEngine(Engine):
             pass
         return RankError(
             "another process of this run has ended, or cannot be reached any more",
-            where=f"rank {self.rank} of {self.world_size}",
+            where=self._named,
             got=first_line(error),
             remedy="look at what that process said; run the same command again to go on from the last checkpoint",
         )
@@ -394,8 +410,11 @@ def read_rank() -> tuple[int, int]:
     return ranks.rank, ranks.world_size
 
 
-def join_engine(device: torch.device) -> Engine:
+def join_engine(device: torch.device, teacher_ranks: int = 0) -> Engine:
     """The engine of the processes that a launcher has started, once all of them are there.
+
+    Args:
+        teacher_ranks: how many of the last ones are to be no part of it, see ``distributed_link.join_ranks``.
 
     Raises:
         UsageError: there are several, and nothing says where they find each other.
@@ -413,7 +432,7 @@ def join_engine(device: torch.device) -> Engine:
             remedy="use torchrun, which sets them (torchrun --nproc-per-node 2 -m liquid_llm train ...), or unset "
             "WORLD_SIZE for one process",
         )
-    return ProcessEngine(ranks, device)
+    return ProcessEngine(ranks, device, teacher_ranks)
 
 
 def _say_if_meant_for_several(given: Mapping[str, str]) -> None:

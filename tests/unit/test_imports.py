@@ -87,7 +87,7 @@ def component(module: str) -> str:
     if inside == "data.types":
         return inside
     first = inside.split(".")[0]
-    return "config" if first.startswith("config_") else first
+    return next((one for one in ("config", "distributed") if first.startswith(f"{one}_")), first)
 
 
 def layer(module: str) -> int:

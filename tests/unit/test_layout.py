@@ -25,6 +25,7 @@ WALKED = {
     "jobs/memory": "integration/test_memory_command.py",
     "jobs/prepare": "integration/test_prepare.py",
     "jobs/store": "integration/test_store_command.py",
+    "jobs/teach": "integration/test_teacher_ranks.py",
     "jobs/study": "integration/test_study.py",
     "jobs/study_ahead": "integration/test_study.py",
     "jobs/study_result": "unit/study/test_results.py",

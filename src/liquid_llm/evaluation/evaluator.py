@@ -192,7 +192,7 @@ class Evaluator:
     def _score_batch(self, student: Student, length: int, batch: MicroBatch, sums: SumsOfSets | None) -> Score:
         """Score a batch in as many passes as its memory asks for."""
         passes = self.passes.run(
-            [(batch, self._prepare(batch))],
+            [(batch, Prepared() if self._is_kept(batch) else self._prepare(batch))],
             lambda part, positions, prepared: self._score_part(student, batch, part, positions, prepared),
             lambda: self._forget(batch),
             device=student.device,
@@ -202,6 +202,10 @@ class Evaluator:
         if sums is not None:
             sums.add(length, batch, PositionMeasures.join([measured for _, measured in passes if measured is not None]))
         return sum((score for score, _ in passes), Score())
+
+    def _is_kept(self, batch: MicroBatch) -> bool:
+        """Whether the signal of each of its passes is kept: the teacher need not be asked."""
+        return all((id(batch), rows.start, rows.stop) in self._kept for _, rows in self.passes.parts(batch))
 
     def _forget(self, batch: MicroBatch) -> None:
         """Give up what was kept of a batch: its passes will not come again."""
@@ -240,7 +244,7 @@ class Evaluator:
         if key in self._kept:
             return self._kept[key].to(part.input_ids.device)
         signal = self.router.signal(part, prepared)
-        if signal is None or prepared.signal is not None:
+        if signal is None or (prepared.signal is not None and not self.router[part.type].dear):
             return signal
         # It was computed just now, which is dear, and will be the same the next time.
         if self._cached_bytes + signal.nbytes <= self.cache_bytes:

@@ -17,10 +17,12 @@ from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
-from liquid_llm.distributed import Engine, join_engine, read_rank, start_engine
+from liquid_llm.distributed import Engine, read_rank, start_engine
+from liquid_llm.distributed_link import TeacherLink, TrainingLink, join_ranks, require_training_ranks
 from liquid_llm.errors import Interrupted
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, prepare_run_data
+from liquid_llm.jobs.teach import run_teacher
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
@@ -61,8 +63,11 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
     setup_logging("INFO" if read_rank()[0] == 0 else "WARNING")
     prepare_allocator()
     config = build_run_config(face, given)
-    device = choose_device(config.device)  # before anything is read or made
-    with deterministic_algorithms(config.deterministic), join_engine(torch.device(device.value)) as engine:
+    device = torch.device(choose_device(config.device).value)  # before anything is read or made
+    with deterministic_algorithms(config.deterministic), join_ranks(device, config.teacher.ranks) as engine:
+        if isinstance(engine.link, TeacherLink):
+            run_teacher(config, engine.link, device)
+            return 0
         require_processes(config, engine.world_size)
         if config.dry_run:
             findings = _dry_run(config, engine)
@@ -104,6 +109,7 @@ def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any]
     prepare_allocator()
     config = build_run_config(face, given)
     choose_device(config.device)
+    require_training_ranks(config.teacher.ranks, 1)
     with deterministic_algorithms(config.deterministic):
         engine = start_engine()
         require_processes(config, engine.world_size)
@@ -164,7 +170,7 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             recorder.evaluate()
         with Stage("train", unit="steps", total=config.optimizer.steps, done=parts.progress.step) as stage:
             trainer = _make_trainer(config, parts, feed, fit, recorder.hooks(stage))
-            trainer.stopping, trainer.saving = lambda: stop.requested, recorder.wants_save
+            trainer.stopping, trainer.saving = partial(_stopping, stop, engine), recorder.wants_save
             done = trainer.train()
         if not done:
             recorder.stop()
@@ -182,6 +188,11 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
         engine.wait_for_all()
     if output is not None:
         log.info("done: %s", output.place.shown)
+
+
+def _stopping(stop: StopSignal, engine: Engine) -> bool:
+    """Whether this process was asked to stop, or one that holds a teacher: the main one looks for all."""
+    return stop.requested or (engine.is_main and isinstance(engine.link, TrainingLink) and engine.link.stop_asked())
 
 
 def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: Engine) -> tuple[Parts, Fit]:

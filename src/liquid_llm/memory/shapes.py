@@ -81,6 +81,7 @@ class TrainingShape:
         evaluations: validation batches that can be largest.
         teacher: the online teacher, or None.
         teacher_pass_tokens: most padded tokens of one of its passes, or None.
+        teacher_elsewhere: ranks of its own hold it, and its output head alone is here.
         reference: a frozen copy of the student is there for the keep-old-logits term.
         grad_checkpoint: activations are recomputed in the backward pass.
         accumulates: a step has several micro-batches, so that gradients exist while a loss is computed.
@@ -96,6 +97,7 @@ class TrainingShape:
     evaluations: tuple[BatchShape, ...] = ()
     teacher: ModelShape | None = None
     teacher_pass_tokens: int | None = None
+    teacher_elsewhere: bool = False
     reference: bool = False
     grad_checkpoint: bool = False
     accumulates: bool = False

@@ -117,7 +117,7 @@ class _Job:
 
     def __init__(self, shape: TrainingShape) -> None:
         self._accumulates, self._vocab_size = shape.accumulates, shape.vocab_size
-        self._measures = shape.measures
+        self._measures, self._teacher_elsewhere = shape.measures, shape.teacher_elsewhere
         self._objective = Objective(_ALPHA, shape.temperature, _GAMMA if shape.reference else 0.0)
         self._counter = StorageCounter()
         student = self._build(shape, STUDENT, ACTIVATIONS).train()
@@ -129,8 +129,11 @@ class _Job:
         self._teacher = None
         if shape.teacher is not None:
             teacher = build(shape.teacher)
-            self._counter.hold_model(teacher, TEACHER)
             self._teacher = online_teacher(teacher, shape.vocab_size, shape.teacher_pass_tokens)
+            if shape.teacher_elsewhere:
+                self._counter.hold([self._teacher.head.weight, self._teacher.head.bias], TEACHER)
+            else:
+                self._counter.hold_model(teacher, TEACHER)
         self._optimizer = build_optimizer(student, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for parameter in self._parameters:
@@ -201,6 +204,11 @@ class _Job:
         if shape.signal == "dense":
             if self._teacher is None:
                 raise ValueError("a dense signal needs a teacher")
+            if self._teacher_elsewhere:
+                head = self._teacher.head
+                with self._counter.stage(stage, SIGNAL):
+                    size = batch.num_positions, head.weight.shape[1]
+                    return DenseSignal(torch.zeros(*size, dtype=head.weight.dtype), head)
             with self._counter.stage(stage, TEACHER_WORK):
                 dense = self._teacher.signal(batch)
             self._counter.hold([dense.hidden], SIGNAL)

@@ -43,6 +43,8 @@ class OnlineTeacher(Teacher):
         head: its output head over ``vocab_size`` entries.
     """
 
+    dear = True
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -93,8 +95,7 @@ class OnlineTeacher(Teacher):
 
     def own_loss(self, batch: MicroBatch, signal: Signal) -> float:
         """Of the same hidden states that ``signal`` was made of."""
-        assert isinstance(signal, DenseSignal)
-        return float(fused_loss(signal.hidden, signal.head, batch.targets, all_labelled=True).ce)
+        return own_loss(batch, signal)
 
     def signal(self, batch: MicroBatch, prepared: Prepared | None = None) -> DenseSignal:
         """One row for each labelled position of ``batch``, in row-major order."""
@@ -120,6 +121,12 @@ class OnlineTeacher(Teacher):
             (start, min(start + step, rows), int(batch.lengths[start : start + step].max()))
             for start in range(0, rows, step)
         ]
+
+
+def own_loss(batch: MicroBatch, signal: Signal) -> float:
+    """The summed cross-entropy on ``batch`` of the model whose hidden states and head ``signal`` has, nats."""
+    assert isinstance(signal, DenseSignal)
+    return float(fused_loss(signal.hidden, signal.head, batch.targets, all_labelled=True).ce)
 
 
 def load_online(

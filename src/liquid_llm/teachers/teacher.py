@@ -121,8 +121,10 @@ class Teacher(ABC):
         most_ids: the most ids a position of its signal has; 0 for whole logits, None for hidden states and a head.
         form: what its signal tells of a position, a key of ``losses.signals.FORMS``.
         choices: what was chosen for it, each with its reason.
+        dear: whether its answer is computed each time it is asked, so that what is asked again and again is kept.
     """
 
+    dear: bool = False
     temperature_range: tuple[float, float] = (0.0, math.inf)
     model: nn.Module | None = None
     most_ids: int | None = None

@@ -25,9 +25,17 @@ from liquid_llm.memory.prediction import MemoryPrediction
 from liquid_llm.memory.shapes import CaptureShape, ModelShape, TrainingShape
 from liquid_llm.memory.verdict import Verdict, capture_options, fits, largest_batch, training_options
 from liquid_llm.options import AUTO, AUTO_BATCH
-from liquid_llm.runtime import Choice
+from liquid_llm.runtime import Choice, choose_dtype
 from liquid_llm.signal_store.codecs import Codec
-from liquid_llm.wiring.shapes import Models, describe_models, nominal_shape, real_batches, real_evaluations, shape_of
+from liquid_llm.wiring.shapes import (
+    Models,
+    describe_models,
+    nominal_shape,
+    open_teachers,
+    real_batches,
+    real_evaluations,
+    shape_of,
+)
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -273,9 +281,14 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
         return Fit(None, None, None, "models that are dealt out among processes are not worked out")
     # Another teacher's weights are neither predicted nor given back: they lie on the device already.
     teacher: Any = max(parts.teachers.models, key=_size, default=None)
+    if config.teacher.ranks:
+        dtype = choose_dtype(config.teacher.precision, device.type).value
+        teacher_shape, _ = open_teachers(config, dtype, parts.token)
+    else:
+        teacher_shape = None if teacher is None else ModelShape.of(teacher.config, next(teacher.parameters()).dtype)
     models = Models(
         ModelShape.of(parts.built.model.config),
-        None if teacher is None else ModelShape.of(teacher.config, next(teacher.parameters()).dtype),
+        teacher_shape,
         str(parts.student.compute_dtype).removeprefix("torch."),
         parts.text.vocab_size,
     )
@@ -284,7 +297,8 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
     cut = parts.progress.passes.max_tokens is not None  # then a pass finds the gradients of the one before it
     shape = replace(shape, reference=parts.student.reference is not None, accumulates=shape.accumulates or cut)
     held = [parts.built.model, parts.student.reference, teacher]
-    available = available_bytes(device, sum(_size(model) for model in held if model is not None))
+    taken = sum(_size(model) for model in held if model is not None) + parts.teachers.head_bytes
+    available = available_bytes(device, taken)
     try:
         return judge(config, shape, available)
     except UNPREDICTABLE as error:

@@ -19,6 +19,7 @@ from liquid_llm.data.prefetch import Prefetcher
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.device import forget_peak
 from liquid_llm.distributed import Engine
+from liquid_llm.distributed_link import TrainingLink
 from liquid_llm.errors import DataError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
@@ -182,7 +183,8 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     schedules = build_schedules(config)
     first = _first_weights(config, start, schedules, engine)
     order = _compare(config, start, inputs, schedules, None if first is None else hash_weights(first))
-    teachers = make_teachers(config, inputs, text, basis.device, basis.token)
+    link = engine.link if isinstance(engine.link, TrainingLink) else None
+    teachers = make_teachers(config, inputs, text, basis.device, basis.token, link)
     for remark in schedule_remarks(config, start.step):
         log.warning("%s", remark)
     optimizer = make_optimizer(config, built.model)

@@ -81,7 +81,7 @@ def describe_models(
 
 
 def open_teachers(config: RunConfig, dtype: str, token: str | None) -> tuple[ModelShape | None, int]:
-    """The largest online teacher, or None, and the bytes of the others' weights.
+    """The largest online teacher, or None, and the bytes of the others' weights: those that are on this rank.
 
     Raises:
         ModelError: one of them cannot be read.
@@ -89,6 +89,8 @@ def open_teachers(config: RunConfig, dtype: str, token: str | None) -> tuple[Mod
     teachers = [open_shape(model_id, dtype, token) for model_id in config.asked_online]
     if len(teachers) < 2:
         return next(iter(teachers), None), 0
+    if config.teacher.ranks:
+        return max(teachers, key=weight_bytes), 0
     sizes = [weight_bytes(teacher) for teacher in teachers]
     return teachers[sizes.index(max(sizes))], sum(sizes) - max(sizes)
 
@@ -164,6 +166,7 @@ def shape_of(
         evaluations=evaluations,
         teacher=models.teacher,
         teacher_pass_tokens=None if device == "cpu" else PASS_TOKENS,
+        teacher_elsewhere=config.teacher.ranks > 0,
         reference=config.objective.gamma > 0,
         grad_checkpoint=config.student.grad_checkpoint is True,
         accumulates=config.optimizer.grad_accum > 1,

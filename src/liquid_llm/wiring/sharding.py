@@ -19,7 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def require_processes(config: RunConfig, ranks: int) -> None:
-    """Raise UsageError where something is to be dealt out and there is one process."""
+    """Raise UsageError where something is to be dealt out and there is one process, or the teacher is elsewhere."""
+    if config.teacher.is_dealt_out and config.teacher.ranks:
+        raise UsageError(
+            "processes of its own hold the teacher, each the whole of it",
+            where="--teacher_shard=full",
+            got=f"--teacher_ranks={config.teacher.ranks}",
+            remedy="leave one of the two out",
+        )
     asked = (("--shard=full", config.student.is_dealt_out), ("--teacher_shard=full", config.teacher.is_dealt_out))
     for option, is_asked in asked:
         if is_asked and ranks == 1:

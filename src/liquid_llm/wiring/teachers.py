@@ -14,6 +14,7 @@ from torch import nn
 
 from liquid_llm.config import RunConfig, TeacherConfig
 from liquid_llm.config_checks import parse_schedule
+from liquid_llm.distributed_link import TrainingLink
 from liquid_llm.errors import UsageError
 from liquid_llm.flash_attention import provide
 from liquid_llm.losses.divergences import check_form, get_divergence
@@ -25,6 +26,7 @@ from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention
 from liquid_llm.sources import NONE, SPELLINGS, WINDOWS
 from liquid_llm.teachers import online
+from liquid_llm.teachers.remote import RemoteTeacher
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.teachers.teacher import Coverage, Teacher, TeacherSetup
 from liquid_llm.wiring.inputs import Inputs
@@ -32,6 +34,8 @@ from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
+
+ONLINE = "online:"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class RunTeachers:
         return [teacher.model for teacher in dict.fromkeys(self.router.values()) if teacher.model is not None]
 
     @property
+    def head_bytes(self) -> int:
+        """What the output heads of teachers on ranks of their own take on the device."""
+        heads = [one.head.weight for one in dict.fromkeys(self.router.values()) if isinstance(one, RemoteTeacher)]
+        return sum(weight.nbytes for weight in heads)
+
+    @property
     def choices(self) -> dict[str, Choice]:
         """Arithmetic and attention of the online teacher, each with its reason."""
         return {name: choice for teacher in self.router.values() for name, choice in teacher.choices.items()}
@@ -84,11 +94,14 @@ def choose_attention_of(teacher: TeacherConfig, device: torch.device, dtype: str
 
 
 def check_teachers(config: RunConfig, token: str | None) -> None:
-    """Refuse an online teacher that is not there or cannot see so long a context, from its configuration alone.
+    """Refuse an online teacher that is not there or cannot see so long a context, from its configuration alone; and
+    ranks for one where none is asked.
 
     Raises:
         LiquidError: as ``make_teachers``, which comes after the data and loads the weights.
     """
+    if config.teacher.ranks and not config.asked_online:
+        raise _nothing_to_hold(config)
     for model_id in config.asked_online:
         source = resolve(model_id, token=token)
         if source.gguf_file is not None:
@@ -101,10 +114,27 @@ def check_teachers(config: RunConfig, token: str | None) -> None:
         online.require_context(limit, longest, model_id, where)
 
 
+def _nothing_to_hold(config: RunConfig) -> UsageError:
+    return UsageError(
+        "no teacher is asked while training, so that ranks of its own would have nothing to do",
+        where=f"--teacher_ranks={config.teacher.ranks}",
+        expected="an online teacher of a type that the texts have",
+        remedy="leave --teacher_ranks out, or name a teacher (--lm_teacher_id, --teacher_name, --signal TYPE=online:X)",
+    )
+
+
 def make_teachers(
-    config: RunConfig, inputs: Inputs, text: TextTools, device: torch.device, token: str | None
+    config: RunConfig,
+    inputs: Inputs,
+    text: TextTools,
+    device: torch.device,
+    token: str | None,
+    link: TrainingLink | None = None,
 ) -> RunTeachers:
     """Build the teacher of each type that the data has; types that name the same one share it.
+
+    Args:
+        link: to the ranks that hold the online ones, where there are such ranks.
 
     Raises:
         UsageError: a type that needs a teacher names none, or a teacher cannot see so long a context.
@@ -128,7 +158,7 @@ def make_teachers(
     )
     specs = _asked_specs(config, inputs.types)
     keys = {type: (spec, _stored_id(config, type)) for type, spec in specs.items()}
-    made = {key: make_teacher(key[0], replace(setup, stored_id=key[1])) for key in dict.fromkeys(keys.values())}
+    made = {key: _make_or_reach(config, *key, setup, link) for key in dict.fromkeys(keys.values())}
     router = TeacherRouter({type: made[key] for type, key in keys.items()})
     if config.data.document_mask:
         for model in [teacher.model for teacher in made.values() if teacher.model is not None]:
@@ -177,16 +207,33 @@ def _asked_specs(config: RunConfig, types: Sequence[str]) -> dict[str, str]:
             "%s: the teacher is not asked, as its weight is 0 at every step (in evaluation it is with --eval_teacher)"
         )
         log.info(said, ", ".join(type for type in named if type not in asked))
+    if config.teacher.ranks and not any(spec.startswith(ONLINE) for spec in asked.values()):
+        raise _nothing_to_hold(config)
     return asked
 
 
 def _stored_id(config: RunConfig, type: str) -> str | None:
     """What a store of the type must call its teacher, None for any. lm has an option of its own for whom to ask."""
-    if teacher_spec(config, type).startswith("online:"):
+    if teacher_spec(config, type).startswith(ONLINE):
         return None  # no store is read: types that ask one model share it
     if type != "lm":
         return name_in_store(config.teacher.stored_id)
     return name_in_store(config.teacher.online_id) if config.teacher.mode == "precomputed" else None
+
+
+def _make_or_reach(
+    config: RunConfig, spec: str, stored_id: str | None, setup: TeacherSetup, link: TrainingLink | None
+) -> Teacher:
+    """A teacher that is made here, or an online one that ranks of its own hold."""
+    if link is None or not spec.startswith(ONLINE):
+        return make_teacher(spec, replace(setup, stored_id=stored_id))
+    wanted = {"vocab_size": setup.vocab_size, "context": setup.context, "documents": config.data.document_mask}
+    teacher = RemoteTeacher(link, spec, setup.device, wanted)
+    choices = [f"{name} {choice.value} ({choice.reason})" for name, choice in teacher.choices.items()]
+    count = link.teacher_ranks
+    where = "a process of its own" if count == 1 else f"{count} processes of its own"
+    log.info("teacher %s on %s: %s", spec.partition(":")[2], where, ", ".join(choices))
+    return teacher
 
 
 def make_teacher(spec: str, setup: TeacherSetup) -> Teacher:

@@ -24,6 +24,7 @@ from tests.support.models import tiny_config
 from liquid_llm import memory
 from liquid_llm.errors import ModelError
 from liquid_llm.memory import predict_training
+from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
     FRAGMENTATION_SHARE,
@@ -31,6 +32,7 @@ from liquid_llm.memory.prediction import (
     LOSS,
     MOMENTS,
     REFERENCE,
+    SIGNAL,
     STUDENT,
     TEACHER_WORK,
     WORKSPACE_BYTES,
@@ -70,6 +72,18 @@ def test_the_prediction_is_what_is_counted_when_the_trainer_steps(name: str) -> 
     counted = counted_step(shape)
     assert prediction.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.01)
     assert prediction.rest_bytes == pytest.approx(counted.rest_bytes, rel=0.03)  # which holds its batch too
+
+
+def test_of_a_teacher_on_ranks_of_its_own_its_head_alone_is_here() -> None:
+    shape = shape_of("llama-test", DENSE, teacher=TEACHER)
+    here, elsewhere = (predict_training(replace(shape, teacher_elsewhere=one)) for one in (False, True))
+    head = shape.vocab_size * 48 * 4
+    assert elsewhere.consumers[TEACHER_WEIGHTS] == pytest.approx(head, abs=1024)
+    assert elsewhere.stages.keys() == here.stages.keys()
+    assert not elsewhere.consumers.get(TEACHER_WORK)
+    assert here.rest_bytes - elsewhere.rest_bytes == pytest.approx(weight_bytes(TEACHER) - head, rel=0.03)
+    hidden = DENSE.rows * (DENSE.time - 1) * 48 * 4
+    assert elsewhere.consumers[SIGNAL] == pytest.approx(hidden, abs=1024)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_students_are_judged_on_what_a_run_of_the_baseline_held_out(tmp_path, mo
     """Also where its run of the first seed is not finished yet, but another arm's is."""
     asked = []
 
-    def evaluate(students, given):
+    def evaluate(students, given, **_):
         asked.append(students)
         return [SimpleNamespace(plain=dict) for _ in students]
 
