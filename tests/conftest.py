@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import shutil
@@ -80,6 +81,15 @@ def built_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             build(complete.parent)
             complete.touch()
     return complete.parent
+
+
+@pytest.fixture(autouse=True)
+def usual_log_level() -> Iterator[None]:
+    """A command that says little (``--json``) leaves the package's logger so; the next test hears all."""
+    package = logging.getLogger("liquid_llm")
+    level = package.level
+    yield
+    package.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

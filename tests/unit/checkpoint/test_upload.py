@@ -412,11 +412,14 @@ def test_a_damaged_remote_one_is_skipped(store: CheckpointStore, run_dir: Path, 
     assert sorted(path.name for path in (tmp_path / "fresh").iterdir()) == ["metrics.jsonl", *both("step-00000002")]
 
 
-def test_data_without_a_sidecar_is_not_fetched(
+def test_data_without_a_sidecar_is_fetched_where_it_is_whole_alone(
     store: CheckpointStore, run_dir: Path, remote: str, tmp_path: Path
 ) -> None:
-    storage.upload(save(store, 1).path, f"{remote}/step-00000001.pt")
-    assert fetch_latest(remote, tmp_path / "fresh") is None
+    path = save(store, 1).path
+    storage.upload(path, f"{remote}/step-00000001.pt")
+    found = fetch_latest(remote, tmp_path / "fresh")
+    assert found is not None
+    assert found.path.read_bytes() == path.read_bytes()
 
 
 def test_watched_names_are_those_of_the_design() -> None:

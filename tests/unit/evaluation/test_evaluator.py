@@ -154,15 +154,14 @@ def test_what_the_teacher_said_is_kept_on_the_cpu(models):
     assert {signal.hidden.device.type for signal in evaluator._kept.values()} == {"cpu"}
 
 
-def test_no_more_of_it_is_kept_than_the_bound_and_the_rest_is_asked_again(models, row, monkeypatch):
+def test_no_more_of_it_is_kept_than_the_bound_and_the_rest_is_asked_again(models, row):
     student, teacher = models
     asked = []
     handle = teacher.base_model.register_forward_pre_hook(lambda *_: asked.append(1))
     sets = {length: {"lm": cut(length, 3)} for length in LENGTHS}
     batches = sum(len(one["lm"]) for one in sets.values())
     one_row = 16 * teacher.config.hidden_size * 4
-    monkeypatch.setattr("liquid_llm.evaluation.evaluator.CACHE_BYTES", 10 * one_row)
-    evaluator = Evaluator(sets, 16, LENGTHS, router_of(teacher))
+    evaluator = Evaluator(sets, 16, LENGTHS, router_of(teacher), cache_bytes=10 * one_row)
     try:
         found = [evaluator(Student(student, torch.float32)) for _ in range(2)]
     finally:
