@@ -170,9 +170,7 @@ def test_all_that_is_there_is_learnt_where_that_is_asked_for(
     given |= {"max_steps": 6, "learn": "all"}
     said = "another --learn or chat template than the run had so far"
     assert said not in caplog.text
-    assert main(["train", *tiny.train_words(tmp_path, **given)]) == 3, (
-        "other texts are learnt: nothing for a silent start"
-    )
+    assert main(["train", *tiny.train_words(tmp_path, **given)]) == 3, "other texts are learnt"
     given |= {"accept_changes": True}
     assert main(["train", *tiny.train_words(tmp_path, **given)]) == 0
     assert said in caplog.text

@@ -417,9 +417,10 @@ def test_data_without_a_sidecar_is_fetched_where_it_is_whole_alone(
 ) -> None:
     path = save(store, 1).path
     storage.upload(path, f"{remote}/step-00000001.pt")
+    storage.write_bytes(f"{remote}/step-00000002.pt", path.read_bytes()[:-100])
     found = fetch_latest(remote, tmp_path / "fresh")
     assert found is not None
-    assert found.path.read_bytes() == path.read_bytes()
+    assert (found.step, found.path.read_bytes()) == (1, path.read_bytes())
 
 
 def test_watched_names_are_those_of_the_design() -> None:
