@@ -15,6 +15,7 @@ from filelock import FileLock
 from hypothesis import settings
 from tests.support.accelerator import Accelerator, install
 from tests.support.gcs import Bucket, FakeGcs, running_server
+from tests.support.processes import end_all
 from tests.support.tiny import end_started
 from tests.support.world import World, build, served
 
@@ -97,6 +98,7 @@ def no_process_left() -> Iterator[None]:
     """What a failed test started does not run into the next one."""
     yield
     end_started()
+    end_all()
 
 
 @pytest.fixture(scope="session")

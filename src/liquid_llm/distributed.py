@@ -93,11 +93,11 @@ class Engine:
         self.wait_for_all()
         if self.world_size == 1:
             return [value]
-        packed = _pack(value)
+        packed = pack(value)
         sizes = [int(one) for one in self.gather(len(packed))]
         whole = torch.zeros(sum(sizes), dtype=torch.uint8)
         torch.split(whole, sizes)[self.rank].copy_(packed)
-        return [_unpack(one) for one in torch.split(self.sum(whole).to(torch.uint8), sizes)]
+        return [unpack(one) for one in torch.split(self.sum(whole).to(torch.uint8), sizes)]
 
     def smallest(self, number: int | None) -> int | None:
         """The smallest of what ranks give; None where all give None."""
@@ -178,7 +178,7 @@ class ProcessEngine(Engine):
             backend = "cpu:gloo,cuda:nccl"
         try:
             store = next(iter(rendezvous("env://", timeout=MEETING_TIME)))[0]
-            self._store = PrefixStore("liquid", store)
+            self.store = PrefixStore("liquid", store)
             dist.init_process_group(
                 backend,
                 store=PrefixStore(group, store),
@@ -199,16 +199,16 @@ class ProcessEngine(Engine):
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
-        with self._exchange():
+        with self.exchange():
             dist.all_reduce(total)
         return total
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
-        with self._exchange():
+        with self.exchange():
             work = dist.all_reduce(tensor, async_op=True)
 
         def wait() -> None:
-            with self._exchange():
+            with self.exchange():
                 work.wait()
 
         return wait
@@ -218,14 +218,14 @@ class ProcessEngine(Engine):
         if self.is_main:
             try:
                 value = work()
-                packed = _pack(value)
+                packed = pack(value)
             except Exception as error:  # noqa: BLE001 whatever it is, the others hear of it
                 failure = error
         size = self._tell(failure, len(packed))
         buffer = packed if self.is_main else torch.empty(size, dtype=torch.uint8)
-        with self._exchange():
+        with self.exchange():
             dist.broadcast(buffer, 0, group=self._control)
-        return cast("T", value if self.is_main else _unpack(buffer))
+        return cast("T", value if self.is_main else unpack(buffer))
 
     def together(self, work: Callable[[], T]) -> T:
         value, failure = None, None
@@ -245,7 +245,7 @@ class ProcessEngine(Engine):
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            with self._exchange():
+            with self.exchange():
                 dist.broadcast(whole, 0)
             tensor.detach().copy_(whole)
 
@@ -274,9 +274,9 @@ class ProcessEngine(Engine):
     def _leave(self, exit_code: int) -> bool:
         """Tell whoever looks that this rank fails; whether it is the first."""
         try:
-            if self._store.add("failures", 1) > 1:
+            if self.store.add("failures", 1) > 1:
                 return False
-            self._store.set("exit code", str(exit_code))
+            self.store.set("exit code", str(exit_code))
         except RuntimeError:  # the process that keeps the store is gone
             pass
         return True
@@ -288,7 +288,7 @@ class ProcessEngine(Engine):
         own = torch.zeros(self.world_size, 2, dtype=torch.int64)
         own[self.rank, 0] = 0 if failure is None else _exit_code(failure)
         own[self.rank, 1] = size
-        with self._exchange():
+        with self.exchange():
             dist.all_reduce(own, group=self._control)
         codes = own[:, 0].tolist()
         if not any(codes):
@@ -310,7 +310,7 @@ class ProcessEngine(Engine):
             raise self._lost(error) from error
 
     @contextlib.contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def exchange(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -323,8 +323,8 @@ class ProcessEngine(Engine):
         until = time.monotonic() + _KNOWN_WITHIN_SECONDS
         try:
             while time.monotonic() < until:
-                if self._store.check(["exit code"]):
-                    code = int(self._store.get("exit code"))
+                if self.store.check(["exit code"]):
+                    code = int(self.store.get("exit code"))
                     return RankError("another rank has failed", exit_code=code, speaks=False)
                 time.sleep(0.05)
         except RuntimeError:  # the process that kept the store is gone
@@ -350,13 +350,13 @@ def _exit_code(error: BaseException) -> int:
     return 1 if found is None else found.exit_code
 
 
-def _pack(value: object) -> Tensor:
+def pack(value: object) -> Tensor:
     stream = io.BytesIO()
     torch.save(value, stream)
     return torch.frombuffer(stream.getbuffer(), dtype=torch.uint8)
 
 
-def _unpack(buffer: Tensor) -> Any:
+def unpack(buffer: Tensor) -> Any:
     return torch.load(io.BytesIO(buffer.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 

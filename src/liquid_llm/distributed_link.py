@@ -32,9 +32,9 @@ from liquid_llm.distributed import (
     Engine,
     ProcessEngine,
     Ranks,
-    _pack,
-    _unpack,
     join_engine,
+    pack,
+    unpack,
 )
 from liquid_llm.errors import RankError, UsageError
 
@@ -79,8 +79,8 @@ class _Link:
     def __init__(self, engine: ProcessEngine, ranks: Ranks, teacher_ranks: int) -> None:
         self.training_ranks, self.teacher_ranks = ranks.world_size - teacher_ranks, teacher_ranks
         self._engine, self._rank = engine, ranks.rank
-        with engine._exchange():
-            store = PrefixStore("link", engine._store)
+        with engine.exchange():
+            store = PrefixStore("link", engine.store)
             self._group: Any = dist.ProcessGroupGloo(store, ranks.rank, ranks.world_size, MEETING_TIME)
 
     def _send(self, rank: int, tensor: Tensor, tag: int, within: timedelta = STEP_TIME) -> None:
@@ -105,12 +105,12 @@ class TrainingLink(_Link):
 
     def ask_all(self, question: Mapping[str, Any]) -> Any:
         """Ask every teacher rank; the words of the one that answers this rank."""
-        with self._engine._exchange():
+        with self._engine.exchange():
             for teacher in range(self.teacher_ranks):
                 self._ask(teacher, {**question, "answers": self._teacher_of(0) == teacher})
             answering = self.training_ranks + self._teacher_of(0)
             size = self._receive(answering, torch.zeros(1, dtype=torch.int64), _WORDS_SIZE)
-            return _unpack(self._receive(answering, torch.empty(int(size), dtype=torch.uint8), _WORDS))
+            return unpack(self._receive(answering, torch.empty(int(size), dtype=torch.uint8), _WORDS))
 
     def ask(self, question: Mapping[str, Any], answer: Tensor) -> None:
         """Ask the teacher rank whose turn it is; what it says is written into ``answer``, which lies on the CPU.
@@ -120,7 +120,7 @@ class TrainingLink(_Link):
         """
         number = next(self._numbers)
         teacher, tag = self._teacher_of(number), _NUMBERED + number % _NUMBERS
-        with self._engine._exchange():
+        with self._engine.exchange():
             # Expected before it is asked for: then it comes as soon as it is there.
             coming = self._group.recv([answer.view(-1).view(torch.uint8)], self.training_ranks + teacher, tag)
             self._ask(teacher, {**question, "number": number})
@@ -128,8 +128,8 @@ class TrainingLink(_Link):
 
     def stop_asked(self) -> bool:
         """Whether a teacher rank was asked to stop."""
-        with self._engine._exchange():
-            return bool(self._engine._store.check(["stop"]))
+        with self._engine.exchange():
+            return bool(self._engine.store.check(["stop"]))
 
     def close(self, exit_code: int) -> None:
         """Say goodbye; a teacher rank that is gone does not hear it."""
@@ -142,7 +142,7 @@ class TrainingLink(_Link):
         return (self._rank + number * self.training_ranks) % self.teacher_ranks
 
     def _ask(self, teacher: int, question: Mapping[str, Any]) -> None:
-        packed = _pack(question)
+        packed = pack(question)
         with self._turn:
             self._send_packed(self.training_ranks + teacher, packed, _SIZE, _QUESTION)
 
@@ -169,18 +169,18 @@ class TeacherLink(_Link):
         left, told = self.training_ranks, False
         while left:
             if stopping() and not told:
-                with self._engine._exchange():
-                    self._engine._store.set("stop", "1")
+                with self._engine.exchange():
+                    self._engine.store.set("stop", "1")
                 told = True
             try:
                 rank, heard = self._heard.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
                 continue
             if isinstance(heard, RuntimeError):
-                with self._engine._exchange():
+                with self._engine.exchange():
                     raise heard
             if isinstance(heard, Tensor):
-                yield rank, _unpack(heard)
+                yield rank, unpack(heard)
             elif heard:
                 raise RankError("the ranks that train have ended", exit_code=heard, speaks=False)
             else:
@@ -188,12 +188,12 @@ class TeacherLink(_Link):
 
     def tell(self, rank: int, words: Mapping[str, Any]) -> None:
         """Answer ``TrainingLink.ask_all``."""
-        with self._engine._exchange():
-            self._send_packed(rank, _pack(words), _WORDS_SIZE, _WORDS)
+        with self._engine.exchange():
+            self._send_packed(rank, pack(words), _WORDS_SIZE, _WORDS)
 
     def answer(self, rank: int, number: int, tensor: Tensor) -> None:
         """Answer the question of that number; it is on its way while the next is worked on."""
-        with self._engine._exchange():
+        with self._engine.exchange():
             if self._sending is not None:
                 self._sending[0].wait(STEP_TIME)
             sent = tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Fixtures of the annealing tests, made once by each process that runs some of them; only read after that."""
+"""Fixtures of several files of tests, made once by each process that runs some of them; only read after that."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 from tests.support.annealing import make_world, short_run
-from tests.support.tiny import Tiny
+from tests.support.tiny import Tiny, run
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A teacher, students' configurations and texts to anneal on."""
     return make_world(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Such a world of its own, with the stored signal of its maths and code."""
+    made = make_world(tmp_path_factory.mktemp("scored"))
+    done = run("stage1_hybrid.precompute_hybrid_logits", made.capture_words())
+    assert done.returncode == 0, done.stderr
+    return made
 
 
 @pytest.fixture(scope="session")

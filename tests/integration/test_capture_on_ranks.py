@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from tests.support.processes import end_all, launch, wait
+from tests.support.processes import launch, wait
 from tests.support.tiny import Tiny, build
 
 from liquid_llm.capture import job
@@ -13,12 +13,6 @@ from liquid_llm.cli.main import main
 
 pytestmark = pytest.mark.slow
 CAPTURE = "stage1_hybrid.precompute_hybrid_logits"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running():
-    yield
-    end_all()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 from tests.support.tiny import Tiny, build
 
-from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics, without_timings
 
 pytestmark = pytest.mark.slow
@@ -21,14 +19,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Two types of text, one of them learnt without a teacher."""
     made = build(tmp_path_factory.mktemp("tiny"))
     lines = [{"path": "lm.jsonl", "type": "lm", "weight": 2.0}, {"path": "code.jsonl", "type": "code", "weight": 1.0}]
-    made.manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made.draw_from(*lines)
     return made
 
 
 def train(tiny: Tiny, output: Path, **options: Any) -> int:
-    unused = dict.fromkeys(("mc_teacher_id", "math_logits_dir", "code_logits_dir"))
-    told = {"eval_every": 0, "save_every": 0, "max_steps": 3, "signal": "code=none", "warmup_steps": 1}
-    return main(["train", *tiny.train_words(output, **{**unused, **told, **options})])
+    told = {"save_every": 0, "max_steps": 3, "signal": "code=none", "warmup_steps": 1}
+    return tiny.train_plainly(output, **{**told, **options})
 
 
 @pytest.fixture(scope="module")

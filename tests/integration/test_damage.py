@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     made = build(tmp_path_factory.mktemp("tiny"))
-    made.manifest.write_text(json.dumps({"path": "lm.jsonl", "type": "lm"}) + "\n")
+    made.draw_from({"path": "lm.jsonl", "type": "lm"})
     return made
 
 
 def train(tiny: Tiny, output: Path | str, **options: Any) -> int:
-    unused = dict.fromkeys(("mc_teacher_id", "math_logits_dir", "code_logits_dir"))
-    told = {"eval_every": 0, "save_every": 2, "max_steps": 6, "keep_last": 2}
-    return main(["train", *tiny.train_words(output, **{**unused, **told, **options})])
+    return tiny.train_plainly(output, **{"save_every": 2, "max_steps": 6, "keep_last": 2, **options})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.integration.test_lm_eval import TASK
 from tests.support import texts
-from tests.support.processes import end_all, launch, run, wait
+from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny, build
 
 from liquid_llm.cli.main import main
@@ -19,12 +19,6 @@ from liquid_llm.evaluation.judge import Judge
 pytestmark = pytest.mark.slow
 COMMAND = "liquid_llm.cli.main"
 ASKED = 20  # prompts: two batches of them
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running():
-    yield
-    end_all()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import torch
 from tests.support.tiny import Tiny, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics, without_timings
 
 pytestmark = pytest.mark.slow
@@ -21,13 +20,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     made = build(tmp_path_factory.mktemp("tiny"))
-    made.manifest.write_text(json.dumps({"path": "lm.jsonl", "type": "lm"}) + "\n")
+    made.draw_from({"path": "lm.jsonl", "type": "lm"})
     return made
 
 
 def train(tiny: Tiny, output: Path, **options: Any) -> int:
-    unused = dict.fromkeys(("mc_teacher_id", "math_logits_dir", "code_logits_dir"))
-    return main(["train", *tiny.train_words(output, **{**unused, "eval_every": 0, "device": "cpu", **options})])
+    return tiny.train_plainly(output, **{"device": "cpu", **options})
 
 
 def checkpoints(run: Path) -> dict[str, dict[str, Any]]:

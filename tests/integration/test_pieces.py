@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.annealing import anneal_words, make_world
+from tests.support.annealing import anneal_words
 from tests.support.gcs import Bucket
-from tests.support.processes import end_all, launch, run, wait
+from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny
 
 from liquid_llm import storage
@@ -21,17 +21,6 @@ from liquid_llm.metrics import read_metrics, without_timings
 
 pytestmark = pytest.mark.slow
 PIECES = "tests.support.in_pieces"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running():
-    yield
-    end_all()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    return make_world(tmp_path_factory.mktemp("tiny"))
 
 
 def words(tiny: Tiny, output: Path | str, **options: object) -> list[str]:

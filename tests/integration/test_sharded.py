@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.annealing import anneal_words, as_of, make_world
-from tests.support.processes import end_all, launch, run, wait
+from tests.support.annealing import anneal_words, as_of
+from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
@@ -20,17 +20,6 @@ from liquid_llm.training import Student
 
 pytestmark = pytest.mark.slow
 ANNEALING, HYBRID = "trainer.entrypoint", "stage1_hybrid.cli"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running():
-    yield
-    end_all()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    return make_world(tmp_path_factory.mktemp("tiny"))
 
 
 LLAMA = {"student": "llama", "grad_checkpoint": True, "eval_measures": True}
@@ -140,11 +129,12 @@ def test_it_goes_on_from_and_to_whole_students(tiny, one, two, tmp_path, begun, 
 
 def test_it_stays_near_its_old_logits_as_one_process_does(tiny, one, tmp_path) -> None:
     """The reference student is dealt out too, and let go of when its weight is 0."""
-    (tiny.root / "lm-alone.jsonl").write_text(json.dumps({"path": "lm.jsonl", "type": "lm", "weight": 1}) + "\n")
+    manifest = tmp_path / "lm-alone.jsonl"
+    manifest.write_text(json.dumps({"path": str(tiny.root / "lm.jsonl"), "type": "lm", "weight": 1}) + "\n")
     given = {
         "student": None,
         "resume_gcs_uri": one / "last.pt",
-        "dataset_manifest": tiny.root / "lm-alone.jsonl",
+        "dataset_manifest": manifest,
         "math_logits_dir": None,
         "code_logits_dir": None,
         "block_size": 32,

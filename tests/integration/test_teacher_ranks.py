@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.integration.test_data_parallel import hybrid_words, metadata, rows, state, wait_for_rows
-from tests.support.annealing import anneal_words, make_world
-from tests.support.processes import end_all, launch, run, wait
+from tests.support.annealing import anneal_words
+from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny
 from tests.support.tiny import run as run_alone
 
@@ -22,18 +22,9 @@ pytestmark = pytest.mark.slow
 HYBRID, ANNEALING = "stage1_hybrid.cli", "trainer.entrypoint"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running():
-    yield
-    end_all()
-
-
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    tiny = make_world(tmp_path_factory.mktemp("tiny"))
-    done = run_alone("stage1_hybrid.precompute_hybrid_logits", tiny.capture_words())
-    assert done.returncode == 0, done.stderr
-    return tiny
+def tiny(scored: Tiny) -> Tiny:
+    return scored
 
 
 def online_words(tiny: Tiny, output: Path, **options: object) -> list[str]:

@@ -21,6 +21,8 @@ from tests.support import texts
 from tests.support.models import tiny_config, tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
+from liquid_llm.cli.main import main
+
 VOCAB_SIZE = 512
 
 
@@ -79,6 +81,15 @@ class Tiny:
         }
         return words({**defaults, **options})
 
+    def train_plainly(self, output: Path | str, **options: object) -> int:
+        """``liquid train`` without a stored signal or an evaluation unless asked for; returns the exit code."""
+        unused = dict.fromkeys(("mc_teacher_id", "math_logits_dir", "code_logits_dir"))
+        return main(["train", *self.train_words(output, **{**unused, "eval_every": 0, **options})])
+
+    def draw_from(self, *entries: dict[str, Any]) -> None:
+        """Make these the lines of the manifest."""
+        self.manifest.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
 
 def words(options: dict[str, Any]) -> list[str]:
     """Options as command-line words; None leaves one out."""
@@ -105,7 +116,7 @@ def build(root: Path, teacher_steps: int = 10) -> Tiny:
         rows = [{"text": make(), "type": kind, "sample_id": f"{kind}-{number}"} for number in range(count)]
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         lines.append({"path": f"{kind}.jsonl", "type": kind, "weight": weight})
-    tiny.manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny.draw_from(*lines)
     texts_of_all = [
         json.loads(row)["text"] for kind in makers for row in (root / f"{kind}.jsonl").read_text().splitlines()
     ]

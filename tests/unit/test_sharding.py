@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tests.support.dealt_out import KINDS
 from tests.support.models import tiny_model
-from tests.support.processes import end_all, run
+from tests.support.processes import run
 from torch import nn
 
 from liquid_llm.config import build_run_config
@@ -17,10 +17,7 @@ from liquid_llm.wiring.sharding import require_processes
 
 @pytest.mark.slow
 def test_each_rank_holds_its_part_and_together_they_hold_the_model(tmp_path: Path) -> None:
-    try:
-        run("tests.support.dealt_out", KINDS, tmp_path)
-    finally:
-        end_all()
+    run("tests.support.dealt_out", KINDS, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

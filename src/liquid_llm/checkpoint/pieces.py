@@ -21,7 +21,7 @@ from torch import Tensor
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
-from liquid_llm.distributed import Engine
+from liquid_llm.distributed import Engine, deal
 from liquid_llm.errors import CheckpointError, StorageError
 from liquid_llm.sharding import join_tensors, read_tensors
 
@@ -50,7 +50,7 @@ def digest_files(folder: Path, engine: Engine) -> dict[str, str]:
     """The sha256 of each file of a folder that all ranks see: each rank hashes some; all call this."""
     names = sorted(path.name for path in folder.iterdir())
     digests = torch.zeros(len(names), 32, dtype=torch.int64)
-    for number in range(engine.rank, len(names), engine.world_size):
+    for number in deal(range(len(names)), engine):
         digests[number] = torch.tensor(list(bytes.fromhex(storage.sha256(folder / names[number]))))
     return {name: bytes(row).hex() for name, row in zip(names, engine.sum(digests).tolist(), strict=True)}
 
@@ -105,9 +105,14 @@ def piece_files(run_dir: Path, metadata: CheckpointMetadata) -> dict[str, Path]:
 
 def find_unused(names: Iterable[str], known: Iterable[CheckpointMetadata]) -> list[str]:
     """Those of ``names``, of files relative to a run directory, that are pieces to which no checkpoint leads."""
-    used = {folder_name(metadata) for metadata in known if metadata.format_version == IN_PIECES}
+    used = _folders(known)
     tops = {name: name.partition("/")[0] for name in names if "/" in name}
     return [name for name, top in tops.items() if _NAME.match(top) and top not in used]
+
+
+def _folders(known: Iterable[CheckpointMetadata]) -> set[str]:
+    """Those that checkpoints lead to."""
+    return {folder_name(metadata) for metadata in known if metadata.format_version == IN_PIECES}
 
 
 def fetch_pieces(run_uri: str, metadata: CheckpointMetadata, folder: Path) -> None:
@@ -122,7 +127,7 @@ def fetch_pieces(run_uri: str, metadata: CheckpointMetadata, folder: Path) -> No
 
 def drop_unused(run_dir: Path, known: Iterable[CheckpointMetadata]) -> None:
     """Remove the folders that no checkpoint leads to: ``known`` are the run's, every one."""
-    used = {folder_name(metadata) for metadata in known if metadata.format_version == IN_PIECES}
+    used = _folders(known)
     for path in run_dir.glob(PIECES_PATTERN):
         if _NAME.match(path.name) and path.name not in used:
             shutil.rmtree(path, ignore_errors=True)

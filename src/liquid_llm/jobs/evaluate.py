@@ -115,11 +115,7 @@ def evaluate_students(
         found = _judge(opened, judgement, device, engine, *told, measuring=measuring)
     if plan is None:
         return found
-    own = {
-        number: _run_tasks(plan, student, judgement)
-        for number, student in enumerate(opened)
-        if number % engine.world_size == engine.rank
-    }
+    own = {number: _run_tasks(plan, opened[number], judgement) for number in deal(range(len(opened)), engine)}
     tasks = {number: results for part in engine.collect(own) for number, results in part.items()}
     return [replace(one, tasks=tasks[number]) for number, one in enumerate(found)]
 

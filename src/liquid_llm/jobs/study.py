@@ -380,7 +380,8 @@ class _Work:
 
     def _keep(self, unit: Unit, found: Mapping[str, Any], asked: Mapping[str, Any], *, measuring: bool) -> None:
         if not measuring:
-            there = self.place.evaluation(unit) or {}
+            there = self.place.evaluation(unit)
+            assert there is not None
             measures = {name: value for name, value in there["measures"].items() if name not in _ANSWERS}
             answered = {name: found[name] for name in _ANSWERS}
             found = {**there, **answered, "measures": {**measures, **found["measures"]}}

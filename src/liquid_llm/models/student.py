@@ -15,6 +15,10 @@ vocabularies.
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +196,15 @@ def from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, see
         model = AutoModelForCausalLM.from_config(config, attn_implementation=None, dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     return model
+
+
+@contextmanager
+def config_file(values: Mapping[str, Any]) -> Iterator[str]:
+    """A ``config.json`` with these values, for as long as it is entered: a student's configuration is read from one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(dict(values)), encoding="utf-8")
+        yield str(path)
 
 
 def file_config(spec: str) -> Any:

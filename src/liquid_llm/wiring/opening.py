@@ -22,7 +22,7 @@ from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.provenance import FOLDER, OPTIONS
 from liquid_llm.sources import NONE, read_sources
 from liquid_llm.wiring.exports import find_checkpoint, find_tokenizer, rebuild
-from liquid_llm.wiring.origins import read_origin
+from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.students import build_from_config, load_weights
 from liquid_llm.wiring.tokenizers import TextTools
@@ -116,7 +116,7 @@ def open_checkpoint(name: str, which: str | None, tokenizer: str | None, expecte
 
 
 def _open_elsewhere(name: str, tokenizer: str | None) -> OpenedStudent:
-    origin = read_origin(name)
+    origin = open_origin(name)
     called = tokenizer or origin.tokenizer_folder
     if origin.config is None or called is None:
         lacks = "a tokenizer" if origin.config is not None else "a configuration"

@@ -7,21 +7,16 @@ weight that is absent is never made up.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from liquid_llm.checkpoint.resume import ResumeSource, read_student_weights
 from liquid_llm.errors import CheckpointError, ModelError
 from liquid_llm.models.loading import fill_model
-from liquid_llm.models.student import file_config
+from liquid_llm.models.student import config_file, file_config
 from liquid_llm.wiring.places import cache_dir
 
 
-def read_origin(uri: str) -> ResumeSource:
+def open_origin(uri: str) -> ResumeSource:
     """The weights behind ``uri``, under the names that the model of their configuration has.
 
     Raises:
@@ -31,17 +26,11 @@ def read_origin(uri: str) -> ResumeSource:
     if origin.metadata is not None or origin.config is None:
         return origin  # a run's own, or names and tensors alone: --student says what they are of
     try:
-        model = fill_model(_read_config(origin.config), origin.state_dict, origin.description)
+        with config_file(origin.config) as file:
+            model = fill_model(file_config(file), origin.state_dict, origin.description)
     except ModelError as error:
         raise CheckpointError(
             error.problem, where=error.where, got=error.got, expected=error.expected, remedy=error.remedy
         ) from error
     tied = {"tie_word_embeddings": model.config.tie_word_embeddings}
     return replace(origin, state_dict=model.state_dict(), config={**origin.config, **tied})
-
-
-def _read_config(values: Mapping[str, Any]) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(dict(values)), encoding="utf-8")
-        return file_config(str(path))

@@ -45,7 +45,7 @@ from liquid_llm.wiring.course import hash_weights, order_of, require_same_order,
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
-from liquid_llm.wiring.origins import read_origin
+from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
 from liquid_llm.wiring.start import Start, choose_group, require_division
@@ -338,7 +338,7 @@ def _reference(
 
 
 def _read_weights(uri: str) -> dict[str, torch.Tensor]:
-    return dict(read_origin(uri).state_dict)
+    return dict(open_origin(uri).state_dict)
 
 
 def _restore(parts: Parts, start: Start) -> None:

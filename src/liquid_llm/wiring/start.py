@@ -30,7 +30,7 @@ from liquid_llm.runtime import choose_device, choose_dtype
 from liquid_llm.schedules import level_from
 from liquid_llm.versions import changes_since, find_newer
 from liquid_llm.wiring.course import changes_of_course
-from liquid_llm.wiring.origins import read_origin
+from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.places import Place
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def begin(config: RunConfig) -> Start:
     """Where a run starts that has no checkpoint of its own; raises as ``find_start``."""
     if config.student.resume_uri is None:
         return Start("fresh", ResumeSource({}, f"--student={config.student.spec}"))
-    origin = read_origin(config.student.resume_uri)
+    origin = open_origin(config.student.resume_uri)
     return Start("resume", origin if config.continues_resumed else replace(origin, state=None))
 
 

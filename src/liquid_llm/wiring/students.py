@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from liquid_llm.models.positions import (
     positional_embedding,
 )
 from liquid_llm.models.spec import parse_student
-from liquid_llm.models.student import build_student, enable_gradient_checkpointing, student_config
+from liquid_llm.models.student import build_student, config_file, enable_gradient_checkpointing, student_config
 from liquid_llm.models.taking import TakenStudent, take_student
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
@@ -229,10 +226,8 @@ def build_from_config(config: Mapping[str, Any], text: TextTools, source: str, s
             expected=f"at least {text.vocab_size}",
             remedy="use the tokenizer the student was trained with",
         )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(config), encoding="utf-8")
-        return _build_spec(str(path), text, vocab_size, 2, seed)
+    with config_file(config) as file:
+        return _build_spec(file, text, vocab_size, 2, seed)
 
 
 def _build_spec(

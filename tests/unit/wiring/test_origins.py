@@ -13,7 +13,7 @@ from tests.support.models import tiny_model
 
 from liquid_llm.errors import CheckpointError, LiquidError, ModelError
 from liquid_llm.models.student import build_student
-from liquid_llm.wiring.origins import read_origin
+from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.students import load_weights
 
 VOCAB_SIZE = 64
@@ -60,7 +60,7 @@ def test_a_folder_to_resume_from_is_the_student_that_it_is_by_name(tmp_path: Pat
     change, config = USABLE[what]
     folder = model_folder(tmp_path / "m", change, **config)
     expected = as_student(folder).state_dict()
-    origin = read_origin(str(folder))
+    origin = open_origin(str(folder))
     assert origin.state_dict.keys() == expected.keys()
     assert not [name for name, one in expected.items() if not torch.equal(one, origin.state_dict[name])]
 
@@ -68,7 +68,7 @@ def test_a_folder_to_resume_from_is_the_student_that_it_is_by_name(tmp_path: Pat
 def test_a_head_that_differs_is_kept_and_no_configuration_ties_it_again(tmp_path: Path, caplog: Any) -> None:
     change, config = USABLE["a head beside a tied embedding"]
     folder = model_folder(tmp_path / "m", change, **config)
-    model, origin = as_student(folder), read_origin(str(folder))
+    model, origin = as_student(folder), open_origin(str(folder))
     assert "its head is not its embedding" in caplog.text
     assert origin.config is not None
     for tied in (origin.config["tie_word_embeddings"], model.config.tie_word_embeddings):
@@ -100,7 +100,7 @@ def test_what_is_missing_or_no_number_is_refused_in_the_same_words(tmp_path: Pat
     folder = model_folder(tmp_path / "m", change, **config)
 
     def resume() -> None:
-        origin = read_origin(str(folder))
+        origin = open_origin(str(folder))
         load_weights(tiny_model("llama", VOCAB_SIZE, **config), origin.state_dict, origin.description)
 
     for begin, kind in ((lambda: as_student(folder), ModelError), (resume, CheckpointError)):
