@@ -15,8 +15,13 @@ import json
 import logging
 import os
 import re
+import sys
+import threading
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
+from types import TracebackType
+from typing import Any
 from urllib.parse import quote
 
 MASK = "***"
@@ -31,7 +36,7 @@ _TOKEN = re.compile(r"tokens?(?:_|$)")
 _PLACES = frozenset({"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"})
 _ORDINARY = re.compile(
     r"(?:.*_)?(?:path|file|dir|directory|folder|sock|uri|url)"  # where a secret is kept
-    r"|sort_keys|(?:linear_)?(?:num_)?key_(?:value_)?(?:heads|groups|head_dim|dim|length)"
+    r"|sort_keys|key_error|(?:linear_)?(?:num_)?key_(?:value_)?(?:heads|groups|head_dim|dim|length)"
 )
 _ORDINARY_TOKEN = re.compile(
     r".*_(?:id|ids|hash|count|type|index|step|second)"  # ``eos_token_id``
@@ -61,6 +66,7 @@ _USERINFO = re.compile(r"(?<=://)[^/?#\s\"'<>]+@")
 # `name=value`, `name: value` and `"name": "value"` inside a longer text (URL queries, JSON in a string, log lines)
 _ASSIGNED = re.compile(r"""(?<![A-Za-z0-9_.\-])(?P<name>[A-Za-z0-9_.\-]+)["']?\s*[=:]\s*""")
 _VALUE = re.compile(r""""(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?|[^\s"'&]+""", re.DOTALL)
+_AFTER_SCHEME = re.compile(r"://[^\s\"'<>]+")
 _NUMBER = re.compile(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?")
 _OPTION = re.compile(r"(?P<name>--?[A-Za-z][A-Za-z0-9_.\-]*)(?P<value>=.*)?", re.DOTALL)
 
@@ -95,6 +101,19 @@ def process_masker() -> Masker:
     return Masker(secret_values(os.environ))
 
 
+def mask_tracebacks() -> None:
+    """Have what ends this process, or a thread of it, without being foreseen be printed with secrets masked."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_masked
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = lambda args: _print_masked(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _print_masked(kind: type[BaseException], error: BaseException | None, at: TracebackType | None) -> None:
+    if not issubclass(kind, SystemExit):
+        print(process_masker().text("".join(traceback.format_exception(kind, error, at))), end="", file=sys.stderr)
+
+
 class Masker:
     """Hides secrets in text and in plain nested values.
 
@@ -122,6 +141,20 @@ class Masker:
         text = _USERINFO.sub(f"{MASK}@", text)
         # more slashes than chance gives: a path
         return _AWS_SECRET.sub(lambda found: found[0] if found[0].count("/") > 3 else MASK, _hide_assigned(text))
+
+    def urls(self, value: Any) -> Any:
+        """A copy of nested plain values in which only literal secrets, and those inside URLs, are hidden.
+
+        For what is read again and must stay what it is: a template or a configuration with names like secrets' in it.
+        """
+        if isinstance(value, Mapping):
+            return {name: self.urls(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.urls(one) for one in value]
+        if not isinstance(value, str):
+            return value
+        known = MASK if value in self._whole else value if self._inner is None else self._inner.sub(MASK, value)
+        return _AFTER_SCHEME.sub(lambda found: self.text(found[0]), known)
 
     def argv(self, argv: Iterable[str]) -> list[str]:
         """A command line: the value of an option with a secret name is hidden, joined by ``=`` or following it."""

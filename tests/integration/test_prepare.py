@@ -95,7 +95,7 @@ def test_inputs_and_shards_in_a_bucket(gcs: Bucket, tmp_path: Path, capsys: pyte
             "manifest": f"{base}/m.jsonl",
         },
         "fw": {"type": "lm", "in": "raw/fineweb-edu/*", "out": "shards/fw-*.jsonl.gz", "manifest": "m.jsonl"},
-        "gs": {"type": "math_tool", "in": "raw/gsm8k/*", "out": str(tmp_path / "gs"), "manifest": "m.jsonl"},
+        "gs": {"type": "math_tool", "in": "raw/gsm8k/*", "out": "shards/gs", "manifest": "m.jsonl"},
         "cs": {"type": "code", "in": "raw/codesearchnet/*", "out": "shards/cs", "manifest": "m.jsonl"},
     }
     storage.write_bytes(f"{base}/datasets.yaml", yaml.safe_dump(plain, sort_keys=False).encode())

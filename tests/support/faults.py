@@ -14,6 +14,7 @@ from typing import Any
 
 CUT = "cut"  # the connection breaks off in the middle of the answer
 DROP = "drop"  # the connection is closed without an answer
+LOST = "lost"  # the request is done, and its answer does not arrive
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             status, headers, data = self._ask(body)
+            if fault == LOST:
+                self.close_connection = True
+                return
             self._answer(status, headers, data, cut=fault == CUT)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = forward

@@ -197,6 +197,14 @@ def test_the_rest_of_a_url_stays_readable() -> None:
     assert Masker().text("curl -H 'X: Bearer abcdef0123' u") == "curl -H 'X: Bearer ***' u"
 
 
+def test_what_is_read_again_loses_nothing_but_its_secrets() -> None:
+    template = "{% set bos_token = '<s>' %}{{ api_key = 3 }} http://me:s3cr3tPassw0rd@host/a?token=abcdefgh1&x=1 y"
+    config = {"key_size": 8, "eos_token": "</s>", "path": "gs://b/c.pt", "chat_template": template, "list": [template]}
+    masked = Masker(["planted-literal"]).urls({**config, "spec": "planted-literal", "other": "a planted-literal b"})
+    shown = template.replace("me:s3cr3tPassw0rd@", "***@").replace("token=abcdefgh1", "token=***")
+    assert masked == {**config, "chat_template": shown, "list": [shown], "spec": "***", "other": "a *** b"}
+
+
 def test_private_keys_and_aws_secrets() -> None:
     block = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc\nxyz\n-----END RSA PRIVATE KEY-----"
     assert Masker().text(f"a {block} b") == "a *** b"

@@ -16,7 +16,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.data.types import ManifestEntry
-from liquid_llm.errors import DataError
+from liquid_llm.errors import DataError, StorageError
 from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.sources import is_type
 
@@ -79,7 +79,11 @@ def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
         raise DataError("not a type's name", where=where, got=_shorten(type), expected=expected)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
         raise DataError("weight is not a positive number", where=where, got=_shorten(weight))
-    return ManifestEntry(storage.resolve(path.strip(), posixpath.dirname(manifest_uri)), type, float(weight), where)
+    try:
+        resolved = storage.resolve(path.strip(), posixpath.dirname(manifest_uri))
+    except StorageError as error:
+        raise DataError(error.problem, where=where, got=path, expected=error.expected, remedy=error.remedy) from None
+    return ManifestEntry(resolved, type, float(weight), where)
 
 
 def _shorten(value: Any) -> str:

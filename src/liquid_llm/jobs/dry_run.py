@@ -19,6 +19,7 @@ from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
 from liquid_llm.formatting import format_bytes, format_counts, format_seconds
+from liquid_llm.masking import process_masker
 from liquid_llm.runtime import process_peak_memory_bytes
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.teachers.router import TeacherRouter
@@ -131,6 +132,7 @@ def describe_pace(config: RunConfig, start: Start, found: Rehearsal) -> dict[str
 
 def print_findings(findings: Mapping[str, Any], fit: Fit) -> None:
     """The dry run's findings: a table on standard error, one JSON object on standard output."""
+    findings = process_masker().urls(findings)
     print_facts("dry run: nothing was kept but tokenised data", _lines(findings, fit))
     print(json.dumps(findings, indent=2, default=str))
 

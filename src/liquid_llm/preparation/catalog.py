@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from liquid_llm import storage
-from liquid_llm.errors import UsageError
+from liquid_llm.errors import StorageError, UsageError
 from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.preparation.layouts import FORMATS
 from liquid_llm.sources import is_type
@@ -163,21 +163,37 @@ def _dataset(name: str, entry: Any, folder: str, where: str) -> Dataset:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise UsageError("not a path or name", where=where, got=repr(text)[:80])
-    out, prefix, suffix = _split_out(name, to_absolute(entry["out"], folder), where)
+    places = _places([*inputs, entry["out"]], folder, where)
+    # the manifest names the shards: one in a bucket may not name this machine's
+    named = entry.get("manifest")
+    manifest = _places([named], folder, where)[named] if named else None
+    if manifest is not None and storage.is_remote(manifest):
+        _places([places[entry["out"]]], posixpath.dirname(manifest), where)
+    out, prefix, suffix = _split_out(name, places[entry["out"]], where)
     return Dataset(
         name=name,
         type=entry["type"],
-        inputs=tuple(to_absolute(one, folder) for one in inputs),
+        inputs=tuple(places[one] for one in inputs),
         out=out,
         prefix=prefix,
         suffix=suffix,
-        manifest=to_absolute(entry["manifest"], folder) if entry.get("manifest") else None,
+        manifest=manifest,
         weight=_number(entry, "weight", where),
         format=_format(entry.get("format"), where),
         field=entry.get("field"),
         members=entry.get("members") or "*",
         shard_bytes=int(_number(entry, "shard_bytes", where) or DEFAULT_SHARD_BYTES),
     )
+
+
+def _places(texts: Iterable[str], folder: str, where: str) -> dict[str, str]:
+    """Each text and the place that it names from anywhere. Raises UsageError for one that may not be named here."""
+    try:
+        return {text: to_absolute(text, folder) for text in texts}
+    except StorageError as error:
+        raise UsageError(
+            error.problem, where=where, got=error.got, expected=error.expected, remedy=error.remedy
+        ) from None
 
 
 def _split_out(name: str, out: str, where: str) -> tuple[str, str, str]:

@@ -8,8 +8,8 @@ Local files never go through fsspec: they are written to a temporary name beside
 renamed. A failure of any backend becomes a StorageError with the URI, the cause in plain words and what to do. Passing
 failures (429, 5xx, cut connections, timeouts) are retried with growing, jittered pauses before that.
 
-All functions may be called from any thread and after a fork. Other modules import this one alone, and
-``storage.streams`` for what is in a file; of them all only ``storage.backends`` imports fsspec.
+All functions may be called from any thread and after a fork. Other modules import this one alone, ``storage.streams``
+for what is in a file and ``storage.lease`` for who may write where. Only ``storage.backends`` imports fsspec.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from typing import Any, BinaryIO, cast
 
 from liquid_llm.errors import StorageError
 from liquid_llm.storage.archive import unpack_zip
-from liquid_llm.storage.backends import SCHEME, RemoteReader, check_encoding, scheme_of, with_backend
+from liquid_llm.storage.backends import (
+    SCHEME,
+    RemoteReader,
+    check_encoding,
+    is_elsewhere,
+    scheme_of,
+    with_backend,
+)
 from liquid_llm.storage.failures import RetryPolicy, describe, failure_types, set_retry_policy
 from liquid_llm.storage.local import (
     TEMPORARY_SUFFIX,
@@ -49,6 +56,7 @@ __all__ = [
     "borrow_folder",
     "check_writable",
     "copy",
+    "create",
     "download",
     "exists",
     "fetch_once",
@@ -123,10 +131,25 @@ def join(base: str, *parts: str) -> str:
 
 
 def resolve(path: str, folder: str) -> str:
-    """``path`` itself where it names a place from anywhere, else what it names in ``folder``."""
-    if is_remote(path) or path.startswith(("/", "file:")) or not folder:
-        return path
-    return join(folder, path)
+    """``path`` itself where it names a place from anywhere, else what it names in ``folder``.
+
+    Raises:
+        StorageError: it was read in a remote folder, and may lead to files of this machine: who can write there would
+            have them read, and sent elsewhere.
+    """
+    named = is_remote(path) or path.lower().startswith(("/", "file:", "local:"))
+    if folder and is_remote(folder):
+        kin = "::" not in folder and scheme_of(path) == scheme_of(folder)
+        beside = "::" not in path and (kin or not named)
+        if not beside and not is_elsewhere(path):
+            raise StorageError(
+                "what was read from a bucket may not name files of this machine",
+                where=folder,
+                got=path,
+                expected="a path beside it, or a URL",
+                remedy="copy the file that names it to this machine, if you trust it, and name that",
+            )
+    return path if named or not folder else join(folder, path)
 
 
 def local_path(uri: str) -> Path:
@@ -301,6 +324,39 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     with publish(local_path(uri), uri) as temporary, temporary.open("xb") as stream:
         stream.write(data)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """As ``write_bytes`` under a name that nobody has; False where it is taken. Of several callers one is told True.
+
+    Raises:
+        StorageError: this kind of place cannot promise that.
+    """
+    if not is_remote(uri):
+        with translate_errors(uri, writing=True):
+            local_path(uri).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with local_path(uri).open("xb") as stream:
+                    stream.write(data)
+            except FileExistsError:
+                return False
+        return True
+
+    def put(fs: Any, path: str) -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            # where an answer was lost the request was sent again, and met itself
+            return bytes(fs.cat_file(path)) == data
+        except (NotImplementedError, TypeError):
+            raise StorageError(
+                f"{scheme_of(uri)} has no way to make a file only where there is none",
+                where=uri,
+                remedy="write to a local folder and copy it there, or to gs:// or s3://",
+            ) from None
+        return True
+
+    return with_backend(uri, put, writing=True)
 
 
 def upload(local: str | Path, uri: str) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import logging
 import os
+import random
 import re
+import sys
 import threading
 import time
 import warnings
@@ -16,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from liquid_llm.errors import StorageError
-from liquid_llm.storage.failures import announce_pause, describe, failure_types, retry_policy, retrying
+from liquid_llm.storage.failures import JITTER, announce_pause, describe, failure_types, retry_policy, retrying
 
 T = TypeVar("T")
 
@@ -24,7 +26,17 @@ SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)(?:://|::)")
 _LOCAL_SCHEMES = ("file", "local")
 _GCS_SCHEMES = ("gs", "gcs")
 _LARGE_BODY_BYTES = 2**20
+_JITTERING = (  # modules that draw pauses, and whom to serve next, at random
+    *("aiohttp.connector", "gcsfs.retry"),
+    *("google.auth._exponential_backoff", "google.api_core.retry.retry_base"),
+)
 _READ_ONLY_SCHEMES = ("http", "https", "data", "github")
+
+# What reaches no file of this machine, whatever follows; and what may stand before it in a chain.
+_ELSEWHERE = re.compile(
+    "gs|gcs|s3a?|https?|az|abfss?|adl|oci|oss|b2|r2|hf|hdfs|webhdfs|ftp|sftp|ssh|smb|memory|data|github|gist|dropbox|gdrive"
+)
+_AROUND = frozenset(["simplecache", "filecache", "blockcache", "cached", "zip", "tar"])
 
 _filesystems: dict[tuple[object, ...], Any] = {}
 _filesystems_lock = threading.Lock()
@@ -35,6 +47,17 @@ def scheme_of(uri: str) -> str | None:
     match = SCHEME.match(uri)
     scheme = match.group(1).lower() if match else None
     return None if scheme in _LOCAL_SCHEMES else scheme
+
+
+def is_elsewhere(uri: str) -> bool:
+    """Whether reading ``uri`` cannot read a file of this machine; of a chain (``zip://a::gs://b/c.zip``) no part may.
+
+    What is not known to be harmless is not (``reference://``, ``git://`` and ``dir::`` lead to local files too).
+    """
+    *around, last = uri.split("::")
+    schemes = [part.partition("://")[0].lower() for part in around]
+    found = re.match(r"([A-Za-z0-9]+)://", last)
+    return found is not None and _ELSEWHERE.fullmatch(found[1].lower()) is not None and _AROUND.issuperset(schemes)
 
 
 def with_backend(
@@ -77,7 +100,16 @@ def filesystem(uri: str) -> tuple[Any, str]:
         fs = _filesystems.get(key)
         if fs is None:
             fs = _filesystems[key] = _new_filesystem(kind, scheme, emulator, options)
+            _leave_random_state_alone()
     return fs, kind._strip_protocol(uri)
+
+
+def _leave_random_state_alone() -> None:
+    """Have libraries draw their jitter, in whatever thread, from another generator than the one training draws from."""
+    for name in _JITTERING:
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, "random", None) is random:
+            vars(module)["random"] = JITTER
 
 
 def _gcs_class(emulator: str) -> Any:

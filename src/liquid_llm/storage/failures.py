@@ -165,6 +165,10 @@ def _http_status(error: BaseException) -> int | None:
     return None
 
 
+# What training draws from, and a checkpoint keeps, is the module's own generator: no thread may move it.
+JITTER = random.Random()
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """How long a passing failure is tolerated: the defaults give up after about half a minute."""
@@ -175,7 +179,7 @@ class RetryPolicy:
 
     def pause_seconds(self, failures: int) -> float:
         """Seconds to wait after that many failures: doubled each time, then half to one and a half of it at random."""
-        return float(min(self.first_seconds * 2 ** (failures - 1), self.max_seconds) * random.uniform(0.5, 1.5))
+        return float(min(self.first_seconds * 2 ** (failures - 1), self.max_seconds) * JITTER.uniform(0.5, 1.5))
 
 
 _retry_policy = RetryPolicy()

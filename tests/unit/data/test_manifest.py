@@ -7,7 +7,7 @@ import pytest
 from tests.support.gcs import Bucket
 
 from liquid_llm import storage
-from liquid_llm.data.manifest import entry_files, read_manifest
+from liquid_llm.data.manifest import _entry, entry_files, read_manifest
 from liquid_llm.errors import DataError, StorageError
 
 GOOD = '{"path": "lm/*.jsonl", "type": "lm", "weight": 2}'
@@ -29,6 +29,39 @@ def test_entries_keep_their_order_and_say_where_they_stand(tmp_path: Path) -> No
 @pytest.mark.parametrize("path", ["/data/x.jsonl", "gs://bucket/x/*.jsonl", "memory://x.jsonl", "file:///data/x.jsonl"])
 def test_absolute_paths_stay(tmp_path: Path, path: str) -> None:
     assert read_manifest(manifest(tmp_path, json.dumps({"path": path, "type": "lm"})))[0].path == path
+
+
+LOCAL = [
+    *("/data/x.jsonl", "file:///data/x.jsonl", "FILE:///data/x.jsonl", "local:///data/x.jsonl", "file:/data/x.jsonl"),
+    *("simplecache::/etc/passwd", "simplecache::file:///etc/passwd", "filecache::local:///etc/passwd"),
+    *(
+        "zip://a.jsonl::/data/x.zip",
+        "zip://a.jsonl::file:///data/x.zip",
+        "zip://a.jsonl",
+        "zip://*::simplecache::/x.zip",
+    ),
+    *("reference:///data/x.json", "dir::/data", "git:///repository:x.jsonl", "blockcache::gs://b/x::/etc/passwd"),
+    *("reference://::gs://b/x.json", "arrow_hdfs::/x", "unheard-of://x"),
+    *("a::/etc/passwd", "a/*.jsonl::file:///etc/passwd", "../a::simplecache::/etc/passwd"),
+]
+
+
+@pytest.mark.parametrize("folder", ["memory://data", "zip://data::memory://x.zip"])
+@pytest.mark.parametrize("path", LOCAL)
+def test_a_manifest_in_a_bucket_names_no_file_of_this_machine(path: str, folder: str) -> None:
+    line = json.dumps({"path": path, "type": "lm"}).encode()
+    with pytest.raises(DataError, match="may not name files of this machine") as error:
+        _entry(line, "m.jsonl:1", f"{folder}/m.jsonl")
+    assert str(error.value).startswith("m.jsonl:1: ")
+    assert path in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["x/*.jsonl", "gs://b/x", "https://h/x", "simplecache::gs://b/x", "zip://a/*::simplecache::gs://b/x.zip"]
+)
+def test_a_manifest_in_a_bucket_names_what_lies_elsewhere(path: str) -> None:
+    line = json.dumps({"path": path, "type": "lm"}).encode()
+    assert _entry(line, "", "memory://data/m.jsonl").path == (path if ":" in path else f"memory://data/{path}")
 
 
 def test_a_manifest_named_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
