@@ -2,18 +2,22 @@
 
 choice        an automatic decision together with its reason; both are logged and kept in provenance
 random state  everything the random generators of this process need to go on exactly where they are
-stop signal   SIGTERM or SIGINT turned into a flag that the training loop looks at between steps
+stop signal   SIGTERM, SIGINT or SIGHUP turned into a flag that the training loop looks at between steps
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import random
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -214,31 +218,61 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT set a flag instead of ending the process; a second SIGINT interrupts at once.
+    """While entered, SIGTERM, SIGINT and SIGHUP set a flag instead of ending the process; a second SIGINT interrupts.
 
     Handlers can only be set from the main thread; elsewhere entering changes nothing and the flag stays down unless
     ``request`` is called. Earlier handlers return on exit; another ``StopSignal`` that had set them (a study's
-    around a run's) is told of what came meanwhile, and tells what came before.
+    around a run's) is told of what came meanwhile, and tells what came before. A process that was told to outlive its
+    terminal (``nohup``) does not hear SIGHUP.
+
+    A process that was forked meanwhile, as a loader's worker, is its owner's to end: what a terminal sends to all
+    (SIGINT, SIGHUP) it leaves to it, and SIGTERM ends it as if there were no handler.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.requested = False
+        self._clock = clock
+        self._since = math.inf
         self._interrupts = 0
+        self._owner = os.getpid()
+        self._raise: Callable[[], BaseException] | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def request(self) -> None:
         """Ask for a stop from within the process."""
+        if not self.requested:
+            self._since = self._clock()
         self.requested = True
 
+    def deadline(self, seconds: float) -> float:
+        """When that many seconds have passed since a stop was asked for, on the clock; infinite before it is."""
+        return self._since + seconds
+
+    @contextlib.contextmanager
+    def raising(self, make: Callable[[], BaseException]) -> Iterator[None]:
+        """For work that has nothing to save: while entered, a signal raises what ``make`` gives, wherever it comes.
+
+        One that came before raises on entering.
+        """
+        if self.requested:
+            raise make()
+        self._raise = make
+        try:
+            yield
+        finally:
+            self._raise = None
+
     def __enter__(self) -> StopSignal:
-        self.requested, self._interrupts = False, 0
+        self.requested, self._since, self._interrupts, self._owner = False, math.inf, 0, os.getpid()
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            heard = [one for one in self.SIGNALS if not _is_to_be_outlived(one)]
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
             # One that came while the outer's job was getting ready asks this one's too.
-            outer = [getattr(handler, "__self__", None) for handler in self._previous.values()]
-            self.requested = any(isinstance(one, StopSignal) and one.requested for one in outer)
+            for outer in [getattr(handler, "__self__", None) for handler in self._previous.values()]:
+                if isinstance(outer, StopSignal) and outer.requested:
+                    self.requested, self._since = True, outer._since
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -251,11 +285,24 @@ class StopSignal:
         self._previous = {}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
+            return
         self.request()
         if signum == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+        if self._raise is not None:
+            make, self._raise = self._raise, None
+            raise make()
+
+
+def _is_to_be_outlived(number: signal.Signals) -> bool:
+    """Whether the process was started to live on when its terminal is closed."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def keep_freed_memory() -> bool:

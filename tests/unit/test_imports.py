@@ -48,6 +48,7 @@ LAYERS = (
         "distributed",
         "sharding",
         "step_sums",
+        "unread",
         "data.types",
     },
     set(),  # parts

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -179,6 +180,69 @@ def test_a_second_interrupt_is_immediate_and_handlers_still_return():
     assert signal.getsignal(signal.SIGINT) is before
     with stop:  # entering again lowers the flag
         assert not stop.requested
+
+
+def test_a_closed_terminal_asks_for_a_stop_but_not_of_what_was_started_to_outlive_it():
+    with runtime.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with runtime.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_time_left_is_counted_from_the_first_request():
+    now = [100.0]
+    with runtime.StopSignal(clock=lambda: now[0]) as stop:
+        assert stop.deadline(20) == float("inf")
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] = 107.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.deadline(20) == 120.0
+
+
+def test_work_that_saves_nothing_is_left_at_once():
+    with runtime.StopSignal() as stop:
+
+        def judge():
+            with stop.raising(lambda: UsageError("stopped")):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+
+        began = time.monotonic()
+        for _ in range(2):  # the second time before it begins
+            with pytest.raises(UsageError, match="stopped"):
+                judge()
+        assert time.monotonic() - began < 4
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested, "after the work the flag alone is set"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 7), (signal.SIGHUP, 7)]
+)
+def test_a_forked_worker_leaves_to_its_owner_what_a_terminal_sends_to_all(number, status):
+    code = """
+import os, signal, sys, time
+from liquid_llm.runtime import StopSignal
+with StopSignal() as stop:
+    ready, say = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(say, b".")
+        time.sleep(1)
+        os._exit(7)
+    os.read(ready, 1)
+    os.kill(pid, int(sys.argv[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stop.requested)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, timeout=280)
+    assert (done.stdout, done.stderr) == (f"{int(status)} False\n", "")
 
 
 def test_stop_signal_outside_the_main_thread_leaves_handlers_alone():

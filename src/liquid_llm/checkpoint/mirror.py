@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from liquid_llm import storage
@@ -25,6 +25,7 @@ from liquid_llm.checkpoint.discovery import (
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import find_unused, piece_files
 from liquid_llm.storage import translate_errors
+from liquid_llm.storage.lease import LeaseLost
 
 _SMALL_BYTES = 32 * 2**20
 
@@ -32,14 +33,18 @@ _SMALL_BYTES = 32 * 2**20
 class Mirror:
     """What is known of one mirror. Used by one thread at a time.
 
+    Args:
+        fence: raises LeaseLost where another has taken the mirror over; asked around everything that is published.
+
     Attributes:
         bytes_per_second: at which the last checkpoint's data was sent; None before the first.
     """
 
-    def __init__(self, run_dir: Path, uri: str) -> None:
+    def __init__(self, run_dir: Path, uri: str, fence: Callable[[], None] = lambda: None) -> None:
         self._dir = run_dir
         self.uri = uri
         self.bytes_per_second: float | None = None
+        self._fence = fence
         self._complete: dict[str, CheckpointMetadata] = {}  # checkpoints known to be complete there
         self._sent: dict[str, tuple[int, int]] = {}  # file -> (size, time of change) as it was sent
 
@@ -62,12 +67,16 @@ class Mirror:
             name: what it is called there.
             data: a file with the data ``metadata`` belongs to.
             metadata: with its sha256.
+
+        Raises:
+            LeaseLost: another has taken the mirror over; what it has stays as it is.
         """
         if self._has(name, metadata):
             return
         pieces = piece_files(self._dir, metadata)
         if metadata.format_version == IN_PIECES and not pieces:
             return  # forgotten before its turn, or another of its step has its name by now
+        self._fence()
         twin = next((other for other, known in self._complete.items() if known.sha256 == metadata.sha256), None)
         self._complete.pop(name, None)
         storage.remove(self._of(name, SIDECAR_SUFFIX))
@@ -85,8 +94,19 @@ class Mirror:
             known = self._complete.pop(twin)  # should it be gone, the next attempt sends the data
             storage.copy(self._of(twin, DATA_SUFFIX), self._of(name, DATA_SUFFIX))
             self._complete[twin] = known
-        storage.write_bytes(self._of(name, SIDECAR_SUFFIX), sidecar_text(metadata))
+        self._publish_sidecar(self._of(name, SIDECAR_SUFFIX), sidecar_text(metadata))
         self._complete[name] = metadata
+
+    def _publish_sidecar(self, uri: str, text: bytes) -> None:
+        """What makes a checkpoint count; taken back should another have taken over between the look and the write."""
+        self._fence()
+        storage.write_bytes(uri, text)
+        try:
+            self._fence()
+        except LeaseLost:
+            if storage.read_bytes(uri) == text:
+                storage.remove(uri)
+            raise
 
     def forget_dropped(self) -> None:
         """Remove what the run directory no longer has: snapshots, and any checkpoint of a later step than its newest.
@@ -97,11 +117,13 @@ class Mirror:
         newest = max((metadata.step for metadata in local.values()), default=-1)
         for name, metadata in list(self._complete.items()):
             if name not in local and local and (is_snapshot(name) or metadata.step > newest):
+                self._fence()
                 del self._complete[name]
                 storage.remove(self._of(name, SIDECAR_SUFFIX))
                 storage.remove(self._of(name, DATA_SUFFIX))
         if any(metadata.format_version == IN_PIECES for metadata in self._complete.values()):
             for name in find_unused([one.name for one in storage.list_files(self.uri)], self._complete.values()):
+                self._fence()
                 storage.remove(storage.join(self.uri, name))
 
     def _has(self, name: str, metadata: CheckpointMetadata) -> bool:
@@ -123,6 +145,7 @@ class Mirror:
             status = path.stat()
             small = path.read_bytes() if status.st_size <= _SMALL_BYTES else None
         target = storage.join(self.uri, name)
+        self._fence()
         if small is not None:
             storage.write_bytes(target, small)
         else:

@@ -57,6 +57,7 @@ __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 
 ROW_FILES = ("metrics.jsonl", "samples.jsonl")
 LOCK_FILE = ".lock"
+MARK_FILE = ".lease-mark"  # says which lease on the mirror was taken from this directory
 _log = logging.getLogger(__name__)
 
 

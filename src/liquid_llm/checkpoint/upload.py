@@ -11,6 +11,7 @@ link.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -32,6 +33,7 @@ from liquid_llm.checkpoint.discovery import (
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.mirror import Mirror
 from liquid_llm.errors import StorageError
+from liquid_llm.storage.lease import Lease, LeaseLost
 
 _log = logging.getLogger(__name__)
 WATCHED = ("metrics.jsonl", "samples.jsonl", "tb", "provenance", "report.html", "student")
@@ -59,6 +61,7 @@ class Uploader:
         watched: files and folders of ``run_dir``; an absent one is no trouble.
         retry_seconds: pause before what failed is tried again.
         log: told about each failure.
+        lease: the right to write there, where others may want it too; once it is lost nothing more is sent.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class Uploader:
         watched: Iterable[str] = WATCHED,
         retry_seconds: float = 60.0,
         log: Log = _log.warning,
+        lease: Lease | None = None,
     ) -> None:
         self._dir = run_dir
+        self._lease = lease
         self._watched = tuple(watched)
         self._every = every_seconds
         self._retry_after = retry_seconds
@@ -81,9 +86,11 @@ class Uploader:
         self._closing = False
         self._doing: str | None = None
         self._failed: dict[str, _Job] = {}  # the thread's own
+        self._missing: list[str] = []  # the thread's last word
+        self._unseen: StorageError | None = None
         self._thread: threading.Thread | None = None
         if remote_uri is not None:
-            self._mirror = Mirror(run_dir, remote_uri)
+            self._mirror = Mirror(run_dir, remote_uri) if lease is None else Mirror(run_dir, remote_uri, lease.check)
             shutil.rmtree(run_dir / _STAGE, ignore_errors=True)
             self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
             self._thread.start()
@@ -106,8 +113,17 @@ class Uploader:
             return 0.0
         return num_bytes / (self._mirror.bytes_per_second or ASSUMED_BYTES_PER_SECOND)
 
-    def close(self, deadline_seconds: float = 900.0) -> None:
+    def check(self) -> None:
+        """Raise LeaseLost where another has taken the mirror over, as far as that is known. Returns at once."""
+        if self._lease is not None:
+            self._lease.require()
+
+    def close(self, deadline_seconds: float = 900.0, until: Callable[[], float] = lambda: math.inf) -> None:
         """Send what is left, try again what failed, compare the mirror with the run directory. Once; then nothing.
+
+        Args:
+            deadline_seconds: how long at most.
+            until: asked again and again: when to have ended, on the monotonic clock.
 
         Raises:
             StorageError: something is not there in the end; it lists every such file.
@@ -117,14 +133,18 @@ class Uploader:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(deadline_seconds)
+        began = time.monotonic()
+        while self._thread.is_alive() and (left := min(began + deadline_seconds, until()) - time.monotonic()) > 0:
+            self._thread.join(min(left, 0.2))
         late = self._thread.is_alive()
         self._thread = None
         if not late:
             shutil.rmtree(self._dir / _STAGE, ignore_errors=True)
-        missing = self._unsent() if late else self._mirror.missing(self._watched)
+            if self._unseen is not None:
+                raise self._unseen
+        missing = self._unsent() if late else self._missing
         if missing:
-            waited = f" after {deadline_seconds:.0f} s" if late else ""
+            waited = f" after {time.monotonic() - began:.0f} s" if late else ""
             raise StorageError(
                 f"the mirror lacks {len(missing)} of this run's files{waited}: {', '.join(missing)}",
                 where=self._mirror.uri,
@@ -169,7 +189,7 @@ class Uploader:
         self._attempt(_LISTING, _Job(self._find_lacking))
         retry_at = time.monotonic() + self._retry_after
         closing = False
-        while not closing:
+        while not closing and not self._is_lost():
             with self._changed:
                 if not self._waiting and not self._closing:
                     self._changed.wait(min(self._every, self._retry_after))
@@ -181,6 +201,19 @@ class Uploader:
                 self._unstage()
                 self._send_everything()
                 retry_at = time.monotonic() + self._retry_after
+        self._doing = _LISTING
+        try:
+            self.check()
+            self._missing = self._mirror.missing(self._watched)
+        except StorageError as error:
+            self._unseen = error
+
+    def _is_lost(self) -> bool:
+        try:
+            self.check()
+        except LeaseLost:
+            return True
+        return False
 
     def _find_lacking(self) -> None:
         lacking = self._mirror.find_lacking()
@@ -194,7 +227,7 @@ class Uploader:
             # watched files first: a checkpoint in the mirror then never lacks the metrics before it
             self._send_watched()
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or self._is_lost():
                     return
                 name = next(iter(self._waiting))
                 job = self._waiting.pop(name)
@@ -204,7 +237,7 @@ class Uploader:
 
     def _send_watched(self) -> None:
         for name in self._mirror.changed_files(self._watched):
-            if name not in self._failed:  # what failed waits for its time
+            if name not in self._failed and not self._is_lost():  # what failed waits for its time
                 self._attempt(name, _Job(partial(self._mirror.send_file, name)))
 
     def _send(self, name: str, data: Path, metadata: CheckpointMetadata) -> None:
@@ -217,6 +250,8 @@ class Uploader:
         self._doing = name
         try:
             job.action()
+        except LeaseLost:
+            self._failed.pop(name, None)  # nothing is tried again; whoever asks, or closes, is told
         except StorageError as error:
             self._failed[name] = job
             self._say(f"not uploaded yet, will be tried again: {error}")

@@ -21,8 +21,10 @@ from liquid_llm.cli.memory import memory
 from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
 from liquid_llm.cli.study import study
-from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError
+from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, StorageError
+from liquid_llm.masking import mask_tracebacks, process_masker
 from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of, reference_values
+from liquid_llm.unread import go_on_unread
 
 DESCRIPTIONS = {
     TRAIN: "Distil a student: text from an online teacher, maths and code from a stored teacher signal.",
@@ -42,6 +44,10 @@ DEMO = (
 def main(argv: Sequence[str] | None = None) -> int:
     """The ``liquid`` command."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return guard(lambda: _command(words))
+
+
+def _command(words: list[str]) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "demo": (_demo, "the whole pipeline on this machine: data, capture, training, evaluation, report"),
         "train": (lambda rest: _face(TRAIN, rest), "hybrid training"),
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in HELP:
         print(overview("command", listed, "liquid", about))
         return 0 if words else 2
-    return guard(lambda: commands[choose("command", listed, words, "liquid", about)][0](words[1:]))
+    return commands[choose("command", listed, words, "liquid", about)][0](words[1:])
 
 
 def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
@@ -96,39 +102,54 @@ def _face(face: str, words: list[str], prog: str | None = None, *, reference: bo
 
 
 class Terminated(BaseException):
-    """SIGTERM came while nothing was under way that is saved: then a ``StopSignal`` would have heard it.
+    """SIGTERM or SIGHUP came while nothing was under way that is saved: then a ``StopSignal`` would have heard it.
 
     Attributes:
-        exit_code: not 75, which promises saved state: a shell's code for a process that SIGTERM has ended.
+        exit_code: not 75, which promises saved state: a shell's code for a process that the signal has ended.
     """
 
-    exit_code = 128 + signal.SIGTERM
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(number)
 
 
 @contextmanager
 def _terminate_in_words() -> Iterator[None]:
-    """While entered, SIGTERM raises Terminated, so that what is open is closed; where nobody else hears it."""
+    """While entered, SIGTERM and SIGHUP raise Terminated, so that what is open is closed; where nobody else hears."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    if not in_main_thread or not numbers:
         yield
         return
     owner = os.getpid()
 
     def terminate(number: int, frame: object) -> None:
         if os.getpid() == owner:
-            raise Terminated
+            raise Terminated(number)
         signal.signal(number, signal.SIG_DFL)  # a forked worker, which its owner ends
         os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in numbers:
+        signal.signal(number, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def guard(job: Callable[[], int]) -> int:
     """Run a job; turn an error a user can cause into one message and its exit code."""
+    mask_tracebacks()
+    try:
+        with go_on_unread():
+            return _explain(job)
+    except StorageError as error:  # of what was left to be written: a job's own are explained
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _explain(job: Callable[[], int]) -> int:
     try:
         with _terminate_in_words():
             return job()
@@ -136,8 +157,6 @@ def guard(job: Callable[[], int]) -> int:
         print("terminated before there was anything to save: run the same command again", file=sys.stderr)
         return error.exit_code
     except LiquidError as error:
-        from liquid_llm.masking import process_masker
-
         if error.speaks is None and _is_later_rank():
             time.sleep(LAST_WORDS_SECONDS)  # what is wrong with a command is wrong on all ranks: the first one says it
         if error.speaks is False:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from liquid_llm import storage
@@ -38,6 +39,7 @@ from liquid_llm.study.folder import CAPTURES, PACE, Busy, StudyFolder
 from liquid_llm.study.plan import SECONDS, Study, Unit
 from liquid_llm.study.results import measure_pace, units_at_seconds
 from liquid_llm.terminal import setup_logging
+from liquid_llm.unread import go_on_unread
 from liquid_llm.wiring.exports import STUDENT
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ AT_ONCE_BYTES, AT_ONCE = 3 * 2**30, 16
 """How many students are evaluated together: all are in memory, and the teacher is asked once for them."""
 
 _WAIT_SECONDS = 1.0
+_ASK_AGAIN_SECONDS = 5.0
 _TEXTS = {"dataset_manifest", "dataset_name", "records", "val_fraction"}  # of evaluation: texts of its own
 _FOR_EVALUATION = ("device", "num_workers", "hf_token_file", "hf_token_uri", "hf_token_secret")
 
@@ -68,7 +71,7 @@ def run_study(study: Study, folder: str) -> int:
         log.warning("%s", remark)
     _check_evaluation(study, place)
     with StopSignal() as stop:
-        work = _Work(study, place, lambda: stop.requested)
+        work = _Work(study, place, stop)
         for number in range(len(study.captures)):
             work.once(f"capture-{number}", lambda number=number: work.capture(number))  # type: ignore[misc]
         work.train(study.units())
@@ -79,7 +82,8 @@ def run_study(study: Study, folder: str) -> int:
             work.train([one for one in units_at_seconds(plan, pace) if one.seed in study.seeds])
         units = [one for one in _all_units(plan, place) if place.is_done(one)]
         work.once("evaluate", lambda: work.evaluate(units))
-    return show_study(str(place.root))
+        with stop.raising(work.stopped):
+            return show_study(str(place.root))
 
 
 # ----------------------------------------------------------------------------------------------------------- what to do
@@ -236,11 +240,11 @@ def _all_units(plan: Mapping[str, Any], place: StudyFolder) -> list[Unit]:
 
 @dataclass
 class _Work:
-    """What one process does of a study; ``stopping`` says that it was asked to stop."""
+    """What one process does of a study; ``stop`` says that it was asked to stop."""
 
     study: Study
     place: StudyFolder
-    stopping: Callable[[], bool]
+    stop: StopSignal
 
     def train(self, units: Sequence[Unit]) -> None:
         """Take part in these runs until all are done, together with as many other processes as are asked for."""
@@ -257,12 +261,10 @@ class _Work:
         try:
             self.take(lacking)
         except BaseException:
-            for one in others:
-                one.terminate()  # SIGTERM: its run is saved
+            _end(others)
             raise
-        finally:
-            for one in others:
-                one.join()
+        for one in others:
+            one.join()
 
     def take(self, units: Sequence[Unit]) -> None:
         """Run what nobody else does, and wait for what others do: should one of them end, its run is taken up."""
@@ -293,8 +295,12 @@ class _Work:
 
     def check(self) -> None:
         """Raise Interrupted where the process was asked to stop."""
-        if self.stopping():
-            raise Interrupted("the study was stopped", where=self.place.root, remedy=_GO_ON)
+        if self.stop.requested:
+            raise self.stopped()
+
+    def stopped(self) -> Interrupted:
+        """What a study ends with that was asked to stop between two runs, or while students are judged."""
+        return Interrupted("the study was stopped", where=self.place.root, remedy=_GO_ON)
 
     def _train_one(self, unit: Unit) -> None:
         if self.place.is_done(unit):
@@ -372,7 +378,8 @@ class _Work:
             what = "evaluate" if measuring else "hear the answers of"
             log.info("study: %s %d students", what, sum(one in lacking for one in group))
             students = [str(self.place.run_dir(one) / FINAL) for one in group]
-            found = evaluate_students(students, _evaluation_options(self.study), measuring=measuring)
+            with self.stop.raising(self.stopped):  # a group's judgement is kept whole or not at all
+                found = evaluate_students(students, _evaluation_options(self.study), measuring=measuring)
             for unit, one in zip(group, found, strict=True):
                 self._keep(unit, one.plain(), asked, measuring=measuring)
             lacking = [one for one in lacking if one not in group]
@@ -403,12 +410,21 @@ _OF_ANSWERS = ("answers", "answer_tokens")  # what is asked of them
 _GO_ON = "run the same command again to go on"
 
 
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Have processes save their runs and end. Asked again and again: a signal between fork and exec is lost."""
+    while any(one.is_alive() for one in processes):
+        for one in processes:
+            one.terminate()
+        for one in processes:
+            one.join(_ASK_AGAIN_SECONDS)
+
+
 def _help(study: Study, place: StudyFolder, units: Sequence[Unit]) -> None:
     """A further process: take part in the runs; what goes wrong is said, and ends it with the error's exit code."""
     setup_logging("INFO")
-    with StopSignal() as stop:
+    with go_on_unread(), StopSignal() as stop:
         try:
-            _Work(study, place, lambda: stop.requested).take(units)
+            _Work(study, place, stop).take(units)
         except LiquidError as error:
             log.error("%s", error)
             raise SystemExit(error.exit_code) from None

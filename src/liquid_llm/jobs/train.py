@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint
-from liquid_llm.checkpoint.store import CheckpointStore
+from liquid_llm.checkpoint.store import MARK_FILE, CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.distributed import Engine, read_rank, start_engine
 from liquid_llm.distributed_link import TeacherLink, TrainingLink, join_ranks, require_training_ranks
-from liquid_llm.errors import Interrupted
+from liquid_llm.errors import Interrupted, StorageError
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, prepare_run_data
 from liquid_llm.jobs.teach import run_teacher
@@ -27,6 +27,7 @@ from liquid_llm.metrics import MetricsWriter
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.runtime import StopSignal, choose_device
+from liquid_llm.storage.lease import Lease, LeaseLost
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
@@ -34,7 +35,7 @@ from liquid_llm.wiring.exports import STUDENT, keep_tokenizer, save_with_card
 from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.wiring.parts import BatchFeed, Parts, build_basis, build_parts
-from liquid_llm.wiring.places import Place, resolve_place
+from liquid_llm.wiring.places import Place, resolve_place, try_places
 from liquid_llm.wiring.recorder import Hooks, Recorder, RunFiles
 from liquid_llm.wiring.rehearsal import rehearse
 from liquid_llm.wiring.repeat import run_options_to_repeat
@@ -80,10 +81,11 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
 
 @dataclass(frozen=True)
 class _Output:
-    """What the main rank alone has: where the run is written to, and its checkpoints, locked."""
+    """What the main rank alone has: where the run is written to, its checkpoints, locked, its mirror's lease."""
 
     place: Place
     store: CheckpointStore
+    lease: Lease | None
 
 
 def _run(config: RunConfig, engine: Engine) -> None:
@@ -92,7 +94,10 @@ def _run(config: RunConfig, engine: Engine) -> None:
         def open_output() -> _Output:
             place = resolve_place(config)
             store = CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning)
-            return _Output(place, stack.enter_context(store))
+            stack.enter_context(store)
+            if place.remote is None or config.optimizer.steps == 0:
+                return _Output(place, store, None)
+            return _Output(place, store, stack.enter_context(Lease(place.remote, place.run_dir / MARK_FILE)))
 
         output = engine.together(lambda: open_output() if engine.is_main else None)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -101,7 +106,7 @@ def _run(config: RunConfig, engine: Engine) -> None:
         if not engine.share(lambda: _nothing_to_do(config, start, output)):
             _train(config, output, start, engine)
         elif output is not None and config.optimizer.steps > 0 and start.kind == "continue":
-            send_what_is_lacking(output.place)
+            send_what_is_lacking(output.place, output.lease)
 
 
 def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any], Fit]:
@@ -160,7 +165,8 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             trackers = open_trackers(config.output.trackers, output.place.run_dir, resume_step)
             metrics = MetricsWriter(output.place.run_dir, resume_step=resume_step, trackers=trackers)
             stack.enter_context(metrics)
-            mirrors = stack.enter_context(Mirrors(output.place, config.output.upload_every_seconds))
+            every = config.output.upload_every_seconds
+            mirrors = stack.enter_context(Mirrors(output.place, every, stop.deadline, output.lease))
             files = RunFiles(output.store, metrics, mirrors.checkpoints)
         recorder = stack.enter_context(Recorder(config, parts, files, waited=lambda: feed.waited))
         stack.enter_context(engine.watch())
@@ -174,17 +180,17 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             done = trainer.train()
         if not done:
             recorder.stop()
-            if mirrors is not None:
-                mirrors.close()
+            unsent = None if mirrors is None else _send_in_time(mirrors.close, stop)
             engine.wait_for_all()  # a launcher ends all as soon as one has ended: not before the state is saved
-            raise _interrupted(config, parts, output)
+            raise _interrupted(config, parts, output, unsent)
         recorder.finish()
         weights = gather_student(parts)
         if output is not None and mirrors is not None:
             student, run_dir = parts.text.student_tokenizer(), output.place.run_dir
             save_with_card(parts.built.model, student, recorder.metadata(), run_dir / STUDENT, weights)
             build_report(run_dir)
-            mirrors.finish()
+            if unsent := _send_in_time(mirrors.finish, stop):
+                raise _interrupted(config, parts, output, unsent)
         engine.wait_for_all()
     if output is not None:
         log.info("done: %s", output.place.shown)
@@ -197,6 +203,8 @@ def _stopping(stop: StopSignal, engine: Engine) -> bool:
 
 def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: Engine) -> tuple[Parts, Fit]:
     """All that a run needs before its first step; what it was made of is written."""
+    if output is not None:
+        try_places(output.place)
     basis = build_basis(config, start, engine)
     data = engine.host_first(lambda: prepare_run_data(config.data))
     parts = build_parts(basis, start, data.entries, engine)
@@ -211,11 +219,33 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
     return parts, fit
 
 
-def _interrupted(config: RunConfig, parts: Parts, output: _Output | None) -> Interrupted:
+def _send_in_time(send: Callable[[], None], stop: StopSignal) -> StorageError | None:
+    """Bring the mirrors up to date; what they lack, where there was no time for more.
+
+    Raises:
+        StorageError: they lack something, and nobody asked to stop.
+    """
+    try:
+        send()
+    except StorageError as error:
+        if not stop.requested or isinstance(error, LeaseLost):
+            raise
+        return error
+    return None
+
+
+def _interrupted(
+    config: RunConfig, parts: Parts, output: _Output | None, unsent: StorageError | None = None
+) -> Interrupted:
+    """What a run ends with that was asked to stop; ``unsent``: what did not reach its output in the time there was."""
+    where, remedy = None if output is None else output.place.shown, "run the same command again to go on"
+    if output is not None and unsent is not None:
+        log.warning("%s", unsent)
+        where = str(output.place.run_dir)
+        remedy = f"run the same command again on this machine: {output.place.shown} is not up to date"
+    steps = config.optimizer.steps
     error = Interrupted(
-        f"stopped at step {parts.progress.step} of {config.optimizer.steps} with the state saved",
-        where=None if output is None else output.place.shown,
-        remedy="run the same command again to go on",
+        f"stopped at step {parts.progress.step} of {steps} with the state saved", where=where, remedy=remedy
     )
     error.speaks = output is not None  # all ranks end with it
     return error

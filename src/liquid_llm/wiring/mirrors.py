@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from liquid_llm.checkpoint.mirror import Mirror
 from liquid_llm.checkpoint.upload import WATCHED, Uploader
+from liquid_llm.errors import StorageError
+from liquid_llm.storage.lease import Lease
 from liquid_llm.wiring.places import Place
 
 log = logging.getLogger(__name__)
 
+SENDING_SECONDS = 20.0  # of the 30 that spot machines leave a process between SIGTERM and the end
+_FAILED_SECONDS = 20.0
 _EVERYTHING = (".",)
 
 
 class Mirrors:
     """The uploaders of a run; a context manager that treats them as one, as ``Uploader`` does itself.
 
+    Args:
+        lease: the right to write to the place of the run, and with it to the others.
+        until: when so many seconds have passed since the run was asked to stop, on the monotonic clock.
+
     Attributes:
         checkpoints: of the run directory; checkpoints are given to it.
     """
 
-    def __init__(self, place: Place, every_seconds: float) -> None:
+    def __init__(
+        self,
+        place: Place,
+        every_seconds: float,
+        until: Callable[[float], float] = lambda seconds: math.inf,
+        lease: Lease | None = None,
+    ) -> None:
         self._place = place
-        self.checkpoints = Uploader(place.run_dir, place.remote, every_seconds=every_seconds)
+        self._until = until
+        self._lease = lease
+        self.checkpoints = Uploader(place.run_dir, place.remote, every_seconds=every_seconds, lease=lease)
         self._events = Uploader(
-            place.run_dir / "tb", place.tensorboard, every_seconds=every_seconds, watched=_EVERYTHING
+            place.run_dir / "tb", place.tensorboard, every_seconds=every_seconds, watched=_EVERYTHING, lease=lease
         )
 
     def close(self) -> None:
         """Send what is left. Raises StorageError where something is not there in the end."""
-        self._events.close()
-        self.checkpoints.close()
+        try:
+            self.checkpoints.close(until=self._stop_at)
+        finally:
+            self._events.close(until=self._stop_at)
 
     def finish(self) -> None:
         """``close``, with the finished student sent where it is wanted too."""
-        with Uploader(self._place.run_dir / "student", self._place.model, watched=_EVERYTHING):
+        student = Uploader(self._place.run_dir / "student", self._place.model, watched=_EVERYTHING, lease=self._lease)
+        try:
             self.close()
+        finally:
+            student.close(until=self._stop_at)
+
+    def _stop_at(self) -> float:
+        return self._until(SENDING_SECONDS)
 
     def __enter__(self) -> Mirrors:
         return self
@@ -45,11 +72,19 @@ class Mirrors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._events.__exit__(kind, error, traceback)
-        self.checkpoints.__exit__(kind, error, traceback)
+        if error is None:
+            self.close()
+            return
+        # The run failed: a moment for what it saved, none for a second Ctrl-C.
+        end = time.monotonic() + (_FAILED_SECONDS if isinstance(error, Exception) else 0.0)
+        for one in (self.checkpoints, self._events):
+            try:
+                one.close(until=lambda: min(end, self._stop_at()))
+            except StorageError as unsent:
+                log.warning("%s", unsent)
 
 
-def send_what_is_lacking(place: Place) -> None:
+def send_what_is_lacking(place: Place, lease: Lease | None = None) -> None:
     """Bring the mirrors of a finished run up to date: the process that finished it may have been killed just then.
 
     Raises:
@@ -68,5 +103,5 @@ def send_what_is_lacking(place: Place) -> None:
         lacking = mirror.missing(watched)
         if lacking:
             log.info("%s lacks %d files of this finished run: they are sent now", uri, len(lacking))
-            with Uploader(folder, uri, watched=watched):
+            with Uploader(folder, uri, watched=watched, lease=lease):
                 pass

@@ -38,6 +38,17 @@ class Place:
         return self.remote or str(self.run_dir)
 
 
+def try_places(place: Place) -> None:
+    """Write to, and remove from, all the places that a run is mirrored to: not after hours is one found closed.
+
+    Raises:
+        StorageError: one of them cannot be written.
+    """
+    for uri in (place.remote, place.tensorboard, place.model):
+        if uri is not None:
+            storage.check_writable(uri)
+
+
 def resolve_place(config: RunConfig) -> Place:
     """The run directory of a configuration.
 

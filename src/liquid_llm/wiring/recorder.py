@@ -14,14 +14,16 @@ from typing import Any
 
 from liquid_llm.checkpoint.background import BackgroundSaver, Saved
 from liquid_llm.checkpoint.copies import block_sizes
+from liquid_llm.checkpoint.discovery import sidecars
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import KEY, describe, digest_files, require_folder
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
 from liquid_llm.device import device_memory, find_not_finite
-from liquid_llm.errors import NumericalError
+from liquid_llm.errors import Interrupted, LiquidError, NumericalError
 from liquid_llm.formatting import format_bytes, format_seconds
+from liquid_llm.masking import process_masker
 from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
@@ -98,8 +100,22 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._saver is not None:
+        if self._saver is None:
+            return
+        try:
             self._saver.__exit__(kind, error, traceback)
+        finally:
+            if isinstance(error, LiquidError) and not isinstance(error, Interrupted):
+                self._say_what_counts()
+
+    def _say_what_counts(self) -> None:
+        """Of a run that fails: which step its last whole checkpoint is of, where training has gone on since."""
+        assert self.files is not None
+        steps = [metadata.step for metadata in sidecars(self.files.store.run_dir).values()]
+        step = self.parts.progress.step
+        if step > max(steps, default=0):
+            kept = f"a checkpoint of step {max(steps)}" if steps else "no checkpoint"
+            log.warning("step %d was reached and %s is whole: what came after it is lost", step, kept)
 
     def hooks(self, stage: Stage) -> Hooks:
         """The trainer's hooks in the order they must run; ``stage`` shows how far it is."""
@@ -353,9 +369,10 @@ class Recorder:
 
     def _look_after_saves(self) -> None:
         """After each step: end with what a save failed with; after the first, when moments are there, prepare saves."""
-        if self._saver is None:
+        if self._saver is None or self.files is None:
             return
         self._saver.check()
+        self.files.uploader.check()
         if self._prepared:
             return
         self._prepared = True
@@ -424,12 +441,12 @@ class Recorder:
             positional_embedding=self.parts.built.positional_embedding,
             rope_scale=config.student.rope_scale,
             eval_ctx_lens=config.evaluation.context_lengths,
-            student=self.parts.built.description,
+            student=process_masker().urls(self.parts.built.description),
             tokenizer_hash=self.parts.text.hash,
             data_position=progress.data_position,
             best_val_loss=progress.best_val_loss,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            run=self._run_values(),
+            run=process_masker().urls(self._run_values()),
             versions={**CURRENT, "order": 1 if self.parts.group_size == 1 else CURRENT["order"]},
         )
 

@@ -19,6 +19,7 @@ from liquid_llm.checkpoint.mirror import Mirror
 from liquid_llm.checkpoint.store import CheckpointInfo, CheckpointStore, fetch_latest
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.errors import StorageError
+from liquid_llm.storage.lease import LeaseLost
 
 
 @pytest.fixture
@@ -246,6 +247,65 @@ def test_what_failed_to_the_last_is_listed_and_tried_once_more_by_the_next_run(
     with Uploader(run_dir, remote):
         pass
     assert same_files(run_dir, remote)
+
+
+def test_who_is_asked_to_stop_meanwhile_is_not_waited_for(
+    store: CheckpointStore, run_dir: Path, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the last look at the mirror, which may hang as well."""
+    line, stopped_at = threading.Event(), [float("inf")]
+    monkeypatch.setattr(Mirror, "missing", lambda *_: line.wait(30) and [])
+    uploader = Uploader(run_dir, remote)
+    uploader.enqueue_checkpoint(save(store, 1, "last"))
+    wait_for(lambda: set(remote_names(remote)) == set(both("last", "step-00000001")))
+    threading.Timer(0.3, lambda: stopped_at.__setitem__(0, time.monotonic() + 0.1)).start()
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"lacks 1 .*: the list of what is there"):
+        uploader.close(until=lambda: stopped_at[0])
+    line.set()
+    assert time.monotonic() - began < 15
+
+
+def test_what_another_has_taken_over_gets_nothing_more(store: CheckpointStore, run_dir: Path, remote: str) -> None:
+    lost: list[LeaseLost] = []
+
+    class Fence:
+        def require(self) -> None:
+            if lost:
+                raise lost[0]
+
+        check = require
+
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    uploader = Uploader(run_dir, remote, every_seconds=0.05, lease=Fence())  # type: ignore[arg-type]
+    uploader.enqueue_checkpoint(save(store, 1, "last"))
+    wait_for(lambda: set(both("last", "step-00000001")) < set(remote_names(remote)))
+    uploader.check()
+    lost.append(LeaseLost("taken over", where=remote))
+    before = {info.name: storage.read_bytes(info.uri) for info in storage.list_files(remote)}
+    (run_dir / "metrics.jsonl").write_text("{}\n{}\n")
+    uploader.enqueue_checkpoint(save(store, 2, "last"))
+    with pytest.raises(LeaseLost, match="taken over"):
+        uploader.check()
+    with pytest.raises(LeaseLost, match="taken over"):
+        uploader.close()
+    assert {info.name: storage.read_bytes(info.uri) for info in storage.list_files(remote)} == before
+
+
+def test_what_was_published_in_the_moment_of_a_takeover_is_taken_back(
+    store: CheckpointStore, run_dir: Path, remote: str
+) -> None:
+    """The owner is paused between its look at the lease and the write: the look after it finds that out."""
+    looks = iter([True, True, False])
+
+    def fence() -> None:
+        if not next(looks):
+            raise LeaseLost("taken over", where=remote)
+
+    info = save(store, 1)
+    with pytest.raises(LeaseLost):
+        Mirror(run_dir, remote, fence).send_checkpoint(info.name, info.path, info.metadata)
+    assert remote_names(remote) == [f"{info.name}.pt"], "data without a sidecar counts for nothing"
 
 
 def test_a_line_that_hangs_is_given_up_at_the_deadline(

@@ -46,22 +46,37 @@ def test_errors_never_show_a_secret_of_the_environment(capsys, monkeypatch):
     assert "planted" not in capsys.readouterr().err
 
 
-def test_a_signal_before_there_is_anything_to_save_is_answered_in_one_line(capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_before_there_is_anything_to_save_is_answered_in_one_line(number, code, capsys):
     closed = []
 
     def job() -> int:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)  # the handler runs at the next chance
         finally:
             closed.append(True)
         return 0
 
-    before = signal.getsignal(signal.SIGTERM)
-    assert guard(job) == 143
+    before = signal.getsignal(number)
+    assert guard(job) == code
     assert capsys.readouterr().err == "terminated before there was anything to save: run the same command again\n"
     assert closed == [True]
-    assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+    assert signal.getsignal(number) is before is signal.SIG_DFL
+
+
+def test_what_nobody_foresaw_is_printed_without_secrets():
+    code = """
+from liquid_llm.cli.main import guard
+def job():
+    raise KeyError("http://me:s3cr3tPassw0rd@host/x and hf_planted0123456789abcdefXYZ")
+guard(job)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'http://***@host/x and ***'" in done.stderr
+    assert "s3cr3t" not in done.stderr
 
 
 def test_a_forked_worker_of_a_job_is_ended_by_the_signal_as_before():

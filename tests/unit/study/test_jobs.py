@@ -1,13 +1,17 @@
 """What the job of a study decides by itself: what its files keep, and whose held-out text students are judged on."""
 
 import json
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from liquid_llm.capture.job import CaptureSummary
-from liquid_llm.errors import UsageError
+from liquid_llm.errors import Interrupted, UsageError
 from liquid_llm.jobs import study as job
+from liquid_llm.runtime import StopSignal
 from liquid_llm.study.folder import StudyFolder
 from liquid_llm.study.plan import Arm, Study, Unit
 
@@ -92,7 +96,7 @@ def test_students_are_judged_on_what_a_run_of_the_baseline_held_out(tmp_path, mo
     monkeypatch.setattr(job, "evaluate_students", evaluate)
     place = StudyFolder(tmp_path)
     units = [Unit(*one) for one in done]
-    job._Work(Study("train", [Arm("a", {}), Arm("b", {})], [0, 1], {}), place, lambda: False).evaluate(units)
+    job._Work(Study("train", [Arm("a", {}), Arm("b", {})], [0, 1], {}), place, StopSignal()).evaluate(units)
     assert all(students[0].startswith(str(tmp_path / "runs" / "a")) for students in asked)
     assert all(json.loads((tmp_path / f"evaluations/{one.folder}.json").read_text())["asked"] == {} for one in units)
 
@@ -102,11 +106,35 @@ def test_captures_that_fill_one_store_in_turn_are_all_counted(tmp_path, monkeypa
     monkeypatch.setattr(job.time, "monotonic", iter(range(0, 100, 7)).__next__)
     place, shared = StudyFolder(tmp_path), {"math_logits_dir": "S", "mc_teacher_id": "org/t"}
     captures = [{**shared, "dataset_manifest": name} for name in ("one.jsonl", "two.jsonl")]
-    work = job._Work(Study("train", [], [0], {}, captures), place, lambda: False)
+    work = job._Work(Study("train", [], [0], {}, captures), place, StopSignal())
     for number in (0, 1, 0, 1):
         work.capture(number)
     assert [one["seconds"] for one in place.read("captures.json")] == [7, 7]
     changed = [captures[0], {**captures[1], "batch_size": 3}]
-    job._Work(Study("train", [], [0], {}, changed), place, lambda: False).capture(1)
+    job._Work(Study("train", [], [0], {}, changed), place, StopSignal()).capture(1)
     kept = [one["options"] for one in place.read("captures.json")]
     assert kept == changed, "one that is asked for no longer is replaced by what is"
+
+
+def test_a_signal_while_students_are_judged_is_heard_at_once(tmp_path, monkeypatch):
+    place = StudyFolder(tmp_path)
+
+    def judge(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+    monkeypatch.setattr(job, "evaluate_students", judge)
+    began = time.monotonic()
+    with StopSignal() as stop, pytest.raises(Interrupted, match="the study was stopped"):
+        job._Work(Study("train", [Arm("a", {})], [0], {}), place, stop).evaluate([Unit("a", 0)])
+    assert time.monotonic() - began < 10
+    assert place.evaluation(Unit("a", 0)) is None
+
+
+def test_a_process_that_does_not_hear_is_asked_again(monkeypatch):
+    """A signal that comes between a fork and what the child becomes is lost."""
+    monkeypatch.setattr(job, "_ASK_AGAIN_SECONDS", 0.0)
+    asked = []
+    deaf = SimpleNamespace(is_alive=lambda: len(asked) < 3, terminate=lambda: asked.append(1), join=lambda _: None)
+    job._end([deaf])
+    assert len(asked) == 3
