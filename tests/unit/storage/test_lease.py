@@ -186,3 +186,22 @@ def test_answers_that_are_lost_cost_nobody_the_lease(gcs: Bucket, proxy: FaultyP
             proxy.fail(fault, times=2, path="/upload/")
             lease.beat()
             lease.check()
+
+
+def test_of_two_that_take_a_dead_one_over_the_later_is_refused(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have seen it dead; one makes the next number just before the other would."""
+    machines.take("a")
+    create, others = storage.create, []
+
+    def late(uri: str, data: bytes) -> bool:
+        monkeypatch.setattr(storage, "create", create)
+        others.append(machines.take("c"))
+        machines.meanwhile = others[0].beat
+        return create(uri, data)
+
+    monkeypatch.setattr(storage, "create", late)
+    with pytest.raises(StorageError, match="another run is writing to this output"):
+        machines.take("b")
+    others[0].check()
