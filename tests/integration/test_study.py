@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,18 +212,20 @@ def test_two_processes_share_the_runs(asked, finished, tmp_path, caplog):
 
 
 def test_seeds_and_arms_are_added_and_what_contradicts_is_refused(asked, finished, tmp_path, capsys, caplog):
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)  # the other tests' has its own arms, whichever comes first
     values = yaml.safe_load(asked.read_text())
     more = tmp_path / "more.yaml"
     more.write_text(yaml.safe_dump({**values, "arms": [*values["arms"], {"name": "cold", "kd_temperature": 1.5}]}))
     with caplog.at_level("INFO"):
-        assert main(words(more, finished)) == 0
+        assert main(words(more, folder)) == 0
     assert [line for line in caplog.messages if line.startswith("study: ")] == [
         *("study: cold, seed 0", "study: cold, seed 1", "study: evaluate 2 students"),
     ]
-    assert {arm["name"] for arm in json.loads((finished / "study.json").read_text())["arms"]} == {*ARMS, "cold"}
+    assert {arm["name"] for arm in json.loads((folder / "study.json").read_text())["arms"]} == {*ARMS, "cold"}
     changed = tmp_path / "changed.yaml"
     changed.write_text(yaml.safe_dump({**values, "lr": 1}))
-    assert main(words(changed, finished)) == 2
+    assert main(words(changed, folder)) == 2
     assert "arm 'plain': lr was 0.01, and now it is 1.0" in capsys.readouterr().err
 
 

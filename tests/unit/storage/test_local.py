@@ -287,7 +287,7 @@ def test_a_local_file_is_used_where_it_lies(tmp_path: Path) -> None:
         ("a/*.jsonl", "gs://b/m", "gs://b/m/a/*.jsonl"),
         ("a.jsonl", "/m", "/m/a.jsonl"),
         ("a.jsonl", "", "a.jsonl"),
-        ("/a.jsonl", "gs://b", "/a.jsonl"),
+        ("/a.jsonl", "/m", "/a.jsonl"),
         ("file:///a", "/m", "file:///a"),
         ("s3://c/a", "gs://b", "s3://c/a"),
     ],
