@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lm-eval check bench gpu soak mutants format clean FORCE
+.PHONY: help demo test test-lm-eval check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,11 @@ soak: $(STAMP)  ## all tests in random order with 20 times the examples, the too
 
 mutants: $(STAMP)  ## make 200 small mistakes in the numbers, one at a time, and list those that no test notices
 	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m tests.mutation.run $(ARGS)
+
+# As above: atheris is there for some releases of Python only, and nothing but this target needs it.
+fuzz: $(STAMP)  ## look for bytes that break a reader, a minute for each; ARGS="manifest --seconds 600" for one, longer
+	$(PIP) install --quiet -e '.[fuzz]'
+	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m tests.fuzz.search $(ARGS)
 
 format: $(STAMP)  ## rewrite the sources the way `make check` wants them
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_DEPTH = 200
 MAX_YAML_BYTES = 16 * 2**20
+MAX_DIGITS = 4300  # what Python reads of a whole number; YAML's in base 60 have no bound there, and take for ever
 MAX_YAML_NODES = 1_000_000  # with every alias written out, as it is wherever such a value is saved again
 _BRACKETS = ("[", "{")
 
@@ -100,6 +101,8 @@ def _count_nodes(node: Any, depth: int, known: dict[int, int]) -> int:
     if depth > MAX_DEPTH:  # also an alias that stands for something around it
         raise ParseError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float")):
+            raise ParseError("a number of thousands of digits")
         return 1
     if id(node) not in known:
         parts = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value

@@ -191,7 +191,7 @@ def parse_piecewise(text: str, *, option: str, maximum: float | None = None) -> 
 
 def level_from(text: str, step: int, value: float) -> str:
     """A schedule's text with everything up to ``step`` replaced by one entry ``step:value``."""
-    later = [part for part in text.split(",") if int(part.partition(":")[0]) > step]
+    later = [part for part in text.split(",") if int(part.strip().partition(":")[0]) > step]
     return ",".join([f"{step}:{value!r}", *later])
 
 

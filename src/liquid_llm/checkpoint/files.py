@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.errors import CheckpointError
-from liquid_llm.storage import start_writeback, translate_errors
+from liquid_llm.storage import TORCH_DAMAGE, start_writeback, translate_errors, unpacks_far
 
 _PIECE_BYTES = 4 * 2**20  # hashed while it is in the processor's cache
 _WRITEBACK_BYTES = 32 * 2**20
@@ -140,6 +140,13 @@ def read_archive(path: Path, where: object = None) -> Any:
     where = where or path
     with translate_errors(where), path.open("rb"):
         pass
+    if unpacks_far(path):
+        raise CheckpointError(
+            "this file unpacks to far more than it should; it was not opened",
+            where=where,
+            got=f"{path.stat().st_size:,} bytes",
+            remedy="save it again with torch.save, which packs nothing",
+        )
     try:
         with warnings.catch_warnings():
             # another protocol than torch's own is refused below or read correctly: nothing a user could act on
@@ -153,7 +160,7 @@ def read_archive(path: Path, where: object = None) -> Any:
             got=f"{reason[:120]!r}",
             remedy="save a plain state dict with torch.save, or a Hugging Face folder with safetensors",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError) as error:
+    except TORCH_DAMAGE as error:
         raise CheckpointError(
             "this file is truncated, damaged or no torch file",
             where=where,

@@ -37,7 +37,7 @@ from liquid_llm.parsing import ParseError, parse_json
 def read_whole(data: Path) -> CheckpointMetadata | None:
     """The metadata of data that is whole, with its hash; None where it is damaged or no checkpoint of this release."""
     try:
-        with zipfile.ZipFile(data) as archive:
+        with storage.zip_errors(), zipfile.ZipFile(data) as archive:
             if archive.testzip() is not None:
                 return None
         content = read_archive(data)
@@ -49,7 +49,7 @@ def read_whole(data: Path) -> CheckpointMetadata | None:
                 return None
         elif not isinstance(content.get("student"), dict):
             return None
-    except (zipfile.BadZipFile, EOFError, CheckpointError):
+    except (zipfile.BadZipFile, CheckpointError):
         return None
     return replace(metadata, sha256=storage.sha256(data))
 

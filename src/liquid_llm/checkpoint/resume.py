@@ -137,7 +137,7 @@ def _is_folder_archive(path: Path, uri: str) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     try:
-        with translate_errors(path), zipfile.ZipFile(path) as archive:
+        with translate_errors(path), storage.zip_errors(), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise CheckpointError("this zip is damaged", where=uri, got=str(error), remedy="copy it again") from error

@@ -345,9 +345,16 @@ def _expand_dates(value: object) -> object:
 
 
 def expand_date(text: str) -> str:
-    """Expand a literal ``$(date +FORMAT)`` (UTC), left in a URI by a launcher that has no shell."""
+    """Expand a literal ``$(date +FORMAT)`` (UTC), left in a URI by a launcher that has no shell.
+
+    Raises:
+        UsageError: a format that is no text.
+    """
     now = datetime.datetime.now(datetime.timezone.utc)
-    return _DATE.sub(lambda match: now.strftime(match["format"].strip("'\"")), text)
+    try:
+        return _DATE.sub(lambda match: now.strftime(match["format"].strip("'\"")), text)
+    except ValueError as error:
+        raise UsageError("not the format of a date", where=ascii(text), got=error) from None
 
 
 def unknown_option(word: str, options: Sequence[Option], where: str) -> UsageError:

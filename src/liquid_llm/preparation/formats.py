@@ -11,9 +11,7 @@ import fnmatch
 import json
 import logging
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -89,12 +87,13 @@ def documents(uri: str, reading: Reading, advance: Callable[[int], object]) -> I
     with storage.open_read(uri) as stream:
         told = 0
         try:
-            for finding in _Input(uri, reading).findings(stream):
-                yield finding
-                read = max(told, stream.tell())
-                advance(read - told)
-                told = read
-        except (DamageError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError) as error:
+            with storage.zip_errors():
+                for finding in _Input(uri, reading).findings(stream):
+                    yield finding
+                    read = max(told, stream.tell())
+                    advance(read - told)
+                    told = read
+        except (DamageError, zipfile.BadZipFile) as error:
             raise DataError(
                 "the input cannot be read to its end", where=uri, got=str(error), remedy="copy or download it again"
             ) from error
@@ -273,11 +272,9 @@ class _Input:
             for member in wanted:
                 if member.flag_bits & 1:
                     self._refuse(f"an encrypted member {member.filename}")
-                try:
-                    raw = opened.open(member)
-                except OSError as error:  # an offset outside the file
-                    raise DamageError(f"{member.filename}: {error.strerror}") from error
-                with raw:
+                if storage.is_far(member.compress_size, member.file_size):
+                    raise DamageError(f"{member.filename} unpacks to far more than it should")
+                with opened.open(member) as raw:
                     yield from _Input(f"{self.where}!{member.filename}", self.reading).findings(raw, in_zip=True)
 
     def _is_wanted(self, name: str) -> bool:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import random
 import re
-import struct
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -31,35 +29,20 @@ from liquid_llm.signal_store.layout import Contents, Found
 from liquid_llm.signal_store.records import (
     MARK_BYTES,
     PREFIX_TOKENS,
+    WHOLE_BYTES,
     Record,
     RecordError,
     RecordHeader,
     SignalIdentity,
     compact,
 )
-from liquid_llm.storage import FileInfo
+from liquid_llm.storage import TORCH_DAMAGE, FileInfo, unpacks_far
 
 SUFFIX = ".pt"
 
 _READERS = 8
 _READ_AHEAD = 64
 
-# What torch.load is known to raise on damaged bytes (found by fuzzing, see the tests).
-_DAMAGE = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    OSError,
-    OverflowError,
-    MemoryError,
-    AssertionError,
-    struct.error,
-    pickle.UnpicklingError,
-)
 _END_OF_ZIP = b"PK\x05\x06"
 _DISPENSABLE = (".format_version", ".storage_alignment", ".data/serialization_id")  # of what torch.save writes
 
@@ -191,13 +174,17 @@ def from_bytes(data: bytes) -> Record:
     """
     if data[-22:-18] != _END_OF_ZIP:  # a cut file has lost its end; torch would try other formats on it
         raise RecordError(f"truncated or not a record ({len(data)} bytes)")
+    if unpacks_far(io.BytesIO(data)):
+        raise RecordError("it unpacks to far more than a record has")
     try:
         content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         values, payload = dict(content["header"]), dict(content["payload"])
         expected = values.pop("checksum")
+        if any(one.nbytes > one.untyped_storage().nbytes() for one in payload.values()):
+            raise ValueError("a tensor of more values than are stored")
         actual = _checksum(values, payload)
         header = _read_header(values)
-    except _DAMAGE as error:
+    except TORCH_DAMAGE as error:
         raise RecordError(f"unreadable: {type(error).__name__}") from error
     if actual != expected:
         raise RecordError("the checksum does not match")
@@ -225,6 +212,8 @@ def _read_header(values: Mapping[str, Any]) -> RecordHeader:
     else:
         whole = [bytes.fromhex(one) for one in hashes]
         hashes = whole[-1] + b"".join(one[:MARK_BYTES] for one in whole[: num_tokens // PREFIX_TOKENS])
+    if num_tokens < 0 or len(hashes) != WHOLE_BYTES + num_tokens // PREFIX_TOKENS * MARK_BYTES:
+        raise ValueError("its hashes are not of so many tokens")
     names = (str(values["sample_id"]), str(values["type"]), identity)
     runs = tuple(int(one) for one in values.get("runs", ()))
     if runs and (min(runs) < 0 or sum(runs) != num_tokens - 1):

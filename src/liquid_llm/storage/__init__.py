@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from liquid_llm.errors import StorageError
-from liquid_llm.storage.archive import unpack_zip
+from liquid_llm.storage.archive import TORCH_DAMAGE, is_far, unpack_zip, unpacks_far, zip_errors
 from liquid_llm.storage.backends import (
     SCHEME,
     RemoteReader,
@@ -51,6 +51,7 @@ from liquid_llm.storage.local import (
 
 __all__ = [
     "TEMPORARY_SUFFIX",
+    "TORCH_DAMAGE",
     "FileInfo",
     "RetryPolicy",
     "borrow_folder",
@@ -61,6 +62,7 @@ __all__ = [
     "exists",
     "fetch_once",
     "glob",
+    "is_far",
     "is_remote",
     "join",
     "list_files",
@@ -80,8 +82,10 @@ __all__ = [
     "sync",
     "translate_errors",
     "unpack_zip",
+    "unpacks_far",
     "upload",
     "write_bytes",
+    "zip_errors",
 ]
 
 _READ_BLOCK_BYTES = 16 * 2**20  # a GET costs about 43 ms before its first byte: small blocks waste the line

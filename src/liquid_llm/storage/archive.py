@@ -1,14 +1,24 @@
-"""Unpacking a zip so that its members can never decide a path outside their folder."""
+"""Zips of others: what is unpacked never decides a path outside its folder, nor takes far more room than its zip.
+
+torch's files are zips too, and a damaged or hostile one is looked at here before torch opens it.
+"""
 
 from __future__ import annotations
 
+import errno
+import lzma
+import pickle
 import shutil
 import stat
+import struct
 import sys
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from liquid_llm.errors import StorageError
 from liquid_llm.storage.local import publish_folder
@@ -16,6 +26,55 @@ from liquid_llm.storage.local import publish_folder
 _MAX_RATIO = 200  # text and code pack ten-fold, weights not at all; a bomb packs a thousand-fold
 _MAX_MEMBERS = 20_000
 _REMEDY = "make the archive again from a plain folder"
+
+_DAMAGE = (EOFError, NotImplementedError, OverflowError, UnicodeDecodeError, lzma.LZMAError, struct.error, zlib.error)
+TORCH_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    OSError,
+    OverflowError,
+    MemoryError,
+    AssertionError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+"""What ``torch.load`` raises on damaged bytes (found by fuzzing)."""
+
+
+@contextmanager
+def zip_errors() -> Iterator[None]:
+    """While entered, all that zipfile raises of a damaged zip is BadZipFile; a disk that fails is what it was."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise zipfile.BadZipFile(str(error) or type(error).__name__) from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise zipfile.BadZipFile(str(error)) from error  # it says that a member is encrypted
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        raise zipfile.BadZipFile("bytes that cannot be unpacked, or an offset outside the file") from error
+
+
+def unpacks_far(archive: Path | IO[bytes]) -> bool:
+    """Whether a zip unpacks to so much more than its own size that nobody means it. False of what is no zip."""
+    try:
+        with zip_errors(), zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+    except zipfile.BadZipFile:
+        return False
+    return is_far(sum(one.compress_size for one in members), sum(one.file_size for one in members))
+
+
+def is_far(packed: int, unpacked: int) -> bool:
+    """Whether so many bytes unpack to so many that nobody means it."""
+    return unpacked > _MAX_RATIO * packed + 2**20
 
 
 def unpack_zip(archive: Path, folder: Path, *, max_bytes: int | None = None, where: object = None) -> None:
@@ -32,7 +91,7 @@ def unpack_zip(archive: Path, folder: Path, *, max_bytes: int | None = None, whe
     """
     where = where or archive
     try:
-        with publish_folder(folder, replace=False) as fresh, zipfile.ZipFile(archive) as opened:
+        with zip_errors(), publish_folder(folder, replace=False) as fresh, zipfile.ZipFile(archive) as opened:
             members = [(member, fresh / _safe_name(member, where)) for member in opened.infolist()]
             _require_modest([member for member, _ in members], archive.stat().st_size, fresh, max_bytes, where)
             [(name, count)] = Counter(str(target).lower() for _, target in members).most_common(1) or [("", 1)]
@@ -45,7 +104,7 @@ def unpack_zip(archive: Path, folder: Path, *, max_bytes: int | None = None, whe
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(member) as source, target.open("xb") as stream:
                     shutil.copyfileobj(source, stream, 2**20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except zipfile.BadZipFile as error:
         raise StorageError("this zip is damaged", where=where, got=str(error), remedy="copy it again") from error
 
 

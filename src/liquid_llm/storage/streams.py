@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from liquid_llm.errors import UsageError
 
-CHUNK_BYTES = 1 << 18  # unpacked it may be ten times as large
+CHUNK_BYTES = 1 << 18
+_ZST_PIECE_BYTES = 1 << 11  # four bytes of it can stand for 128 KiB, and what a piece stands for comes all at once
 
 
 class DamageError(ValueError):
@@ -58,11 +59,13 @@ def _frames(stream: BinaryIO) -> Iterator[bytes]:
     frame = None
     try:
         while chunk := stream.read(CHUNK_BYTES):
-            while chunk:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
+            for start in range(0, len(chunk), _ZST_PIECE_BYTES):
+                piece = chunk[start : start + _ZST_PIECE_BYTES]
+                while piece:
+                    frame = frame or decompressor.decompressobj()
+                    yield frame.decompress(piece)
+                    piece = frame.unused_data if frame.eof else b""
+                    frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         raise DamageError(f"truncated or damaged ({error})") from error
     if frame is not None:

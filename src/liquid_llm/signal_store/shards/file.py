@@ -58,7 +58,7 @@ _METADATA = "liquid_llm"
 _LENGTH_BYTES = 8
 _CHECKSUM = struct.Struct("<I")
 _MAX_HEADER_BYTES = 64 * 2**20
-_MAX_IDS_BYTES = 2**30
+_MAX_IDS_BYTES = 2**28  # unpacked; a shard is some hundred megabytes and has far fewer records than that
 _NUMPY = {"U8": "u1", "U32": "<u4", "U64": "<u8"}
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
