@@ -494,7 +494,9 @@ def load_optimizer(
                 raise _foreign_moments(where, f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
         if kept:
             moments[index] = kept
-    groups = [{**group, "params": indices} for group, indices in zip(own, saved, strict=True)]
+    # The rate is set anew before each step; where none follows, what is saved again is what was loaded.
+    rates = [group.get("lr", mine["lr"]) for mine, group in zip(own, state["param_groups"], strict=True)]
+    groups = [{**mine, "params": indices, "lr": lr} for mine, indices, lr in zip(own, saved, rates, strict=True)]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.support.annealing import make_world, short_run
 from tests.support.tiny import Tiny, run
+from tests.support.undisturbed import Undisturbed
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def short(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of eight steps at 32 tokens, whose schedules reach past its end."""
     return short_run(tiny, tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(scored: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Small jobs of every kind, and what each leaves where nothing disturbs it."""
+    return Undisturbed(scored, tmp_path_factory.mktemp("undisturbed"))

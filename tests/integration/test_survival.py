@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import signal
 import subprocess
@@ -11,17 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tests.support.faults import CUT, DROP, LOST, FaultyProxy, faulty_proxy
+from tests.support.faults import FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
 from tests.support.tiny import Tiny, build, start
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import latest_checkpoint
-from liquid_llm.checkpoint.files import HashingWriter, read_archive
+from liquid_llm.checkpoint.files import HashingWriter
 from liquid_llm.cli.main import main
 from liquid_llm.training import Trainer
 from liquid_llm.wiring import mirrors
@@ -50,12 +47,6 @@ def words(tiny: Tiny, output: Path | str, **options: object) -> list[str]:
     return ["train", *tiny.train_words(output, **{**of_lm, **short, **options})]
 
 
-def every_step(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Have something happen in the middle of each step."""
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda trainer: (action(), step(trainer))[1])
-
-
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
     """Have something happen in the middle of a step."""
     step = Trainer.step
@@ -66,18 +57,6 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], o
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "step", doing)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    """Nested tensors and plain values, to the bit."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for name in expected:
-            assert_same(found[name], expected[name])
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected)
-    else:
-        assert found == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -135,35 +114,6 @@ def test_a_store_that_dies_before_the_signal_costs_no_state_and_not_the_time_the
     proxy.heal()
     assert main(given) == 0
     there = {info.name: info.size for info in storage.list_files(f"{gcs.uri}/out/run")}
-    assert there["final.pt"] == (run_dir / "final.pt").stat().st_size
-
-
-def test_faults_of_every_kind_change_nothing_of_a_run(
-    tiny: Tiny, gcs: Bucket, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither weights nor any random state: a store that fails now and then, in any way, is as good as a quiet one."""
-    assert main(words(tiny, tmp_path / "quiet", save_every=2)) == 0
-    policy = storage.RetryPolicy(attempts=8, first_seconds=0.01, max_seconds=0.02)
-    before = storage.set_retry_policy(policy)
-    kinds = itertools.cycle([503, 429, CUT, LOST, 500, DROP, 502])
-
-    def burst() -> None:
-        for path in ("/upload/", "/storage/v1/b/", "rewriteTo"):
-            proxy.fail(next(kinds), times=1, path=path)
-
-    burst()
-    every_step(monkeypatch, burst)
-    try:
-        uri, work = f"{gcs.uri}/out", tmp_path / "work"
-        assert main(words(tiny, uri, local_workdir=work, save_every=2, upload_interval=0.05)) == 0
-    finally:
-        storage.set_retry_policy(before)
-    (run_dir,) = work.iterdir()
-    quiet, noisy = (read_archive(one / "final.pt") for one in (tmp_path / "quiet" / "run", run_dir))
-    for part in ("student", "optimizer", "random", "accumulator"):
-        assert_same(noisy[part], quiet[part])
-    proxy.heal()
-    there = {info.name: info.size for info in storage.list_files(f"{uri}/run")}
     assert there["final.pt"] == (run_dir / "final.pt").stat().st_size
 
 

@@ -91,6 +91,7 @@ def test_moments_are_loaded_and_settings_stay():
         assert torch.equal(other.state[parameter]["exp_avg"], parameter.grad * (1 - 0.9))
     assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
     assert {group["betas"] for group in other.param_groups} == {(0.5, 0.6)}
+    assert {group["lr"] for group in other.param_groups} == {OPTIONS["lr"]}, "the rate of a step is no setting"
     assert all(group["fused"] for group in other.param_groups)
 
 
