@@ -58,6 +58,7 @@ class Option:
         face_defaults: defaults that differ by command; also of one that does not take it, where that matters.
         choices: accepted words.
         minimum, above: smallest accepted number, or a number it must exceed.
+        aliases: what other trainers call it, where it is the same thing; taken too.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Option:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     above: float | None = None
+    aliases: tuple[str, ...] = ()
 
     def default_for(self, face: str) -> object:
         return self.face_defaults.get(face, self.default)
@@ -204,11 +206,36 @@ OPTIONS = (
 # fmt: on
 
 
+# What people type who come from transformers' Trainer and TRL -> the value it sets here. Only what is the same thing:
+# their per-device batch is a micro-batch of ours, their epochs and maximum lengths are something else.
+ALIASES = {
+    "model_name_or_path": (STUDENT, "spec"),
+    "per_device_train_batch_size": (DATA, "batch_size"),
+    "learning_rate": (OPTIMIZER, "lr"),
+    "gradient_accumulation_steps": (OPTIMIZER, "grad_accum"),
+    "max_grad_norm": (OPTIMIZER, "grad_clip"),
+    "eval_steps": (EVALUATION, "every_steps"),
+    "output_dir": (OUTPUT, "uri"),
+    "save_steps": (OUTPUT, "save_every_steps"),
+    "save_total_limit": (OUTPUT, "keep_last"),
+    "logging_steps": (OUTPUT, "metrics_every_steps"),
+}
+_TEACHER_ALIAS = {ANNEAL: "online_id", TRAIN: "online_id", CAPTURE: "stored_id"}  # of teacher_model_name_or_path
+
+
+def _with_aliases(option: Option, face: str) -> Option:
+    place = (option.group, option.field)
+    names = [alias for alias, meant in ALIASES.items() if meant == place]
+    if place == (TEACHER, _TEACHER_ALIAS.get(face)):
+        names.append("teacher_model_name_or_path")
+    return replace(option, aliases=tuple(names)) if names else option
+
+
 def options_of(face: str, *, reference: bool = False) -> tuple[Option, ...]:
     """The options a command takes, in the order of the table; with the defaults of its reference where asked."""
     found = tuple(option for option in OPTIONS if face in option.faces)
     if not reference:
-        return found
+        return tuple(_with_aliases(option, face) for option in found)
     return tuple(one if one.reference is None else replace(one, default=one.reference) for one in found)
 
 

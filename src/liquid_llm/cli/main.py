@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from liquid_llm.cli.completion import SHELLS, is_asked, shell_code, words_so_far
 from liquid_llm.cli.evaluate import evaluate
 from liquid_llm.cli.export import export
 from liquid_llm.cli.memory import memory
@@ -39,6 +40,8 @@ DEMO = (
     Option("scale", "float", RUN, "scale", 1.0, "size of data and training against the usual", above=0),
     Option("seed", "int", RUN, "seed", 1234, "seed of data, initial weights and order", minimum=0),
 )
+VOCABULARY = Option("vocab", "int", RUN, "vocab", 49152, "tokens of the tokenizer, whose rows count too", minimum=2)
+AS_JSON = Option("json", "bool", RUN, "json", False, "print one JSON object")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,18 +62,24 @@ def _command(words: list[str]) -> int:
         "store": (store, "pack, verify, measure and compare stores of teacher signal"),
         "evaluate": (evaluate, "how good students are on held-out text, beside their teacher"),
         "export": (export, "a run's student as a Hugging Face folder: the best, any snapshot, of an interrupted run"),
+        "models": (_models, "the student presets: shape and size"),
         "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
         "doctor": (_doctor, "whether a run, checkpoint, store, manifest or prepared data is whole, and what to do"),
         "report": (_report, "make report.html of a run, or study.html of a study, again from its files"),
+        "completion": (_completion, "what a shell is to run so that it completes the words of liquid"),
     }
     listed = {name: text for name, (_, text) in commands.items()}
-    if words[:1] == ["--version"]:
+    if is_asked():
+        words = words_so_far()
+    if words[:1] in (["--version"], ["-V"]):
         from importlib.metadata import version
 
         print(f"liquid-llm {version('liquid-llm')}")
         return 0
     about = "Distil small language models from larger ones."
-    if not words or words[0] in HELP:
+    if words[:1] == ["help"] and words[1:]:
+        words = [*words[1:], "--help"]
+    if (not words or words[0] in HELP) and not is_asked():
         print(overview("command", listed, "liquid", about))
         return 0 if words else 2
     return commands[choose("command", listed, words, "liquid", about)][0](words[1:])
@@ -207,6 +216,21 @@ def _doctor(words: list[str]) -> int:
     from liquid_llm.jobs.doctor import doctor
 
     return doctor(str(given["path"]))
+
+
+def _models(words: list[str]) -> int:
+    about = "List the presets --student knows: shapes that begin from random weights."
+    given = parse((VOCABULARY, AS_JSON), words, "liquid models", about)
+    from liquid_llm.jobs.models import show_presets
+
+    return show_presets(int(str(given.get("vocab", VOCABULARY.default))), as_json=bool(given.get("json")))
+
+
+def _completion(words: list[str]) -> int:
+    about = 'Print what a shell is to run, such as: eval "$(liquid completion bash)" in ~/.bashrc'
+    shell = choose("shell", dict.fromkeys(SHELLS, ""), words, "liquid completion", about)
+    print(shell_code(shell))
+    return 0
 
 
 def _report(words: list[str]) -> int:

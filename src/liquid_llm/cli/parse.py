@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from liquid_llm.cli.completion import offer, offer_names
 from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO, OPTIONS, Option
 from liquid_llm.parsing import ParseError, parse_yaml
@@ -49,7 +50,11 @@ def build_parser(
     options: Sequence[Option], prog: str, description: str, face: str, positionals: Sequence[Positional]
 ) -> Parser:
     """The parser of one command; values not given stay absent from the namespace."""
-    parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    known = [f"--{alias} (--{option.name})" for option in options for alias in option.aliases]
+    epilog = f"Names that other trainers have are taken too: {', '.join(known)}." if known else None
+    parser = Parser(
+        prog=prog, description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     for one in positionals:
         nargs = {"nargs": "+"} if one.many else {}
         parser.add_argument(one.name, metavar=one.metavar, type=_path, help=one.help, **nargs)  # type: ignore[arg-type]
@@ -70,8 +75,20 @@ def build_parser(
         else:
             metavar = "{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.kind]
             action = "extend" if option.kind in ("sources", "texts") else "store"
-            group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar, action=action)
+            added = group.add_argument(f"--{option.name}", type=convert, help=text, metavar=metavar, action=action)
+            if option.choices:
+                added.completer = lambda choices=option.choices, **_: choices  # type: ignore[attr-defined]
     return parser
+
+
+def _with_own_names(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """The words with our name of an option where they have the one other trainers have for it."""
+    own = {alias: option.name for option in options for alias in option.aliases}
+    out = []
+    for word in argv:
+        name, equals, value = word.removeprefix("--").partition("=")
+        out.append(f"--{own[name]}{equals}{value}" if word.startswith("--") and name in own else word)
+    return out
 
 
 def parse(
@@ -96,7 +113,8 @@ def parse(
         UsageError: an unknown option or a value that cannot be used.
     """
     parser = build_parser(options, prog, description, face, positionals)
-    namespace, unknown = parser.parse_known_args(normalise(argv))
+    offer(parser)
+    namespace, unknown = parser.parse_known_args(_with_own_names(normalise(argv), options))
     if unknown:
         raise unknown_option(unknown[0], options, prog)
     given: dict[str, object] = vars(namespace)
@@ -115,7 +133,7 @@ HELP = ("-h", "--help", "help")
 def overview(what: str, known: Mapping[str, str], prog: str, description: str) -> str:
     """What ``--help`` shows where a command has others in it: name -> what it does."""
     lines = [f"usage: {prog} {what.upper()} [--option=value ...]", "", description, ""]
-    lines += [f"  {name:<9} {text}" for name, text in known.items()]
+    lines += [f"  {name:<10} {text}" for name, text in known.items()]
     return "\n".join([*lines, "", f"{prog} {what.upper()} --help lists what it takes."])
 
 
@@ -126,6 +144,7 @@ def choose(what: str, known: Mapping[str, str], words: Sequence[str], prog: str,
         UsageError: there is none, or another.
     """
     if not words:
+        offer_names(list(known), prog)
         raise UsageError(f"no {what} is named", where=prog, expected=f"one of {', '.join(known)}")
     if words[0] in HELP:
         print(overview(what, known, prog, description))
@@ -284,10 +303,12 @@ def read_options(loaded: object, options: Sequence[Option], where: object) -> di
             "not a mapping of options", where=where, got=type(loaded).__name__, expected="name: value lines"
         )
     known = {option.name: option for option in options}
+    own = {alias: option.name for option in options for alias in option.aliases}
     values: dict[str, object] = {}
     seen: dict[str, object] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
+        name = own.get(name, name)
         if name in seen:
             raise UsageError("an option is given twice", where=where, got=f"{seen[name]} and {key}", remedy="keep one")
         seen[name] = key

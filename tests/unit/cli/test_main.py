@@ -106,3 +106,18 @@ def test_every_command_has_help(command, capsys):
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"liquid {command}" in capsys.readouterr().out
+
+
+def test_short_version_and_help_of_a_command(capsys):
+    assert main(["-V"]) == 0
+    assert capsys.readouterr().out.startswith("liquid-llm ")
+    with pytest.raises(SystemExit):
+        main(["store", "pack", "--help"])
+    asked = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["help", "store", "pack"])
+    assert capsys.readouterr().out == asked
+    assert main(["help"]) == 0
+    assert "usage: liquid COMMAND" in capsys.readouterr().out
+    assert main(["help", "trian"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.cli.parse import Positional, converter, expand_date, normalise, parse
+from liquid_llm.cli.parse import Positional, build_parser, converter, expand_date, normalise, parse
 from liquid_llm.errors import UsageError
-from liquid_llm.options import ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, Option, options_of
+from liquid_llm.options import ALIASES, ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, Option, options_of
 
 GPU_MEMORY = Option("gpu_memory", "size", "run", "gpu_memory", None, "how much", minimum=1)
 
@@ -26,6 +26,33 @@ def test_only_given_options_are_returned(face):
 @pytest.mark.parametrize("spelling", ["--grad-accum=2", "--grad_accum=2"])
 def test_dashes_and_underscores_are_the_same(spelling):
     assert read(ANNEAL, spelling) == {"grad_accum": 2}
+
+
+@pytest.mark.parametrize("face", EVERY)
+def test_an_option_may_be_called_what_other_trainers_call_it(face, tmp_path, capsys):
+    shown = build_parser(options_of(face), "prog", "", face, ()).format_help()
+    for option in options_of(face):
+        for alias in option.aliases:
+            value = "7"
+            assert read(face, f"--{alias}={value}") == read(face, f"--{option.name}", value)
+            assert read(face, f"--{alias.replace('_', '-')}", value) == read(face, f"--{option.name}={value}")
+            assert f"--{alias}" in shown
+            file = tmp_path / "run.yaml"
+            file.write_text(f"{alias}: {value}")
+            assert read(face, f"--config={file}") == read(face, f"--{option.name}={value}")
+            file.write_text(f"{alias}: {value}\n{option.name}: {value}")
+            with pytest.raises(UsageError, match=f"given twice.*{alias} and {option.name}"):
+                read(face, f"--config={file}")
+
+
+def test_every_other_name_is_an_option_of_training_and_none_of_a_reference():
+    for face in (TRAIN, ANNEAL):
+        taken = {alias for option in options_of(face) for alias in option.aliases}
+        assert taken == {*ALIASES, "teacher_model_name_or_path"}
+        assert not taken & {option.name for option in OPTIONS}
+        with pytest.raises(UsageError, match="unknown option --learning_rate"):
+            parse(options_of(face, reference=True), ["--learning_rate=1"], "prog", "")
+    assert read(CAPTURE, "--teacher_model_name_or_path=x") == {"mc_teacher_id": "x"}
 
 
 def test_a_value_with_dashes_is_left_alone():
