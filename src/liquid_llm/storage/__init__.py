@@ -19,6 +19,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,12 @@ from typing import Any, BinaryIO, cast
 from liquid_llm.errors import StorageError
 from liquid_llm.storage.archive import TORCH_DAMAGE, is_far, unpack_zip, unpacks_far, zip_errors
 from liquid_llm.storage.backends import (
+    GCS_SCHEMES,
     SCHEME,
     RemoteReader,
-    check_encoding,
+    fetch_packed,
     is_elsewhere,
+    is_packed,
     scheme_of,
     with_backend,
 )
@@ -102,12 +105,15 @@ class FileInfo:
         name: relative to the folder that was listed.
         size: bytes.
         version: changes whenever the content does (etag, generation, hash or time of change); "" for a folder.
+        packed: its bucket keeps it with Content-Encoding: gzip: ``size`` is not that of what is read, which can only be
+            read whole.
     """
 
     uri: str
     name: str
     size: int
     version: str
+    packed: bool = False
 
     @property
     def key(self) -> str:
@@ -194,7 +200,7 @@ def stat(uri: str) -> FileInfo | None:
             raise  # fsspec's http says "not found" whatever happened
         if details.get("type") == "directory":
             return FileInfo(uri, name, 0, "")
-        return FileInfo(uri, name, int(details.get("size") or 0), _version(details))
+        return FileInfo(uri, name, int(details.get("size") or 0), _version(details), is_packed(uri, details))
 
     return with_backend(uri, look)
 
@@ -255,7 +261,8 @@ def list_files(uri_dir: str) -> list[FileInfo]:
         for name, details in entries.items():
             uri = _full_uri(fs, base, name)
             if uri.startswith(base) and not uri.endswith("/"):
-                infos.append(FileInfo(uri, uri[len(base) :], int(details.get("size") or 0), _version(details)))
+                size, packed = int(details.get("size") or 0), is_packed(uri, details)
+                infos.append(FileInfo(uri, uri[len(base) :], size, _version(details), packed))
         return sorted(infos, key=lambda info: info.name)
 
     return with_backend(uri_dir, look)
@@ -289,8 +296,12 @@ def open_read(uri: str) -> BinaryIO:
         if scheme_of(uri) == "memory":
             return io.BytesIO(fs.cat_file(path))  # fsspec hands the one shared object to every reader
         stream = fs.open(path, "rb", block_size=_READ_BLOCK_BYTES, cache_type="readahead")
-        check_encoding(uri, stream)
-        return stream
+        if not is_packed(uri, stream.details):
+            return stream
+        with tempfile.TemporaryDirectory() as folder:  # its data lives until it is closed
+            whole = Path(folder) / "whole"
+            fetch_packed(fs, path, str(whole), stream.details, uri)
+            return whole.open("rb")
 
     return cast(BinaryIO, io.BufferedReader(RemoteReader(uri, with_backend(uri, begin)), _BUFFER_BYTES))
 
@@ -384,7 +395,16 @@ def download(uri: str, local: str | Path) -> None:
         _publish_copy(local_path(uri), uri, str(local))
         return
     with publish(Path(local), local) as temporary:
-        with_backend(uri, lambda fs, path: fs.get_file(path, str(temporary)), where=f"{uri} -> {local}")
+        where = f"{uri} -> {local}"
+
+        def fetch(fs: Any, path: str) -> None:
+            details = fs.info(path) if scheme_of(uri) in GCS_SCHEMES else {}
+            if is_packed(uri, details):
+                fetch_packed(fs, path, str(temporary), details, where)
+            else:
+                fs.get_file(path, str(temporary))
+
+        with_backend(uri, fetch, where=where)
 
 
 def fetch_once(uri: str, folder: Path, found: FileInfo | None = None) -> Path:
@@ -405,7 +425,7 @@ def fetch_once(uri: str, folder: Path, found: FileInfo | None = None) -> Path:
     origin = json.dumps([uri, found.size, found.version]).encode()
     with translate_errors(path):
         known = note.is_file() and note.read_bytes() == origin
-        if known and path.is_file() and path.stat().st_size == found.size:
+        if known and path.is_file() and (found.packed or path.stat().st_size == found.size):
             return path
     remove(str(note))
     download(uri, path)

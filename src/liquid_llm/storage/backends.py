@@ -14,17 +14,18 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from liquid_llm.errors import StorageError
+from liquid_llm.storage.archive import MAX_RATIO
 from liquid_llm.storage.failures import JITTER, announce_pause, describe, failure_types, retry_policy, retrying
 
 T = TypeVar("T")
 
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)(?:://|::)")
 _LOCAL_SCHEMES = ("file", "local")
-_GCS_SCHEMES = ("gs", "gcs")
+GCS_SCHEMES = ("gs", "gcs")
 _LARGE_BODY_BYTES = 2**20
 _JITTERING = (  # modules that draw pauses, and whom to serve next, at random
     *("aiohttp.connector", "gcsfs.retry"),
@@ -74,7 +75,7 @@ def with_backend(
         except failure_types() as error:
             failures += 1
             # gcsfs requests are retried one by one (see _new_filesystem), which spares repeating a long upload
-            attempts = retry_policy().attempts if retry and scheme not in _GCS_SCHEMES else 1
+            attempts = retry_policy().attempts if retry and scheme not in GCS_SCHEMES else 1
             cause = describe(error, writing=writing)
             if not cause.passing or failures >= attempts:
                 raise cause.as_error(where or uri) from error
@@ -86,11 +87,11 @@ def filesystem(uri: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = cast(str, scheme_of(uri))
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "") if scheme in _GCS_SCHEMES else ""
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "") if scheme in GCS_SCHEMES else ""
     try:
         if "::" in uri:
             return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
-        kind = _gcs_class(emulator) if scheme in _GCS_SCHEMES else fsspec.get_filesystem_class(scheme)
+        kind = _gcs_class(emulator) if scheme in GCS_SCHEMES else fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         raise StorageError(f"no backend for {scheme}:// is installed", where=uri, remedy=str(error)) from error
     options = dict(kind._get_kwargs_from_urls(uri))
@@ -129,13 +130,13 @@ def _gcs_class(emulator: str) -> Any:
 def _new_filesystem(kind: Any, scheme: str, emulator: str, options: dict[str, Any]) -> Any:
     # listings are never cached: other processes write to the same places
     options = options | {"skip_instance_cache": True, "use_listings_cache": False}
-    if scheme in ("http", "https", *_GCS_SCHEMES):
+    if scheme in ("http", "https", *GCS_SCHEMES):
         from aiohttp import ClientTimeout
 
         # aiohttp's own limit is five minutes for a whole transfer; a silent line is what must not last
         limits = {"timeout": ClientTimeout(total=None, sock_connect=20, sock_read=60)}
-        options["session_kwargs" if scheme in _GCS_SCHEMES else "client_kwargs"] = limits
-    if scheme not in _GCS_SCHEMES:
+        options["session_kwargs" if scheme in GCS_SCHEMES else "client_kwargs"] = limits
+    if scheme not in GCS_SCHEMES:
         return kind(**options)
     if emulator:
         options |= {"endpoint_url": emulator if "://" in emulator else f"http://{emulator}", "token": "anon"}
@@ -169,21 +170,38 @@ def _with_streamed_body(request: Callable[..., Awaitable[T]]) -> Callable[..., A
     return call
 
 
-def check_encoding(uri: str, stream: Any) -> None:
-    """Refuse a file that its bucket unpacks as it is read: it names the packed size, where reading would end.
+def is_packed(uri: str, details: Mapping[str, Any]) -> bool:
+    """Whether the bucket keeps this object packed and hands out what is in it: ``Content-Encoding: gzip``.
+
+    So ``gsutil cp -Z`` and ``gcloud storage cp --gzip-in-flight`` leave it. The size that is named is the packed one,
+    and no part of what is in it can be asked for.
+    """
+    return scheme_of(uri) in GCS_SCHEMES and "gzip" in str(details.get("contentEncoding", "")).lower()
+
+
+def fetch_packed(fs: Any, path: str, target: str, details: Mapping[str, Any], where: str) -> None:
+    """Write what is in a packed object to a local file: its stream as it comes, whole, in one request.
 
     Raises:
-        StorageError: it was uploaded with ``Content-Encoding: gzip`` (``-Z`` and ``-z`` of ``gsutil`` and ``gcloud``).
+        StorageError: it unpacks to far more than text does.
     """
-    if scheme_of(uri) in _GCS_SCHEMES and "gzip" in str(stream.details.get("contentEncoding", "")).lower():
-        raise StorageError(
-            "the bucket unpacks this file while it is read and names the size that it has packed, so no reader knows "
-            "where it ends",
-            where=uri,
-            got="an object with Content-Encoding: gzip",
-            expected="one without",
-            remedy="upload it again without -Z or -z, plain or as a .gz file",
-        )
+    from fsspec.callbacks import Callback
+
+    most = MAX_RATIO * int(details.get("size") or 0) + 2**20
+
+    class Bound(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > most:
+                raise StorageError(
+                    "this object is packed (Content-Encoding: gzip) and unpacks to far more than it should",
+                    where=where,
+                    got=f"more than {most:,} bytes",
+                    remedy="upload it again without -Z or -z",
+                )
+
+    # the headers let gcsfs take one request; the length that answer names is that of other bytes
+    fs.get_file(path, target, headers={}, consistency=None, callback=Bound())
 
 
 class RemoteReader(io.RawIOBase):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.faults import faulty_proxy
-from tests.support.gcs import Bucket
+from tests.support.gcs import Bucket, put_packed
 from tests.support.stores import SAMPLES, assert_usable, condition, put, shard_files, statuses, write, writer
 from tests.support.teachers import HARD_IDS, make_samples
 
@@ -414,3 +414,14 @@ def test_an_empty_store_of_shards(tmp_path: Path) -> None:
     with pytest.raises(SignalError, match="the signal store has no record"):
         open_store(str(tmp_path))
     assert not (tmp_path / INDEX_FILE).exists()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_shards_that_a_bucket_keeps_packed_are_not_called_damaged(gcs: Bucket, tmp_path: Path, indexed: bool) -> None:
+    write(tmp_path / "s", SAMPLES)
+    for path in (tmp_path / "s").iterdir():
+        if indexed or not path.name.startswith("index"):
+            put_packed(gcs, f"signal/{path.name}", path.read_bytes())
+    with pytest.raises(StorageError, match=r"shard-\S+: .*packed.*Content-Encoding: gzip.*without -Z or -z") as said:
+        statuses(open_store(f"{gcs.uri}/signal"))
+    assert "capture again" not in str(said.value).lower()

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import io
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.faults import CUT, DROP, FaultyProxy, faulty_proxy
-from tests.support.gcs import Bucket, free_port, running_server
+from tests.support.gcs import Bucket, free_port, put_packed, running_server
 from tests.support.limits import largest_file
 
 from liquid_llm import storage
@@ -614,22 +611,30 @@ def test_a_path_is_matched_as_a_glob_would_find_it(path: str, pattern: str, foun
     assert storage.matches(path, pattern) == found
 
 
-def test_a_file_that_its_bucket_unpacks_on_the_way_is_refused_where_it_would_end_early(gcs: Bucket) -> None:
-    """As ``gsutil cp -Z`` uploads it: the size named is the packed one. Read at once it is whole."""
-    plain = b"".join(b'{"text": "line %d"}\n' % number for number in range(200))
+def test_an_object_that_its_bucket_keeps_packed_is_read_whole(gcs: Bucket, tmp_path: Path) -> None:
+    """As ``gsutil cp -Z`` uploads it: the size named is the packed one, and reading up to it would lose the rest."""
+    plain = b"".join(b'{"text": "line %d"}\n' % number for number in range(20_000))
     put_packed(gcs, "packed.jsonl", plain)
     uri = f"{gcs.uri}/packed.jsonl"
-    assert storage.stat(uri).size < len(plain)  # type: ignore[union-attr]
-    with pytest.raises(StorageError, match=r"packed\.jsonl: .*Content-Encoding: gzip.*Upload it again"):
-        storage.open_read(uri)
+    found = storage.stat(uri)
+    assert found is not None
+    assert found.size < len(plain)
+    assert found.packed
+    assert [one.packed for one in storage.list_files(gcs.uri)] == [True]
+    with storage.open_read(uri) as stream:
+        assert stream.read() == plain
+        stream.seek(-20, io.SEEK_END)  # parquet is read from its end
+        assert stream.read() == plain[-20:]
     assert storage.read_bytes(uri) == plain
+    storage.download(uri, tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == plain
+    copies = {storage.fetch_once(uri, tmp_path / "once") for _ in range(2)}
+    assert [path.read_bytes() for path in copies] == [plain]
 
 
-def put_packed(gcs: Bucket, name: str, plain: bytes) -> None:
-    about = json.dumps({"name": name, "contentEncoding": "gzip"}).encode()
-    parts = (("application/json", about), ("application/json", gzip.compress(plain)))
-    body = b"".join(b"--x\r\nContent-Type: %s\r\n\r\n%s\r\n" % (kind.encode(), part) for kind, part in parts) + b"--x--"
-    place = f"{gcs.base}/upload/storage/v1/b/{gcs.name}/o?uploadType=multipart"
-    request = urllib.request.Request(place, body, {"Content-Type": "multipart/related; boundary=x"})
-    with urllib.request.urlopen(request, timeout=10):
-        pass
+def test_a_packed_object_that_is_a_bomb_is_refused(gcs: Bucket, tmp_path: Path) -> None:
+    put_packed(gcs, "bomb.jsonl", bytes(8 * 2**20))
+    for read in (storage.open_read, lambda uri: storage.download(uri, tmp_path / "bomb")):
+        with pytest.raises(StorageError, match=r"bomb\.jsonl.*Content-Encoding: gzip.*far more.*without -Z or -z"):
+            read(f"{gcs.uri}/bomb.jsonl")
+    assert not list(tmp_path.iterdir())

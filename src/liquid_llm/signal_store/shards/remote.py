@@ -186,5 +186,16 @@ class RemoteShard:
 
 
 def open_shard(info: FileInfo, cache: ShardCache) -> MappedFile | RemoteShard:
-    """The bytes of a shard, wherever it is. Raises StorageError where a local one cannot be opened."""
+    """The bytes of a shard, wherever it is.
+
+    Raises:
+        StorageError: a local one cannot be opened; a bucket keeps it packed, so that no part of it can be read.
+    """
+    if info.packed:
+        raise StorageError(
+            "the bucket keeps this shard packed, and of such an object no part can be read by itself",
+            where=info.uri,
+            got="Content-Encoding: gzip",
+            remedy="copy the store there again without -Z or -z (gsutil, gcloud storage): what was captured is whole",
+        )
     return RemoteShard(info, cache) if storage.is_remote(info.uri) else MappedFile(storage.local_path(info.uri))
