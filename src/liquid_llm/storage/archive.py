@@ -23,7 +23,7 @@ from typing import IO
 from liquid_llm.errors import StorageError
 from liquid_llm.storage.local import publish_folder
 
-MAX_RATIO = 200  # text and code pack ten-fold, weights not at all; a bomb packs a thousand-fold
+_MAX_RATIO = 200  # text and code pack ten-fold, weights not at all; a bomb packs a thousand-fold
 _MAX_MEMBERS = 20_000
 _REMEDY = "make the archive again from a plain folder"
 
@@ -112,7 +112,7 @@ def _require_modest(
     members: list[zipfile.ZipInfo], packed: int, folder: Path, max_bytes: int | None, where: object
 ) -> None:
     size = sum(one.file_size for one in members)  # zipfile never unpacks more of a member than the size it states
-    most = min(MAX_RATIO * packed + 2**20, shutil.disk_usage(folder).free, max_bytes or sys.maxsize)
+    most = min(_MAX_RATIO * packed + 2**20, shutil.disk_usage(folder).free, max_bytes or sys.maxsize)
     if len(members) > _MAX_MEMBERS or size > most:
         raise StorageError(
             "this zip unpacks to far more than it should, or than the disk has room for",

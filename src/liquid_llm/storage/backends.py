@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from liquid_llm.errors import StorageError
-from liquid_llm.storage.archive import MAX_RATIO
+from liquid_llm.storage.archive import is_far
 from liquid_llm.storage.failures import JITTER, announce_pause, describe, failure_types, retry_policy, retrying
 
 T = TypeVar("T")
@@ -187,16 +187,16 @@ def fetch_packed(fs: Any, path: str, target: str, details: Mapping[str, Any], wh
     """
     from fsspec.callbacks import Callback
 
-    most = MAX_RATIO * int(details.get("size") or 0) + 2**20
+    packed = int(details.get("size") or 0)
 
     class Bound(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
-            if self.value > most:
+            if is_far(packed, self.value):
                 raise StorageError(
                     "this object is packed (Content-Encoding: gzip) and unpacks to far more than it should",
                     where=where,
-                    got=f"more than {most:,} bytes",
+                    got=f"over {self.value:,} bytes in {packed:,}",
                     remedy="upload it again without -Z or -z",
                 )
 
