@@ -54,8 +54,8 @@ _KNOWN_WITHIN_SECONDS = 5.0  # a rank that fails leaves its exit code before its
 class Engine:
     """One process, a world of 1; an engine of several overrides ``rank``, ``world_size`` and ``sum``.
 
-    Each method is called by all ranks, in the same order. A context manager: what a rank ends with is known to the
-    others.
+    Each method but ``post`` and ``posted`` is called by all ranks, in the same order. A context manager: what a rank
+    ends with is known to the others.
 
     Attributes:
         link: to the ranks that hold a teacher, or of such a one (a world of its own) to those that train.
@@ -126,6 +126,15 @@ class Engine:
 
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors of the same shapes the main rank's very bits."""
+
+    def post(self, name: str, note: str) -> None:
+        """Leave a note for the ranks; by any thread, as nobody waits for it."""
+        self.__dict__.setdefault("_notes", {})[name] = note
+
+    def posted(self, name: str) -> str | None:
+        """The note that a rank has left under a name, None while there is none; by any thread, without a wait."""
+        found: str | None = self.__dict__.get("_notes", {}).get(name)
+        return found
 
     def watch(self) -> contextlib.AbstractContextManager[None]:
         """What fails inside because another rank has ended, in an exchange of torch's own, raises ``RankError``."""
@@ -248,6 +257,14 @@ class ProcessEngine(Engine):
             with self.exchange():
                 dist.broadcast(whole, 0)
             tensor.detach().copy_(whole)
+
+    def post(self, name: str, note: str) -> None:
+        with self.exchange():
+            self.store.set(name, note)
+
+    def posted(self, name: str) -> str | None:
+        with self.exchange():  # asked first: to get what is not there would keep other threads from the store
+            return self.store.get(name).decode() if self.store.check([name]) else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

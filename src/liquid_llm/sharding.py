@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,25 +190,36 @@ def join_tensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     return state
 
 
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write to ``folder``, which all ranks see, what each has of these; all of them call this.
+@dataclass(frozen=True)
+class Part:
+    """What this rank has of a tensor that is dealt out.
 
-    Raises:
-        OSError: on every rank, what one of them could not write for.
+    Attributes:
+        tensor: its rows, as many as there are.
+        offsets: where in the whole they begin, along each dimension.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
 
-    try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
-        failure, _ = next(iter(error.failures.values()))
-        raise failure from None
+    tensor: Tensor
+    offsets: tuple[int, ...]
+
+
+def find_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """What this rank has of each of these, without an exchange and without a copy."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(dict(tensors))
+    parts = {}
+    for item in planner.create_local_plan().items:
+        assert item.tensor_data is not None
+        found = planner.resolve_data(item)
+        assert isinstance(found, Tensor)
+        parts[item.index.fqn] = Part(found, tuple(item.tensor_data.chunk.offsets))
+    return parts
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """What ``write_tensors`` wrote, whole, in the memory of the host; by this process alone."""
+    """What ranks have written of their parts (``checkpoint.pieces``), whole, on the host; by this process alone."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load

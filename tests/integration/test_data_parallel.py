@@ -13,7 +13,6 @@ import torch
 from tests.support.annealing import anneal_words
 from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny
-from tests.support.tiny import run as run_alone
 
 from liquid_llm import step_sums
 from liquid_llm.checkpoint.discovery import latest_checkpoint
@@ -95,8 +94,7 @@ def test_killed_and_continued_on_as_many_ranks_it_is_bit_identical(tiny, undistu
 def test_continued_on_one_process_it_is_equal_to_rounding(tiny, undisturbed, tmp_path) -> None:
     """That is, ranks take the steps of one process: the samples, losses and weights of its steps."""
     output = as_killed_at(undisturbed, 3, tmp_path)
-    done = run_alone(HYBRID, hybrid_words(tiny, output))
-    assert done.returncode == 0, done.stderr
+    run(HYBRID, hybrid_words(tiny, output), tmp_path / "said", 1)
     assert_equal_runs(output / "run", undisturbed)
 
 
@@ -122,8 +120,7 @@ def test_a_fresh_run_of_one_process_can_have_the_steps_of_several(tiny, undistur
     for count, several in ((2, undisturbed), (3, three / "run")):
         alone = tmp_path / f"alone-{count}"
         options = {"draw_group": count, "grad_accum": count, "max_steps": 6 if count == 2 else 3}
-        done = run_alone(HYBRID, hybrid_words(tiny, alone, **options))
-        assert done.returncode == 0, done.stderr
+        run(HYBRID, hybrid_words(tiny, alone, **options), alone / "said", 1)
         assert_equal_runs(alone / "run", several)
         kept = metadata(alone / "run")
         assert (kept["run"]["group_size"], kept["versions"]["order"]) == (count, 2)
@@ -133,15 +130,14 @@ def test_three_ranks_on_hosts_of_their_own_take_the_steps_of_one_process(tiny, t
     """They share no folder: the first alone has the checkpoint that is resumed, and sees the run's directory."""
     options = {"train_steps": 4, "eval_every": 2, "save_every": 2, "grad_accum": 3, "batch_size": 2, "data_cache": None}
     before = tmp_path / "before"
-    begun = run_alone(ANNEALING, anneal_words(tiny, before, **{**options, "train_steps": 2}))
-    assert begun.returncode == 0, begun.stderr
+    run(ANNEALING, anneal_words(tiny, before, **{**options, "train_steps": 2}), tmp_path / "said", 1)
     (tmp_path / "apart" / "host-0").mkdir(parents=True)
     shutil.copytree(before, tmp_path / "apart" / "host-0" / "before")
     words = anneal_words(tiny, "after", resume_gcs_uri="before/last.pt", **options)
     ranks = launch(ANNEALING, words, tmp_path / "apart", 3, apart=True)
     assert wait(ranks) == [0, 0, 0], "\n".join(rank.said for rank in ranks)
-    alone = run_alone(ANNEALING, anneal_words(tiny, tmp_path / "one", resume_gcs_uri=before / "last.pt", **options))
-    assert alone.returncode == 0, alone.stderr
+    words = anneal_words(tiny, tmp_path / "one", resume_gcs_uri=before / "last.pt", **options)
+    run(ANNEALING, words, tmp_path / "said", 1)
     assert_equal_runs(tmp_path / "apart" / "host-0" / "after", tmp_path / "one")
     for host in ("host-1", "host-2"):
         assert [one.name for one in (tmp_path / "apart" / host).iterdir()] == ["cache"], "the main rank has the files"

@@ -1,7 +1,9 @@
 """A student too large for one checkpoint file is saved by each process for itself, and read as any other."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny
 
 from liquid_llm import storage
+from liquid_llm.checkpoint import pieces
 from liquid_llm.checkpoint.discovery import latest_checkpoint, read_checkpoint
 from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.cli.main import main
@@ -119,6 +122,42 @@ def test_a_piece_that_is_damaged_or_missing_is_found_and_the_one_before_used(don
     piece.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         read_student_weights(str(damaged / "last.pt"), tmp_path / "work")
+
+
+def be_killed_within_a_piece() -> None:
+    """Within the second checkpoint's piece of this rank, while training goes on."""
+    write, calls = pieces.write_piece, []
+
+    def killed(path, tensors, offsets, given_up):
+        calls.append(1)
+        looks: list[int] = []
+
+        def look() -> bool:
+            looks.append(1)
+            if len(calls) == 2 and len(looks) == 5:
+                assert path.stat().st_size > 0
+                os.kill(os.getpid(), signal.SIGKILL)
+            return given_up()
+
+        return write(path, tensors, offsets, look)
+
+    pieces.write_piece = killed
+
+
+def test_a_rank_that_is_killed_within_its_piece_leaves_the_checkpoint_before_it_whole(tiny, done, tmp_path) -> None:
+    ranks = launch(PIECES, words(tiny, tmp_path), tmp_path / "said", fault=(1, be_killed_within_a_piece))
+    assert wait(ranks) == [6, -signal.SIGKILL], "\n".join(rank.said for rank in ranks)
+    assert "another process of this run has ended" in ranks[0].said
+    assert "Traceback" not in ranks[0].said
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    assert folders(tmp_path) == ["pieces-00000002"]
+    assert read_checkpoint(tmp_path / "last.pt")[1].step == 2
+    run(PIECES, words(tiny, tmp_path), tmp_path / "said")
+    states = [read_checkpoint(folder / "last.pt")[0] for folder in (tmp_path, done)]
+    for name, tensor in states[1]["student"].items():
+        assert torch.equal(states[0]["student"][name], tensor), name
 
 
 def test_it_is_mirrored_and_comes_back_on_another_machine(tiny, tmp_path, gcs: Bucket) -> None:

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "datasets", "liquid_llm.jobs.train"])
+_CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
 
 Fault = Callable[[], None]
 """What is done to a process before its command begins; a function of a module, as it is sent there by name."""
@@ -34,6 +34,11 @@ class Rank:
     def said(self) -> str:
         return self.log.read_text()
 
+    @property
+    def said_wrong(self) -> str:
+        """What it has said on its second stream, where that was asked for."""
+        return self.log.with_suffix(".err").read_text()
+
 
 def launch(
     face: str,
@@ -44,6 +49,7 @@ def launch(
     fault: tuple[int | None, Fault] | None = None,
     apart: bool = False,
     env: dict[str, str] | None = None,
+    two_streams: bool = False,
 ) -> list[Rank]:
     """Start ``face`` (a module with ``main``) on ``size`` ranks.
 
@@ -52,6 +58,7 @@ def launch(
         folder: takes what they say.
         fault: a rank, and what goes wrong there; None is every rank.
         apart: as if each were on a host of its own, with its own folder to work in and its own cache.
+        two_streams: keep what they say on standard output and on standard error apart.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as one:
@@ -76,7 +83,8 @@ def launch(
         }
         log = folder / f"rank-{rank}.log"
         broken = fault[1] if fault is not None and fault[0] in (rank, None) else None
-        given = (face, list(own), {name: str(value) for name, value in variables.items()}, log, place, broken)
+        texts = {name: str(value) for name, value in variables.items()}
+        given = (face, list(own), texts, log, place, broken, two_streams)
         process = _CONTEXT.Process(target=_be_a_rank, args=given)
         process.start()
         ranks.append(Rank(process, log))
@@ -110,11 +118,16 @@ def run(face: str, words: Sequence[str], folder: Path, size: int = 2) -> None:
 
 
 def _be_a_rank(
-    face: str, words: list[str], variables: dict[str, str], log: Path, place: Path, fault: Fault | None
+    face: str,
+    words: list[str],
+    variables: dict[str, str],
+    log: Path,
+    place: Path,
+    fault: Fault | None,
+    two_streams: bool,
 ) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if two_streams else 1, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(variables)
     os.chdir(place)

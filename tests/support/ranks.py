@@ -20,6 +20,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.given: list[torch.Tensor | None] = [None] * size
+        self.notes: dict[str, str] = {}
         self.barrier = threading.Barrier(size, timeout=60)
 
     def run(self, work: Callable[[Engine], T]) -> list[T]:
@@ -41,7 +42,7 @@ class World:
 
 
 class ThreadEngine(Engine):
-    """All that an engine must bring of its own: its place, and a sum."""
+    """All that an engine must bring of its own: its place, a sum, and a board for notes."""
 
     def __init__(self, rank: int, world: World) -> None:
         self.rank, self.world_size, self.world = rank, world.size, world
@@ -52,3 +53,9 @@ class ThreadEngine(Engine):
         total = torch.stack(self.world.given).sum(0)
         self.world.barrier.wait()
         return total
+
+    def post(self, name: str, note: str) -> None:
+        self.world.notes[name] = note
+
+    def posted(self, name: str) -> str | None:
+        return self.world.notes.get(name)

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from tests.support import texts
 from tests.support.models import tiny_config, tiny_model
+from tests.support.processes import launch, wait
 from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm.cli.main import main
@@ -175,7 +177,9 @@ def files(folder: Path, pattern: str) -> list[str]:
 
 
 def run(module: str, argv: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """The same, waited for."""
-    process = start(module, argv, **env)
-    out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """The same to its end, forked from a process that has the libraries loaded: seconds less."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = launch(module, argv, Path(folder), 1, env=env, two_streams=True)
+        (code,) = wait(ranks)
+        assert code is not None, ranks[0].said + ranks[0].said_wrong
+        return subprocess.CompletedProcess(argv, code, ranks[0].said, ranks[0].said_wrong)

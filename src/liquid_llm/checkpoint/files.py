@@ -73,6 +73,23 @@ def write_archive(path: Path, content: Mapping[str, Any], given_up: Callable[[],
         OSError: the disk is full, …; ``ECANCELED``: given up.
     """
     plain = plain_content(content)
+
+    def fill(writer: HashingWriter) -> None:
+        try:
+            torch.save(plain, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
+        except RuntimeError as error:
+            # torch's writer wraps the full disk's OSError, and finishing the archive fails once more
+            raise _first_os_error(error) or error from None
+
+    return write_hashed(path, fill, given_up)
+
+
+def write_hashed(path: Path, fill: Callable[[HashingWriter], None], given_up: Callable[[], bool]) -> str:
+    """Have ``fill`` write a new file, of which the disk begins to take what is there already; returns its sha256.
+
+    Raises:
+        OSError: the disk is full, …; ``ECANCELED``: given up.
+    """
     with path.open("xb", buffering=0) as stream:
         begun = 0
 
@@ -85,11 +102,7 @@ def write_archive(path: Path, content: Mapping[str, Any], given_up: Callable[[],
                 begun = written
 
         writer = HashingWriter(stream, before_piece)
-        try:
-            torch.save(plain, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
-        except RuntimeError as error:
-            # torch's writer wraps the full disk's OSError, and finishing the archive fails once more
-            raise _first_os_error(error) or error from None
+        fill(writer)
         return writer.hexdigest()
 
 

@@ -239,7 +239,10 @@ class CheckpointStore:
     def _tidy(self) -> None:
         """Finish or undo what a killed process left half done."""
         for path in self.run_dir.glob(".*" + TEMPORARY_SUFFIX):
-            path.unlink(missing_ok=True)
+            if path.is_dir():  # pieces that were being written
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         for name in known_names(self.run_dir):
             original = name.removesuffix(REPLACED)
             if not data_path(self.run_dir, name).exists():

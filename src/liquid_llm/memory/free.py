@@ -51,10 +51,14 @@ def host_free_bytes(root: Path = Path("/")) -> int | None:
     return max(0, min([available, *_group_limits(root)]))
 
 
-def host_room_bytes() -> int | None:
-    """Main memory left beside the most that this process has held so far; None where that is not told."""
+def host_room_bytes(processes: int = 1) -> int | None:
+    """Main memory left beside the most that this process has held so far; None where that is not told.
+
+    Args:
+        processes: of this host that are all to have as much of what is free.
+    """
     free, peak, held = host_free_bytes(), process_peak_memory_bytes(), process_memory_bytes()
-    return None if free is None or peak is None or held is None else free - max(0, peak - held)
+    return None if free is None or peak is None or held is None else free // processes - max(0, peak - held)
 
 
 def _meminfo(path: Path) -> int | None:

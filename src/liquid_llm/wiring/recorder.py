@@ -10,17 +10,18 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from liquid_llm.checkpoint.background import BackgroundSaver, Saved
 from liquid_llm.checkpoint.copies import block_sizes
 from liquid_llm.checkpoint.discovery import sidecars
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
-from liquid_llm.checkpoint.pieces import KEY, describe, digest_files, require_folder
+from liquid_llm.checkpoint.pieces import PieceWriter, require_folder
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.checkpoint.upload import Uploader
 from liquid_llm.config import RunConfig
 from liquid_llm.device import device_memory, find_not_finite
+from liquid_llm.distributed import Ranks
 from liquid_llm.errors import Interrupted, LiquidError, NumericalError
 from liquid_llm.formatting import format_bytes, format_seconds
 from liquid_llm.masking import process_masker
@@ -28,8 +29,7 @@ from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
-from liquid_llm.sharding import gather_whole, outline, own_parts, split_tensors, write_tensors
-from liquid_llm.storage import translate_errors
+from liquid_llm.sharding import find_parts, gather_whole, outline, own_parts, split_tensors
 from liquid_llm.terminal import Stage
 from liquid_llm.training import StepResult
 from liquid_llm.versions import CURRENT
@@ -92,6 +92,8 @@ class Recorder:
             self._evaluated_at = max((row["step"] for row in rows if row.get("kind") == "eval"), default=-1)
             if (store.run_dir / SAMPLES_FILE).exists():
                 self._open_samples(self.files).close()  # of steps that are run again nothing stays
+        elif self.parts.student.is_dealt_out:
+            self._saver = BackgroundSaver(None, self.parts.device, log=log.info, clock=self.clock)
         self._evaluated_at = int(self.parts.engine.gather(self._evaluated_at)[0])  # all evaluate, or none does
 
     def __enter__(self) -> Recorder:
@@ -105,13 +107,13 @@ class Recorder:
         try:
             self._saver.__exit__(kind, error, traceback)
         finally:
-            if isinstance(error, LiquidError) and not isinstance(error, Interrupted):
-                self._say_what_counts()
+            failed = isinstance(error, LiquidError) and not isinstance(error, Interrupted)
+            if failed and self.files is not None:
+                self._say_what_counts(self.files)
 
-    def _say_what_counts(self) -> None:
+    def _say_what_counts(self, files: RunFiles) -> None:
         """Of a run that fails: which step its last whole checkpoint is of, where training has gone on since."""
-        assert self.files is not None
-        steps = [metadata.step for metadata in sidecars(self.files.store.run_dir).values()]
+        steps = [metadata.step for metadata in sidecars(files.store.run_dir).values()]
         step = self.parts.progress.step
         if step > max(steps, default=0):
             kept = f"a checkpoint of step {max(steps)}" if steps else "no checkpoint"
@@ -238,11 +240,31 @@ class Recorder:
 
     def stop(self) -> None:
         """A checkpoint of this step, whole when this returns; within ``STOP_SECONDS`` if the disk allows it."""
-        saver, saved = self._saver, self._saved_at == self.parts.progress.step
-        if saver is not None and not saved and saver.give_up_for_another(STOP_SECONDS):
-            log.info("the save under way was given up: in %.0f s there is time for this step's only", STOP_SECONDS)
+        if self._saved_at != self.parts.progress.step:
+            self._give_up_for_another()
         self.save(snapshot=True)
-        if saver is not None:
+        self._wait_for_save()
+
+    def _give_up_for_another(self) -> None:
+        """Give up the save under way where only then one of this step is whole in time; the main rank knows."""
+        saver = self._saver
+        stands = saver is not None and self.files is not None and saver.stands_in_the_way(STOP_SECONDS)
+        if self._in_pieces:
+            stands = self.parts.engine.share(lambda: stands)
+        if saver is not None and stands:
+            log.info("the save under way was given up: in %.0f s there is time for this step's only", STOP_SECONDS)
+            saver.give_up()
+
+    def _wait_for_save(self) -> None:
+        """Return when the save under way is whole. Raises what it failed with, on all ranks where all have a part."""
+        saver = self._saver
+        if saver is None:
+            return
+        if self._in_pieces:
+            # First what is each rank's own: the main one then finds word of it, and waits for none that is gone.
+            self.parts.engine.together(saver.wait_for_own)
+            self.parts.engine.together(saver.wait)
+        else:
             saver.wait()
 
     def finish(self) -> None:
@@ -253,9 +275,10 @@ class Recorder:
         self.evaluate()
         if self._saved_at != self.parts.progress.step:
             self._save(names=("final",), snapshot=True)
-            if self._saver is not None:
-                self._saver.wait()
-        elif self.files is not None and self._saver is not None:
+            self._wait_for_save()
+            return
+        self._wait_for_save()
+        if self.files is not None and self._saver is not None:
             info = self._saver.give_names(("final",))
             if info is not None:
                 self.files.uploader.enqueue_checkpoint(info)
@@ -264,7 +287,7 @@ class Recorder:
         """Whether the time for a checkpoint has come on this rank: on the main one, whose clock decides."""
         # One that is due while another is under way is taken once that is whole: it would only be waited for.
         minutes = self.config.output.save_every_minutes
-        if not minutes or self._saver is None or self._saver.busy:
+        if not minutes or self.files is None or self._saver is None or self._saver.busy:
             return False
         return self.clock() - self._last_time_save >= 60 * minutes
 
@@ -286,21 +309,23 @@ class Recorder:
         if self.parts.progress.selection is not None:
             state["selection"] = self.parts.progress.selection.state_dict()
         self._saved_at = metadata.step
+        saver = self._saver
+        if saver is None or (self.files is None and not self._in_pieces):
+            return
+        if saver.busy:
+            log.info("step %d waits to be saved: the save before it is still being written", metadata.step)
+        kind: Literal["step", "time"] = "step" if snapshot else "time"
+        first = self.files.metrics.sync if self.files is not None else lambda: None
+        how: dict[str, Any] = {"kind": kind, "also_as": ("last", *names), "first": first, "began": began}
         if self._in_pieces:
             created = datetime.now(timezone.utc).isoformat(timespec="microseconds")  # no two have one folder
             metadata = replace(metadata, format_version=IN_PIECES, created=created)
-            state = self._write_pieces(state, metadata)
-        if self.files is None or self._saver is None:
-            return
-        if self._saver.busy:
-            log.info("step %d waits to be saved: the save before it is still being written", metadata.step)
-        self._saver.save(
-            state,
-            metadata,
-            kind="step" if snapshot else "time",
-            also_as=("last", *names),
-            first=self.files.metrics.sync,
-        )
+            rest, dealt_out = split_tensors(state)
+            parts = find_parts(dealt_out)
+            pieces = self._open_pieces(metadata, {name: one.offsets for name, one in parts.items()})
+            saver.save_in_pieces(pieces, {name: one.tensor for name, one in parts.items()}, rest, metadata, **how)
+        else:
+            saver.save(state, metadata, **how)
         self._row_started += self.clock() - began
 
     @property
@@ -310,31 +335,23 @@ class Recorder:
             return False
         return sum(size * count for size, count in block_sizes(outline(self._own_tensors())).items()) > LARGEST_FILE
 
-    def _write_pieces(self, state: dict[str, Any], metadata: CheckpointMetadata) -> dict[str, Any]:
-        """Have each rank write the tensors it has, while training waits; the state without them, and what they are.
+    def _open_pieces(self, metadata: CheckpointMetadata, offsets: Mapping[str, tuple[int, ...]]) -> PieceWriter:
+        """Make the folder that takes the pieces of a checkpoint, once the save before it is whole.
 
         Raises:
-            StorageError: a rank does not see the run directory, or cannot write there.
+            StorageError: a rank does not see the run directory, or cannot write there; that save has failed.
         """
-        engine, began = self.parts.engine, self.clock()
-        if self._saver is not None:
-            self._saver.wait()
-        rest, tensors = split_tensors(state)
+        engine = self.parts.engine
+        self._wait_for_save()
         with ExitStack() as stack:
-            folder = Path(engine.share(lambda: self._open_pieces(stack, metadata)))
-            engine.together(lambda: require_folder(folder))
-            with translate_errors(folder, writing=True):
-                write_tensors(tensors, folder)
-            digests = digest_files(folder, engine)
-            if engine.is_main:  # which alone has the folder until it takes its name
-                rest[KEY] = describe(folder, digests)
-        size = sum(one for one, _ in rest.get(KEY, {}).values())
-        log.info("wrote %s in pieces: training stood still for %.1f s", format_bytes(size), self.clock() - began)
-        return rest
 
-    def _open_pieces(self, stack: ExitStack, metadata: CheckpointMetadata) -> str:
-        assert self.files is not None
-        return str(stack.enter_context(self.files.store.open_pieces(metadata)))
+            def make() -> str:
+                assert self.files is not None
+                return str(stack.enter_context(self.files.store.open_pieces(metadata)))
+
+            folder = Path(engine.share(make))
+            engine.together(lambda: require_folder(folder))
+            return PieceWriter(engine, folder, offsets, stack.pop_all())
 
     def _tensors(self) -> dict[str, Any]:
         """The student's weights and the moments; of a student that is dealt out all are gathered on the main rank."""
@@ -369,18 +386,23 @@ class Recorder:
 
     def _look_after_saves(self) -> None:
         """After each step: end with what a save failed with; after the first, when moments are there, prepare saves."""
-        if self._saver is None or self.files is None:
+        if self._saver is None:
             return
         self._saver.check()
-        self.files.uploader.check()
+        if self.files is not None:
+            self.files.uploader.check()
         if self._prepared:
             return
         self._prepared = True
         if self._in_pieces:
-            return  # the saver's memory is for whole checkpoints
-        dealt_out = self.parts.student.is_dealt_out  # then gathering is an exchange, and sizes are known without
-        self._saver.prepare(outline(self._own_tensors()) if dealt_out else self._tensors(), host_room_bytes())
-        self._say_if_a_stop_takes_long(self._saver, "as long as none was measured")
+            own = self._own_tensors()
+            size = sum(size * count for size, count in block_sizes(outline(own)).items())
+            self._saver.prepare(own_parts(own), host_room_bytes(Ranks.read().local_world_size), num_bytes=size)
+        elif self.files is not None:
+            dealt_out = self.parts.student.is_dealt_out  # then gathering is an exchange, and sizes are known without
+            self._saver.prepare(outline(self._own_tensors()) if dealt_out else self._tensors(), host_room_bytes())
+        if self.files is not None:
+            self._say_if_a_stop_takes_long(self._saver, "as long as none was measured")
 
     def _tell_saved(self, saved: Saved) -> None:
         assert self.files is not None
