@@ -357,7 +357,7 @@ class _Work:
         Where no more than ``answers`` is asked for otherwise than before, the measures stay and the answers alone are
         generated.
         """
-        asked = json.loads(json.dumps(self.study.evaluation))
+        asked = _as_kept(self.study.evaluation)
         known = {one: self.place.evaluation(one) or {} for one in units}
         lacking = [one for one in units if _asked_of_measures(known[one].get("asked")) != _asked_of_measures(asked)]
         self._evaluate(lacking, units, asked, measuring=True)
@@ -392,7 +392,7 @@ class _Work:
             measures = {name: value for name, value in there["measures"].items() if name not in _ANSWERS}
             answered = {name: found[name] for name in _ANSWERS}
             found = {**there, **answered, "measures": {**measures, **found["measures"]}}
-        self.place.keep_evaluation(unit, {**found, "asked": asked})
+        self.place.keep_evaluation(unit, _as_kept({**found, "asked": asked}))
 
     def _at_once(self, unit: Unit) -> int:
         """How many students such as this run's are evaluated together."""

@@ -49,7 +49,7 @@ def mutate(data: bytes, number: int) -> bytes:
             rest = zstandard.compress(mutate_json(packed, number))
         else:
             rest = (mutate_bytes if kind > 3 else mutate_json)(rest, number)
-    except (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError):
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error, zstandard.ZstdError):
         rest = mutate_bytes(rest, number)
     return bytes([draw.randrange(len(NAMES)) if draw.random() < 0.05 else kind]) + rest
 
