@@ -10,7 +10,8 @@ Every model that is opened here has passed two checks: all its weights were ther
 from __future__ import annotations
 
 import logging
-import struct
+import os
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ def open_weights(
     """
     from transformers import AutoModelForCausalLM
 
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a thread asks the hub to convert what is a .bin
+    _refuse_bombs(source, model_id)
     with as_model_error(model_id, "the model cannot be opened"), quiet_transformers():
         if source.gguf_file is not None:
             model, report = gguf_model(source, dtype=dtype, attention=choose_attention(attention))
@@ -166,6 +169,15 @@ def open_weights(
             )
     _check_loaded(model, report, model_id)
     return model.eval()
+
+
+def _refuse_bombs(source: Source, model_id: str) -> None:
+    """Raise ModelError where a ``.bin`` of a folder unpacks to far more than weights do."""
+    for path in sorted(Path(source.place).glob("*.bin")) if Path(source.place).is_dir() else ():
+        if storage.unpacks_far(path):
+            raise ModelError(
+                "this file unpacks to far more than it should; it was not opened", where=model_id, got=path.name
+            )
 
 
 def fill_model(config: Any, weights: Mapping[str, torch.Tensor], where: str) -> Any:
@@ -281,6 +293,12 @@ def as_model_error(model_id: str, problem: str) -> Iterator[None]:
     except Exception as error:
         if not _about_the_model(error):
             raise
+        if isinstance(error, pickle.UnpicklingError):  # its own words say how to run what is in it all the same
+            raise ModelError(
+                "the weights hold more than tensors, or are damaged; they were not opened",
+                where=model_id,
+                remedy="get the model as safetensors, or save it again from where it is trusted",
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A configuration that contradicts itself says why in its last line.
         strict = isinstance(error, StrictDataclassError)
@@ -293,8 +311,8 @@ def _about_the_model(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return False
-    kinds = (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, ImportError, struct.error)
+    kinds = (*storage.TORCH_DAMAGE, ArithmeticError, ImportError)
     # tokenizers raises plain Exception for a file it cannot parse.
     return isinstance(error, (*kinds, SafetensorError, StrictDataclassError)) or type(error) is Exception
