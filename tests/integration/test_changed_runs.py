@@ -104,6 +104,20 @@ def test_a_longer_run_says_how_its_learning_rate_jumps(tiny: Tiny, out: Path, ca
     assert "(of 20 steps now, of 3 then)" in said
 
 
+def test_another_teacher_another_optimizer_and_fewer_steps_are_said(tiny: Tiny, out: Path, capsys: Any) -> None:
+    """The run goes on: its texts are as they were. What it already has is not done again."""
+    assert train(tiny, out, max_steps=4) == 0
+    assert "changes its course" not in capsys.readouterr().err
+    assert train(tiny, out, max_steps=5, signal="lm=none,code=none", weight_decay=0.3, grad_clip=0.5) == 0
+    said = capsys.readouterr().err
+    for words in ("what teaches lm is nothing, and was ", "--weight_decay is 0.3, and was 0.1", "--grad_clip is 0.5"):
+        assert words in said
+    shutil.rmtree(out / "run" / "student")
+    assert train(tiny, out, max_steps=2) == 0
+    assert "step 5 is behind the 2 steps asked for" in capsys.readouterr().err
+    assert read_metrics(out / "run")[-1]["step"] == 5
+
+
 def test_the_weights_that_a_run_stays_near_must_be_those_it_began_with(
     tiny: Tiny, begun: Path, tmp_path: Path, capsys: Any
 ) -> None:

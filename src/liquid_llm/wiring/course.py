@@ -4,6 +4,7 @@ order    which texts a step takes: data, weights, batch, seed; and the weights t
          Another order is another run, and nothing of the numbers would show it: it is refused
 course   what shapes the loss from here on and is not taken up from the checkpoint: it is said
 jump     a schedule whose value at the step reached is not what the checkpoint would have gone on with: it is said
+taught   which model teaches each type, and the codec its signal is kept in: another one is said
 
 A checkpoint of an earlier release says nothing of its order, and goes on as it always did.
 """
@@ -153,10 +154,44 @@ def say_jumps(metadata: CheckpointMetadata, schedules: StepSchedules, config: Ru
         peak = metadata.lr if metadata.lr_peak is None else metadata.lr_peak
         was = WarmupCosine(peak, metadata.warmup_steps, steps).value(step)
         pairs.insert(0, ("learning rate", was, schedules.lr.value(step)))
+    if step > config.optimizer.steps:
+        log.warning("step %d is behind the %d steps asked for: none is taken", step, config.optimizer.steps)
     longer = f" (of {config.optimizer.steps} steps now, of {steps} then)" if steps != config.optimizer.steps else ""
     for name, before, now in pairs:
         if abs(before - now) > _SAME * max(abs(before), abs(now)):
             log.warning("the %s jumps at step %d: it is %.4g, and was to be %.4g%s", name, step, now, before, longer)
+
+
+def say_changes(
+    metadata: CheckpointMetadata, state: Mapping[str, Any], taught: Mapping[str, Mapping[str, Any]], config: RunConfig
+) -> None:
+    """Say what else goes on in another way than the checkpoint had it: the optimizer's numbers, and the teachers.
+
+    Args:
+        state: the whole checkpoint.
+        taught: type -> what teaches it from here on, as ``RunTeachers.taught`` has it.
+    """
+    changes: list[tuple[str, object, object]] = []
+    group = state["optimizer"]["param_groups"][0]
+    for name in ("weight_decay", "betas"):
+        was, now = group.get(name), getattr(config.optimizer, name)
+        if was is not None and (list(was) != list(now) if name == "betas" else was != now):
+            changes.append((f"--{name}", _spell(was), _spell(now)))
+    known = metadata.run.get("taught")
+    if isinstance(known, Mapping):
+        for type in dict.fromkeys((*known, *taught)):
+            pair = known.get(type), taught.get(type)
+            if pair[0] != pair[1]:
+                changes.append((f"what teaches {type}", _spell_teacher(pair[0]), _spell_teacher(pair[1])))
+    for name, was, now in changes:
+        log.warning("%s is %s, and was %s in the run so far: the run changes its course", name, now, was)
+
+
+def _spell_teacher(taught: Mapping[str, Any] | None) -> str:
+    if taught is None:
+        return "nothing"
+    spelled = ", ".join(f"{name} {_spell(value)}" for name, value in taught.items() if name != "teacher" and value)
+    return f"{taught.get('teacher')} ({spelled})"
 
 
 def course_of(config: RunConfig) -> dict[str, Any]:
@@ -170,6 +205,7 @@ def course_of(config: RunConfig) -> dict[str, Any]:
         "document_mask": config.data.document_mask,
         "kd_positions": objective.distilled_share,
         "divergence": objective.divergence,
+        "grad_clip": config.optimizer.grad_clip,
         **by_type,
     }
 
@@ -186,4 +222,6 @@ def _spell(value: object) -> str:
     """A value as the command line has it."""
     if isinstance(value, Mapping):
         return ",".join(f"{type}={_spell(one)}" for type, one in value.items()) or "not given"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

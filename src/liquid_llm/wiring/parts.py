@@ -41,7 +41,7 @@ from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, SkippedSteps, Student, build_optimizer, load_optimizer
-from liquid_llm.wiring.course import hash_weights, order_of, require_same_order, say_jumps
+from liquid_llm.wiring.course import hash_weights, order_of, require_same_order, say_changes, say_jumps
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
@@ -353,6 +353,7 @@ def _restore(parts: Parts, start: Start) -> None:
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position
     if start.kind == "continue":
+        say_changes(metadata, state, parts.teachers.taught, parts.config)
         progress.skipped.count, progress.skipped.in_a_row = metadata.run.get("skipped_steps", (0, 0))
     progress.passes.max_tokens = metadata.run.get("max_pass_tokens")
     parts.evaluator.passes.max_tokens = metadata.run.get("eval_max_pass_tokens")

@@ -489,6 +489,7 @@ class Recorder:
             "order": self.parts.order,
             "skipped_steps": [progress.skipped.count, progress.skipped.in_a_row],
             "teachers": self.parts.teachers.names,
+            "taught": self.parts.teachers.taught,
             "chat_template": self.parts.text.tokenizer.chat_template,  # there only if it was trained with
             "given_levels": {name: value for name, value in levels.items() if name in config.given},
         }

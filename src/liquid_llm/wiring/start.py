@@ -299,8 +299,9 @@ def settle_context(start: Start, config: RunConfig) -> Start:
         return start
     block_size = config.data.block_size if "block_size" in config.given else metadata.block_size
     changed = metadata.block_size != block_size
-    if changed:
-        log.info("context length changes from %d to %d tokens", metadata.block_size, block_size)
+    if changed:  # a directory that is continued would have gone on with its own
+        said = log.warning if start.kind == "continue" else log.info
+        said("context length changes from %d to %d tokens", metadata.block_size, block_size)
     if (changed and config.optimizer.reset_on_context_change) or (config.optimizer.reset and start.kind == "resume"):
         log.info("optimizer, LR schedule and step start afresh; weights are kept")
         for name, text in (("alpha", metadata.alpha_schedule), ("temp", metadata.temp_schedule)):

@@ -61,6 +61,20 @@ class RunTeachers:
         }
 
     @property
+    def taught(self) -> dict[str, dict[str, Any]]:
+        """Type -> what its signal is of, as plain values: model, its content, codec of what is stored."""
+        return {
+            type: {
+                "teacher": one.get("id") or one.get("teacher_id"),
+                "revision": one.get("revision") or one.get("teacher_revision"),
+                "codec": one.get("codec"),
+                "codec_options": one.get("codec_options"),
+            }
+            for key, one in self.identities.items()
+            for type in one.get("types", [key])
+        }
+
+    @property
     def models(self) -> list[nn.Module]:
         """What teachers hold on the device."""
         return [teacher.model for teacher in dict.fromkeys(self.router.values()) if teacher.model is not None]

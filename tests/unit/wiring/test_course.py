@@ -12,7 +12,7 @@ from tests.support.checkpoints import metadata_of
 
 from liquid_llm.config import build_run_config, build_schedules
 from liquid_llm.errors import DataError, UsageError
-from liquid_llm.wiring.course import hash_weights, require_same_order, say_jumps
+from liquid_llm.wiring.course import hash_weights, require_same_order, say_changes, say_jumps
 
 ROWS = [
     {"type": "lm", "weight": 2.0, "samples": 48, "layout": "blocks", "fingerprint": "a"},
@@ -117,6 +117,37 @@ def test_a_schedule_that_does_not_go_on_where_it_was_is_said(caplog: Any) -> Non
     assert "alpha jumps" in longer  # its ramp is a share of the steps
     assert "learning rate jumps" in said(caplog, 20, lr=0.2)
     assert "temperature jumps" in said(caplog, 20, kd_temperature=3)
+
+
+TAUGHT = {"lm": {"teacher": "t", "revision": "1", "codec": None, "codec_options": None}}
+
+
+@pytest.mark.parametrize(
+    ("given", "taught", "words"),
+    [
+        ({}, TAUGHT, ""),
+        ({"weight_decay": 0.2}, TAUGHT, "--weight_decay is 0.2, and was 0.1 in the run so far"),
+        ({"betas": (0.8, 0.9)}, TAUGHT, "--betas is 0.8,0.9, and was 0.9,0.95"),
+        ({}, {"lm": {**TAUGHT["lm"], "revision": "2"}}, "what teaches lm is t (revision 2), and was t (revision 1)"),
+        ({}, {"lm": {**TAUGHT["lm"], "teacher": "u"}}, "what teaches lm is u (revision 1), and was t (revision 1)"),
+        ({}, {**TAUGHT, "code": {"teacher": "t", "codec": "tail"}}, "what teaches code is t (codec tail), and was noth"),
+        ({}, {}, "what teaches lm is nothing, and was t"),
+    ],
+)
+def test_a_run_that_goes_on_is_told_of_another_teacher_and_another_optimizer(
+    given: Any, taught: Any, words: str, caplog: Any
+) -> None:
+    state = {"optimizer": {"param_groups": [{"weight_decay": 0.1, "betas": [0.9, 0.95]}, {"weight_decay": 0.0}]}}
+    say_changes(metadata_of(4, run={"taught": TAUGHT}), state, taught, config(**given))
+    assert len(caplog.records) == bool(words)
+    assert words in caplog.text
+    caplog.clear()
+    say_changes(metadata_of(4), state, taught, config())  # an older release kept nothing of teachers
+    assert not caplog.records
+
+
+def test_fewer_steps_than_were_taken_are_said(caplog: Any) -> None:
+    assert "step 10 is behind the 7 steps asked for: none is taken" in said(caplog, 7)
 
 
 def test_weights_have_a_hash_of_names_and_values() -> None:

@@ -94,7 +94,7 @@ def test_a_run_of_a_newer_release_does_not_go_on(face: str) -> None:
         settle_context(start("continue", versions=newer), config(face))
 
 
-COURSE = {"document_mask": True, "kd_positions": 0.25, "divergence": "jsd:beta=0.3"}
+COURSE = {"document_mask": True, "kd_positions": 0.25, "divergence": "jsd:beta=0.3", "grad_clip": 0.5}
 SOURCES = {
     "sources": {
         "math_tool": {"teacher": "none", "alpha": 0.5, "temperature": 1.5, "divergence": "reverse_kl"},
@@ -120,6 +120,7 @@ def test_a_run_that_goes_on_is_told_of_each_option_that_changes_its_course(
             ("document_mask", "true", "false"),
             ("kd_positions", "0.25", "1.0"),
             ("divergence", "jsd:beta=0.3", "forward_kl"),
+            ("grad_clip", "0.5", "1.0"),
             ("divergence_by_type", "math_tool=reverse_kl", "not given"),
             ("alpha_by_type", "math_tool=0.5", "not given"),
             ("temperature_by_type", "math_tool=1.5", "not given"),
