@@ -108,9 +108,13 @@ def test_another_teacher_another_optimizer_and_fewer_steps_are_said(tiny: Tiny, 
     """The run goes on: its texts are as they were. What it already has is not done again."""
     assert train(tiny, out, max_steps=4) == 0
     assert "changes its course" not in capsys.readouterr().err
-    assert train(tiny, out, max_steps=5, signal="lm=none,code=none", weight_decay=0.3, grad_clip=0.5) == 0
+    assert train(tiny, out, max_steps=5, signal=f"code=online:{tiny.teacher}", weight_decay=0.3, grad_clip=0.5) == 0
     said = capsys.readouterr().err
-    for words in ("what teaches lm is nothing, and was ", "--weight_decay is 0.3, and was 0.1", "--grad_clip is 0.5"):
+    for words in (
+        "what teaches code is teacher (revision ",
+        "--weight_decay is 0.3, and was 0.1",
+        "--grad_clip is 0.5",
+    ):
         assert words in said
     shutil.rmtree(out / "run" / "student")
     assert train(tiny, out, max_steps=2) == 0

@@ -130,7 +130,7 @@ TAUGHT = {"lm": {"teacher": "t", "revision": "1", "codec": None, "codec_options"
         ({"betas": (0.8, 0.9)}, TAUGHT, "--betas is 0.8,0.9, and was 0.9,0.95"),
         ({}, {"lm": {**TAUGHT["lm"], "revision": "2"}}, "what teaches lm is t (revision 2), and was t (revision 1)"),
         ({}, {"lm": {**TAUGHT["lm"], "teacher": "u"}}, "what teaches lm is u (revision 1), and was t (revision 1)"),
-        ({}, {**TAUGHT, "code": {"teacher": "t", "codec": "tail"}}, "what teaches code is t (codec tail), and was noth"),
+        ({}, {**TAUGHT, "code": {"teacher": "t", "codec": "tail"}}, "what teaches code is t (codec tail), and was"),
         ({}, {}, "what teaches lm is nothing, and was t"),
     ],
 )
