@@ -11,8 +11,10 @@ import importlib
 import importlib.util
 import logging
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,13 +108,16 @@ def provide(
     reason = obstacle(wheel, machine or this_machine())
     if reason is not None or installed():
         return reason
-    local = storage.fetch_once(uri, work_dir)
-    got = storage.sha256(local)
-    if sha256 is not None and got != sha256.lower():
-        raise UsageError("the wheel's hash is not the expected one", where=uri, got=got, expected=sha256)
-    if sha256 is None:
-        log.warning("%s is installed unchecked: give --fa_wheel_sha256=%s to have it checked", uri, got)
-    (install or _pip_install)(local)
+    with tempfile.TemporaryDirectory(prefix="liquid-wheel-") as folder:
+        local = Path(folder) / wheel  # nobody else can write there: what is installed is what was checked
+        with storage.translate_errors(uri):
+            shutil.copyfile(storage.fetch_once(uri, work_dir), local)
+        got = storage.sha256(local)
+        if sha256 is not None and got != sha256.lower():
+            raise UsageError("the wheel's hash is not the expected one", where=uri, got=got, expected=sha256)
+        if sha256 is None:
+            log.warning("%s is installed unchecked: give --fa_wheel_sha256=%s to have it checked", uri, got)
+        (install or _pip_install)(local)
     importlib.invalidate_caches()
     log.info("installed %s", wheel)
     return None

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 200
+MAX_JSON_BYTES = 64 * 2**20  # of what is read whole; in memory a text takes up to twenty times as much
 MAX_YAML_BYTES = 16 * 2**20
 MAX_DIGITS = 4300  # what Python reads of a whole number; YAML's in base 60 have no bound there, and take for ever
 MAX_YAML_NODES = 1_000_000  # with every alias written out, as it is wherever such a value is saved again
@@ -22,13 +23,18 @@ class ParseError(ValueError):
     """A text that is not JSON or YAML, or more of it than anybody means."""
 
 
-def parse_json(text: bytes | str, encoding: str = "utf-8-sig") -> Any:
+def parse_json(text: bytes | str, encoding: str = "utf-8-sig", most: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
+    Args:
+        most: bytes (or characters) that are read; more where another bound has let the text through.
+
     Raises:
-        ParseError: it is not in ``encoding``, not JSON, nested more than ``MAX_DEPTH`` deep, or has a whole number of
-            more digits than Python reads (4300).
+        ParseError: it is too large, not in ``encoding``, not JSON, nested more than ``MAX_DEPTH`` deep, or has a whole
+            number of more digits than Python reads (4300).
     """
+    if len(text) > most:
+        raise ParseError(f"more than {most:,} bytes")
     try:
         text = text if isinstance(text, str) else text.decode(encoding)
         value = json.loads(text)
@@ -70,7 +76,7 @@ def parse_yaml(text: bytes | str, loader: Any = None) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_BYTES:
-        raise ParseError(f"{len(text):,} bytes, at most {MAX_YAML_BYTES:,} are read")
+        raise ParseError(f"more than {MAX_YAML_BYTES:,} bytes")
     try:
         one = (loader or yaml.SafeLoader)(text if isinstance(text, str) else text.decode("utf-8"))
         try:

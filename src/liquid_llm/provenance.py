@@ -219,7 +219,7 @@ def _earlier_sessions(uri: str) -> list[dict[str, Any]]:
     try:
         if not storage.exists(uri):
             return []
-        last = parse_json(storage.read_bytes(uri))
+        last = parse_json(storage.read_small(uri))
     except (StorageError, ValueError) as error:
         _log.warning("%s: the earlier session's environment is unreadable and left out (%s)", uri, error)
         return []

@@ -15,6 +15,7 @@ from liquid_llm.parsing import MAX_DEPTH, ParseError, parse_json, parse_yaml
 OWN = {
     "liquid_llm.parsing",
     "liquid_llm.checkpoint.metadata",
+    "liquid_llm.checkpoint.pieces",
     "liquid_llm.demo.pipeline",
     "liquid_llm.jobs.study",
     "liquid_llm.models.token_bytes",

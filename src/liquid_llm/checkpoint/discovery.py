@@ -123,9 +123,7 @@ def sidecar_text(metadata: CheckpointMetadata) -> bytes:
 def read_sidecar(folder: Path, name: str) -> CheckpointMetadata:
     """Raises CheckpointError, or StorageError where it cannot be read."""
     path = sidecar_path(folder, name)
-    with translate_errors(path):
-        text = path.read_bytes()
-    return parse_sidecar(text, path)
+    return parse_sidecar(storage.read_small(str(path)), path)
 
 
 def sidecars(folder: Path, log: Log = _log.warning) -> dict[str, CheckpointMetadata]:
@@ -149,7 +147,7 @@ def remote_sidecars(uri: str, log: Log) -> tuple[dict[str, CheckpointMetadata], 
         name, where = sidecar.removesuffix(SIDECAR_SUFFIX), storage.join(uri, sidecar)
         if is_known(name) and name + DATA_SUFFIX in present:
             try:
-                found[name] = parse_sidecar(storage.read_bytes(where), where)
+                found[name] = parse_sidecar(storage.read_small(where), where)
             except CheckpointError as error:
                 log(f"skipped a checkpoint: {error}")
     return found, present

@@ -113,7 +113,7 @@ def _fetch_file(uri: str, found: FileInfo, work_dir: Path) -> Path:
         local = folder / (found.name.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX)
         if sidecar is not None:
             storage.fetch_once(sidecar.uri, folder, sidecar)
-            fetch_pieces(uri.rpartition("/")[0], parse_sidecar(local.read_bytes(), sidecar.uri), folder)
+            fetch_pieces(uri.rpartition("/")[0], parse_sidecar(storage.read_small(str(local)), sidecar.uri), folder)
         else:
             storage.remove(str(local))
     return path
@@ -205,7 +205,7 @@ def _read_folder(folder: Path, uri: str) -> ResumeSource:
         raise _not_a_model_folder(uri, names)
     try:
         with translate_errors(folder):
-            config = parse_json((folder / "config.json").read_bytes())
+            config = parse_json(storage.read_small(str(folder / "config.json")))
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -228,7 +228,7 @@ def _weight_files(folder: Path, names: list[str], uri: str) -> list[str]:
         if index in names:
             try:
                 with translate_errors(folder):
-                    shards = sorted(set(parse_json((folder / index).read_bytes())["weight_map"].values()))
+                    shards = sorted(set(parse_json(storage.read_small(str(folder / index)))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError("this index of shards cannot be read", where=f"{uri}/{index}") from error
             missing = [str(shard) for shard in shards if shard not in names]

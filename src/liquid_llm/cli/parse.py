@@ -19,7 +19,7 @@ from typing import NoReturn
 from liquid_llm.cli.completion import offer, offer_names
 from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO, OPTIONS, Option
-from liquid_llm.parsing import ParseError, parse_yaml
+from liquid_llm.parsing import MAX_YAML_BYTES, ParseError, parse_yaml
 from liquid_llm.sources import NONE, is_blank, overlay, read_by_type, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
@@ -352,7 +352,8 @@ def load_yaml(path: Path) -> object:
         for first, those in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     try:
-        return parse_yaml(path.read_bytes(), Loader)
+        with path.open("rb") as stream:
+            return parse_yaml(stream.read(MAX_YAML_BYTES + 1), Loader)
     except OSError as error:
         raise UsageError("cannot read the configuration file", where=path, got=error.strerror) from None
     except ParseError as error:

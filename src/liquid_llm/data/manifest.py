@@ -17,10 +17,12 @@ from typing import Any
 from liquid_llm import storage
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.errors import DataError, StorageError
-from liquid_llm.parsing import ParseError, parse_json
+from liquid_llm.parsing import MAX_JSON_BYTES, ParseError, parse_json
 from liquid_llm.sources import is_type
+from liquid_llm.storage.streams import lines, unpack
 
 _KEYS = ("path", "type", "weight")
+_MAX_ENTRIES = 1_000_000
 
 
 def read_manifest(uri: str) -> list[ManifestEntry]:
@@ -31,9 +33,14 @@ def read_manifest(uri: str) -> list[ManifestEntry]:
             a positive number; no entry at all. Whether a path matches a file is for ``entry_files`` to find out.
         StorageError: the manifest cannot be read.
     """
+    entries: list[ManifestEntry] = []
     with storage.open_read(uri) as stream:
-        lines = stream.read().split(b"\n")
-    entries = [_entry(line, f"{uri}:{number}", uri) for number, line in enumerate(lines, start=1) if line.strip()]
+        for number, line in enumerate(lines(unpack(stream, None), MAX_JSON_BYTES), start=1):
+            if line is None or len(entries) == _MAX_ENTRIES:
+                got = "a line without an end" if line is None else f"more than {_MAX_ENTRIES:,} entries"
+                raise DataError("this is no manifest", where=f"{uri}:{number}", got=got, expected=_example())
+            if line.strip():
+                entries.append(_entry(line, f"{uri}:{number}", uri))
     if not entries:
         raise DataError("the manifest has no entry", where=uri, expected=_example())
     return entries

@@ -205,7 +205,7 @@ class RecordFile:
             expected = f"at most {MAX_LINE_BYTES:,} bytes"
             raise DataError("the line is far too long", where=self.location(number), expected=expected)
         try:
-            return parse_json(line, "utf-8-sig" if number == 1 else "utf-8")
+            return parse_json(line, "utf-8-sig" if number == 1 else "utf-8", MAX_LINE_BYTES)
         except ParseError as error:
             raise DataError(f"not a JSON object ({error})", where=self.location(number)) from error
 

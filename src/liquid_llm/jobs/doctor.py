@@ -179,7 +179,7 @@ def _sidecar(uri: str) -> tuple[CheckpointMetadata | None, str]:
     if not storage.exists(uri):
         return None, "its sidecar is lost"
     try:
-        return parse_sidecar(storage.read_bytes(uri), uri), ""
+        return parse_sidecar(storage.read_small(uri), uri), ""
     except CheckpointError as error:
         return None, f"its sidecar is damaged ({error.problem})"
 
@@ -215,7 +215,7 @@ def _is_row(line: bytes) -> bool:
 
 def _read(uri: str, name: str, parse: Callable[[bytes], object]) -> Part:
     try:
-        parse(storage.read_bytes(uri))
+        parse(storage.read_small(uri))
     except ParseError as error:
         return Part(name, "what the run was made of", str(error), "the run writes it again when it is continued")
     return Part(name, "what the run was made of")
@@ -300,7 +300,7 @@ def _prepared(uri: str, name: str) -> Iterator[Part]:
         yield Part(marker, f"dataset {name}", "its preparation has not come to its end", remedy)
         return
     try:
-        values = parse_json(storage.read_bytes(storage.join(uri, marker)))
+        values = parse_json(storage.read_small(storage.join(uri, marker)))
         shards = [(str(one["name"]), int(one["bytes"]), int(one["records"])) for one in values["shards"]]
         type = str(values["type"])
     except (ParseError, KeyError, TypeError, ValueError):

@@ -66,7 +66,7 @@ def _read_sidecar(uri: str) -> dict[str, Any]:
             where=uri,
             remedy="liquid doctor says whether its data is whole; a run that goes on from it writes the sidecar again",
         )
-    text = storage.read_bytes(uri)
+    text = storage.read_small(uri)
     parse_sidecar(text, uri)  # raises
     found: dict[str, Any] = parse_json(text)
     return found

@@ -182,7 +182,7 @@ def _read_resumed_config(uri: str) -> Mapping[str, Any]:
     elif uri.endswith(".zip"):
         raise UsageError("a zip is not opened for its configuration", where=uri, remedy="name its shape with --student")
     try:
-        found = parse_json(storage.read_bytes(where))
+        found = parse_json(storage.read_small(where))
         config = found["student"]["config"] if uri.endswith(DATA_SUFFIX) else found
     except (ValueError, LookupError, TypeError):  # damaged, or of something else
         config = None

@@ -116,7 +116,7 @@ def read_catalog(uri: str) -> Catalog:
         StorageError: it cannot be read.
     """
     try:
-        loaded = parse_yaml(storage.read_bytes(uri))
+        loaded = parse_yaml(storage.read_small(uri))
     except ParseError as error:
         raise UsageError("not a YAML file", where=uri, got=error) from None
     if not isinstance(loaded, Mapping) or not loaded:

@@ -342,7 +342,7 @@ def _read_json(dataset: Dataset, name: str) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     try:
-        value = parse_json(storage.read_bytes(uri))
+        value = parse_json(storage.read_small(uri))
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -190,7 +190,7 @@ class _Input:
 
     def _array(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
         try:
-            items = parse_json(self._whole(chunks), "utf-8-sig")
+            items = parse_json(self._whole(chunks), "utf-8-sig", MAX_WHOLE_BYTES)
         except ParseError as error:
             raise DamageError(f"not a JSON array ({shorten(error)})") from error
         return ((f"{self.where}:{number}", item) for number, item in enumerate(items, start=1))

@@ -50,7 +50,7 @@ def read_store_file(uri: str) -> StoreFile:
     """
     where = storage.join(uri, STORE_FILE)
     try:
-        values = parse_json(storage.read_bytes(where))
+        values = parse_json(storage.read_small(where))
         version, layout = int(values.pop("format_version")), str(values.pop("layout"))
         versions = read_versions(values.pop("versions", None)) if version <= STORE_VERSION else {}
         identity = None if version > STORE_VERSION else SignalIdentity(**values)

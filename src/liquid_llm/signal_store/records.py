@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -42,6 +43,28 @@ class RecordMissingError(RecordError):
     """There is no record of the sample."""
 
 
+def _is_number(value: object, lowest: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < 2**31
+
+
+def _are_options(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and type(one) in (int, float, str) for key, one in value.items()
+    )
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **{name: lambda value: isinstance(value, str) for name in ("teacher_id", "teacher_revision", "codec")},
+    "tokenizer_hash": lambda value: isinstance(value, str),
+    "vocab_size": lambda value: _is_number(value, 1),
+    "codec_version": _is_number,
+    "codec_options": _are_options,
+    "begin_id": lambda value: value is None or _is_number(value),
+    "end_id": lambda value: value is None or _is_number(value),
+    "positions": lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
+}
+
+
 @dataclass(frozen=True)
 class SignalIdentity:
     """Whose signal this is and how it is encoded: the same for all records of a store.
@@ -65,6 +88,12 @@ class SignalIdentity:
     begin_id: int | None = None
     end_id: int | None = None
     positions: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises TypeError where a field is not what its annotation says: they are read from files of others."""
+        for name, fits in _FIELDS.items():
+            if not fits(getattr(self, name)):
+                raise TypeError(f"{name} is {getattr(self, name)!r:.80}")
 
     @property
     def teacher(self) -> str:

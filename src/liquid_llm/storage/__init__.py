@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from liquid_llm.errors import StorageError
+from liquid_llm.parsing import MAX_JSON_BYTES
 from liquid_llm.storage.archive import TORCH_DAMAGE, is_far, unpack_zip, unpacks_far, zip_errors
 from liquid_llm.storage.backends import (
     GCS_SCHEMES,
@@ -76,6 +77,7 @@ __all__ = [
     "publish",
     "publish_folder",
     "read_bytes",
+    "read_small",
     "remove",
     "resolve",
     "set_retry_policy",
@@ -327,6 +329,11 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
         return data
 
     return with_backend(uri, fetch)
+
+
+def read_small(uri: str) -> bytes:
+    """A file that is parsed whole: of one that is larger than ``parsing`` takes, one byte more than that."""
+    return read_bytes(uri, 0, MAX_JSON_BYTES + 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

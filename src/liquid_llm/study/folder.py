@@ -96,7 +96,7 @@ class StudyFolder:
         if not path.is_file():
             return None
         try:
-            return parse_json(storage.read_bytes(str(path)))
+            return parse_json(storage.read_small(str(path)))
         except ValueError:
             raise UsageError("not a JSON file", where=path, remedy="remove it: it is made again") from None
 

@@ -169,7 +169,7 @@ def _is_weights(name: str) -> bool:
 def _models(options: str) -> list[str]:
     """The models that a run's options name."""
     try:
-        given = parse_yaml(storage.read_bytes(options))
+        given = parse_yaml(storage.read_small(options))
     except (ParseError, StorageError) as error:
         log.warning("%s cannot be read and is left out: %s", options, error)
         return []

@@ -139,7 +139,7 @@ def run_options(student: OpenedStudent) -> tuple[str, dict[str, Any]]:
     place = storage.join(student.run, FOLDER, OPTIONS)
     face = student.metadata.run.get("face")
     try:
-        found = parse_yaml(storage.read_bytes(place)) if storage.exists(place) else None
+        found = parse_yaml(storage.read_small(place)) if storage.exists(place) else None
     except ParseError as error:
         raise UsageError("the run's options are no YAML", where=place, got=error, remedy=_NAME_TEXTS) from error
     if not isinstance(face, str) or not isinstance(found, Mapping):

@@ -325,7 +325,7 @@ def _require_known_format(folder: str) -> None:
         if not info.name.endswith(SIDECAR_SUFFIX) or not is_known(info.name.removesuffix(SIDECAR_SUFFIX)):
             continue
         try:
-            version = parse_json(storage.read_bytes(info.uri))["format_version"]
+            version = parse_json(storage.read_small(info.uri))["format_version"]
         except (ValueError, TypeError, KeyError):
             continue  # damaged: reported where checkpoints are compared
         if isinstance(version, int) and version > IN_PIECES:

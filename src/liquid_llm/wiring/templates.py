@@ -45,7 +45,7 @@ def _read(name: str, where: str) -> str:
     if not storage.is_remote(name) and not Path(name).is_file():
         raise UsageError("no such file", where=where, got=Path(name).absolute(), expected=_EXPECTED)
     try:
-        return bytes(storage.read_bytes(name)).decode()
+        return bytes(storage.read_small(name)).decode()
     except UnicodeDecodeError as error:
         raise UsageError("the chat template is not text", where=where) from error
     except StorageError as error:

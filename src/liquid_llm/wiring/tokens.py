@@ -28,7 +28,7 @@ def read_token(config: TeacherConfig) -> str | None:
                 "cannot read the token file", where=f"--hf_token_file={config.token_file}", got=error.strerror
             ) from None
     if config.token_uri is not None:
-        return _strip(storage.read_bytes(config.token_uri), "--hf_token_uri")
+        return _strip(storage.read_small(config.token_uri), "--hf_token_uri")
     if config.token_secret is not None:
         return _strip(_read_secret(config.token_secret), "--hf_token_secret")
     return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), None)

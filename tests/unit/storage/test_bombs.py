@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,23 @@ import torch
 import zstandard
 from pyarrow import parquet
 
+from liquid_llm.checkpoint.discovery import read_sidecar
 from liquid_llm.checkpoint.files import read_archive
 from liquid_llm.checkpoint.mending import read_whole
+from liquid_llm.checkpoint.resume import read_student_weights
+from liquid_llm.cli.parse import load_yaml
+from liquid_llm.data import manifest as manifest_module
+from liquid_llm.data.manifest import read_manifest
 from liquid_llm.data.records import read_records
-from liquid_llm.errors import CheckpointError, DataError
+from liquid_llm.errors import CheckpointError, DataError, LiquidError
 from liquid_llm.parsing import MAX_DIGITS, ParseError, parse_yaml
+from liquid_llm.preparation.catalog import read_catalog
 from liquid_llm.preparation.formats import Reading, documents
 from liquid_llm.signal_store.pt import from_bytes
 from liquid_llm.signal_store.records import RecordError
+from liquid_llm.signal_store.store import open_store
 from liquid_llm.storage.streams import CHUNK_BYTES, unpack
+from liquid_llm.study.folder import StudyFolder
 
 MIB = 2**20
 
@@ -126,6 +135,55 @@ def test_a_record_of_more_values_than_are_stored_is_refused() -> None:
     torch.save(content, saved)
     with pytest.raises(RecordError, match="unreadable: ValueError"):
         from_bytes(saved.getvalue())
+
+
+def huge(path: Path) -> str:
+    """Half a gigabyte that takes no room on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(b"{")
+        stream.truncate(2**29)
+    return str(path)
+
+
+def as_model(path: Path) -> None:
+    huge(path / "config.json")
+    read_student_weights(str(path), path)
+
+
+def as_store(path: Path) -> None:
+    (path / "store.json").parent.mkdir()
+    huge(path / "store.json")
+    open_store(str(path))
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "last.meta.json": lambda path: read_sidecar(Path(huge(path)).parent, "last"),
+    "manifest.jsonl": lambda path: read_manifest(huge(path)),
+    "datasets.yaml": lambda path: read_catalog(huge(path)),
+    "config.yaml": lambda path: load_yaml(Path(huge(path))),
+    "model": as_model,
+    "store": as_store,
+    "plan.json": lambda path: StudyFolder(Path(huge(path)).parent).read(path.name),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_far_too_large_is_not_read_to_its_end(name: str, tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(LiquidError):
+        READERS[name](tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kilobytes: half of it
+
+
+def test_a_manifest_has_no_more_entries_than_anybody_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_MAX_ENTRIES", 3)
+    path, line = tmp_path / "m.jsonl", '{"path": "a", "type": "lm"}\n'
+    path.write_text(line * 3)
+    assert len(read_manifest(str(path))) == 3
+    path.write_text(line * 4)
+    with pytest.raises(DataError, match=r"m\.jsonl:4: this is no manifest; got more than 3 entries"):
+        read_manifest(str(path))
 
 
 def test_a_number_in_base_60_without_end_is_no_yaml() -> None:

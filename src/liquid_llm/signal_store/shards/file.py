@@ -314,10 +314,11 @@ def read_ids(header: ShardHeader, read: Reader) -> list[str]:
         raise RecordError("the list of sample ids is damaged")
     unpacked = zlib.decompressobj()
     try:
-        ids = parse_json(unpacked.decompress(data, _MAX_IDS_BYTES))
+        ids: list[str] = parse_json(unpacked.decompress(data, _MAX_IDS_BYTES), most=_MAX_IDS_BYTES)
     except (ParseError, zlib.error) as error:
         raise RecordError("the list of sample ids is damaged") from error
-    if not unpacked.eof or not isinstance(ids, list) or len(ids) != header.num_records:
+    are_ids = isinstance(ids, list) and all(isinstance(one, str) for one in ids)
+    if not unpacked.eof or not are_ids or len(ids) != header.num_records:
         raise RecordError(f"no list of sample ids for its {header.num_records} records")
     return ids
 

@@ -193,8 +193,16 @@ def read_index(read: Reader) -> ShardIndex:
         arrays = [read_array(read, spans[name]) for name in _ARRAYS]
         if _checksum(arrays) != values["arrays_crc"] or len({array.size for array in arrays}) != 1:
             raise RecordError("its checksum does not match")
-        return ShardIndex([ShardEntry(*entry) for entry in values["shards"]], *arrays)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
+        entries = [ShardEntry(*entry) for entry in values["shards"]]
+        if not all(
+            isinstance(one.name, str) and 0 <= one.size < 2**63 and 0 <= one.num_records < 2**32 for one in entries
+        ):
+            raise RecordError("it names what are no shards")
+        index = ShardIndex(entries, *arrays)
+        if len(index) and int(index.rows.max()) >= int(index.starts[-1]):
+            raise RecordError("it names records that its shards do not have")
+        return index
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, OSError) as error:
         raise RecordError("it is damaged") from error
 
 
