@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support.faults import FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
-from tests.support.undisturbed import Job, Undisturbed, require_same_run
+from tests.support.undisturbed import Job, Undisturbed, require_same_run, require_same_store
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
@@ -44,7 +44,8 @@ def disturb(job: Job, expected: str, seed: int, gcs: Bucket, proxy: FaultyProxy,
     proxy.heal()
     trains = job.require_same is require_same_run
     if code != 0:
-        assert code == 4, f"seed {seed}"
+        # of a capture single records may be missing, which its summary names: 3
+        assert code in ((3, 4) if job.require_same is require_same_store else (4,)), f"seed {seed}"
         if trains and work.exists():
             for run_dir in work.iterdir():
                 assert not [part for part in examine(str(run_dir)).parts if part.problem], f"seed {seed}"

@@ -5,6 +5,7 @@ This is the only module that imports fsspec and gcsfs, and only where a remote U
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -165,9 +167,29 @@ def _with_streamed_body(request: Callable[..., Awaitable[T]]) -> Callable[..., A
             kwargs["data"] = io.BytesIO(body.getvalue())
         elif isinstance(body, (bytes, bytearray, memoryview)) and memoryview(body).nbytes > _LARGE_BODY_BYTES:
             kwargs["data"] = io.BytesIO(body)
-        return await request(*args, **kwargs)
+        answer = await request(*args, **kwargs)
+        _require_whole(answer)
+        return answer
 
     return call
+
+
+def _require_whole(answer: Any) -> None:
+    """Raise ConnectionError where less of an object came than its answer's own headers say, under whatever length."""
+    _, headers, _, content = answer
+    extent = re.match(r"bytes (\d+)-(\d+)/", headers.get("Content-Range", ""))
+    if extent is not None:
+        whole = len(content) == int(extent[2]) - int(extent[1]) + 1
+    else:
+        packed = headers.get("X-Goog-Stored-Content-Encoding", "identity") != "identity"
+        digest = re.search(r"md5=([\w+/=]+)", ",".join(headers.getall("X-Goog-Hash", [])))
+        whole = (
+            packed
+            or digest is None
+            or digest[1] == b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+        )
+    if not whole:
+        raise ConnectionError("a part of the object did not come")
 
 
 def is_packed(uri: str, details: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.faults import CUT, DROP, FaultyProxy, faulty_proxy
+from tests.support.faults import CUT, DROP, LOST, RESET, SHORT, SLOW, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket, free_port, put_packed, running_server
 from tests.support.limits import largest_file
 
@@ -386,6 +386,48 @@ def test_passing_failures_are_outlasted(
     if action == "download":
         assert (tmp_path / "down").read_bytes() == b"0123456789"
     assert "trying again" in caplog.text or fault == DROP  # aiohttp itself asks again on a connection that was idle
+
+
+@pytest.mark.parametrize("fault", [SHORT, RESET, SLOW, LOST])
+@pytest.mark.parametrize("action", ["read_bytes", "range", "open_read"])
+def test_half_an_object_is_never_taken_for_all_of_it(
+    folder: str, proxy: FaultyProxy, tmp_path: Path, action: str, fault: str
+) -> None:
+    proxy.fail(fault, times=2, path="alt=media")
+    assert ACTIONS[action](folder, tmp_path) == (b"234" if action == "range" else b"0123456789")
+    proxy.heal()
+    proxy.fail(SHORT, path="alt=media")
+    with pytest.raises(StorageError, match="the connection was cut"):
+        ACTIONS[action](folder, tmp_path)
+
+
+@pytest.mark.parametrize("action", ["write_bytes", "upload", "copy", "remove"])
+def test_what_was_done_and_not_answered_for_is_done_once(
+    folder: str, proxy: FaultyProxy, tmp_path: Path, action: str
+) -> None:
+    proxy.fail(LOST, times=2)
+    ACTIONS[action](folder, tmp_path)
+    left = {
+        "remove": {},
+        "copy": {"x": 10, "y": 10},
+        "write_bytes": {"x": 10, "y": 3},
+        "upload": {"x": 10, "y": 6 << 20},
+    }
+    assert {info.name: info.size for info in storage.list_files(folder)} == left[action]
+    assert proxy.counts == {LOST: 2}
+
+
+def test_a_listing_in_pages_of_which_some_fail_is_whole(folder: str, proxy: FaultyProxy) -> None:
+    for number in range(7):
+        storage.write_bytes(f"{folder}/sub/{number}", b"x" * number)
+    expected = storage.list_files(folder)
+    proxy.page_size = 2
+    proxy.draw_faults(3, 0.2, [503, 429, CUT, DROP, RESET])
+    for _ in range(5):
+        assert storage.list_files(folder) == expected
+        assert storage.glob(f"{folder}/sub/*") == [f"{folder}/sub/{number}" for number in range(7)]
+    assert sum(proxy.counts.values()) > 5
+    assert len(expected) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Jobs killed at random moments of their whole course, run again: what they leave is what they leave undisturbed.
+
+``KILLS`` says how many moments are tried (50), ``KILL_SEED`` which; what a failure names runs it again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tests.support import processes
+from tests.support.gcs import Bucket
+from tests.support.tiny import Tiny
+from tests.support.undisturbed import Job, jobs
+
+from liquid_llm import storage
+
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]
+KILLS = int(os.environ.get("KILLS", "50"))
+SEED = int(os.environ.get("KILL_SEED", str(random.SystemRandom().randrange(10**6))))
+LIQUID = "liquid_llm.cli.main"
+
+
+def run(words: Sequence[str], folder: Path, ranks: int) -> float:
+    """To a good end; how many seconds that took."""
+    began = time.monotonic()
+    processes.run(LIQUID, words, folder, ranks)
+    return time.monotonic() - began
+
+
+def kill_at(words: Sequence[str], folder: Path, ranks: int, seconds: float, only: int | None) -> bool:
+    """Run and kill after so long, all ranks or one of them; whether it had not ended by then."""
+    running = processes.launch(LIQUID, words, folder, ranks)
+    end = time.monotonic() + seconds
+    for rank in running:
+        rank.process.join(max(0.0, end - time.monotonic()))
+    alive = any(rank.process.is_alive() for rank in running)
+    for number, rank in enumerate(running):
+        if only is None or number == only:
+            rank.process.kill()
+    codes = processes.wait(running, 120)
+    assert None not in codes, f"a rank is left waiting for one that is gone: {codes}"
+    return alive
+
+
+def leave_alone(job: Job, folder: Path, ranks: int) -> tuple[Path, float]:
+    """What the job leaves, and how long it takes when it is run as often as it is in these tests."""
+    run(job.words(str(folder / "first"), folder), folder / "say", ranks)
+    return folder / "first" / job.left, run(job.words(str(folder / "again"), folder), folder / "say", ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["hybrid", "annealing", "capture", "capture of .pt files", "preparation"])
+def test_a_job_killed_at_any_moment_and_run_again_leaves_the_same(
+    name: str, ranks: int, scored: Tiny, tmp_path: Path
+) -> None:
+    if ranks == 2 and name not in ("hybrid", "capture"):
+        pytest.skip("what ranks share is the same for both faces, and preparation has none")
+    job, draw, killed = jobs(scored)[name], random.Random(f"{SEED} {name}"), 0
+    expected, seconds = leave_alone(job, tmp_path / "undisturbed", ranks)
+    for number in range(KILLS):
+        moment, only = draw.uniform(0.0, seconds), draw.choice([None, *range(ranks)])
+        output = tmp_path / f"killed-{number}"
+        words = job.words(str(output), output)
+        killed += kill_at(words, tmp_path / "say", ranks, moment, only)
+        said = f"KILL_SEED={SEED}, kill {number} of {name} on {ranks} at {moment:.2f} of {seconds:.2f} s, rank {only}"
+        ranks_again = processes.launch(LIQUID, words, tmp_path / "say", ranks)
+        codes = processes.wait(ranks_again)
+        assert codes == [0] * ranks, f"{said}\n" + "\n".join(rank.said for rank in ranks_again)
+        try:
+            job.require_same(str(expected), str(output / job.left))
+        except AssertionError as error:
+            raise AssertionError(f"{said}, in {output}: {error}") from error
+        shutil.rmtree(output)
+    print(f"KILL_SEED={SEED}: {name} on {ranks}: killed {killed} times of {KILLS} within {seconds:.2f} s")
+    assert killed >= KILLS // 2
+
+
+def test_the_successor_of_a_machine_that_was_killed_begins_within_a_minute(
+    scored: Tiny, gcs: Bucket, tmp_path: Path
+) -> None:
+    """With the times that leases really have; on a machine that has nothing of the first one's."""
+    job = jobs(scored)["annealing"]
+    expected, seconds = leave_alone(job, tmp_path / "undisturbed", 1)
+    output = f"{gcs.uri}/out"
+    first = processes.launch(LIQUID, job.words(output, tmp_path / "a"), tmp_path / "say", 1)
+    end = time.monotonic() + 120
+    while not storage.list_files(f"{output}/.lease"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    pid = first[0].process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    processes.wait(first)
+    took = run(job.words(output, tmp_path / "b"), tmp_path / "say", 1)
+    assert 40 <= took < 60 + 5 * seconds
+    (run_dir,) = (tmp_path / "b").iterdir()
+    job.require_same(str(expected), str(run_dir))
