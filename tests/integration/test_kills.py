@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,16 +88,18 @@ def test_the_successor_of_a_machine_that_was_killed_begins_within_a_minute(
     job = jobs(scored)["annealing"]
     expected, seconds = leave_alone(job, tmp_path / "undisturbed", 1)
     output = f"{gcs.uri}/out"
-    first = processes.launch(LIQUID, job.words(output, tmp_path / "a"), tmp_path / "say", 1)
+    # the server that processes are forked from may be older than the bucket's
+    env = {"STORAGE_EMULATOR_HOST": gcs.base}
+    first = processes.launch(LIQUID, job.words(output, tmp_path / "a"), tmp_path / "say", 1, env=env)
     end = time.monotonic() + 120
     while not storage.list_files(f"{output}/.lease"):
-        assert time.monotonic() < end
+        assert time.monotonic() < end, first[0].said
         time.sleep(0.05)
-    pid = first[0].process.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    first[0].process.kill()
     processes.wait(first)
-    took = run(job.words(output, tmp_path / "b"), tmp_path / "say", 1)
-    assert 40 <= took < 60 + 5 * seconds
+    began = time.monotonic()
+    second = processes.launch(LIQUID, job.words(output, tmp_path / "b"), tmp_path / "say", 1, env=env)
+    assert processes.wait(second) == [0], second[0].said
+    assert 40 <= time.monotonic() - began < 60 + 5 * seconds
     (run_dir,) = (tmp_path / "b").iterdir()
     job.require_same(str(expected), str(run_dir))
