@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 from tests.support.faults import FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
 from tests.support.tiny import Tiny, build, start
+from tests.support.undisturbed import require_same_run
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.files import HashingWriter
 from liquid_llm.cli.main import main
 from liquid_llm.training import Trainer
-from liquid_llm.wiring import mirrors
+from liquid_llm.wiring import mirrors, recorder
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +132,33 @@ def test_a_disk_that_fills_is_told_with_what_is_kept(
     assert "no space left on the disk" in said
     assert "a checkpoint of step 2 is whole: what came after it is lost" in said
     assert latest_checkpoint(tmp_path / "run").step == 2  # type: ignore[union-attr]
+
+
+def test_a_clock_that_is_set_back_changes_nothing_but_dates(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a day at every look; the names of checkpoints by the clock then fall while their steps grow."""
+    assert main(words(tiny, tmp_path / "right", max_steps=6)) == 0
+    days = itertools.count()
+
+    class SetBack(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) - timedelta(days=next(days))
+
+    began = time.time()
+    monkeypatch.setattr(recorder, "datetime", SetBack)
+    monkeypatch.setattr(time, "time", lambda: began - 86400 * next(days))
+    by_the_clock = {"save_every_minutes": 1e-6, "keep_last": 2}
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(words(tiny, tmp_path / "back", **by_the_clock)) == 75
+    found = latest_checkpoint(tmp_path / "back" / "run")
+    assert found is not None
+    assert found.step == 4
+    assert main(words(tiny, tmp_path / "back", **by_the_clock)) == 0
+    assert next(days) > 10
+    require_same_run(str(tmp_path / "right" / "run"), str(tmp_path / "back" / "run"))
 
 
 @pytest.mark.parametrize("option", ["output_gcs_uri", "tensorboard_uri", "model_uri"])

@@ -410,6 +410,8 @@ def download(uri: str, local: str | Path) -> None:
                 fetch_packed(fs, path, str(temporary), details, where)
             else:
                 fs.get_file(path, str(temporary))
+                if temporary.stat().st_size < int(details.get("size") or 0):
+                    raise ConnectionError("a part of the object did not come")
 
         with_backend(uri, fetch, where=where)
 

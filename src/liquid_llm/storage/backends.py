@@ -183,11 +183,8 @@ def _require_whole(answer: Any) -> None:
     else:
         packed = headers.get("X-Goog-Stored-Content-Encoding", "identity") != "identity"
         digest = re.search(r"md5=([\w+/=]+)", ",".join(headers.getall("X-Goog-Hash", [])))
-        whole = (
-            packed
-            or digest is None
-            or digest[1] == b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
-        )
+        found = b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+        whole = packed or digest is None or digest[1] == found
     if not whole:
         raise ConnectionError("a part of the object did not come")
 
