@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lm-eval check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo test test-lm-eval test-trackers check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,10 +36,14 @@ demo: $(STAMP)  ## distil a real student from a real teacher, no GPU and no mode
 test: $(STAMP)  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak" $(ARGS)
 
-# The extra is installed by this target alone, as it sets some packages of others back (decision 18).
+# Extras are installed by their targets alone: they bring much, and lm-eval sets packages of others back (decision 18).
 test-lm-eval: $(STAMP)  ## the tests that need lm-eval, which it installs into .venv
 	$(PIP) install --quiet -e '.[lm-eval]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_lm_eval_tasks.py tests/integration/test_lm_eval.py $(ARGS)
+
+test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Trackio, which it installs into .venv
+	$(PIP) install --quiet -e '.[track]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_trackers.py $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

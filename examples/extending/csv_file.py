@@ -36,6 +36,9 @@ class CsvTracker:
             self._lines.writerows([row["step"], name, repr(value)] for name, value in numbers(row))
             self._file.flush()
 
+    def log_sample(self, row: Mapping[str, Any]) -> None:
+        """Texts do not go into a table of numbers; ``samples.jsonl`` has them."""
+
     def close(self) -> None:
         with translate_errors(self._path, writing=True):
             self._file.close()

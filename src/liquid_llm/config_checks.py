@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from liquid_llm.errors import UsageError
 from liquid_llm.losses.divergences import get_divergence
 from liquid_llm.models.spec import parse_student
 from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
+from liquid_llm.registry import TRACKERS_OF_EXTRA
 from liquid_llm.schedules import parse_piecewise
 from liquid_llm.sources import BLOCKS
 
@@ -53,6 +55,11 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
     ):
         if not 0 <= alpha <= 1:
             problems.append(f"--{name} must lie between 0 and 1; got {alpha}")
+    problems += [
+        f"--trackers={name}: the package {name} is not installed: pip install 'liquid-llm[track]', or {name} alone"
+        for name in config.output.trackers
+        if name in TRACKERS_OF_EXTRA and importlib.util.find_spec(name) is None
+    ]
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         problems.append(f"--betas takes two numbers from 0 to below 1; got {','.join(map(str, optimizer.betas))}")
     if any(length < 2 for length in config.evaluation.context_lengths):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from liquid_llm.losses.signals import LossOutput
 
 FILE_NAME = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"  # rows of what a student says to given prompts, which trackers do not get
+SAMPLES_FILE = "samples.jsonl"  # rows of what a student says to given prompts
 _OF_MEMORY = ("peak_memory_bytes", "device_peak_memory_bytes", "device_reserved_bytes", "rss_bytes")  # the first: host
 TIMING_KEYS = frozenset({"seconds", "tokens_per_second", "signal_wait_seconds", "eval_seconds", "time", *_OF_MEMORY})
 
@@ -182,6 +182,11 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.log(row)
         return row
+
+    def log_sample(self, row: Mapping[str, Any]) -> None:
+        """Hand a row of ``samples.jsonl`` to the trackers."""
+        for tracker in self._trackers:
+            tracker.log_sample(row)
 
     def sync(self) -> None:
         """Force what was written to the disk; called before a checkpoint, so that none outlives its rows."""

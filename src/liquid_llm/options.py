@@ -219,6 +219,7 @@ ALIASES = {
     "save_steps": (OUTPUT, "save_every_steps"),
     "save_total_limit": (OUTPUT, "keep_last"),
     "logging_steps": (OUTPUT, "metrics_every_steps"),
+    "report_to": (OUTPUT, "trackers"),
 }
 _TEACHER_ALIAS = {ANNEAL: "online_id", TRAIN: "online_id", CAPTURE: "stored_id"}  # of teacher_model_name_or_path
 

@@ -33,8 +33,13 @@ TEACHERS = {
 }
 
 TRACKERS = {
+    "mlflow": "liquid_llm.trackers.mlflow:MlflowTracker",
+    "trackio": "liquid_llm.trackers.trackio:TrackioTracker",
+    "wandb": "liquid_llm.trackers.wandb:WandbTracker",
     "tensorboard": "liquid_llm.trackers.tensorboard:TensorBoardTracker",
 }
+# Trackers whose package is in no requirement, of the package's own name: they come with the extra ``track``.
+TRACKERS_OF_EXTRA = ("mlflow", "trackio", "wandb")
 
 
 def load(table: Mapping[str, str], name: str) -> Any:

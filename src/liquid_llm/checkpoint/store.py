@@ -55,7 +55,8 @@ from liquid_llm.storage import TEMPORARY_SUFFIX, sync, translate_errors
 
 __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 
-ROW_FILES = ("metrics.jsonl", "samples.jsonl")
+# What a run writes beside its checkpoints and goes on with.
+ROW_FILES = ("metrics.jsonl", "samples.jsonl", "trackers.json")
 LOCK_FILE = ".lock"
 MARK_FILE = ".lease-mark"  # says which lease on the mirror was taken from this directory
 _log = logging.getLogger(__name__)

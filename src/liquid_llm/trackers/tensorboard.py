@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class TensorBoardTracker:
-    """Writes every number of a row as a scalar event; a continued run is shown once, as if never interrupted.
+    """Writes every number of a row as a scalar event, samples as text; a continued run as if never interrupted.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -51,6 +51,11 @@ class TensorBoardTracker:
         with translate_errors(self._folder, writing=True):
             for tag, value in numbers(row):
                 self._events.add_scalar(tag, value, row["step"])
+            self._events.flush()
+
+    def log_sample(self, row: Mapping[str, Any]) -> None:
+        with translate_errors(self._folder, writing=True):
+            self._events.add_text(f"samples/{row['prompt']:.60}", row["text"], row["step"])
             self._events.flush()
 
     def close(self) -> None:

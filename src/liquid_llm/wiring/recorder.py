@@ -226,7 +226,9 @@ class Recorder:
             return
         with self._open_samples(self.files) as file:
             for row in self.parts.speech.sample(self.parts.student):
-                file.write({"step": self.parts.progress.step, **row})
+                row = {"step": self.parts.progress.step, **row}
+                file.write(row)
+                self.files.metrics.log_sample(row)
             file.sync()
 
     def _open_samples(self, files: RunFiles) -> RowFile:

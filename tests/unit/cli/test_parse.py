@@ -33,7 +33,7 @@ def test_an_option_may_be_called_what_other_trainers_call_it(face, tmp_path, cap
     shown = build_parser(options_of(face), "prog", "", face, ()).format_help()
     for option in options_of(face):
         for alias in option.aliases:
-            value = "7"
+            value = option.choices[0] if option.choices else "7"
             assert read(face, f"--{alias}={value}") == read(face, f"--{option.name}", value)
             assert read(face, f"--{alias.replace('_', '-')}", value) == read(face, f"--{option.name}={value}")
             assert f"--{alias}" in shown
@@ -212,8 +212,8 @@ def test_trackers_are_names_or_none():
         (TRAIN, "--temperature_by_type=code=0", "a number above 0"),
         (TRAIN, "--divergence_by_type=code=sideways:k=1", "expected one of forward_kl"),
         (TRAIN, "--divergence=sideways:k=1", "expected one of forward_kl"),
-        (TRAIN, "--trackers=tensorbord", "one of tensorboard, or none alone"),
-        (TRAIN, "--trackers=none,tensorboard", "one of tensorboard, or none alone"),
+        (TRAIN, "--trackers=tensorbord", "one of mlflow, trackio, wandb, tensorboard, or none alone"),
+        (TRAIN, "--trackers=none,tensorboard", "one of mlflow, trackio, wandb, tensorboard, or none alone"),
         (ANNEAL, "--divergence=reverse", "one of forward_kl"),
     ],
 )
