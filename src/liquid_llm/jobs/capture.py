@@ -139,7 +139,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         keep_freed_memory()
     loaded, choices = load_online(teacher_id, config.teacher, device, token)
     rank, world_size = read_rank()
-    vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
+    vocab_size = min(text.vocab_size, loaded.vocab_size)
     writers = {}
     for type in datasets:
         folder = _folder(config, type)

@@ -190,7 +190,7 @@ def _verify(
         raise SignalError("no sample of the manifest has a record", where=store.uri, got=config.data.manifest)
     loaded, _ = load_online(teacher_id, config.teacher, torch.device(choose_device(config.device).value), token)
     _require(store, "teacher revision", store.identity.teacher_revision, loaded.identity.revision)
-    vocab_size = min(text.vocab_size, loaded.model.config.vocab_size)
+    vocab_size = min(text.vocab_size, loaded.vocab_size)
     _require(store, "vocabulary size", store.identity.vocab_size, vocab_size)
     verifier = Verifier(store, OnlineTeacher(loaded, vocab_size), temperatures)
     with Stage("verify", unit="records", total=len(chosen)) as stage:

@@ -12,6 +12,7 @@ does the same for the promise that padding on the right cannot reach a real posi
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,21 +46,58 @@ def hidden_states(model: Any, input_ids: Tensor, places: Tensor | None = None) -
     Returns:
         [batch, time, hidden]; ``output_head(model).logits`` of it are the model's logits.
     """
-    body = body_of(model)
     batch, time = input_ids.shape
+    hidden: Tensor
     arguments: dict[str, Tensor] = {}
     if places is not None:
         if "flash" in str(model.config._attn_implementation):  # it tells documents apart in a single row alone
             input_ids, places = input_ids.reshape(1, -1), places.reshape(1, -1)
         arguments = {"position_ids": places, **extra_arguments(model, places)}
+    arguments |= {"input_ids": input_ids}
     with tell_rows(joined=places is not None):
-        hidden: Tensor = body(input_ids=input_ids, use_cache=False, return_dict=True, **arguments)[0]
+        if _transforms(model):
+            hidden = _head_input(model, arguments)
+        else:
+            hidden = body_of(model)(**arguments, use_cache=False, return_dict=True)[0]
     return hidden.view(batch, time, -1).to(_head_module(model).weight.dtype)
 
 
 def body_of(model: Any) -> Any:
     """The module before the output head; called, it gives hidden states."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
+    body = model.base_model if model.base_model is not model else model.get_decoder()
+    return model.model if body is model else body  # Llama 4 alone names its body as the multimodal model around it does
+
+
+def _transforms(model: Any) -> bool:
+    """Whether there is more than body and head: BERT's kind has a layer and a norm of its own between them."""
+    parts = (body_of(model), _head_module(model))
+    known = {id(parameter) for part in parts for parameter in part.parameters()}
+    return any(id(parameter) not in known for parameter in model.parameters())
+
+
+class _Reached(Exception):
+    """A pass has come to the output head, with what it gives to it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def _head_input(model: Any, arguments: dict[str, Tensor]) -> Tensor:
+    """What the model gives to its output head, by a pass that ends there; passes of other threads go on."""
+    thread = threading.get_ident()
+
+    def end(_module: Any, given: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            raise _Reached(given[0])
+
+    handle = _head_module(model).register_forward_pre_hook(end)
+    try:
+        model(**arguments, use_cache=False, return_dict=True)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise ModelError("the output head is never asked", where=architecture(model), remedy="use another model")
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
@@ -127,6 +165,8 @@ def _scale(config: Any) -> float:
         return 1.0 / float(config.logits_scaling)
     if model_type == "minicpm3":  # divides the hidden states: the same, as its head has no bias
         return 1.0 / float(config.logits_scaling)
+    if model_type == "inkling_text":  # the same
+        return 1.0 / float(config.logits_mup_width_multiplier)
     if model_type == "hyperclovax":
         return float(config.logits_scaling)
     if model_type == "falcon_h1":

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 
 from liquid_llm import storage
+from liquid_llm.device import device_error
 from liquid_llm.errors import LiquidError, ModelError
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
-from liquid_llm.models.heads import check_output_head
+from liquid_llm.models.heads import check_causality, check_output_head
 from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve, write_origin
 from liquid_llm.models.tokenizers import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 
+CANNOT_RUN = "transformers cannot run this model"
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 HEAD_REMEDY = (
     "an output head is not made up: save the model with it, or with tie_word_embeddings: true in config.json where its "
@@ -44,6 +46,11 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     identity: ModelIdentity
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its output head: those of the tokenizer and what pads them; a nested configuration has the number."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
 
 def load_tokenizer(model_id: str, *, token: str | None = None) -> Any:
@@ -84,7 +91,8 @@ def load_teacher(
     source = resolve(model_id, token=token)
     tokenizer = _open_tokenizer(source, model_id, token)
     model = open_weights(source, model_id, dtype=dtype, device=device, attention=attention, token=token)
-    with quiet_transformers():
+    with as_model_error(model_id, CANNOT_RUN), quiet_transformers():
+        check_causality(model)
         check_output_head(model)
     vocab_size, num_tokens = model.get_output_embeddings().weight.shape[0], len(tokenizer)
     if num_tokens > vocab_size:
@@ -228,7 +236,7 @@ def _check_loaded(model: Any, report: Mapping[str, Any], where: str) -> None:
         names = sorted(report["unexpected_keys"])
         logger.warning("%s: %d weights have no place in the model, such as %s", where, len(names), names[0])
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+    if getattr(model.config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
         # Two tensors that differ are kept, and what is saved says that they are two.
         logger.warning("%s: its head is not its embedding, though config.json says so: both are kept", where)
         for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
@@ -311,7 +319,7 @@ def _about_the_model(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or device_error(error) is not None:
         return False
     kinds = (*storage.TORCH_DAMAGE, ArithmeticError, ImportError)
     # tokenizers raises plain Exception for a file it cannot parse.

@@ -79,7 +79,7 @@ def max_positions(model: Any) -> int | None:
 def configured_positions(config: Any) -> int | None:
     """The same from a model's configuration alone, before there are weights."""
     limits = [getattr(config.get_text_config(decoder=True), name, None) for name in _LIMIT_NAMES]
-    return next((int(limit) for limit in limits if limit), None)
+    return next((int(limit) for limit in limits if limit and limit > 0), None)  # XLNet's -1 says that there is none
 
 
 def require_positions(model: Any, num_positions: int, *, what: str) -> None:

@@ -29,12 +29,17 @@ from liquid_llm.device import find_not_finite
 from liquid_llm.errors import ModelError
 from liquid_llm.models.cut import cut_config
 from liquid_llm.models.heads import check_causality, check_output_head
-from liquid_llm.models.loading import as_model_error, open_config, open_weights, quiet_transformers
+from liquid_llm.models.loading import CANNOT_RUN, as_model_error, open_config, open_weights, quiet_transformers
 from liquid_llm.models.positions import fit_positions
 from liquid_llm.models.sources import Source, resolve
 from liquid_llm.models.spec import StudentSpec, parse_student
 
 _HEAD_DIM = 64
+# Their arithmetic asks which token pads: positions are counted from it, or it stands where something is left out.
+_PADDING_COUNTS = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    *("emu3_text_model", "gemma4_text", "gemma4_unified_text", "modernbert-decoder", "prophetnet", "xlm"),
+)
 _DEFAULT_POSITIONS = 4096  # rotary presets; learned tables have 1024 rows like GPT-2's
 _LEARNED_POSITIONS = 1024
 
@@ -136,8 +141,10 @@ def finish_student(model: Any, bos_id: int, eos_id: int, block_size: int) -> Any
     if model.generation_config is not None:
         ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         model.generation_config.update(**ids)
+    if hasattr(model.get_input_embeddings(), "padding_idx"):
+        model.get_input_embeddings().padding_idx = None  # a token like any other: no row is padded with it
     fit_positions(model, block_size)
-    with quiet_transformers():
+    with as_model_error(type(model).__name__, CANNOT_RUN), quiet_transformers():
         check_causality(model)
         check_output_head(model)
     return model.train()
@@ -198,6 +205,19 @@ def from_configuration(spec: str, vocab_size: int, bos_id: int, eos_id: int, see
     return model
 
 
+def config_values(config: Any) -> dict[str, Any]:
+    """A configuration as plain values that JSON can hold, infinity too; ``config_file`` gives it back."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {name: values[name] for name in config.to_dict()}
+
+
+def vocabulary_in(values: Mapping[str, Any]) -> int | None:
+    """The vocabulary of a configuration's values, which may be that of the text nested in it; None without one."""
+    nested = values.get("text_config")
+    found = values.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, Mapping) else None)
+    return None if found is None else int(found)
+
+
 @contextmanager
 def config_file(values: Mapping[str, Any]) -> Iterator[str]:
     """A ``config.json`` with these values, for as long as it is entered: a student's configuration is read from one."""
@@ -248,7 +268,7 @@ def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, token: s
 
 
 def prepare_config(config: Any, bos_id: int, eos_id: int) -> None:
-    """Dropout off, the tokenizer's special ids, and no token for padding (its embedding row would be kept at zero).
+    """Dropout off, the tokenizer's special ids, and no token for padding where the family does without one.
 
     Where the configuration was read is forgotten: a checkpoint and an exported student name no folder of this machine.
     """
@@ -257,7 +277,9 @@ def prepare_config(config: Any, bos_id: int, eos_id: int) -> None:
     for name, value in vars(text).items():
         if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(text, name, 0.0)
-    text.bos_token_id, text.eos_token_id, text.pad_token_id = bos_id, eos_id, None
+    text.bos_token_id, text.eos_token_id = bos_id, eos_id
+    if text.model_type not in _PADDING_COUNTS:
+        text.pad_token_id = None
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

@@ -178,6 +178,6 @@ def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
     place = torch.device("cpu") if setup.dealt_out else setup.device
     loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token, place)
     require_context(max_positions(loaded.model), setup.context, model_id, "--block_size or --eval_ctx_lens")
-    vocab_size = min(setup.vocab_size, loaded.model.config.vocab_size)
+    vocab_size = min(setup.vocab_size, loaded.vocab_size)
     max_tokens = None if setup.device.type == "cpu" else PASS_TOKENS
     return OnlineTeacher(loaded, vocab_size, max_tokens=max_tokens, choices=choices)

@@ -32,5 +32,5 @@ def open_origin(uri: str) -> ResumeSource:
         raise CheckpointError(
             error.problem, where=error.where, got=error.got, expected=error.expected, remedy=error.remedy
         ) from error
-    tied = {"tie_word_embeddings": model.config.tie_word_embeddings}
+    tied = {"tie_word_embeddings": getattr(model.config, "tie_word_embeddings", False)}
     return replace(origin, state_dict=model.state_dict(), config={**origin.config, **tied})

@@ -106,7 +106,7 @@ def with_positions(student: Any, config: RunConfig) -> Any:
     """A student's configuration with the positions that it is going to be given: a learned table has a row for each."""
     longest = config.longest_context
     text = student.get_text_config(decoder=True)
-    if (getattr(text, "max_position_embeddings", None) or longest) < longest:
+    if 0 < (getattr(text, "max_position_embeddings", None) or longest) < longest:
         text.max_position_embeddings = longest
     return student
 

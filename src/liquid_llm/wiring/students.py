@@ -27,7 +27,14 @@ from liquid_llm.models.positions import (
     positional_embedding,
 )
 from liquid_llm.models.spec import parse_student
-from liquid_llm.models.student import build_student, config_file, enable_gradient_checkpointing, student_config
+from liquid_llm.models.student import (
+    build_student,
+    config_file,
+    config_values,
+    enable_gradient_checkpointing,
+    student_config,
+    vocabulary_in,
+)
 from liquid_llm.models.taking import TakenStudent, take_student
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
@@ -121,7 +128,7 @@ def make_student(
         check_documents(model)
     kind = positional_embedding(model)
     trained = longest if start.kind == "fresh" else max(longest, trained or max_positions(model) or longest)
-    description = {"spec": _spec(config, start), "config": model.config.to_dict(), "trained_positions": trained}
+    description = {"spec": _spec(config, start), "config": config_values(model.config), "trained_positions": trained}
     if taken is not None:
         log.info("%s", _say_taken(taken, mean_loss(model, calibration)))
         description["taken"] = taken.facts
@@ -184,7 +191,7 @@ def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) 
         return _build_spec(config.student.spec, text, text.vocab_size, config.longest_context, config.seed, token)
     known = None if start.origin.metadata is None else start.origin.metadata.student.get("spec")
     if "student" in config.given and config.student.spec != known:
-        vocab_size = int(start.origin.config.get("vocab_size", text.vocab_size))
+        vocab_size = vocabulary_in(start.origin.config) or text.vocab_size
         expected = _build_shape(config.student.spec, text, vocab_size, config.seed, token, start.origin.config)
         require_weights_of(expected, start.origin.state_dict, start.origin.description)
     return build_from_config(start.origin.config, text, start.origin.description, config.seed)
@@ -200,7 +207,7 @@ def _build_shape(
     if parse_student(spec).teacher is None:
         return _build_spec(spec, text, vocab_size, 2, seed, token)
     config = student_config(spec, **_vocabulary(text, vocab_size), token=token)
-    values = {**config.to_dict(), "model_type": config.model_type}
+    values = {**config_values(config), "model_type": config.model_type}
     kinds = like.get("layer_types")
     if kinds is not None and len(kinds) == values.get("num_hidden_layers"):
         values["layer_types"] = kinds
@@ -217,7 +224,7 @@ def build_from_config(config: Mapping[str, Any], text: TextTools, source: str, s
         CheckpointError: its vocabulary is smaller than the tokenizer's.
         ModelError: no model can be built from it.
     """
-    vocab_size = int(config.get("vocab_size", text.vocab_size))
+    vocab_size = vocabulary_in(config) or text.vocab_size
     if vocab_size < text.vocab_size:
         raise CheckpointError(
             "the weights are of a smaller vocabulary than the tokenizer's",
