@@ -71,3 +71,19 @@ def test_a_missing_wheel_and_one_pip_refuses_are_storage_errors(tmp_path):
     (tmp_path / WHEEL).write_bytes(b"not a zip")
     with pytest.raises(StorageError, match="could not be installed"):
         provide(str(tmp_path / WHEEL), None, tmp_path / "work", **absent)
+
+
+def test_a_wheel_without_a_hash_is_said_with_the_one_found_and_what_is_installed_is_what_was_hashed(tmp_path, caplog):
+    source = tmp_path / WHEEL
+    source.write_bytes(b"wheel")
+    places = []
+
+    def install(path):
+        source.write_bytes(b"another, put there meanwhile")
+        assert path.read_bytes() == b"wheel"
+        places.append(path)
+
+    assert provide(str(source), None, tmp_path / "work", machine=FITS, installed=lambda: False, install=install) is None
+    assert f"installed unchecked: give --fa_wheel_sha256={hashlib.sha256(b'wheel').hexdigest()}" in caplog.text
+    assert places[0].name == WHEEL
+    assert not places[0].exists()

@@ -196,12 +196,15 @@ class _Input:
         return ((f"{self.where}:{number}", item) for number, item in enumerate(items, start=1))
 
     def _problems(self, chunks: Iterator[bytes]) -> Iterator[tuple[str, Any]]:
-        data = self._whole(chunks)
-        if b"<!ENTITY" in data:  # it could stand for gigabytes, or for files
+        try:  # as text: an encoding that the document names could hide what is looked for below
+            text = self._whole(chunks).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DamageError(f"the XML is not UTF-8 ({error.reason} at byte {error.start})") from error
+        if "<!ENTITY" in text:  # it could stand for gigabytes, or for files
             raise DamageError("it declares an entity, which is refused")
         try:
-            problems = ElementTree.fromstring(data).iter("Problem")
-        except ElementTree.ParseError as error:
+            problems = ElementTree.fromstring(text).iter("Problem")
+        except (ElementTree.ParseError, ValueError) as error:
             raise DamageError(f"not well-formed XML ({error})") from error
         for number, problem in enumerate(problems, start=1):
             yield f"{self.where}:{problem.get('ID', number)}", {part.tag: part.text or "" for part in problem}
