@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tests.support.faults import FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
+from tests.support.plain_stores import Overwriting, register
 from tests.support.tiny import Tiny, build, start
 from tests.support.undisturbed import require_same_run
 
@@ -174,6 +175,17 @@ def test_an_output_that_cannot_be_written_is_said_before_the_first_step(
         assert main(words(tiny, tmp_path / "zero", max_steps=0, **places)) == 0, (
             "nothing is tried where nothing is done"
         )
+
+
+def test_a_store_without_leases_is_written_to_as_ever_and_that_is_said(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"{register(Overwriting)}://{tmp_path.name}/out"
+    assert main(words(tiny, uri, local_workdir=tmp_path / "work", save_every=3)) == 0
+    assert "do not start two runs with this output" in caplog.text
+    there = {info.name: info.size for info in storage.list_files(f"{uri}/run")}
+    (run_dir,) = (tmp_path / "work").iterdir()
+    assert there["final.pt"] == (run_dir / "final.pt").stat().st_size
 
 
 # A machine whose lease runs out soon, and who waits before its fifth step for a file.

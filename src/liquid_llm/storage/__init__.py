@@ -15,6 +15,7 @@ for what is in a file and ``storage.lease`` for who may write where. Only ``stor
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -57,6 +58,7 @@ __all__ = [
     "TEMPORARY_SUFFIX",
     "TORCH_DAMAGE",
     "FileInfo",
+    "NoExclusionError",
     "RetryPolicy",
     "borrow_folder",
     "check_writable",
@@ -121,6 +123,17 @@ class FileInfo:
     def key(self) -> str:
         """32 hex digits that are others for any other file or content."""
         return hashlib.blake2b(f"{self.uri}\n{self.size}\n{self.version}".encode(), digest_size=16).hexdigest()
+
+
+class NoExclusionError(StorageError):
+    """This kind of place has no way to make a file only where there is none."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(
+            f"{scheme_of(uri)} has no way to make a file only where there is none",
+            where=uri,
+            remedy="write to a local folder and copy it there, or to gs:// or s3://",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -352,7 +365,7 @@ def create(uri: str, data: bytes) -> bool:
     """As ``write_bytes`` under a name that nobody has; False where it is taken. Of several callers one is told True.
 
     Raises:
-        StorageError: this kind of place cannot promise that.
+        NoExclusionError: this kind of place cannot promise that; nothing is written.
     """
     if not is_remote(uri):
         with translate_errors(uri, writing=True):
@@ -365,17 +378,16 @@ def create(uri: str, data: bytes) -> bool:
         return True
 
     def put(fs: Any, path: str) -> bool:
+        # a backend that has no such parameter may take it for one of the request's, and write over what is there
+        if "mode" not in inspect.signature(getattr(type(fs), "_pipe_file", type(fs).pipe_file)).parameters:
+            raise NoExclusionError(uri)
         try:
             fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             # where an answer was lost the request was sent again, and met itself
             return bytes(fs.cat_file(path)) == data
-        except (NotImplementedError, TypeError):
-            raise StorageError(
-                f"{scheme_of(uri)} has no way to make a file only where there is none",
-                where=uri,
-                remedy="write to a local folder and copy it there, or to gs:// or s3://",
-            ) from None
+        except NotImplementedError:
+            raise NoExclusionError(uri) from None
         return True
 
     return with_backend(uri, put, writing=True)

@@ -10,6 +10,8 @@
 
 A holder that ends says so in its lease, and the next begins at once. One that was killed is waited for, unless its
 mark, kept in the run directory it had locked, says that it was this very directory's.
+
+A store that cannot refuse a name has no leases: that is said in a warning, as of a file system without locks.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from liquid_llm.parsing import ParseError, parse_json
 FOLDER = ".lease"
 EXPIRES_SECONDS, BEAT_SECONDS, LOOK_SECONDS = 40.0, 10.0, 2.0
 _RELEASE_SECONDS = 3.0
+_NONE = 0  # numbers of leases begin with 1
 _MOST_SECONDS = 60.0  # however long a lease says that it lasts: what is read from a bucket is not believed
 _NAME = re.compile(r"(\d{8})\.json")
 _log = logging.getLogger(__name__)
@@ -100,7 +103,7 @@ class Lease:
         self._say, self._clock, self._sleep = log, clock, sleep
         self._id = uuid.uuid4().hex
         self._since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._number, self._beats = 0, 0
+        self._number, self._beats = _NONE, 0
         self._lost: LeaseLost | None = None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -129,13 +132,15 @@ class Lease:
         """Write the lease again; raises as ``check``."""
         with self._lock:
             self.require()
+            if self._number == _NONE:
+                return
             self._beats += 1
             storage.write_bytes(self._uri(self._number), self._content())
             if not self._holds():
                 self._lose()
 
     def _holds(self) -> bool:
-        return max(self._versions(), default=self._number) == self._number
+        return self._number == _NONE or max(self._versions(), default=self._number) == self._number
 
     def _lose(self) -> NoReturn:
         newest = self._newest()
@@ -151,8 +156,12 @@ class Lease:
 
     def __enter__(self) -> Lease:
         known = self._read_mark()
-        while not self._take(known):
-            pass
+        try:
+            while not self._take(known):
+                pass
+        except storage.NoExclusionError as error:
+            _log.warning("%s: %s: do not start two runs with this output", self.place, error.problem)
+            return self
         storage.write_bytes(str(self._mark), self._id.encode())
         self._thread.start()
         return self
@@ -160,6 +169,8 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._number == _NONE:
+            return
         self._closing.set()
         self._thread.join(_RELEASE_SECONDS)  # a store that does not answer keeps nobody: the lease runs out
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from tests.support.faults import LOST, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
+from tests.support.plain_stores import Overwriting, Refusing, register
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
@@ -205,3 +207,22 @@ def test_of_two_that_take_a_dead_one_over_the_later_is_refused(
     with pytest.raises(StorageError, match="another run is writing to this output"):
         machines.take("b")
     others[0].check()
+
+
+@pytest.mark.parametrize("kind", [Overwriting, Refusing])
+def test_a_store_that_cannot_refuse_a_name_has_no_leases_and_that_is_said(
+    kind: type[MemoryFileSystem], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = f"{register(kind)}://{tmp_path.name}/out"
+    storage.write_bytes(f"{place}/x", b"kept")
+    with pytest.raises(storage.NoExclusionError, match="no way to make a file only where there is none"):
+        storage.create(f"{place}/x", b"another")
+    assert storage.read_bytes(f"{place}/x") == b"kept"
+    with Lease(place, tmp_path / "a") as first, Lease(place, tmp_path / "b") as second:
+        for lease in (first, second):
+            lease.check()
+            lease.require()
+            lease.beat()
+    assert caplog.text.count("do not start two runs with this output") == 2
+    assert [info.name for info in storage.list_files(place)] == ["x"]
+    assert list(tmp_path.iterdir()) == []
