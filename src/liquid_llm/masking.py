@@ -30,19 +30,27 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # matched against the words of a name, in lower case and joined by _
 _STRONG = re.compile(
     r"(?:^|_)(?:secrets|passwords?|pwd|passphrase|credentials?|keys|authorization|auth|bearer|cookie|signature|sig|pat"
-    r"|[a-z]*(?:secret|passwd|password|key))(?:_|$)"
+    r"|[a-z]*(?:secret|passwd|password)"
+    # not every word that ends in key: turkey and monkey are types of text
+    r"|(?:access|account|api|app|application|auth|aws|azure|client|deploy|encrypt|encryption|gcp|hf|license|master|my"
+    r"|openai|private|root|rsa|secret|service|session|shared|signing|ssh|storage|user|wandb)?key)(?:_|$)"
 )
 _TOKEN = re.compile(r"tokens?(?:_|$)")
 _PLACES = frozenset({"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"})
 _ORDINARY = re.compile(
     r"(?:.*_)?(?:path|file|dir|directory|folder|sock|uri|url)"  # where a secret is kept
-    r"|sort_keys|key_error|(?:linear_)?(?:num_)?key_(?:value_)?(?:heads|groups|head_dim|dim|length)"
+    r"|(?:dict|foreign|partition|primary|public|sort)_keys?|key_error"
+    # of attention, as configurations of models have them
+    r"|(?:.*_)?(?:num_)?key_(?:value_)?(?:attention_)?(?:heads|groups|head_dim|dim|length|bias|multiplier|proj)"
+    r"(?:_per_layer)?|(?:.*_)?query_key_value|key_query_.*|share_att_key"
 )
+_TENSOR_OR_FILE = (".weight", ".bias", ".json", ".jsonl", ".model", ".pt", ".safetensors", ".txt", ".yaml", ".yml")
 _ORDINARY_TOKEN = re.compile(
-    r".*_(?:id|ids|hash|count|type|index|step|second)"  # ``eos_token_id``
+    r".*_(?:id|ids|hash|count|type|index|step|second|class|config|length|bias|dim)"  # ``eos_token_id``
     r"|(?:answer|eval|sample)_tokens"  # options that count
     r"|(?:max|min|num)_(?:(?:new|input|output|prompt|total|image|special)_)?tokens"
-    r"|(?:begin|bos|eos|pad|unk|sep|cls|mask)_token|(?:additional|extra)_special_tokens"
+    r"|(?:begin|bos|eos|pad|unk|sep|cls|mask)_token|(?:.*_)?embed_tokens"
+    r"|(?:(?:additional|all|extra)_)?special_tokens(?:_map)?|added_tokens(?:_decoder|_encoder)?"
 )
 _SHAPES = re.compile(
     r"""
@@ -51,6 +59,7 @@ _SHAPES = re.compile(
     | AIza[0-9A-Za-z_\-]{30,} | ya29\.[0-9A-Za-z_\-.]+ | GOCSPX-[0-9A-Za-z_\-]+   # Google
     | gh[pousr]_[A-Za-z0-9]{20,} | github_pat_[A-Za-z0-9_]{20,} | glpat-[A-Za-z0-9_\-]{16,}
     | (?<![A-Za-z0-9])sk-[A-Za-z0-9_\-]{16,} | (?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9\-]{10,}
+    | npm_[A-Za-z0-9]{30,} | pypi-[A-Za-z0-9_\-]{16,} | dapi[0-9a-f]{32}
     | -----BEGIN\ [A-Z ]{0,40}PRIVATE\ KEY-----.*?(?:-----END\ [A-Z ]{0,40}PRIVATE\ KEY-----|\Z)
     """,
     re.VERBOSE | re.DOTALL,
@@ -61,13 +70,25 @@ _WEB_TOKEN = re.compile(r"eyJ[A-Za-z0-9_\-]{8,}(?P<rest>\.[A-Za-z0-9_\-]{8,}(?:\
 _AWS_SECRET = re.compile(
     r"(?<![A-Za-z0-9/+=])(?=[^\s]{0,39}[A-Z])(?=[^\s]{0,39}[a-z])(?=[^\s]{0,39}[0-9])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
 )
-_SCHEME_WORD = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=\-]{6,}", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/?#\s\"'<>]+@")
+_SCHEME_WORD = re.compile(
+    r"\b(Bearer|Basic|authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?[A-Za-z\-]{1,20})\s+[A-Za-z0-9._~+/=\-]{6,}",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(
+    r"(?<=://)[^/?#\s\"'<>]+(?=@)|(?<=//)[^/?#\s\"'<>:@]+:[^/?#\s\"'<>]+(?=@)"
+    r"|(?<=%3A%2F%2F)(?:(?!%40|%2F)[^/?#&\s\"'<>])+(?=%40)",  # a URL that is part of another
+    re.IGNORECASE,
+)
+# names that say so only where they stand in a URL
+_QUERY = re.compile(
+    r"(?<=[?&#])(code|jwt|pass|passcode|pw|sas|session|sessionid|sid|ticket)=[^&#\s\"'<>]+", re.IGNORECASE
+)
 # `name=value`, `name: value` and `"name": "value"` inside a longer text (URL queries, JSON in a string, log lines)
 _ASSIGNED = re.compile(r"""(?<![A-Za-z0-9_.\-])(?P<name>[A-Za-z0-9_.\-]+)["']?\s*[=:]\s*""")
 _VALUE = re.compile(r""""(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?|[^\s"'&]+""", re.DOTALL)
 _AFTER_SCHEME = re.compile(r"://[^\s\"'<>]+")
-_NUMBER = re.compile(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?[%kMG]?")
+_SPECIAL = re.compile(r"<[^<>\s]{0,40}>,?|\[[A-Z0-9_]{1,40}\],?")  # as vocabularies spell tokens of theirs
 _OPTION = re.compile(r"(?P<name>--?[A-Za-z][A-Za-z0-9_.\-]*)(?P<value>=.*)?", re.DOTALL)
 
 _MIN_INNER_LITERAL = 8  # a shorter value is hidden only where it stands alone: it may be an ordinary word
@@ -82,7 +103,7 @@ def looks_secret(name: str) -> bool:
 def _secrecy(name: str) -> int:
     """2 for a secret whatever it is, 1 for one unless it is a number (a token, or how many of them), 0 for none."""
     words = "_".join(_WORD.findall(name)).lower()
-    if name in _PLACES or _ORDINARY.fullmatch(words):
+    if name in _PLACES or _ORDINARY.fullmatch(words) or name.endswith(_TENSOR_OR_FILE):
         return 0
     if _STRONG.search(words):
         return 2
@@ -138,7 +159,8 @@ class Masker:
         text = _WEB_TOKEN.sub(lambda found: MASK if found["rest"] else found[0], text)
         text = _SHAPES.sub(MASK, text)
         text = _SCHEME_WORD.sub(rf"\1 {MASK}", text)
-        text = _USERINFO.sub(f"{MASK}@", text)
+        text = _USERINFO.sub(MASK, text)
+        text = _QUERY.sub(rf"\1={MASK}", text)
         # more slashes than chance gives: a path
         return _AWS_SECRET.sub(lambda found: found[0] if found[0].count("/") > 3 else MASK, _hide_assigned(text))
 
@@ -226,14 +248,19 @@ class MaskingFilter(logging.Filter):
 
 
 def _hides(name: str, value: str) -> bool:
-    """Whether ``value`` under ``name`` is a secret; a number under a token-like name says how many, or which."""
+    """Whether ``value`` under ``name`` is a secret. Under a token-like name a number says how many, or which, and
+    something in angle brackets is a token of a vocabulary.
+    """
     secrecy = _secrecy(name)
-    return secrecy == 2 or (secrecy == 1 and _NUMBER.fullmatch(value) is None)
+    ordinary = _NUMBER.fullmatch(value) or _SPECIAL.fullmatch(value)
+    return value.lower() not in _NOT_SECRET and (secrecy == 2 or (secrecy == 1 and ordinary is None))
 
 
 def _harmless(value: object, secrecy: int) -> bool:
     """Nothing at all, a switch, a number under a token-like name, or a container of such values."""
     if value is None or isinstance(value, bool) or value == "":
+        return True
+    if isinstance(value, str) and (value.lower() in _NOT_SECRET or (secrecy == 1 and _SPECIAL.fullmatch(value))):
         return True
     if secrecy == 2:
         return False
@@ -246,7 +273,9 @@ def _hide_assigned(text: str) -> str:
     parts: list[str] = []
     done = 0
     for found in _ASSIGNED.finditer(text):
-        value = _VALUE.match(text, found.end()) if found.start() >= done and looks_secret(found["name"]) else None
+        is_path = text[found.start() - 1 : found.start()] == "/" and text[found.end() - 2 : found.end()] == ": "
+        sought = found.start() >= done and not is_path and looks_secret(found["name"])
+        value = _VALUE.match(text, found.end()) if sought else None
         mark = value[0][0] if value and value[0][0] in "\"'" else ""
         if value is None or not value[0].strip(mark) or not _hides(found["name"], value[0].strip(mark)):
             continue

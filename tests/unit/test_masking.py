@@ -125,6 +125,17 @@ PLAIN_NAMES = [
         "steps",
         "prefix_token_hash",
     ),
+    # of configurations in transformers, tensors, tokenizer files, types of text
+    *("decoder_num_key_value_heads", "num_key_value_attention_heads", "num_key_value_heads_per_layer", "key_bias"),
+    *(
+        "key_multiplier",
+        "share_att_key",
+        "key_query_shared_bottleneck",
+        "token2wav_config",
+        "token_classification_bias",
+    ),
+    *("model.embed_tokens.weight", "embed_tokens", "attn.key.bias", "query_key_value", "added_tokens.json"),
+    *("special_tokens_map", "special_tokens", "added_tokens_decoder", "turkey", "monkey", "primary_key", "public_key"),
 ]
 
 
@@ -184,10 +195,36 @@ def test_plain_names(name: str) -> None:
         ["liquid", "train", "--max_tokens=5", "--tokenizer", "gpt2", "--token-file", "/etc/hf"],
         "step 3 tokens: 1,234 tokens=12 tokens_per_second=1.5e3",
         "task-scheduling-parameters-of-the-run",
+        "model.embed_tokens.weight: a weight has another shape than config.json says",
+        "data_cache/tokens: this folder is damaged; /run/secrets/key: there is no such file",
+        "first token: '<|endoftext|>', image_token: <image>, other_token=[PAD]",
+        "key: none, --hf_token=auto, tokens: 30%",
+        {"image_token": "<image>", "extra_token": "[X]", "api_key": "none", "added_tokens_decoder": {"0": {"a": "b"}}},
     ],
 )
 def test_what_is_no_secret_stays(value: object) -> None:
     assert Masker(secret_values({"PWD": "/work", "USE_KEY": "true", "SOME_KEY": "lm"})).value(value) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/x?pass=S3CR3T&y=1",
+        "https://host/x?y=1&sas=S3CR3T",
+        "https://host/cb#code=S3CR3T",
+        "//user:S3CR3T@host/x",
+        "https://proxy/get?url=https%3A%2F%2Fuser%3AS3CR3T%40host%2Fx",
+        "authorization: token S3CR3T",
+        "Authorization: ApiKey S3CR3T",
+        "pypi-AgEIcHlwaS5vcmcS3CR3T",
+        "npm_abcdefghijklmnopqrstuvwxyz012345S3CR3T",
+    ],
+)
+def test_secrets_that_look_ordinary_are_hidden(text: str) -> None:
+    shown = Masker().text(text)
+    assert "S3CR3T" not in shown
+    assert MASK in shown
+    assert ("host" in text) <= ("host" in shown)
 
 
 def test_the_rest_of_a_url_stays_readable() -> None:
