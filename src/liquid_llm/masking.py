@@ -88,7 +88,7 @@ _ASSIGNED = re.compile(r"""(?<![A-Za-z0-9_.\-])(?P<name>[A-Za-z0-9_.\-]+)["']?\s
 _VALUE = re.compile(r""""(?:\\.|[^"\\])*"?|'(?:\\.|[^'\\])*'?|[^\s"'&]+""", re.DOTALL)
 _AFTER_SCHEME = re.compile(r"://[^\s\"'<>]+")
 _NUMBER = re.compile(r"[+-]?\d[\d,_]*(\.\d+)?([eE][+-]?\d+)?[%kMG]?")
-_SPECIAL = re.compile(r"<[^<>\s]{0,40}>,?|\[[A-Z0-9_]{1,40}\],?")  # as vocabularies spell tokens of theirs
+_SPECIAL = re.compile(r"<[^<>\s]{0,40}>|\[[A-Z0-9_]{1,40}\]")  # as vocabularies spell tokens of theirs
 _OPTION = re.compile(r"(?P<name>--?[A-Za-z][A-Za-z0-9_.\-]*)(?P<value>=.*)?", re.DOTALL)
 
 _MIN_INNER_LITERAL = 8  # a shorter value is hidden only where it stands alone: it may be an ordinary word
@@ -251,7 +251,7 @@ def _hides(name: str, value: str) -> bool:
     """Whether ``value`` under ``name`` is a secret. Under a token-like name a number says how many, or which, and
     something in angle brackets is a token of a vocabulary.
     """
-    secrecy = _secrecy(name)
+    secrecy, value = _secrecy(name), value.rstrip(",;")
     ordinary = _NUMBER.fullmatch(value) or _SPECIAL.fullmatch(value)
     return value.lower() not in _NOT_SECRET and (secrecy == 2 or (secrecy == 1 and ordinary is None))
 
