@@ -50,11 +50,14 @@ def iter_metrics(run_dir: str | Path, name: str = FILE_NAME) -> Iterator[tuple[i
     None where a line is torn or no JSON object.
 
     Nothing is yielded when the file does not exist.
+
+    Raises:
+        StorageError: it cannot be read.
     """
     path = Path(run_dir) / name
     if not path.exists():
         return
-    with path.open("rb") as lines:
+    with translate_errors(path), path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             yield number, _parse(line)
 

@@ -1,6 +1,7 @@
 """What a run was: its configuration, data, software and machine, written before step one.
 
-    provenance/options.yaml              the options that were given: --config with this file runs the same again
+    provenance/options.yaml              the options that were given: --config with this file runs the same again; its
+                                         first line is a hash of the others, as half of it would be options too
     provenance/config.json               the configuration as it was understood
     provenance/manifest_snapshot.jsonl   the manifest's lines at that moment
     provenance/data_readiness.json       samples, tokens and stored signal found, by type
@@ -14,6 +15,7 @@ last, under ``earlier_sessions``. Everything passes through ``masking`` first: n
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -32,7 +34,7 @@ import yaml
 from liquid_llm import storage
 from liquid_llm.errors import StorageError, first_line
 from liquid_llm.masking import Masker, secret_values
-from liquid_llm.parsing import parse_json
+from liquid_llm.parsing import ParseError, parse_json, parse_yaml
 from liquid_llm.storage import write_bytes
 
 FOLDER = "provenance"
@@ -50,6 +52,8 @@ _VARIABLES = (  # prefixes of the environment variables that change what a run d
 )
 _MAX_EARLIER_SESSIONS = 20
 _GIT_TIMEOUT_SECONDS = 10.0
+
+_HASH_LINE = "# sha256 of the lines below: "
 
 _log = logging.getLogger(__name__)
 
@@ -101,12 +105,30 @@ def write_provenance(
         **(extra or {}),
         "earlier_sessions": _earlier_sessions(storage.join(place, ENVIRONMENT)),
     }
-    write(OPTIONS, yaml.safe_dump(mask_words(options or {}, masker), sort_keys=False, allow_unicode=True))
+    kept = yaml.safe_dump(mask_words(options or {}, masker), sort_keys=False, allow_unicode=True)
+    write(OPTIONS, f"{_HASH_LINE}{_hash(kept.encode('utf-8', errors='backslashreplace'))}\n{kept}")
     write(CONFIG, _json(masker.value(config)))
     write(MANIFEST, "".join(_json(masker.value(line), None) for line in manifest))
     write(READINESS, _json(masker.value(readiness)))
     write(DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
     write(ENVIRONMENT, _json(masker.value(environment)))
+
+
+def parse_kept_options(text: bytes) -> Any:
+    """What ``options.yaml`` of a run says; a release before wrote no hash, and is believed.
+
+    Raises:
+        ParseError: it is no YAML, or not what was written.
+    """
+    first, _, rest = text.partition(b"\n")
+    line = first.decode("ascii", errors="replace")
+    if line.startswith(_HASH_LINE) and line.removeprefix(_HASH_LINE) != _hash(rest):
+        raise ParseError("it has been changed or damaged since it was written: its first line is a hash of the others")
+    return parse_yaml(text)
+
+
+def _hash(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 def mask_words(value: Any, masker: Masker) -> Any:

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 import liquid_llm.provenance as provenance_module
 from liquid_llm.errors import StorageError
-from liquid_llm.provenance import describe_environment, git_state, hardware, package_versions, write_provenance
+from liquid_llm.parsing import ParseError
+from liquid_llm.provenance import (
+    describe_environment,
+    git_state,
+    hardware,
+    package_versions,
+    parse_kept_options,
+    write_provenance,
+)
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 FILES = {
@@ -50,6 +58,16 @@ def write(run_dir: Path, **changes: Any) -> Path:
 
 def everything(folder: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()))
+
+
+def test_options_that_are_not_what_was_written_are_known(tmp_path: Path) -> None:
+    """Half of them are options too, of another run."""
+    text = (write(tmp_path, options={"lr": 1e-5, "val_fraction": 0.2, "note": "ä"}) / "options.yaml").read_bytes()
+    assert parse_kept_options(text)["val_fraction"] == 0.2
+    assert parse_kept_options(text.partition(b"\n")[2])["val_fraction"] == 0.2  # as an earlier release wrote it
+    for damaged in (text[: text.index(b"val")], text.replace(b"0.2", b"0.3"), text + b"seed: 3\n", text[:-1]):
+        with pytest.raises(ParseError, match="changed or damaged"):
+            parse_kept_options(damaged)
 
 
 def test_the_six_files_say_what_was_given(tmp_path: Path) -> None:

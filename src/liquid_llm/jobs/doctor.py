@@ -35,9 +35,11 @@ from liquid_llm.data.records import read_records
 from liquid_llm.device import find_not_finite
 from liquid_llm.errors import CheckpointError, DataError, LiquidError, StorageError, UsageError
 from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE
+from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.parsing import ParseError, parse_json, parse_yaml
 from liquid_llm.preparation.catalog import STATE_FOLDER
 from liquid_llm.preparation.dataset import COMPLETE
+from liquid_llm.provenance import OPTIONS, parse_kept_options
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.pt import is_record_file
 from liquid_llm.signal_store.records import RecordError, difference_in_words
@@ -47,7 +49,7 @@ from liquid_llm.signal_store.store import open_store
 _MAX_TOLD = 20  # of records alike
 _CAPTURE = "capture again: the same command fills gaps"
 _PARSERS: dict[str, Callable[[bytes], object]] = {
-    "options.yaml": parse_yaml,
+    OPTIONS: parse_kept_options,
     "datasets_snapshot.yaml": parse_yaml,
     "config.json": parse_json,
     "data_readiness.json": parse_json,
@@ -133,16 +135,40 @@ def _run(uri: str, names: set[str]) -> Iterator[Part]:
     found = remains(names)
     for name in found:
         yield _checkpoint(uri, name.removesuffix(DATA_SUFFIX))
+    in_place = {name.partition(".")[0] for name in names}  # also of what is a folder now
+    is_run = any(name.startswith("provenance/") for name in names)  # else checkpoints alone, which have no rows
     for name in (FILE_NAME, SAMPLES_FILE):
-        if name in names:
-            yield _rows(uri, name)
+        due = _last_row_due(uri, found) if name == FILE_NAME and is_run else None
+        if name.partition(".")[0] in in_place or due is not None:
+            yield _rows(uri, name, due)
     for name, parse in _PARSERS.items():
-        if f"provenance/{name}" in names:
+        if f"provenance/{name.partition('.')[0]}" in in_place:
             yield _read(storage.join(uri, "provenance", name), f"provenance/{name}", parse)
     if any(name.startswith("student/") for name in names):
         with tempfile.TemporaryDirectory() as folder:
-            read = partial(read_student_weights, storage.join(uri, "student"), Path(folder))
+            read = partial(_read_student, storage.join(uri, "student"), Path(folder))
             yield _tried("student/", "the exported student", read, "liquid export writes it again from a checkpoint")
+
+
+def _read_student(uri: str, folder: Path) -> None:
+    """Its weights, and the tokenizer beside them."""
+    origin = read_student_weights(uri, folder)
+    if origin.tokenizer_folder is not None:
+        load_tokenizer(origin.tokenizer_folder)
+
+
+def _last_row_due(uri: str, names: list[str]) -> int | None:
+    """The step whose row has been there since the newest checkpoint; None where nothing tells."""
+    steps = [0]
+    for name in names:
+        metadata, _ = _sidecar(storage.join(uri, name.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX))
+        steps.append(0 if metadata is None else metadata.step)
+    try:
+        config = parse_json(storage.read_small(storage.join(uri, "provenance", "config.json")))
+        every = int(config["output"]["metrics_every_steps"])
+        return max(steps) // every * every
+    except (StorageError, ParseError, LookupError, TypeError, ValueError, ArithmeticError):
+        return 0 if max(steps) else None
 
 
 def _checkpoint(folder: str, name: str) -> Part:
@@ -180,7 +206,7 @@ def _sidecar(uri: str) -> tuple[CheckpointMetadata | None, str]:
         return None, "its sidecar is lost"
     try:
         return parse_sidecar(storage.read_small(uri), uri), ""
-    except CheckpointError as error:
+    except StorageError as error:  # also a folder in its place
         return None, f"its sidecar is damaged ({error.problem})"
 
 
@@ -195,29 +221,46 @@ def _as_local(uri: str) -> Iterator[Path]:
         yield path
 
 
-def _rows(uri: str, name: str) -> Part:
-    lines = storage.read_bytes(storage.join(uri, name)).splitlines(keepends=True)
-    bad = [number for number, line in enumerate(lines, start=1) if not _is_row(line)]
-    if bad == [len(lines)] and not lines[-1].endswith(b"\n"):
-        return Part(name, f"{len(lines) - 1} rows and a torn last one, as a kill leaves it")
-    if bad:
+def _rows(uri: str, name: str, due: int | None) -> Part:
+    """A file of rows.
+
+    Args:
+        due: the step that they reach at least; None: there may be none.
+    """
+    try:
+        lines = storage.read_bytes(storage.join(uri, name)).splitlines(keepends=True)
+    except StorageError as error:
+        return Part(name, "rows", error.problem, "put the file back from the mirror or a backup")
+    bad = [number for number, line in enumerate(lines, start=1) if _row_of(line) is None]
+    torn = bad == [len(lines)] and not lines[-1].endswith(b"\n")
+    if bad and not torn:
         problem = f"{len(bad)} of {len(lines)} lines are no rows, the first is line {bad[0]}"
         return Part(name, "rows", problem, "readers leave them out; a copy of the mirror may have them whole")
-    return Part(name, f"{len(lines)} rows")
+    rows = [row for line in lines if (row := _row_of(line)) is not None]
+    reached = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=-1)
+    if due is not None and reached < due:
+        problem = f"the rows end at step {reached}" if rows else "it holds no rows"
+        problem += f", and a checkpoint is there whose run had written those up to step {due}"
+        return Part(
+            name, f"{len(rows)} rows", problem, "a copy of the mirror may have them; the run goes on without them"
+        )
+    return Part(name, f"{len(rows)} rows" + (" and a torn last one, as a kill leaves it" if torn else ""))
 
 
-def _is_row(line: bytes) -> bool:
+def _row_of(line: bytes) -> dict[str, Any] | None:
     try:
-        return line.endswith(b"\n") and isinstance(parse_json(line), dict)
+        row = parse_json(line) if line.endswith(b"\n") else None
     except ParseError:
-        return False
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _read(uri: str, name: str, parse: Callable[[bytes], object]) -> Part:
     try:
         parse(storage.read_small(uri))
-    except ParseError as error:
-        return Part(name, "what the run was made of", str(error), "the run writes it again when it is continued")
+    except (ParseError, StorageError) as error:
+        problem = error.problem if isinstance(error, StorageError) else str(error)
+        return Part(name, "what the run was made of", problem, "the run writes it again when it is continued")
     return Part(name, "what the run was made of")
 
 

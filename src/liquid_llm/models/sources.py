@@ -160,7 +160,7 @@ def write_origin(folder: Path, source: Source, dtype: str) -> None:
 
 def folder_fingerprint(folder: Path) -> str:
     """The fingerprint of a model folder: its configuration and its weight files."""
-    weights = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    weights = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES and file.is_file())
     return fingerprint([folder / "config.json", *weights])
 
 

@@ -18,8 +18,8 @@ from liquid_llm.framing import Framing, Framings
 from liquid_llm.models.loading import load_teacher, load_tokenizer
 from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.options import Option, options_of
-from liquid_llm.parsing import ParseError, parse_yaml
-from liquid_llm.provenance import FOLDER, OPTIONS
+from liquid_llm.parsing import ParseError
+from liquid_llm.provenance import FOLDER, OPTIONS, parse_kept_options
 from liquid_llm.sources import NONE, read_sources
 from liquid_llm.wiring.exports import find_checkpoint, find_tokenizer, rebuild
 from liquid_llm.wiring.origins import open_origin
@@ -139,9 +139,9 @@ def run_options(student: OpenedStudent) -> tuple[str, dict[str, Any]]:
     place = storage.join(student.run, FOLDER, OPTIONS)
     face = student.metadata.run.get("face")
     try:
-        found = parse_yaml(storage.read_small(place)) if storage.exists(place) else None
+        found = parse_kept_options(storage.read_small(place)) if storage.exists(place) else None
     except ParseError as error:
-        raise UsageError("the run's options are no YAML", where=place, got=error, remedy=_NAME_TEXTS) from error
+        raise UsageError("the run's options cannot be used", where=place, got=error, remedy=_NAME_TEXTS) from error
     if not isinstance(face, str) or not isinstance(found, Mapping):
         raise UsageError(
             "the run does not say what it was trained on",

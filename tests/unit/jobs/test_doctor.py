@@ -11,6 +11,8 @@ import pytest
 import torch
 from tests.support import stores
 from tests.support.checkpoints import metadata_of, state_of
+from tests.support.models import tiny_model
+from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm.checkpoint.store import CheckpointStore
 from liquid_llm.cli.main import main
@@ -91,6 +93,60 @@ def test_rows_and_provenance_are_read_line_by_line(run: Path) -> None:
         options.write_bytes(broken)
         bad = [part.name for part in examine(str(run)).parts if part.problem]
         assert bad == ["metrics.jsonl", "provenance/options.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "problem"), [(1, [1], "the rows end at step 1"), (1, [], "it holds no rows")]
+)
+def test_rows_that_a_checkpoint_had_before_it_must_be_there(
+    run: Path, every: int, steps: list[int], problem: str
+) -> None:
+    rows = run / "metrics.jsonl"
+    rows.write_text("".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in steps))
+    config = run / "provenance" / "config.json"
+    config.write_text(json.dumps({"output": {"metrics_every_steps": every}}))
+    (bad,) = (part for part in examine(str(run)).parts if part.problem)
+    assert bad.name == "metrics.jsonl"
+    assert str(bad.problem).startswith(problem)
+    config.write_text(json.dumps({"output": {"metrics_every_steps": 2}}))
+    rows.write_text('{"kind": "train", "step": 2}\n')
+    assert examine(str(run)).whole
+    config.write_text(json.dumps({"output": {"metrics_every_steps": 3}}))  # none is due yet but the first evaluation
+    rows.write_text('{"kind": "eval", "step": 0}\n')
+    assert examine(str(run)).whole
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("metrics.jsonl", "provenance/options.yaml", "step-00000002.meta.json"):
+        kept = (run / name).rename(run.parent / "kept")
+        (run / name).mkdir()
+        (run / name / "file").touch()
+        (bad,) = (part for part in examine(str(run)).parts if part.problem)
+        assert bad.name == name.replace(".meta.json", ".pt")
+        assert main(["inspect", str(run)]) in (0, 4)
+        assert main(["report", str(run)]) in (0, 4)
+        shutil.rmtree(run / name)
+        kept.rename(run / name)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_lost_rows_are_named_and_checkpoints_alone_have_none(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    assert [part.name for part in examine(str(run)).parts if part.problem] == ["metrics.jsonl"]
+    shutil.rmtree(run / "provenance")
+    assert examine(str(run)).whole
+
+
+def test_a_student_whose_tokenizer_is_damaged_is_not_whole(run: Path, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(run / "student")
+    tiny_tokenizer().save_pretrained(run / "student")
+    shutil.copy(run / "student" / "tokenizer.json", tmp_path)
+    assert examine(str(run)).whole
+    for damage in ("cut", "empty", "deep"):
+        shutil.copy(tmp_path / "tokenizer.json", run / "student")
+        DAMAGES[damage](run / "student" / "tokenizer.json")
+        (bad,) = (part for part in examine(str(run)).parts if part.problem)
+        assert "tokenizer" in str(bad.problem)
 
 
 def test_weights_that_are_no_numbers_are_no_whole_checkpoint(tmp_path: Path) -> None:
