@@ -133,6 +133,8 @@ def read_sources(value: object) -> dict[str, dict[str, Any]]:
     for type, fields in value.items():
         if not _TYPE.fullmatch(str(type)):
             raise ValueError(f"got {type!r}, expected a type's name: letters, digits, _ and -")
+        if is_blank(fields):
+            continue
         if not isinstance(fields, Mapping):
             raise ValueError(f"{type}: got {fields!r:.80}, expected a mapping of {', '.join(_FIELDS)}")
         unknown = [str(name) for name in fields if name not in _FIELDS]

@@ -298,6 +298,8 @@ def read_options(loaded: object, options: Sequence[Option], where: object) -> di
     Raises:
         UsageError: it is none, gives a name twice, or holds an unknown option or an unusable value.
     """
+    if loaded is None:  # a file of comments
+        return {}
     if not isinstance(loaded, Mapping):
         raise UsageError(
             "not a mapping of options", where=where, got=type(loaded).__name__, expected="name: value lines"
@@ -314,7 +316,7 @@ def read_options(loaded: object, options: Sequence[Option], where: object) -> di
         seen[name] = key
         if name not in known and not (name == "sources" and "signal" in known):
             raise unknown_option(f"--{name}", options, str(where))
-        if is_blank(value):
+        if is_blank(value) or value == "None":  # as Python spells null
             continue
         try:
             values[name] = read_sources(value) if name == "sources" else converter(known[name])(_as_words(value))
@@ -328,7 +330,12 @@ def _as_words(value: object) -> str:
     """A YAML value as it would be written on a command line."""
     if isinstance(value, Mapping):
         raise argparse.ArgumentTypeError(f"got a mapping, {value!r:.80}, expected a value")
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list) and any(is_blank(one) or one == "None" for one in value):
+        raise argparse.ArgumentTypeError(f"got {value!r:.80}, expected no empty value in a list")
+    words = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if "\0" in words:
+        raise argparse.ArgumentTypeError(f"got {words!r:.80}, expected text without zero bytes")
+    return words
 
 
 def load_yaml(path: Path) -> object:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import posixpath
 from typing import Any
 
@@ -21,6 +20,7 @@ from liquid_llm.parsing import MAX_JSON_BYTES, ParseError, parse_json
 from liquid_llm.sources import is_type
 from liquid_llm.storage.streams import lines, unpack
 
+_MOST = 1e100  # sums of weights stay numbers
 _KEYS = ("path", "type", "weight")
 _MAX_ENTRIES = 1_000_000
 
@@ -84,7 +84,7 @@ def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
     if not is_type(type):
         expected = "lm, math_tool, code or another word of letters, digits, _ and -"
         raise DataError("not a type's name", where=where, got=_shorten(type), expected=expected)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= _MOST:
         raise DataError("weight is not a positive number", where=where, got=_shorten(weight))
     try:
         resolved = storage.resolve(path.strip(), posixpath.dirname(manifest_uri))

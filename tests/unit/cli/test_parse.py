@@ -335,6 +335,15 @@ def test_a_plain_word_of_a_file_is_what_is_written(tmp_path, line, value):
     assert list(read(ANNEAL, f"--config={path}").values()) == [value]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "# nothing yet\n", "null\n", "run_id: None\n", "sources: {lm: null}\n", "sources:\n"]
+)
+def test_a_file_with_nothing_in_it_gives_nothing(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert read(TRAIN, f"--config={path}") in ({}, {"sources": {}})
+
+
 @pytest.mark.parametrize("nothing", ["", "null", "~", "Null", "''", "'  '"])
 def test_null_and_blank_mean_not_given(tmp_path, nothing):
     path = tmp_path / "run.yaml"
@@ -354,6 +363,9 @@ def test_null_and_blank_mean_not_given(tmp_path, nothing):
         ("lr: {a: 1}", "got a mapping"),
         ("sources: {lm: {alpha: 1}, lm: {alpha: 0}}", "a key is given twice; got lm"),
         ("no_such:", "unknown option --no_such"),
+        ("student: [null]", "no empty value in a list"),
+        ("eval_ctx_lens: [32, ~]", "no empty value in a list"),
+        ('student: "a\\0b"', "without zero bytes"),
     ],
 )
 def test_a_bad_configuration_file_is_refused_by_name(tmp_path, text, message):

@@ -100,6 +100,8 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
         ('{"path": "x", "type": "lm", "weight": true}', r"weight is not a positive number; got true"),
         ('{"path": "x", "type": "lm", "weight": NaN}', r"weight is not a positive number; got NaN"),
         ('{"path": "x", "type": "lm", "weight": Infinity}', r"weight is not a positive number; got Infinity"),
+        ('{"path": "x", "type": "lm", "weight": 1' + "0" * 400 + "}", r"weight is not a positive number; got 1000"),
+        ('{"path": "x", "type": "lm", "weight": 1e308}', r"weight is not a positive number; got 1e\+308"),
         ('{"path": "x", "type": "lm", "wieght": 2}', r'unknown key; got "wieght"; expected weight'),
         ('{"path": "x", "type": "lm", "Weight": 2}', r'unknown key; got "Weight"; expected weight'),
     ],
