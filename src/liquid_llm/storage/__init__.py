@@ -311,11 +311,12 @@ def open_read(uri: str) -> BinaryIO:
         if scheme_of(uri) == "memory":
             return io.BytesIO(fs.cat_file(path))  # fsspec hands the one shared object to every reader
         stream = fs.open(path, "rb", block_size=_READ_BLOCK_BYTES, cache_type="readahead")
-        if not is_packed(uri, stream.details):
+        details = getattr(stream, "details", {})  # what comes through a local cache has none
+        if not is_packed(uri, details):
             return stream
         with tempfile.TemporaryDirectory() as folder:  # its data lives until it is closed
             whole = Path(folder) / "whole"
-            fetch_packed(fs, path, str(whole), stream.details, uri)
+            fetch_packed(fs, path, str(whole), details, uri)
             return whole.open("rb")
 
     return cast(BinaryIO, io.BufferedReader(RemoteReader(uri, with_backend(uri, begin)), _BUFFER_BYTES))

@@ -682,3 +682,9 @@ def test_a_packed_object_that_is_a_bomb_is_refused(gcs: Bucket, tmp_path: Path) 
         with pytest.raises(StorageError, match=r"bomb\.jsonl.*Content-Encoding: gzip.*far more.*without -Z or -z"):
             read(f"{gcs.uri}/bomb.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_comes_through_a_cache_of_fsspec_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n')
+    with storage.open_read(f"simplecache::file://{tmp_path}/a.jsonl") as stream:
+        assert stream.read() == b'{"text": "a"}\n'
