@@ -33,19 +33,18 @@ def run(words: Sequence[str], folder: Path, ranks: int) -> float:
     return time.monotonic() - began
 
 
-def kill_at(words: Sequence[str], folder: Path, ranks: int, seconds: float, only: int | None) -> bool:
-    """Run and kill after so long, all ranks or one of them; whether it had not ended by then."""
-    running = processes.launch(LIQUID, words, folder, ranks)
-    end = time.monotonic() + seconds
+def kill_at(words: Sequence[str], folder: Path, ranks: int, seconds: float, only: int | None) -> float | None:
+    """Run and kill after so long, all ranks or one of them; how long it took where it had ended by then."""
+    running, began = processes.launch(LIQUID, words, folder, ranks), time.monotonic()
     for rank in running:
-        rank.process.join(max(0.0, end - time.monotonic()))
-    alive = any(rank.process.is_alive() for rank in running)
+        rank.process.join(max(0.0, began + seconds - time.monotonic()))
+    took = None if any(rank.process.is_alive() for rank in running) else time.monotonic() - began
     for number, rank in enumerate(running):
         if only is None or number == only:
             rank.process.kill()
     codes = processes.wait(running, 120)
     assert None not in codes, f"a rank is left waiting for one that is gone: {codes}"
-    return alive
+    return took
 
 
 def leave_alone(job: Job, folder: Path, ranks: int) -> tuple[Path, float]:
@@ -63,11 +62,13 @@ def test_a_job_killed_at_any_moment_and_run_again_leaves_the_same(
         pytest.skip("what ranks share is the same for both faces, and preparation has none")
     job, draw, killed = jobs(scored)[name], random.Random(f"{SEED} {name}"), 0
     expected, seconds = leave_alone(job, tmp_path / "undisturbed", ranks)
-    for number in range(KILLS):
+    for number in range(3 * KILLS):
         moment, only = draw.uniform(0.0, seconds), draw.choice([None, *range(ranks)])
         output = tmp_path / f"killed-{number}"
         words = job.words(str(output), output)
-        killed += kill_at(words, tmp_path / "say", ranks, moment, only)
+        took = kill_at(words, tmp_path / "say", ranks, moment, only)
+        killed += took is None
+        seconds = min(seconds, took or seconds)  # the machine is quicker by now
         said = f"KILL_SEED={SEED}, kill {number} of {name} on {ranks} at {moment:.2f} of {seconds:.2f} s, rank {only}"
         ranks_again = processes.launch(LIQUID, words, tmp_path / "say", ranks)
         codes = processes.wait(ranks_again)
@@ -77,8 +78,10 @@ def test_a_job_killed_at_any_moment_and_run_again_leaves_the_same(
         except AssertionError as error:
             raise AssertionError(f"{said}, in {output}: {error}") from error
         shutil.rmtree(output)
-    print(f"KILL_SEED={SEED}: {name} on {ranks}: killed {killed} times of {KILLS} within {seconds:.2f} s")
-    assert killed >= KILLS // 2
+        if killed == KILLS:
+            break
+    print(f"KILL_SEED={SEED}: {name} on {ranks}: killed {killed} times within {seconds:.2f} s")
+    assert killed == KILLS
 
 
 def test_the_successor_of_a_machine_that_was_killed_begins_within_a_minute(

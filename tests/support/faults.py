@@ -27,7 +27,7 @@ SHORT = "short"  # half of an object, under a status and a length that look righ
 SLOW = "slow"  # the answer trickles
 STALE = "stale"  # a listing lacks what was written last
 KINDS: tuple[int | str, ...] = (429, 500, 502, 503, CUT, DROP, LOST, RESET, SHORT, SLOW)
-_TRICKLE_SECONDS = 0.2
+_TRICKLE_SECONDS = 0.05
 _KEPT = ("Content-Type", "Range", "Content-Range", "ETag", "X-Goog-Hash", "X-Goog-Stored-Content-Encoding")
 
 

@@ -57,7 +57,9 @@ class Undisturbed(dict[str, "tuple[Job, str]"]):
 def jobs(scored: Tiny) -> dict[str, Job]:
     """Jobs by name over a world with stored signal: training of both faces, capture in both layouts, preparation."""
     catalog = scored.root / "datasets.json"
-    of_run = {"max_steps": 6, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "upload_interval": 0.05}
+    (scored.root / "prompts.txt").write_text("Question:\n")
+    spoken = {"sample_prompts": scored.root / "prompts.txt", "sample_tokens": 2}
+    of_run = {**spoken, "max_steps": 6, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "upload_interval": 0.05}
     of_annealing = {"train_steps": 6, "eval_every": 3, "eval_tokens": 64, "save_every": 2, "upload_interval": 0.05}
 
     def hybrid(output: str, work: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.support.faults import LOST, FaultyProxy, faulty_proxy
+from tests.support.faults import LOST, STALE, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
 from tests.support.plain_stores import Overwriting, Refusing, register
 
@@ -188,6 +188,16 @@ def test_answers_that_are_lost_cost_nobody_the_lease(gcs: Bucket, proxy: FaultyP
             proxy.fail(fault, times=2, path="/upload/")
             lease.beat()
             lease.check()
+
+
+def test_a_listing_that_lacks_the_newest_lease_lets_nobody_in(gcs: Bucket, proxy: FaultyProxy, tmp_path: Path) -> None:
+    with Lease(f"{gcs.uri}/out", tmp_path / "a", beat_seconds=0.05) as first:
+        first.check()
+        proxy.fail(STALE, times=5, path="/o?")
+        with pytest.raises(StorageError, match="another run is writing to this output"):
+            Lease(f"{gcs.uri}/out", tmp_path / "b", look_seconds=0.3).__enter__()
+        assert proxy.counts[STALE] == 5
+        first.check()
 
 
 def test_of_two_that_take_a_dead_one_over_the_later_is_refused(
