@@ -1,8 +1,20 @@
-"""Numbers as people read them, the same in logs, tables and reports (leaf)."""
+"""Numbers and texts as people read them, the same in logs, tables and reports (leaf)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+# all but tab and newline, and what turns the direction of writing around
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def escape_controls(text: str) -> str:
+    """``text`` as a terminal can be given it: what would move its cursor, colour it or retitle it is written out.
+
+    Names and values of other people's files are in messages.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def format_count(value: float) -> str:

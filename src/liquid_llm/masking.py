@@ -24,6 +24,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+from liquid_llm.formatting import escape_controls
+
 MASK = "***"
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -229,7 +231,7 @@ class Masker:
 
 
 class MaskingFilter(logging.Filter):
-    """A logging filter that hides secrets in the finished message; it never drops a record."""
+    """A logging filter that hides secrets, and what moves a terminal, in the finished message; it drops no record."""
 
     def __init__(self, masker: Masker) -> None:
         super().__init__()
@@ -237,13 +239,13 @@ class MaskingFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        hidden = self._masker.text(message)
+        hidden = escape_controls(self._masker.text(message))
         if hidden != message:
             record.msg, record.args = hidden, None
         if record.exc_info and not record.exc_text:
             record.exc_text = logging.Formatter().formatException(record.exc_info)
         if record.exc_text:
-            record.exc_text = self._masker.text(record.exc_text)
+            record.exc_text = escape_controls(self._masker.text(record.exc_text))
         return True
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
+from liquid_llm.formatting import escape_controls, format_bytes, format_change, format_count, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,10 @@ def test_no_duration_shows_sixty(value: float) -> None:
 )
 def test_changes(before: float | None, after: float | None, text: str) -> None:
     assert format_change(before, after) == text
+
+
+def test_what_would_move_a_terminal_is_written_out():
+    assert escape_controls("\x1b]0;title\x07 \r over \u202eback \x9b1m") == (
+        "\\x1b]0;title\\x07 \\r over \\u202eback \\x9b1m"
+    )
+    assert escape_controls("tab\tline\n日本 é 🙂") == "tab\tline\n日本 é 🙂"

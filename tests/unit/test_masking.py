@@ -327,3 +327,9 @@ def test_a_long_word_is_looked_at_a_few_times(monkeypatch: pytest.MonkeyPatch) -
         looked.clear()
         Masker().text(text)
         assert sum(looked) <= 3 * len(text)
+
+
+def test_a_log_line_does_not_move_the_terminal(caplog):
+    record = logging.LogRecord("a", logging.INFO, "", 0, "%s", ("evil\x1b[2J",), None)
+    assert MaskingFilter(Masker()).filter(record)
+    assert record.getMessage() == "evil\\x1b[2J"

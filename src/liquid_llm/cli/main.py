@@ -23,6 +23,7 @@ from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
 from liquid_llm.cli.study import study
 from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, StorageError
+from liquid_llm.formatting import escape_controls
 from liquid_llm.masking import mask_tracebacks, process_masker
 from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of, reference_values
 from liquid_llm.unread import go_on_unread
@@ -171,7 +172,7 @@ def _explain(job: Callable[[], int]) -> int:
         if error.speaks is False:
             return error.exit_code
         # A URI or a library's own words may carry a secret.
-        print(f"error: {process_masker().text(str(error))}", file=sys.stderr)
+        print(escape_controls(f"error: {process_masker().text(str(error))}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -121,3 +121,9 @@ def test_short_version_and_help_of_a_command(capsys):
     assert "usage: liquid COMMAND" in capsys.readouterr().out
     assert main(["help", "trian"]) == 2
     assert "Did you mean train?" in capsys.readouterr().err
+
+
+def test_names_of_others_in_a_message_do_not_move_the_terminal(tmp_path, capsys):
+    (tmp_path / "m.jsonl").write_text('{"path": "evil\\u001b]0;x\\u0007*.jsonl", "type": "lm"}\n')
+    assert main(["inspect", str(tmp_path / "m.jsonl")]) == 3
+    assert "evil\\x1b]0;x\\x07" in capsys.readouterr().err
