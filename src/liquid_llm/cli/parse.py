@@ -118,6 +118,9 @@ def parse(
     if unknown:
         raise unknown_option(unknown[0], options, prog)
     given: dict[str, object] = vars(namespace)
+    for name, value in given.items():
+        if value == []:  # what argparse makes of --name=--
+            raise UsageError("no value for this option", where=f"{prog}: --{name}", got="'--'")
     config_file = given.pop("config", None)
     if sources := _take_by_type(given, options, prog):
         given["sources"] = sources

@@ -167,7 +167,7 @@ def open_weights(
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.place,
-                config=config,
+                config=open_config(source, model_id, token) if config is None else config,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=choose_attention(attention),
@@ -254,7 +254,29 @@ def open_config(source: Source, model_id: str, token: str | None = None) -> Any:
 
     with as_model_error(model_id, "the configuration cannot be read"), quiet_transformers():
         gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-        return AutoConfig.from_pretrained(source.place, **gguf, **source.load_arguments(token))
+        config = AutoConfig.from_pretrained(source.place, **gguf, **source.load_arguments(token))
+        refuse_kernels(config, model_id)
+        return config
+
+
+def refuse_kernels(config: Any, where: object) -> None:
+    """Refuse a configuration that names a repository of a hub for its attention.
+
+    Where the package ``kernels`` is installed, transformers runs what lies there, whatever ``trust_remote_code`` says.
+
+    Raises:
+        ModelError: it does, or one nested in it.
+    """
+    nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    for one in (config, *nested):
+        asked = getattr(one, "_attn_implementation", None)
+        if "/" in str(asked):
+            raise ModelError(
+                "the configuration names code of a hub for its attention, and no code of a model's is ever run",
+                where=where,
+                got=f"_attn_implementation {asked}",
+                remedy="take _attn_implementation out of config.json",
+            )
 
 
 def _open_tokenizer(source: Source, model_id: str, token: str | None) -> Any:
@@ -263,7 +285,10 @@ def _open_tokenizer(source: Source, model_id: str, token: str | None) -> Any:
     with as_model_error(model_id, "no usable tokenizer"), quiet_transformers():
         if source.gguf_file is not None:
             return gguf_tokenizer(source)
-        return AutoTokenizer.from_pretrained(source.place, **source.load_arguments(token))
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **source.load_arguments(token))
+        if not isinstance(tokenizer.model_max_length, int | float):  # each text is compared with it
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length!r:.80}")
+        return tokenizer
 
 
 @contextmanager

@@ -29,7 +29,14 @@ from liquid_llm.device import find_not_finite
 from liquid_llm.errors import ModelError
 from liquid_llm.models.cut import cut_config
 from liquid_llm.models.heads import check_causality, check_output_head
-from liquid_llm.models.loading import CANNOT_RUN, as_model_error, open_config, open_weights, quiet_transformers
+from liquid_llm.models.loading import (
+    CANNOT_RUN,
+    as_model_error,
+    open_config,
+    open_weights,
+    quiet_transformers,
+    refuse_kernels,
+)
 from liquid_llm.models.positions import fit_positions
 from liquid_llm.models.sources import Source, resolve
 from liquid_llm.models.spec import StudentSpec, parse_student
@@ -232,7 +239,9 @@ def file_config(spec: str) -> Any:
     from transformers import AutoConfig
 
     with as_model_error(spec, "not a transformers configuration"), quiet_transformers():
-        return AutoConfig.from_pretrained(Path(spec).expanduser(), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(Path(spec).expanduser(), trust_remote_code=False)
+        refuse_kernels(config, spec)
+        return config
 
 
 def _student_source(spec: str, token: str | None) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.support.tokenizers import tiny_tokenizer
 from liquid_llm.checkpoint.resume import read_student_weights
 from liquid_llm.errors import CheckpointError, ModelError
 from liquid_llm.models.loading import load_teacher
+from liquid_llm.models.student import file_config
 
 
 class Runs:
@@ -83,3 +85,25 @@ def test_a_pickle_that_runs_would_have_been_noticed(tmp_path: Path) -> None:
     torch.save(Runs(tmp_path / "was-run"), tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert (tmp_path / "was-run").is_dir()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_that_a_configuration_names_is_refused(folder: Path, nested: bool) -> None:
+    """With the package ``kernels``, transformers runs what lies in such a repository."""
+    values = json.loads((folder / "config.json").read_text())
+    named: Any = {"": "evil/attention"} if nested else "evil/attention"
+    (folder / "config.json").write_text(json.dumps({**values, "_attn_implementation": named}))
+    for read in (
+        lambda: opened(folder),
+        lambda: file_config(str(folder / "config.json")),
+        lambda: file_config(str(folder)),
+    ):
+        with pytest.raises(ModelError, match="names code of a hub for its attention"):
+            read()
+
+
+def test_a_length_that_is_no_number_is_no_usable_tokenizer(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "model_max_length": "x"}))
+    with pytest.raises(ModelError, match="no usable tokenizer; got ValueError: model_max_length is 'x'"):
+        opened(folder)
