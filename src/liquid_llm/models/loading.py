@@ -24,6 +24,7 @@ from liquid_llm import storage
 from liquid_llm.device import device_error
 from liquid_llm.errors import LiquidError, ModelError
 from liquid_llm.identity import ModelIdentity
+from liquid_llm.models.folder import WRAPPERS, check_folder, refuse_quantised
 from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
 from liquid_llm.models.heads import check_causality, check_output_head
 from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve, write_origin
@@ -160,6 +161,9 @@ def open_weights(
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a thread asks the hub to convert what is a .bin
     _refuse_bombs(source, model_id)
+    names = {}
+    if source.gguf_file is None and source.commit is None and check_folder(Path(source.place), model_id):
+        names = {"key_mapping": {WRAPPERS: ""}}
     with as_model_error(model_id, "the model cannot be opened"), quiet_transformers():
         if source.gguf_file is not None:
             model, report = gguf_model(source, dtype=dtype, attention=choose_attention(attention))
@@ -173,6 +177,7 @@ def open_weights(
                 attn_implementation=choose_attention(attention),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, in words
+                **names,
                 **source.load_arguments(token),
             )
     _check_loaded(model, report, model_id)
@@ -198,6 +203,8 @@ def fill_model(config: Any, weights: Mapping[str, torch.Tensor], where: str) -> 
     """
     from transformers import AutoModelForCausalLM
 
+    if not getattr(config, "quantization_config", None):
+        refuse_quantised({name: str(one.dtype).removeprefix("torch.") for name, one in weights.items()}, where)
     with as_model_error(where, "the weights cannot be put into the model"), quiet_transformers():
         with torch.device("meta"):
             kind: Any = type(AutoModelForCausalLM.from_config(config))

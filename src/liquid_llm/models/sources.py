@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm.errors import ModelError, first_line
+from liquid_llm.models.folder import check_folder
 from liquid_llm.parsing import parse_json
 
 PACKAGE_PREFIX = "package:"
@@ -119,6 +120,8 @@ def _gguf_in_package(model_id: str) -> Path:
 
 def _folder_source(path: Path, model_id: str) -> Source:
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            check_folder(path, model_id)
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _gguf_source(files[0])

@@ -212,8 +212,8 @@ OWN_CODE = {"model_type": "x", "auto_map": {"AutoConfig": "evil.C", "AutoModelFo
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "cannot be opened"),
-        (without_weights, "cannot be opened"),
+        (truncate, "truncated, damaged or not safetensors"),
+        (without_weights, "no weights in this folder"),
         (without_one_weight, r"1 of the model's weights are missing.*q_proj"),
         (with_one_narrow_weight, "another shape"),
         (with_setting(model_type="no-such-type"), "no-such-type"),

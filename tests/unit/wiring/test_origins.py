@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ USABLE: dict[str, tuple[Callable[[Weights], Weights], dict[str, Any]]] = {
     "GPT-2's first names": (without_prefix("transformer."), {"kind": "gpt2"}),
     "something that is no weight": (lambda weights: {**weights, "more.weight": torch.ones(3)}, {}),
     "bfloat16": (lambda weights: {name: one.bfloat16() for name, one in weights.items()}, {}),
+    "float8 without a scale": (
+        lambda weights: {name: one.to(torch.float8_e4m3fn) for name, one in weights.items()},
+        {},
+    ),
+    "the names of a wrapper": (lambda weights: {f"_orig_mod.module.{name}": one for name, one in weights.items()}, {}),
 }
 
 
@@ -115,3 +121,97 @@ def test_a_checkpoint_with_two_values_for_what_the_model_has_once_is_refused() -
     load_weights(model, weights, "x")
     with pytest.raises(CheckpointError, match=r"two values; got lm_head\.weight is not model\.embed_tokens\.weight"):
         load_weights(model, {**weights, "lm_head.weight": weights["lm_head.weight"] + 1}, "x")
+
+
+def in_shards(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
+    for place in sorted(set(places.values())):
+        mine = {name: one.contiguous() for name, one in weights.items() if places[name] == place}
+        save_file(mine, folder / place, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def as_torch_file(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("store", [in_shards, as_torch_file])
+def test_other_files_hold_the_same_student(tmp_path: Path, store: Callable[[Path], None]) -> None:
+    folder = model_folder(tmp_path / "m", dict)
+    expected = as_student(folder).state_dict()
+    store(folder)
+    for found in (as_student(folder).state_dict(), open_origin(str(folder)).state_dict):
+        assert not [name for name, one in expected.items() if not torch.equal(one, found[name])]
+
+
+def without_a_shard(folder: Path) -> None:
+    in_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_a_bad_index(folder: Path) -> None:
+    in_shards(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": []}')
+
+
+def with_an_empty_file(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def as_adapter(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+
+
+def in_whole_numbers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: one.to(torch.int8) for name, one in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def in_8_bits_with_scales(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    small = {name: weights[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    save_file({**weights, **small}, folder / "model.safetensors", {"format": "pt"})
+
+
+FOLDERS: dict[Callable[[Path], None], str] = {
+    without_a_shard: r"named by the index are missing; got model-00002-of-00002\.safetensors\. Copy the folder again",
+    with_a_bad_index: r"index\.json: this index of shards cannot be read",
+    with_an_empty_file: r"model\.safetensors: this file is truncated, damaged or not safetensors; got 0 bytes",
+    without_weights: "no weights in this folder; got config.json.*Copy the folder again",
+    as_adapter: r"an adapter \(PEFT\) and no model; got adapter_config.json.*merge_and_unload",
+    in_whole_numbers: "embed_tokens.weight: the weights are quantised, and config.json does not say how; got I8",
+    in_8_bits_with_scales: "up_proj.weight: the weights are quantised, and config.json does not say how; got F8_E4M3",
+}
+
+
+@pytest.mark.parametrize("change", FOLDERS)
+def test_a_folder_that_is_no_model_is_refused_in_one_way(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    folder = model_folder(tmp_path / "m", dict)
+    change(folder)
+    said = []
+    for begin, kind in ((as_student, ModelError), (lambda path: open_origin(str(path)), CheckpointError)):
+        with pytest.raises(LiquidError, match=FOLDERS[change]) as raised:
+            begin(folder)
+        assert type(raised.value) is kind
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+
+
+def test_a_gguf_file_is_a_student_and_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for place in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(CheckpointError, match=r"a model and no checkpoint\. Name it as --student=\S+/model\.gguf"):
+            open_origin(str(place))
