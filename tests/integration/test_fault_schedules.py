@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support.faults import KINDS, STALE, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
-from tests.support.undisturbed import Job, Undisturbed, require_same_run, require_same_store
+from tests.support.undisturbed import Job, Undisturbed, require_mirrored, require_same_run, require_same_store
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
@@ -58,10 +58,7 @@ def disturb(job: Job, expected: str, seed: int, gcs: Bucket, proxy: FaultyProxy,
         return
     (run_dir,) = work.iterdir()
     job.require_same(expected, str(run_dir))
-    there = {info.name: info.size for info in storage.list_files(f"{output}/{job.left}")}
-    for path in run_dir.rglob("*"):
-        if path.is_file() and not path.name.startswith("."):
-            assert there[path.relative_to(run_dir).as_posix()] == path.stat().st_size, path
+    require_mirrored(run_dir, f"{output}/{job.left}")
 
 
 @pytest.mark.parametrize("name", ["hybrid", "annealing", "capture"])

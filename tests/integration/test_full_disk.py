@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from tests.support.failing_disk import Disk, fail_with, small_disk, watch
-from tests.support.undisturbed import Undisturbed
+from tests.support.gcs import Bucket
+from tests.support.undisturbed import Undisturbed, require_mirrored
 
 from liquid_llm.cli.main import main
 from liquid_llm.jobs.doctor import examine
@@ -138,3 +139,26 @@ def test_each_kind_of_write_of_each_job_may_fail(
     for number in found.values():
         failing = disk.fill_at(number) if code == errno.ENOSPC else fail_with(number, code)
         fail_and_go_on(undisturbed, name, disk, failing, capsys, code)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_each_kind_of_write_of_a_run_with_a_mirror_may_fail(
+    undisturbed: Undisturbed, disk: Disk, gcs: Bucket, tmp_path: Path
+) -> None:
+    """What is staged to be sent and the mark of the lease too; the same command ends with all of it in the bucket."""
+    job, expected = undisturbed["annealing"]
+    with watch(tmp_path / "work") as seen:
+        assert main(job.words(f"{gcs.uri}/kinds", tmp_path / "work")) == 0
+    assert any("/.upload/" in kind for kind in seen.kinds)
+    for number in seen.kinds.values():
+        output, work = f"{gcs.uri}/{number}", disk.folder / f"work-{number}"
+        given = job.words(output, work)
+        with watch(work, disk.fill_at(number)):
+            assert main(given) in (0, 4), number
+        disk.free()
+        assert main(given) == 0, number
+        (run_dir,) = work.iterdir()
+        job.require_same(expected, str(run_dir))
+        require_mirrored(run_dir, output)
+        shutil.rmtree(work)

@@ -137,6 +137,14 @@ def require_same_run(expected: str, found: str) -> None:
     assert weights[0] == weights[1]
 
 
+def require_mirrored(run_dir: Path, uri: str) -> None:
+    """Every file of a run directory is in its mirror, in its size."""
+    there = {info.name: info.size for info in storage.list_files(uri)}
+    for path in run_dir.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            assert there[path.relative_to(run_dir).as_posix()] == path.stat().st_size, path
+
+
 def require_same_store(expected: str, found: str) -> None:
     """Every record of two stores."""
     first, second = open_store(expected), open_store(found)

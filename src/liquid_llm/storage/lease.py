@@ -162,7 +162,11 @@ class Lease:
         except storage.NoExclusionError as error:
             _log.warning("%s: %s: do not start two runs with this output", self.place, error.problem)
             return self
-        storage.write_bytes(str(self._mark), self._id.encode())
+        try:
+            storage.write_bytes(str(self._mark), self._id.encode())
+        except StorageError:
+            self._release()
+            raise
         self._thread.start()
         return self
 
@@ -224,7 +228,11 @@ class Lease:
                 return  # whoever publishes next, or asks, is told
             except StorageError as error:
                 _log.warning("the lease on the output could not be renewed, will be tried again: %s", error)
-        with self._lock, contextlib.suppress(StorageError):
+        self._release()
+
+    def _release(self) -> None:
+        """Say in the lease that it has ended, if the store can be told."""
+        with self._lock, contextlib.suppress(StorageError, OSError):
             if self._lost is None:
                 storage.write_bytes(self._uri(self._number), self._content(released=True))
             self._mark.unlink(missing_ok=True)

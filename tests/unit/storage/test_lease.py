@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from tests.support.failing_disk import fail_with, watch
 from tests.support.faults import LOST, STALE, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
 from tests.support.plain_stores import Overwriting, Refusing, register
@@ -103,6 +105,17 @@ def test_the_same_directory_does_not_wait_for_its_own_dead_process(machines: Mac
     machines.take("a")
     began = machines.now
     machines.take("a").check()
+    assert machines.now == began
+
+
+def test_one_that_cannot_leave_its_mark_keeps_nobody_waiting(machines: Machines) -> None:
+    """The disk of the run directory is full: the run ends, and so does its lease."""
+    full = machines.folder / "full"
+    full.mkdir()
+    with watch(full, fail_with(1, errno.ENOSPC)), pytest.raises(StorageError, match="no space left on the disk"):
+        machines.take("full/mark")
+    began = machines.now
+    machines.take("b").check()
     assert machines.now == began
 
 
