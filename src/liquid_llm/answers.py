@@ -195,6 +195,7 @@ def answer_questions(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
     dtype: torch.dtype | None = None,
+    alike: bool = False,
 ) -> list[dict[str, Any]]:
     """A model's greedy answers, marked; see ``generate`` for the arguments and errors.
 
@@ -203,8 +204,8 @@ def answer_questions(
         number), ``answer`` (text), ``said`` (the answer's number, or None) and ``right``.
     """
     prompts = [one.prompt_ids for one in questions]
-    told = {"end_ids": end_ids, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype}
-    texts = [decode(tokenizer, ids) for ids in generate(model, prompts, **told)]  # type: ignore[arg-type]
+    told: dict[str, Any] = {"end_ids": end_ids, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    texts = [decode(tokenizer, ids) for ids in generate(model, prompts, dtype=dtype, alike=alike, **told)]
     return [mark(question, text) for question, text in zip(questions, texts, strict=True)]
 
 

@@ -114,20 +114,7 @@ def _sharding_problems(config: RunConfig) -> list[str]:
     problems = []
     if config.teacher.is_dealt_out and not config.asked_online:
         problems.append("--teacher_shard=full: no online teacher is asked in this run; leave it out, or name one")
-    if config.teacher.is_dealt_out and config.data.batch_size == AUTO_BATCH:
-        problems.append("--teacher_shard=full goes without --batch_size=auto: what fits is worked out for whole models")
-    if not config.student.is_dealt_out:
-        return problems
-    asked, what = config.evaluation, "--shard=full goes without"
-    return problems + [
-        f"{what} {option}: {why}"
-        for option, given, why in (
-            ("--sample_prompts", asked.sample_prompts, "a student in parts answers no prompts"),
-            ("--eval_answers", asked.answers, "a student in parts answers no prompts; liquid evaluate has it answer"),
-            ("--batch_size=auto", config.data.batch_size == AUTO_BATCH, "what fits is worked out for a whole student"),
-        )
-        if given
-    ]
+    return problems
 
 
 def _data_problems(data: DataConfig, what: str) -> list[str]:

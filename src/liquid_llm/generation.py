@@ -34,6 +34,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 16,
     dtype: torch.dtype | None = None,
+    alike: bool = False,
 ) -> list[list[int]]:
     """The likeliest token, again and again, after each prompt.
 
@@ -48,6 +49,8 @@ def generate(
             fills them).
         batch_size: most prompts computed together.
         dtype: of the products, by autocast; None: the model's own.
+        alike: the model is dealt out among ranks, all of which ask it this: each computes as many passes as every
+            other, the one that would end first too, and nothing is halved.
 
     Returns:
         The new tokens of each prompt, in the order of ``prompts``, the end token left out.
@@ -63,7 +66,7 @@ def generate(
     found: list[list[int]] = [[] for _ in prompts]
     with evaluating(model), quiet_transformers(), _plain_settings(model), _products(model, dtype):
         for rows in _batches([len(one) for one in prompts], allowances, batch_size, model):
-            new = _continue_rows(model, [prompts[row] for row in rows], end_ids, allowances[rows[0]])
+            new = _continue_rows(model, [prompts[row] for row in rows], end_ids, allowances[rows[0]], alike)
             for row, ids in zip(rows, new, strict=True):
                 found[row] = ids
     return found
@@ -115,28 +118,28 @@ def _batches(lengths: Sequence[int], allowances: Sequence[int], size: int, model
 
 
 def _continue_rows(
-    model: Any, prompts: Sequence[Sequence[int]], end_ids: Sequence[int], max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], end_ids: Sequence[int], max_new_tokens: int, alike: bool
 ) -> list[list[int]]:
     """New tokens of prompts in one batch, or in halves of it where the whole does not fit."""
     try:
-        return _continue_batch(model, prompts, end_ids, max_new_tokens)
+        return _continue_batch(model, prompts, end_ids, max_new_tokens, alike)
     except RuntimeError as error:
-        if len(prompts) == 1 or not is_out_of_memory(error):
+        if alike or len(prompts) == 1 or not is_out_of_memory(error):
             raise
     release_memory(_device(model))
     half = len(prompts) // 2
     parts = (prompts[:half], prompts[half:])
-    return [ids for part in parts for ids in _continue_rows(model, part, end_ids, max_new_tokens)]
+    return [ids for part in parts for ids in _continue_rows(model, part, end_ids, max_new_tokens, alike)]
 
 
 def _continue_batch(
-    model: Any, prompts: Sequence[Sequence[int]], end_ids: Sequence[int], max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], end_ids: Sequence[int], max_new_tokens: int, alike: bool
 ) -> list[list[int]]:
     width = max(map(len, prompts))
     ids = torch.tensor([[end_ids[0]] * (width - len(one)) + list(one) for one in prompts])
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
     device = _device(model)
-    told = {"eos_token_id": list(end_ids), "pad_token_id": end_ids[0]}
+    told = {"eos_token_id": list(end_ids), "pad_token_id": end_ids[0], "synced_gpus": alike}
     new = _call(model, ids.to(device), mask.to(device), max_new_tokens, **told)[:, width:].tolist()
     ends = set(end_ids)
     return [row[: next((place for place, one in enumerate(row) if one in ends), len(row))] for row in new]

@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from liquid_llm.selection import PositionSelection
 from liquid_llm.sharding import make_whole
 from liquid_llm.step_sums import Tally, make_step_sums
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _NAMED = 32  # sample ids in a message
 
@@ -166,6 +167,13 @@ class Student(nn.Module):
         """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take."""
         with self._arithmetic():
             return self._states(self.model, batch)
+
+    def ask(self, work: Callable[[Any], T]) -> T:
+        """What ``work`` gives of the model, which it calls as it likes, without gradients.
+
+        Of one that is dealt out what lies in no block is whole meanwhile: all ranks do the same work.
+        """
+        return work(self.model)
 
     @property
     def head(self) -> OutputHead:

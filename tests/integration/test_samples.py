@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.processes import run
 from tests.support.tiny import Tiny, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -228,3 +229,20 @@ def test_a_missing_file_and_answers_that_nothing_asks_are_refused(
     only_text = write(tmp_path / "m.jsonl", [{"path": str(tiny.root / "lm.jsonl"), "type": "lm", "weight": 1.0}])
     assert main(words(tiny, tmp_path, dataset_manifest=only_text, eval_answers=3)) == 2
     assert "--eval_answers=3" in capsys.readouterr().err
+
+
+def test_a_student_that_is_dealt_out_says_what_a_whole_one_says(tiny: Tiny, tmp_path: Path) -> None:
+    few = {"max_steps": 4, "eval_every": 2, "draw_group": 2, "grad_accum": 2, **asked(tiny)}
+    runs = []
+    for size, options in ((1, {}), (2, {"shard": "full"})):
+        output = tmp_path / str(size)
+        run("liquid_llm.cli.main", words(tiny, output, **few, **options), output / "said", size)
+        runs.append(output / "run")
+    assert rows_of(runs[1]) == rows_of(runs[0])
+    assert len({row["text"] for row in rows_of(runs[0])}) > 1
+    evaluated = [[row for row in read_metrics(run) if row["kind"] == "eval"] for run in runs]
+    for found, expected in zip(*evaluated, strict=True):
+        assert (found["answers"], found["answers_right"]) == (expected["answers"], expected["answers_right"])
+        assert found["answers"] == 7
+        assert found["val_loss_student"] == pytest.approx(expected["val_loss_student"], rel=1e-6)
+    assert torch.allclose(*(torch.load(run / "last.pt")["optimizer"]["state"][0]["exp_avg"] for run in runs), atol=1e-5)

@@ -242,7 +242,7 @@ def test_a_dry_run_takes_two_steps_and_leaves_nothing(tiny, tmp_path) -> None:
     given = words(tiny, tmp_path / "out", shard="full", teacher_shard="full", dry_run=True, student="llama")
     ranks = launch(ANNEALING, given, tmp_path / "said")
     assert wait(ranks) == [0, 0], "\n".join(rank.said for rank in ranks)
-    assert "models that are dealt out among processes are not worked out" in ranks[0].said
+    assert "gathered weights and their exchange" in ranks[0].said
     assert not (tmp_path / "out").exists()
 
 

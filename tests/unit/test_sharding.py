@@ -10,7 +10,6 @@ from torch import nn
 
 from liquid_llm.config import build_run_config
 from liquid_llm.errors import ModelError, UsageError
-from liquid_llm.jobs.memory import run_memory
 from liquid_llm.models.heads import blocks_of
 from liquid_llm.wiring.sharding import require_processes
 
@@ -58,13 +57,3 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         require_processes(build_run_config("train", {**data, "shard": "none", "teacher_shard": "full"}), 1)
     with pytest.raises(UsageError, match="--teacher_shard=full: no online teacher is asked"):
         build_run_config("train", {"dataset_manifest": "m.jsonl", "teacher_shard": "full"})
-    for option, value in (("sample_prompts", "p.txt"), ("eval_answers", 3), ("batch_size", "auto")):
-        given = {**data, option: value, **({"tokens_per_step": 4096} if option == "batch_size" else {})}
-        with pytest.raises(UsageError, match=f"--shard=full goes without --{option}"):
-            build_run_config("train", given)
-
-
-def test_what_dealt_out_models_take_is_not_worked_out() -> None:
-    for option in ("shard", "teacher_shard"):
-        with pytest.raises(UsageError, match=f"--{option}=full: what a model takes that is dealt out"):
-            run_memory("train", {"lm_teacher_id": "t", option: "full", "device": "cpu"})

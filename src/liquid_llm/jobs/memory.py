@@ -16,6 +16,8 @@ import torch
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import DATA_SUFFIX, SIDECAR_SUFFIX
 from liquid_llm.config import NOWHERE, CaptureConfig, RunConfig, build_config_to_measure
+from liquid_llm.distributed import read_rank
+from liquid_llm.distributed_link import require_training_ranks
 from liquid_llm.errors import DeviceError, UsageError
 from liquid_llm.formatting import format_bytes
 from liquid_llm.jobs.capture import codec_of
@@ -57,15 +59,10 @@ def run_memory(face: str, given: Mapping[str, object]) -> int:
     options = dict(given)
     asked = options.pop("gpu_memory", None)
     price = options.pop("price_per_hour", None)
+    ranks = int(str(options.pop("ranks", None) or read_rank()[1]))
     config = build_config_to_measure(face, options)
-    if isinstance(config, RunConfig) and (config.student.is_dealt_out or config.teacher.is_dealt_out):
-        raise UsageError(
-            "what a model takes that is dealt out among processes is not worked out",
-            where="--shard=full" if config.student.is_dealt_out else "--teacher_shard=full",
-            remedy="leave it out: weights, gradients and moments, of what is said then, are divided by the processes",
-        )
     card = _card(config.device, asked)
-    found = _capture(config, card) if isinstance(config, CaptureConfig) else _training(config, card, price)
+    found = _capture(config, card) if isinstance(config, CaptureConfig) else _training(config, card, price, ranks)
     job, fit, choices, notes = found
     prediction, verdict = fit.prediction, fit.verdict
     assert prediction is not None
@@ -107,22 +104,35 @@ def _card(requested: str, asked: object) -> Card:
 _Found = tuple[str, Fit, Mapping[str, Choice], list[str]]
 
 
-def _training(config: RunConfig, card: Card, price: object) -> _Found:
+def _training(config: RunConfig, card: Card, price: object, ranks: int) -> _Found:
+    if ranks > 1:
+        require_training_ranks(config.teacher.ranks, ranks)
+        ranks -= config.teacher.ranks
+    _require_several(config, ranks)
     token = read_token(config.teacher)
-    teacher, held_bytes = open_teachers(config, _dtype(config.teacher.precision, card), token)
+    teacher, held_bytes = open_teachers(config, _dtype(config.teacher.precision, card), token, ranks)
     named = config.teacher.online_id  # one that is asked nothing still says whose tokenizer it is
     speaker = teacher if teacher is not None or named is None else open_shape(named, "float32", token)
     student = _student(config, speaker, token)
     compute_dtype, vocab_size = _dtype(config.student.precision, card), _vocab_size(speaker or student)
-    models = Models(student, teacher, compute_dtype, vocab_size, stored_codec(config), held_bytes)
+    models = Models(student, teacher, compute_dtype, vocab_size, stored_codec(config), held_bytes, ranks)
     free = card.bytes - held_bytes
-    settled, choices = resolve_auto(config, models, free, card.kind)
+    settled, choices = resolve_auto(config, models, free, card.kind, ranks=ranks)
     fit = judge(settled, nominal_shape(settled, models, card.kind), free)
     notes = []
     if price is not None:
         notes.append("the cost follows from the speed, which only a run on the card says: --dry_run --price_per_hour")
     words = f"{config.face}, {settled.data.batch_size} x {settled.data.block_size} tokens a micro-batch"
-    return words, fit, choices, notes
+    return words + (f", one of {ranks} processes" if ranks > 1 else ""), fit, choices, notes
+
+
+def _require_several(config: RunConfig, ranks: int) -> None:
+    dealt_out = (("--shard=full", config.student.is_dealt_out), ("--teacher_shard=full", config.teacher.is_dealt_out))
+    for option, is_asked in dealt_out:
+        if is_asked and ranks == 1:
+            raise UsageError(
+                "one process has nobody to share a model with", where=option, remedy="say how many there are: --ranks=8"
+            )
 
 
 def _capture(config: CaptureConfig, card: Card) -> _Found:

@@ -76,6 +76,12 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see(tensor)
                 self._alive[tensor.untyped_storage()._cdata].move(consumer)
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Count nothing for ``tensors``, nor for what shares their storage."""
+        for tensor in tensors:
+            self._see(tensor)
+            self._alive[tensor.untyped_storage()._cdata].resize(0)
+
     def hold_model(self, model: nn.Module, consumer: str) -> None:
         """Count a model's parameters and buffers as ``consumer``'s."""
         self.hold([*model.parameters(), *model.buffers()], consumer)
@@ -121,6 +127,11 @@ class _Storage:
         self.counter.now[self.consumer] -= self.size
         self.counter.now[consumer] += self.size
         self.consumer = consumer
+
+    def resize(self, size: int) -> None:
+        self.counter.now[self.consumer] += size - self.size
+        self.counter._total += size - self.size
+        self.size = size
 
     def _freed(self, _: object) -> None:
         self.counter._alive.pop(self.key, None)

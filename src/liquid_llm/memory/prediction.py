@@ -15,6 +15,7 @@ from liquid_llm.formatting import format_bytes
 
 STUDENT, GRADIENTS, MOMENTS = "student weights", "gradients", "optimizer moments"
 TEACHER, TEACHER_WORK, REFERENCE = "teacher weights", "teacher activations", "reference student"
+EXCHANGE = "gathered weights and their exchange"
 ACTIVATIONS, LOSS, SIGNAL, CODEC, BATCH = "activations", "loss buffers", "teacher signal", "codec buffers", "batch"
 
 # Matrix libraries keep workspaces of their own: cuBLAS 8 MiB a handle and 32 on Hopper, cuDNN and reductions some more.

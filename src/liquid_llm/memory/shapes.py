@@ -86,6 +86,8 @@ class TrainingShape:
         grad_checkpoint: activations are recomputed in the backward pass.
         accumulates: a step has several micro-batches, so that gradients exist while a loss is computed.
         temperature: of the KD term; at 1 the loss needs a buffer less.
+        ranks: processes among which models are dealt out; of one each has the whole.
+        student_dealt_out, teacher_dealt_out: which of them are, the reference student with the student.
         measures: evaluation gives agreement, overlap and calibration too, which forms logits of its own.
         device: ``cpu``, or the kind of accelerator; decides how the loss goes about it.
     """
@@ -102,6 +104,9 @@ class TrainingShape:
     grad_checkpoint: bool = False
     accumulates: bool = False
     temperature: float = 2.0
+    ranks: int = 1
+    student_dealt_out: bool = False
+    teacher_dealt_out: bool = False
     measures: bool = False
     device: str = "cuda"
 

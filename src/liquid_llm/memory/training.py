@@ -22,10 +22,12 @@ from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal, SparseSignal
 from liquid_llm.memory.counter import StorageCounter
+from liquid_llm.memory.dealt_out import DealtOut
 from liquid_llm.memory.fake import autocast_as_on_accelerators, build, fake_tensors
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
     BATCH,
+    EXCHANGE,
     GRADIENTS,
     LOSS,
     MOMENTS,
@@ -37,10 +39,11 @@ from liquid_llm.memory.prediction import (
     MemoryPrediction,
 )
 from liquid_llm.memory.shapes import BatchShape, TrainingShape
-from liquid_llm.models.heads import output_head
+from liquid_llm.models.heads import blocks_of, output_head
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.student import enable_gradient_checkpointing
 from liquid_llm.runtime import torch_dtype
+from liquid_llm.step_sums import split_into_buckets
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.training import Student, build_optimizer
 
@@ -116,7 +119,7 @@ class _Job:
     """The parts of a job on fake tensors, and what its steps and evaluations take."""
 
     def __init__(self, shape: TrainingShape) -> None:
-        self._accumulates, self._vocab_size = shape.accumulates, shape.vocab_size
+        self._accumulates, self._vocab_size, self._ranks = shape.accumulates, shape.vocab_size, shape.ranks
         self._measures, self._teacher_elsewhere = shape.measures, shape.teacher_elsewhere
         self._objective = Objective(_ALPHA, shape.temperature, _GAMMA if shape.reference else 0.0)
         self._counter = StorageCounter()
@@ -132,20 +135,34 @@ class _Job:
             self._teacher = online_teacher(teacher, shape.vocab_size, shape.teacher_pass_tokens)
             if shape.teacher_elsewhere:
                 self._counter.hold([self._teacher.head.weight, self._teacher.head.bias], TEACHER)
+            elif shape.teacher_dealt_out:
+                teacher.requires_grad_(False)
+                DealtOut(self._counter, teacher, blocks_of(teacher), shape.ranks, TEACHER, shape.device)
             else:
                 self._counter.hold_model(teacher, TEACHER)
-        self._optimizer = build_optimizer(student, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
+        self._dealt_out = self._own_part(student, shape, STUDENT)
+        if reference is not None:
+            self._own_part(reference, shape, REFERENCE)
+        held = student if self._dealt_out is None else nn.ParameterList(self._dealt_out.parts)
+        self._optimizer = build_optimizer(held, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        for parameter in self._parameters:
+        for parameter in self._parameters if self._dealt_out is None else ():
             parameter.register_post_accumulate_grad_hook(lambda one: self._counter.hold([one.grad], GRADIENTS))
 
     def _build(self, shape: TrainingShape, weights: str, activations: str) -> Any:
         model = build(shape.student)
         if shape.device != "cpu":
             autocast_as_on_accelerators(model)
-        self._counter.hold_model(model, weights)
+        if not shape.student_dealt_out:
+            self._counter.hold_model(model, weights)
         _tell(self._counter, model, activations)
         return model
+
+    def _own_part(self, model: nn.Module, shape: TrainingShape, weights: str) -> DealtOut | None:
+        """What this rank has of a model that is dealt out; None of one that is not."""
+        if not shape.student_dealt_out:
+            return None
+        return DealtOut(self._counter, model, blocks_of(model), shape.ranks, weights, shape.device)
 
     @property
     def rest_bytes(self) -> int:
@@ -167,9 +184,16 @@ class _Job:
                 self._zero_gradients()
             signal = self._signal(batch, shape, self._objective.temperature, "teacher")
             with self._counter.stage("forward and loss", LOSS):
+                if self._dealt_out is not None:
+                    self._dealt_out.gather_rest()
                 output = self._student(batch, signal, replace(self._objective, divergence=shape.divergence))
             with self._counter.stage("backward", ACTIVATIONS):
+                if self._dealt_out is not None:
+                    self._dealt_out.begin_backward()
                 (output.loss / batch.num_positions).backward()
+                if self._dealt_out is not None:
+                    self._dealt_out.end()
+                self._sum_over_ranks()
             self._update()
             del batch, signal, output
         return take_peaks(self._counter, shape)
@@ -183,6 +207,8 @@ class _Job:
             batch = self._batch(shape, "evaluation")
             signal = self._signal(batch, shape, 1.0, "evaluation")
             with self._counter.stage("evaluation", LOSS):
+                if self._dealt_out is not None:
+                    self._dealt_out.gather_rest()
                 hidden = self._student.states(batch)
                 self._student.loss(hidden, batch, signal, Objective(_ALPHA))
                 if self._measures:
@@ -193,6 +219,8 @@ class _Job:
                 if isinstance(signal, DenseSignal):
                     fused_loss(signal.hidden, signal.head, batch.targets, plan=self._student.plan, all_labelled=True)
             del batch, signal
+            if self._dealt_out is not None:
+                self._dealt_out.end()
         model.train(training)
         return take_peaks(self._counter, shape)
 
@@ -215,6 +243,15 @@ class _Job:
             return dense
         with self._counter.stage(stage, SIGNAL):
             return stored_signal(shape, batch.num_positions, self._vocab_size, temperature)
+
+    def _sum_over_ranks(self) -> None:
+        """What ranks that have whole gradients take to sum them: a bucket, as those before it stand for gradients."""
+        if self._ranks == 1 or self._dealt_out is not None:
+            return
+        buckets = split_into_buckets([one for one in self._parameters if one.grad is not None])
+        largest = max((sum(one.numel() for one in bucket) for bucket in buckets), default=0)
+        with self._counter.stage(self._counter.current_stage, EXCHANGE):
+            torch.empty(largest)
 
     def _zero_gradients(self) -> None:
         for parameter in self._parameters:

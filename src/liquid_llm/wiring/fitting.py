@@ -110,7 +110,7 @@ def settle(
     # Wherever the step goes on: a place in the data is counted in micro-batches.
     metadata = start.origin.metadata
     decided = metadata.run.get("decided") if start.goes_on and metadata is not None else None
-    models = describe_models(config, start, text, device, token)
+    models = describe_models(config, start, text, device, token, engine.world_size)
     available = available_bytes(device)
     free = None if available is None else available - models.held_bytes
 
@@ -234,7 +234,7 @@ def _choose_batch(
     tried = (False, True) if automatic else (config.student.grad_checkpoint is True,)
 
     def build(size: int, accumulation: int, checkpointing: bool) -> TrainingShape:
-        changed = _with(config, batch_size=size, grad_accum=accumulation, grad_checkpoint=checkpointing)
+        changed = _with(config, batch_size=size, grad_accum=accumulation * ranks, grad_checkpoint=checkpointing)
         return nominal_shape(changed, models, device)
 
     found = largest_batch(
@@ -277,8 +277,6 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
     Called when the models are on the device: what they take is part of both sides of the comparison.
     """
     device = parts.device
-    if config.student.is_dealt_out or config.teacher.is_dealt_out:
-        return Fit(None, None, None, "models that are dealt out among processes are not worked out")
     # Another teacher's weights are neither predicted nor given back: they lie on the device already.
     teacher: Any = max(parts.teachers.models, key=_size, default=None)
     if config.teacher.ranks:
@@ -291,13 +289,16 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
         teacher_shape,
         str(parts.student.compute_dtype).removeprefix("torch."),
         parts.text.vocab_size,
+        ranks=parts.engine.world_size,
     )
     batches = real_batches(parts)
     shape = shape_of(config, models, device.type, batches, real_evaluations(parts, batches))
     cut = parts.progress.passes.max_tokens is not None  # then a pass finds the gradients of the one before it
     shape = replace(shape, reference=parts.student.reference is not None, accumulates=shape.accumulates or cut)
     held = [parts.built.model, parts.student.reference, teacher]
-    taken = sum(_size(model) for model in held if model is not None) + parts.teachers.head_bytes
+    # Models that are to be dealt out lie on the host until then, and come to the device in parts.
+    here = [model for model in held if model is not None and next(model.parameters()).device.type == device.type]
+    taken = sum(map(_size, here)) + parts.teachers.head_bytes
     available = available_bytes(device, taken)
     try:
         return judge(config, shape, available)

@@ -222,10 +222,13 @@ class Recorder:
 
     def _write_samples(self) -> None:
         """What the student says; before the row of its evaluation, without which all of it is asked again."""
-        if self.files is None or not self.parts.speech.prompts:
+        if not self.parts.speech.prompts or not (self.files is not None or self.parts.student.is_dealt_out):
+            return
+        rows = self.parts.speech.sample(self.parts.student)
+        if self.files is None:
             return
         with self._open_samples(self.files) as file:
-            for row in self.parts.speech.sample(self.parts.student):
+            for row in rows:
                 row = {"step": self.parts.progress.step, **row}
                 file.write(row)
                 self.files.metrics.log_sample(row)

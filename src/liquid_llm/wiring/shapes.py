@@ -44,6 +44,7 @@ class Models:
         vocab_size: tokens of the shared tokenizer.
         codec: of stored signal.
         held_bytes: weights of other online teachers: they only lie there while one is asked.
+        ranks: processes that train.
     """
 
     student: ModelShape
@@ -52,10 +53,11 @@ class Models:
     vocab_size: int
     codec: Codec = field(default_factory=lambda: usual_codec("tail", 0))
     held_bytes: int = 0
+    ranks: int = 1
 
 
 def describe_models(
-    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None
+    config: RunConfig, start: Start, text: TextTools, device: torch.device, token: str | None, ranks: int = 1
 ) -> Models:
     """The models that a run is going to build, from their configurations.
 
@@ -75,12 +77,12 @@ def describe_models(
             token=token,
         )
         student = ModelShape.of(with_positions(made, config))
-    teacher, held_bytes = open_teachers(config, choose_dtype(config.teacher.precision, device).value, token)
+    teacher, held_bytes = open_teachers(config, choose_dtype(config.teacher.precision, device).value, token, ranks)
     compute_dtype = choose_dtype(config.student.precision, device).value
-    return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config), held_bytes)
+    return Models(student, teacher, compute_dtype, text.vocab_size, stored_codec(config), held_bytes, ranks)
 
 
-def open_teachers(config: RunConfig, dtype: str, token: str | None) -> tuple[ModelShape | None, int]:
+def open_teachers(config: RunConfig, dtype: str, token: str | None, ranks: int = 1) -> tuple[ModelShape | None, int]:
     """The largest online teacher, or None, and the bytes of the others' weights: those that are on this rank.
 
     Raises:
@@ -92,7 +94,7 @@ def open_teachers(config: RunConfig, dtype: str, token: str | None) -> tuple[Mod
     if config.teacher.ranks:
         return max(teachers, key=weight_bytes), 0
     sizes = [weight_bytes(teacher) for teacher in teachers]
-    return teachers[sizes.index(max(sizes))], sum(sizes) - max(sizes)
+    return teachers[sizes.index(max(sizes))], (sum(sizes) - max(sizes)) // (ranks if config.teacher.is_dealt_out else 1)
 
 
 def open_shape(model_id: str, dtype: str, token: str | None) -> ModelShape:
@@ -165,11 +167,14 @@ def shape_of(
         batches=batches,
         evaluations=evaluations,
         teacher=models.teacher,
-        teacher_pass_tokens=None if device == "cpu" else PASS_TOKENS,
+        teacher_pass_tokens=None if device == "cpu" or config.teacher.is_dealt_out else PASS_TOKENS,
         teacher_elsewhere=config.teacher.ranks > 0,
+        ranks=models.ranks,
+        student_dealt_out=config.student.is_dealt_out,
+        teacher_dealt_out=config.teacher.is_dealt_out,
         reference=config.objective.gamma > 0,
         grad_checkpoint=config.student.grad_checkpoint is True,
-        accumulates=config.optimizer.grad_accum > 1,
+        accumulates=config.optimizer.grad_accum > models.ranks,
         # One that is scheduled is not 1 all the time.
         temperature=config.objective.temperature if config.objective.temp_schedule is None else 2.0,
         measures=config.evaluation.measures,

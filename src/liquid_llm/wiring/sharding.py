@@ -59,7 +59,7 @@ def _deal_out_student(parts: Parts, engine: Engine) -> Parts:
     student = parts.student
     blocks = blocks_of(student.model)
     moments = take_moments(parts.optimizer)
-    deal_out_trained(student, blocks, parts.device, methods=("states", "loss"))
+    deal_out_trained(student, blocks, parts.device, methods=("states", "loss", "ask"))
     student.is_dealt_out = True
     if student.reference is not None:
         frozen = student.reference

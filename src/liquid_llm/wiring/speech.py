@@ -9,9 +9,9 @@ Both leave training as it is, to the bit: nothing is drawn, and the student's mo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,15 +21,17 @@ from liquid_llm.config import EvaluationConfig
 from liquid_llm.data.learning import Encoded, Encoder, Learning, LearningError
 from liquid_llm.data.records import BodyError, read_messages
 from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.distributed import Engine
+from liquid_llm.distributed import Engine, deal
 from liquid_llm.errors import UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.generation import generate, repeated_share
 from liquid_llm.masking import process_masker
 from liquid_llm.parsing import ParseError, parse_json
+from liquid_llm.sharding import reshard
 from liquid_llm.training import Student
 from liquid_llm.wiring.tokenizers import TextTools
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _FORMS = 'a string, {"prompt": "..."} or {"messages": [{"role": ..., "content": ...}, ...]}'
@@ -46,6 +48,8 @@ class Prompt:
 @dataclass(frozen=True)
 class Speech:
     """What is asked at each evaluation, and how.
+
+    A student that is dealt out among the ranks is asked everything by all of them together, and the main one counts.
 
     Attributes:
         prompts: of samples.
@@ -72,7 +76,8 @@ class Speech:
         """A row for each prompt: ``prompt``, ``text``, ``repeated_4grams``; secrets in them are masked."""
         told: dict[str, Any] = {"end_ids": self.end_ids, "dtype": student.compute_dtype}
         prompts = [self.framing.open(one.ids) for one in self.prompts]
-        said = generate(student.model, prompts, max_new_tokens=self.sample_tokens, **told)
+        told |= {"max_new_tokens": self.sample_tokens, "alike": student.is_dealt_out}
+        said = _ask(student, lambda model: generate(model, prompts, **told))
         masker = process_masker()
         return [
             {
@@ -87,9 +92,11 @@ class Speech:
         """Put ``answers_right`` and ``answers``, of how many, into an ``eval`` row and into its types."""
         if not self.questions:
             return
-        own = self.questions[self.engine.rank :: self.engine.world_size]
+        own = self.questions if student.is_dealt_out else deal(self.questions, self.engine)
         told: dict[str, Any] = {"end_ids": self.end_ids, "max_new_tokens": self.answer_tokens}
-        counts = count_right(answer_questions(student.model, self.tokenizer, own, dtype=student.compute_dtype, **told))
+        told |= {"dtype": student.compute_dtype, "alike": student.is_dealt_out}
+        rows = _ask(student, lambda model: answer_questions(model, self.tokenizer, own, **told))
+        counts = count_right(rows if self.engine.is_main or not student.is_dealt_out else [])
         by_type = row["by_type"]
         total = [0, 0]
         for type in sorted({one.type for one in self.questions}):
@@ -98,6 +105,14 @@ class Speech:
             by_type[type] = {**by_type.get(type, {}), "answers_right": right, "answers": asked}
             total = [total[0] + right, total[1] + asked]
         row["answers_right"], row["answers"] = total
+
+
+def _ask(student: Student, work: Callable[[Any], T]) -> T:
+    try:
+        return student.ask(work)
+    finally:
+        if student.is_dealt_out:
+            reshard(student)
 
 
 def make_speech(

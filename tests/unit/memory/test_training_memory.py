@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.support.accelerator import NAME, Accelerator
+from tests.support.dealt_out_memory import CASES as MEASURED
 from tests.support.memory import (
     FULL_VOCAB_SIZE,
     LLAMA_3B,
@@ -20,6 +23,7 @@ from tests.support.memory import (
     shape_of,
 )
 from tests.support.models import tiny_config
+from tests.support.processes import launch, wait
 
 from liquid_llm import memory
 from liquid_llm.errors import ModelError
@@ -27,6 +31,7 @@ from liquid_llm.memory import predict_training
 from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
+    EXCHANGE,
     FRAGMENTATION_SHARE,
     GRADIENTS,
     LOSS,
@@ -286,3 +291,55 @@ def test_documents_kept_apart_take_the_mask_beside_the_rest(name: str, device: s
     apart = replace(joined, batches=(replace(joined.batches[0], documents=True),))
     more = predict_training(apart).peak_bytes - predict_training(joined).peak_bytes
     assert 0 < more < 40 * 256 * 256, "a few masks at most, which a larger consumer's moment may hide"
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+WIDE = {"hidden_size": 256, "intermediate_size": 704}  # else rounding to 512 bytes shows
+DEALT_OUT = replace(
+    shape_of("llama-test", DENSE, teacher=TEACHER, num_hidden_layers=6, **WIDE), ranks=8, student_dealt_out=True
+)
+
+
+def test_of_a_student_that_is_dealt_out_a_process_holds_its_part_and_gathers_a_block_at_a_time() -> None:
+    whole = predict_training(replace(DEALT_OUT, ranks=1, student_dealt_out=False))
+    part = predict_training(DEALT_OUT)
+    for consumer in (STUDENT, MOMENTS):
+        assert part.consumers[consumer] == pytest.approx(whole.consumers[consumer] / 8, rel=0.05), consumer
+    student = predict_training(replace(DEALT_OUT, teacher=None, batches=(replace(DENSE, signal="none"),)))
+    assert student.rest_bytes == pytest.approx(12 * weight_bytes(DEALT_OUT.student) / 4 / 8, rel=0.1)
+    assert 0 < part.consumers[EXCHANGE] < whole.consumers[STUDENT]
+    deeper = replace(DEALT_OUT, student=preset("llama-test", num_hidden_layers=12, **WIDE))
+    assert predict_training(deeper).consumers[EXCHANGE] == part.consumers[EXCHANGE], "blocks are gathered one by one"
+
+
+def test_of_a_teacher_that_is_dealt_out_a_process_holds_its_part_of_the_blocks_and_all_of_the_rest() -> None:
+    shape = replace(DEALT_OUT, student_dealt_out=False, teacher=preset("llama-test", num_hidden_layers=6, **WIDE))
+    whole, part = predict_training(shape), predict_training(replace(shape, teacher_dealt_out=True))
+    block = (weight_bytes(shape.teacher) - weight_bytes(preset("llama-test", num_hidden_layers=1, **WIDE))) / 5
+    saved = whole.consumers[TEACHER_WEIGHTS] - part.consumers[TEACHER_WEIGHTS]
+    assert saved == pytest.approx(6 * block * 7 / 8, rel=0.05)
+
+
+def test_ranks_with_whole_students_take_a_bucket_for_their_sums() -> None:
+    alone = replace(DEALT_OUT, ranks=1, student_dealt_out=False)
+    assert predict_training(alone).consumers.get(EXCHANGE, 0) == 0
+    several = predict_training(replace(alone, ranks=2)).stages["backward"] - predict_training(alone).stages["backward"]
+    assert 0 <= several <= weight_bytes(alone.student) + 512
+
+
+@pytest.mark.slow
+def test_what_a_rank_of_two_takes_is_what_torchs_allocator_says(tmp_path: Path) -> None:
+    """But for what gloo's two threads may hold on to of an exchange that is over: what came in and what went out."""
+    ranks = launch("tests.support.dealt_out_memory", list(MEASURED), tmp_path)
+    assert wait(ranks) == [0, 0], "\n".join(rank.said for rank in ranks)
+    rows = [json.loads(line) for line in ranks[0].said.splitlines() if line.startswith("[")]
+    assert [row[0] for row in rows] == list(MEASURED)
+    for name, found, expected, _ in rows:
+        shape = MEASURED[name]
+        layers = shape.student.config.get("num_hidden_layers") or shape.student.config["n_layer"]
+        block = weight_bytes(shape.student) // layers
+        assert 0.93 * expected <= found <= 1.05 * expected + 4 * block, (name, found, expected)
+        alone = replace(shape, ranks=1, student_dealt_out=False, teacher_dealt_out=False)
+        if shape.student_dealt_out:
+            assert expected < 0.9 * predict_training(alone).peak_bytes, name
