@@ -120,6 +120,26 @@ def test_the_page_on_scaling_has_the_figures_of_its_command(tmp_path: Path, caps
     assert float(said["parameters of the student"].removesuffix("M")) == pytest.approx(weights * GIB / 4e6, rel=0.005)
 
 
+def test_models_that_are_dealt_out_are_divided_by_the_processes(
+    teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", "--student=llama-16m", f"--lm-teacher-id={teacher}", "--block-size=128", "--shard=full")
+    code, _, err = ask(capsys, *words)
+    assert code == 2
+    assert "--shard=full: one process has nobody to share a model with" in err
+    _, two, err = ask(capsys, *words, "--ranks=2", "--teacher_shard=full")
+    assert "one of 2 processes" in err
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    _, eight, _ = ask(capsys, *words, "--teacher_shard=full")
+    for consumer in ("student weights", "optimizer moments"):
+        parts = [found["prediction"]["consumers"][consumer] for found in (two, eight)]
+        assert parts[0] == pytest.approx(4 * parts[1], rel=0.02)
+    assert eight["prediction"]["needed_bytes"] < two["prediction"]["needed_bytes"]
+    automatic = ("--batch_size=auto", f"--tokens_per_step={8 * 4 * 128}", "--gpu_memory=8GiB")
+    code, found, _ = ask(capsys, *words, *automatic)
+    assert (code, found["choices"]["batch_size"]["value"], found["choices"]["grad_accum"]["value"]) == (0, "4", "8")
+
+
 def test_what_does_not_fit_ends_with_6_and_says_what_makes_it(
     teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,6 @@ LARGE = {"hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 5}
 SMALL = BatchShape(2, 32, "dense")
 _STUDENT = replace(shape_of("llama-test", SMALL, teacher=TEACHER, **LARGE), ranks=2, student_dealt_out=True)
 CASES = {
-    "student": _STUDENT,
     "checkpointing, reference": replace(_STUDENT, grad_checkpoint=True, reference=True),
     "both": replace(_STUDENT, teacher=_STUDENT.student, teacher_dealt_out=True),
     "gpt2": replace(

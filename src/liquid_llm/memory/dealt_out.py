@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.prediction import EXCHANGE, GRADIENTS
+from liquid_llm.models.heads import body_of
 
 
 @dataclass(eq=False)
@@ -76,6 +77,8 @@ class DealtOut:
         self._summed: Tensor | None = None
         for block, group in zip(blocks, self._groups, strict=True):
             self._watch(block, group, trained)
+        if not trained:
+            body_of(model).register_forward_hook(lambda *_: self.end())
         for group in everything if trained else ():
             for weight in group.weights:
                 weight.register_post_accumulate_grad_hook(lambda one, of=group: self._found_gradient(of, one))  # type: ignore[no-untyped-call]
@@ -93,6 +96,7 @@ class DealtOut:
 
     def begin_backward(self) -> None:
         """Before the backward pass."""
+        self._last_flat = None
         self._before_backward(self._rest)
 
     def end(self) -> None:
