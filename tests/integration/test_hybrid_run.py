@@ -110,6 +110,18 @@ def test_running_a_finished_run_again_says_so_and_changes_nothing(captured, fini
     assert before == {path.name: path.stat().st_mtime_ns for path in finished.glob("*.pt")}
 
 
+def test_a_finished_run_says_what_it_came_to_and_a_call_more_says_it_again(captured, finished, capsys):
+    kept = json.loads((finished / "summary.json").read_text())
+    assert [row["type"] for row in kept["rows"]] == ["all", "lm", "math_tool", "code"]
+    assert main(["train", *captured.train_words(finished.parent, **LONGER)]) == 0
+    said = capsys.readouterr().out
+    for row in kept["rows"]:
+        assert f"{row['before']:.3f}" in said
+        assert f"{row['after']:.3f}" in said
+    assert kept["sentences"][0] in said
+    assert f"liquid evaluate {finished}" in said
+
+
 def test_inspect_and_report_read_what_a_run_left(finished, capsys):
     assert main(["inspect", str(finished)]) == 0
     described = json.loads(capsys.readouterr().out)

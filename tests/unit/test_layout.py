@@ -17,6 +17,7 @@ LONGER: dict[str, str] = {}
 WALKED = {
     "jobs/capture": "integration/test_hybrid_run.py",
     "jobs/difference_table": "integration/test_evaluate.py",
+    "jobs/run_result": "unit/test_summary.py",
     "jobs/dry_run": "integration/test_hybrid_run.py",
     "jobs/evaluate": "integration/test_evaluate.py",
     "jobs/evaluate_answers": "integration/test_evaluate.py",

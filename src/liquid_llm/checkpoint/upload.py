@@ -36,7 +36,16 @@ from liquid_llm.errors import StorageError
 from liquid_llm.storage.lease import Lease, LeaseLost
 
 _log = logging.getLogger(__name__)
-WATCHED = ("metrics.jsonl", "samples.jsonl", "trackers.json", "tb", "provenance", "report.html", "student")
+WATCHED = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "trackers.json",
+    "tb",
+    "provenance",
+    "summary.json",
+    "report.html",
+    "student",
+)
 _STAGE = ".upload"
 _LISTING = "the list of what is there"
 

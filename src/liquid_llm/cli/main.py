@@ -108,7 +108,7 @@ def _face(face: str, words: list[str], prog: str | None = None, *, reference: bo
         return run_prepare(given)
     from liquid_llm.jobs.train import run_training
 
-    return run_training(face, given)
+    return run_training(face, given, show_result=True)
 
 
 class Terminated(BaseException):

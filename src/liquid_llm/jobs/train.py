@@ -22,10 +22,13 @@ from liquid_llm.distributed_link import TeacherLink, TrainingLink, join_ranks, r
 from liquid_llm.errors import Interrupted, StorageError
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
 from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, prepare_run_data
+from liquid_llm.jobs.run_result import show_run
 from liquid_llm.jobs.teach import run_teacher
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
+from liquid_llm.report.data import read_run
+from liquid_llm.report.summary import summarise, write_summary
 from liquid_llm.runtime import StopSignal, choose_device
 from liquid_llm.storage.lease import Lease, LeaseLost
 from liquid_llm.terminal import Stage, setup_logging
@@ -54,8 +57,11 @@ from liquid_llm.wiring.start import (
 log = logging.getLogger(__name__)
 
 
-def run_training(face: str, given: Mapping[str, object]) -> int:
+def run_training(face: str, given: Mapping[str, object], *, show_result: bool = False) -> int:
     """Run one training job; returns the exit code.
+
+    Args:
+        show_result: print what it has come to on standard output, where it comes to its end.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -75,7 +81,9 @@ def run_training(face: str, given: Mapping[str, object]) -> int:
             if engine.is_main:
                 print_findings(*findings)
         else:
-            _run(config, engine)
+            place = _run(config, engine)
+            if place is not None and show_result:
+                show_run(summarise(read_run(place.run_dir)), place.run_dir, place.shown)
     return 0
 
 
@@ -88,7 +96,8 @@ class _Output:
     lease: Lease | None
 
 
-def _run(config: RunConfig, engine: Engine) -> None:
+def _run(config: RunConfig, engine: Engine) -> Place | None:
+    """Train; where the run is, on the main rank of one that has come to its end."""
     with ExitStack() as stack:
 
         def open_output() -> _Output:
@@ -107,6 +116,7 @@ def _run(config: RunConfig, engine: Engine) -> None:
             _train(config, output, start, engine)
         elif output is not None and config.optimizer.steps > 0 and start.kind == "continue":
             send_what_is_lacking(output.place, output.lease)
+        return None if output is None or config.optimizer.steps == 0 else output.place
 
 
 def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any], Fit]:
@@ -188,6 +198,7 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
         if output is not None and mirrors is not None:
             student, run_dir = parts.text.student_tokenizer(), output.place.run_dir
             save_with_card(parts.built.model, student, recorder.metadata(), run_dir / STUDENT, weights)
+            write_summary(run_dir)
             build_report(run_dir)
             if unsent := _send_in_time(mirrors.finish, stop):
                 raise _interrupted(config, parts, output, unsent)
