@@ -484,4 +484,5 @@ def test_data_without_a_sidecar_is_fetched_where_it_is_whole_alone(
 
 
 def test_watched_names_are_those_of_the_design() -> None:
-    assert set(upload.WATCHED) == {"metrics.jsonl", "samples.jsonl", "tb", "provenance", "report.html", "student"}
+    rows = {"metrics.jsonl", "samples.jsonl", "trackers.json", "tb"}
+    assert set(upload.WATCHED) == rows | {"provenance", "summary.json", "report.html", "student"}
