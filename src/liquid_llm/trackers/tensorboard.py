@@ -38,9 +38,16 @@ class TensorBoardTracker:
                 _wait_until_later(self._folder)
             # Readers drop earlier events from the purge step on: those are about to be written again.
             first_step = 0 if resume_step is None else resume_step + 1
-            self._events: Any = SummaryWriter(str(self._folder), purge_step=first_step)
-        self._hook = threading.excepthook
-        threading.excepthook = self._look
+            self._hook = threading.excepthook
+            threading.excepthook = self._look
+            try:
+                self._events: Any = SummaryWriter(str(self._folder), purge_step=first_step)
+            except OSError:
+                for one in threading.enumerate():
+                    if isinstance(one, _AsyncWriterThread) and one.exception is not None:
+                        one.join()  # it has still to be looked at
+                threading.excepthook = self._hook
+                raise
 
     def _look(self, failure: threading.ExceptHookArgs) -> None:
         """Of a thread that failed. What a writer's thread meets is raised by the next call here: it is said once."""

@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tests.support.failing_disk import fail_with, watch
 
 from liquid_llm.errors import StorageError
 from liquid_llm.metrics import MetricsWriter
@@ -86,3 +87,15 @@ def test_a_full_disk_is_said_once_and_by_whoever_writes(tmp_path: Path, monkeypa
     own.start()
     own.join()
     assert [type(one) for one in said] == [OSError]
+
+
+def test_a_disk_that_has_no_room_for_the_first_event_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", hook := lambda failure: said.append(failure.exc_value))
+    (tmp_path / "tb").mkdir()
+    with watch(tmp_path / "tb", fail_with(1, errno.ENOSPC)), pytest.raises(StorageError, match="no space left"):
+        open_trackers(["tensorboard"], tmp_path, resume_step=1)
+    assert said == []
+    assert threading.excepthook is hook
