@@ -12,14 +12,16 @@ import os
 import random
 import re
 import sys
+import tarfile
 import threading
 import time
 import warnings
+import zipfile
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from liquid_llm.errors import StorageError
+from liquid_llm.errors import StorageError, first_line
 from liquid_llm.storage.archive import is_far
 from liquid_llm.storage.failures import JITTER, announce_pause, describe, failure_types, retry_policy, retrying
 
@@ -39,6 +41,9 @@ _READ_ONLY_SCHEMES = ("http", "https", "data", "github")
 _ELSEWHERE = re.compile(
     "gs|gcs|s3a?|https?|az|abfss?|adl|oci|oss|b2|r2|hf|hdfs|webhdfs|ftp|sftp|ssh|smb|memory|data|github|gist|dropbox|gdrive"
 )
+# what backends raise of a URL that lacks something they need, and of an archive that is none
+_BAD_ARCHIVE = (EOFError, zipfile.BadZipFile, tarfile.TarError)
+_UNUSABLE = (TypeError, LookupError, *_BAD_ARCHIVE)
 _AROUND = frozenset(["simplecache", "filecache", "blockcache", "cached", "zip", "tar"])
 
 _filesystems: dict[tuple[object, ...], Any] = {}
@@ -82,6 +87,8 @@ def with_backend(
             if not cause.passing or failures >= attempts:
                 raise cause.as_error(where or uri) from error
             time.sleep(announce_pause(uri, cause, failures))
+        except _BAD_ARCHIVE as error:
+            raise _unusable(where or uri, error) from error
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -96,15 +103,29 @@ def filesystem(uri: str) -> tuple[Any, str]:
         kind = _gcs_class(emulator) if scheme in GCS_SCHEMES else fsspec.get_filesystem_class(scheme)
     except ImportError as error:
         raise StorageError(f"no backend for {scheme}:// is installed", where=uri, remedy=str(error)) from error
+    except _UNUSABLE as error:
+        raise _unusable(uri, error) from error
     options = dict(kind._get_kwargs_from_urls(uri))
     # the emulator is part of the key: a session made for one server must not outlive it
     key = (os.getpid(), scheme, emulator, repr(sorted(options.items())))
     with _filesystems_lock:
         fs = _filesystems.get(key)
         if fs is None:
-            fs = _filesystems[key] = _new_filesystem(kind, scheme, emulator, options)
+            try:
+                fs = _filesystems[key] = _new_filesystem(kind, scheme, emulator, options)
+            except _UNUSABLE as error:
+                raise _unusable(uri, error) from error
             _leave_random_state_alone()
     return fs, kind._strip_protocol(uri)
+
+
+def _unusable(uri: str, error: Exception) -> StorageError:
+    return StorageError(
+        "this place cannot be opened",
+        where=uri,
+        got=f"{type(error).__name__}: {first_line(error)}",
+        remedy="correct the URL; where it names an archive, copy that again",
+    )
 
 
 def _leave_random_state_alone() -> None:

@@ -688,3 +688,12 @@ def test_what_comes_through_a_cache_of_fsspec_is_read_as_it_is(tmp_path: Path) -
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n')
     with storage.open_read(f"simplecache::file://{tmp_path}/a.jsonl") as stream:
         assert stream.read() == b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(("url", "words"), [("reference://x", "TypeError"), ("zip://a.jsonl::{}", "not a zip file")])
+def test_a_place_that_cannot_be_opened_is_said_in_words(tmp_path: Path, url: str, words: str) -> None:
+    (tmp_path / "a.zip").write_bytes(b"no zip at all" * 9)
+    uri = url.format(f"{tmp_path}/a.zip")
+    for action in (storage.stat, storage.list_files, storage.read_bytes, storage.open_read):
+        with pytest.raises(StorageError, match=f"cannot be opened; got .*{words}"):
+            action(uri)
