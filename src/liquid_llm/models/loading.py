@@ -33,6 +33,7 @@ from liquid_llm.models.tokenizers import tokenizer_hash
 logger = logging.getLogger(__name__)
 
 CANNOT_RUN = "transformers cannot run this model"
+_MOST_LAYERS = 10_000
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 HEAD_REMEDY = (
     "an output head is not made up: save the model with it, or with tie_word_embeddings: true in config.json where its "
@@ -263,6 +264,7 @@ def open_config(source: Source, model_id: str, token: str | None = None) -> Any:
         gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
         config = AutoConfig.from_pretrained(source.place, **gguf, **source.load_arguments(token))
         refuse_kernels(config, model_id)
+        require_layers(config, model_id)
         return config
 
 
@@ -284,6 +286,15 @@ def refuse_kernels(config: Any, where: object) -> None:
                 got=f"_attn_implementation {asked}",
                 remedy="take _attn_implementation out of config.json",
             )
+
+
+def require_layers(config: Any, where: str) -> None:
+    """Raise ModelError where a configuration has a number of layers that would be built for hours, or none at all."""
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 0 <= layers <= _MOST_LAYERS:
+        raise ModelError(
+            "no model has so many layers", where=where, got=f"{layers:,}", expected=f"0 to {_MOST_LAYERS:,}"
+        )
 
 
 def _open_tokenizer(source: Source, model_id: str, token: str | None) -> Any:

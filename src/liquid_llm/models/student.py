@@ -36,6 +36,7 @@ from liquid_llm.models.loading import (
     open_weights,
     quiet_transformers,
     refuse_kernels,
+    require_layers,
 )
 from liquid_llm.models.positions import fit_positions
 from liquid_llm.models.sources import Source, resolve
@@ -241,6 +242,7 @@ def file_config(spec: str) -> Any:
     with as_model_error(spec, "not a transformers configuration"), quiet_transformers():
         config = AutoConfig.from_pretrained(Path(spec).expanduser(), trust_remote_code=False)
         refuse_kernels(config, spec)
+        require_layers(config, spec)
         return config
 
 

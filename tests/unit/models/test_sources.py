@@ -238,3 +238,10 @@ def test_what_the_hub_refuses_is_told_in_plain_words(answers, model_id, parts):
     for part in (model_id, *parts):
         assert part in message
     assert "\n" not in message
+
+
+def test_a_folder_in_the_place_of_weights_is_none_of_them(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    before = resolve(str(tmp_path / "m")).revision
+    (tmp_path / "m" / "more.safetensors").mkdir()
+    assert resolve(str(tmp_path / "m")).revision == before

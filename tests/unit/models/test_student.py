@@ -178,6 +178,16 @@ def test_an_unknown_name_lists_the_presets():
     assert "-test" not in str(caught.value)
 
 
+@pytest.mark.parametrize("layers", [-1, 10**9])
+def test_a_number_of_layers_that_no_model_has_is_refused_before_they_are_built(tmp_path, layers):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": layers}))
+    for spec in (str(tmp_path / "m"), str(config)):
+        with pytest.raises(ModelError, match="no model has so many layers"):
+            build_student(spec, vocab_size=512, bos_id=0, eos_id=0, block_size=8, seed=0)
+
+
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"got 512; expected at least 513"):
