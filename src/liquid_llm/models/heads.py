@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liquid_llm.device import find_not_finite
 from liquid_llm.errors import ModelError
 from liquid_llm.losses.signals import OutputHead
 from liquid_llm.models.documents import extra_arguments, number_documents, tell_rows
@@ -230,6 +231,14 @@ def check_output_head(model: Any) -> None:
                 problem = f"its logits differ from those of its head by {distance:.2g} of the largest"
             if problem is not None:
                 break
+    poisoned = None if problem is None else find_not_finite(dict(model.named_parameters()))
+    if poisoned is not None:
+        raise ModelError(
+            "the model's weights are not finite",
+            where=architecture(model),
+            got=f"NaN or infinity in {poisoned}",
+            remedy="copy the model again, or use another one",
+        )
     if problem is not None:
         raise ModelError(
             f"this architecture does something unknown between hidden states and logits: {problem}",

@@ -1,3 +1,4 @@
+import math
 import threading
 
 import pytest
@@ -163,3 +164,14 @@ def test_passes_in_several_threads_leave_transformers_as_it_was():
     assert seen == [None, None]
     assert elsewhere.tolist() == [[0, 0, 1, 1]]
     assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_not_called_an_unknown_architecture(value):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = value
+    with pytest.raises(
+        ModelError, match=r"the model's weights are not finite; got NaN or infinity in model\.norm\.weight"
+    ):
+        check_output_head(model)
