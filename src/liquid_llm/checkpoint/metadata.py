@@ -116,7 +116,14 @@ class CheckpointMetadata:
                 remedy="use the release of liquid-llm that wrote it, or give the exported student/ folder instead",
             )
         checked = {name: _check_field(name, values, where) for name in _TYPES}
-        return cls(**checked, versions=_versions(values.get("versions"), where))
+        metadata = cls(**checked, versions=_versions(values.get("versions"), where))
+        try:  # nothing else is ever written
+            metadata.to_dict()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                "metadata holds what JSON does not", where=where, got=f"{error!s:.80}", remedy=_REMEDY
+            ) from error
+        return metadata
 
 
 def _versions(value: object, where: object) -> dict[str, int]:

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from tests.support.checkpoints import metadata_of
 
 from liquid_llm import versions
@@ -110,3 +111,13 @@ def test_versions_are_whole_numbers_from_1(wrong: Any) -> None:
 def test_something_else_than_an_object(values: Any) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint metadata"):
         CheckpointMetadata.from_dict(values, "x")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lr": math.nan}, {"kd_alpha": math.inf}, {"run": {"a": [1.0, -math.inf]}}, {"student": {"x": torch.zeros(1)}}],
+)
+def test_what_could_not_have_been_written_is_refused(changes: dict[str, Any]) -> None:
+    values = {**metadata_of(7).to_dict(), **changes}
+    with pytest.raises(CheckpointError, match="a place: metadata holds what JSON does not"):
+        CheckpointMetadata.from_dict(values, "a place")
