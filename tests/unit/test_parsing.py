@@ -18,6 +18,7 @@ OWN = {
     "liquid_llm.checkpoint.pieces",
     "liquid_llm.demo.pipeline",
     "liquid_llm.jobs.study",
+    "liquid_llm.models.student",
     "liquid_llm.models.token_bytes",
     "liquid_llm.wiring.start",
 }

@@ -26,7 +26,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "ElementTree.fromstring": {"liquid_llm.preparation.formats"},  # after a look for entities
 }
 # Arguments that are dangerous by their value: the only one allowed. True: the call must state it.
-ARGUMENTS = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True, "shell": False}
+ARGUMENTS = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True}
 MUST_STATE = {"torch.load": "weights_only"}
 IMPORTS = {"dill", "joblib", "cloudpickle", "marshal", "shelve", "jsonpickle"}
 
@@ -50,6 +50,8 @@ def problems(name: str, tree: ast.Module) -> Iterator[str]:
         for keyword in node.keywords:
             if keyword.arg in ARGUMENTS:
                 yield from _of_argument(name, str(keyword.arg), keyword.value)
+        if called.startswith("subprocess.") and any(one.arg == "shell" for one in node.keywords):
+            yield f"{name}:{node.lineno}: {called} with shell"
         needed = MUST_STATE.get(called)
         if needed is not None and needed not in {keyword.arg for keyword in node.keywords}:
             yield f"{name}:{node.lineno}: {called} without {needed}"
