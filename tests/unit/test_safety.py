@@ -40,21 +40,23 @@ def problems(name: str, tree: ast.Module) -> Iterator[str]:
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value in ARGUMENTS:
                     yield from _of_argument(name, str(key.value), value)
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        last = "." + called.rpartition(".")[2] if "." in called else called
-        for one in {called, last} & FORBIDDEN.keys():
-            if name not in FORBIDDEN[one]:
-                yield f"{name}:{node.lineno}: {one}"
-        for keyword in node.keywords:
-            if keyword.arg in ARGUMENTS:
-                yield from _of_argument(name, str(keyword.arg), keyword.value)
-        if called.startswith("subprocess.") and any(one.arg == "shell" for one in node.keywords):
-            yield f"{name}:{node.lineno}: {called} with shell"
-        needed = MUST_STATE.get(called)
-        if needed is not None and needed not in {keyword.arg for keyword in node.keywords}:
-            yield f"{name}:{node.lineno}: {called} without {needed}"
+        if isinstance(node, ast.Call):
+            yield from _of_call(name, node)
+
+
+def _of_call(name: str, node: ast.Call) -> Iterator[str]:
+    called = ast.unparse(node.func)
+    last = "." + called.rpartition(".")[2] if "." in called else called
+    for one in {called, last} & FORBIDDEN.keys():
+        if name not in FORBIDDEN[one]:
+            yield f"{name}:{node.lineno}: {one}"
+    stated = {keyword.arg: keyword.value for keyword in node.keywords}
+    for argument in stated.keys() & ARGUMENTS.keys():
+        yield from _of_argument(name, str(argument), stated[argument])
+    if called.startswith("subprocess.") and "shell" in stated:
+        yield f"{name}:{node.lineno}: {called} with shell"
+    if MUST_STATE.get(called) not in {None, *stated}:
+        yield f"{name}:{node.lineno}: {called} without {MUST_STATE[called]}"
 
 
 def _of_argument(name: str, argument: str, value: ast.expr) -> Iterator[str]:
