@@ -34,6 +34,7 @@ from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.data.records import read_records
 from liquid_llm.device import find_not_finite
 from liquid_llm.errors import CheckpointError, DataError, LiquidError, StorageError, UsageError
+from liquid_llm.evaluation.result import FILE_NAME as EVALUATION
 from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.parsing import ParseError, parse_json, parse_yaml
@@ -143,7 +144,9 @@ def _run(uri: str, names: set[str]) -> Iterator[Part]:
             yield _rows(uri, name, due)
     for name, parse in _PARSERS.items():
         if f"provenance/{name.partition('.')[0]}" in in_place:
-            yield _read(storage.join(uri, "provenance", name), f"provenance/{name}", parse)
+            yield _read(uri, f"provenance/{name}", parse)
+    if EVALUATION.partition(".")[0] in in_place:
+        yield _read(uri, EVALUATION, parse_json, "what it was judged to be", "liquid evaluate writes it again")
     if any(name.startswith("student/") for name in names):
         with tempfile.TemporaryDirectory() as folder:
             read = partial(_read_student, storage.join(uri, "student"), Path(folder))
@@ -255,13 +258,18 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _read(uri: str, name: str, parse: Callable[[bytes], object]) -> Part:
+def _read(
+    uri: str,
+    name: str,
+    parse: Callable[[bytes], object],
+    found: str = "what the run was made of",
+    remedy: str = "the run writes it again when it is continued",
+) -> Part:
     try:
-        parse(storage.read_small(uri))
+        parse(storage.read_small(storage.join(uri, name)))
     except (ParseError, StorageError) as error:
-        problem = error.problem if isinstance(error, StorageError) else str(error)
-        return Part(name, "what the run was made of", problem, "the run writes it again when it is continued")
-    return Part(name, "what the run was made of")
+        return Part(name, found, error.problem if isinstance(error, StorageError) else str(error), remedy)
+    return Part(name, found)
 
 
 def _tried(name: str, found: str, read: Callable[[], object], remedy: str) -> Part:

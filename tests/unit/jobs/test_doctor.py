@@ -116,6 +116,15 @@ def test_rows_that_a_checkpoint_had_before_it_must_be_there(
     assert examine(str(run)).whole
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "deep"])
+def test_a_damaged_evaluation_is_named(run: Path, damage: str) -> None:
+    (run / "evaluation.json").write_text('{"student": {"loss": 3.0}}')
+    assert examine(str(run)).whole
+    DAMAGES[damage](run / "evaluation.json")
+    (bad,) = (part for part in examine(str(run)).parts if part.problem)
+    assert (bad.name, bad.remedy) == ("evaluation.json", "liquid evaluate writes it again")
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("metrics.jsonl", "provenance/options.yaml", "step-00000002.meta.json"):
         kept = (run / name).rename(run.parent / "kept")
