@@ -48,7 +48,7 @@ from liquid_llm.signal_store.shards.file import is_shard
 from liquid_llm.signal_store.store import open_store
 
 _MAX_TOLD = 20  # of records alike
-_CAPTURE = "capture again: the same command fills gaps"
+_CAPTURE = "copy it again from where it is whole, or capture again: the same command fills gaps"
 _PARSERS: dict[str, Callable[[bytes], object]] = {
     OPTIONS: parse_kept_options,
     "datasets_snapshot.yaml": parse_yaml,

@@ -59,7 +59,7 @@ def read_store_file(uri: str) -> StoreFile:
             "not a description of a signal store",
             where=where,
             got=f"{type(error).__name__}: {error}",
-            remedy="capture into an empty folder",
+            remedy="copy it again from where it is whole; a new capture goes into an empty folder",
         ) from error
     if identity is None:
         raise SignalError(

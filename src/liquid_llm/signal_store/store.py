@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -55,7 +55,13 @@ LAYOUTS: dict[str, Callable[[str, Iterable[FileInfo], ShardCache | None], Layout
     "pt": lambda uri, infos, cache: PtLayout(uri, infos),
     "shards": ShardsLayout,
 }
-_LEARN = "--learn and --chat_template must be as they were at capture, or all is captured again"
+# "capture again" is said where that helps, and what costs less before it.
+COPY_OR_CAPTURE = "copy it again from where it is whole, or capture again: the same command makes what is damaged anew"
+_COPY = "copy the store again, whole, from where it was captured"
+_OF_THIS = "name the store that was captured of this manifest, or capture it"
+_TEXT = "train on the texts that were captured, or capture again: the same command makes what differs anew"
+_LEARN = "give --learn and --chat_template as they were at capture, or capture again"
+_NEWER = "install a newer liquid-llm"
 _CAPTURE = (
     "liquid capture --mc-teacher-id=TEACHER --dataset-manifest=MANIFEST --math-logits-dir=DIR --code-logits-dir=DIR"
 )
@@ -71,11 +77,13 @@ class Lookup:
     Attributes:
         status: only "usable" has a record.
         reason: why not, in words; empty when usable.
+        remedy: what would help, an imperative clause; empty when usable.
         signal: the decoded rows, where they were asked for.
     """
 
     status: Status
     reason: str = ""
+    remedy: str = ""
     signal: StoredSignal | None = None
 
 
@@ -119,7 +127,7 @@ class StoreReader:
         try:
             signal = self.codec.decode(found.payload, 0, int(stored.sum()), temperature, self.identity.vocab_size)
         except PayloadError as error:
-            return Lookup("corrupt", f"the payload is not one of codec {self.codec.name!r}: {error}")
+            return Lookup("corrupt", f"the payload is not one of codec {self.codec.name!r}: {error}", COPY_OR_CAPTURE)
         if not learnt[stored].all():  # a record of more than is learnt
             signal = signal.take(torch.from_numpy(np.flatnonzero(learnt[stored])))
         if self.identity.positions is not None:
@@ -144,15 +152,15 @@ class StoreReader:
 
     def _find(self, sample: Sample, window: int) -> Record | Lookup:
         if not self.layout.has(sample.sample_id):
-            return Lookup("missing", f"no record in {self.uri}")
+            return Lookup("missing", f"no record in {self.uri}", _OF_THIS)
         try:
             record = self.layout.read(sample.sample_id)
         except RecordMissingError as error:
-            return Lookup("missing", str(error))
+            return Lookup("missing", str(error), COPY_OR_CAPTURE)
         except RecordError as error:
-            return Lookup("corrupt", str(error))
-        reason = stale_reason(record.header, self.identity, sample, window)
-        return record if reason is None else Lookup("stale", reason)
+            return Lookup("corrupt", str(error), COPY_OR_CAPTURE)
+        stale = find_stale(record.header, self.identity, sample, window)
+        return record if stale is None else Lookup("stale", *stale)
 
 
 class StoreWriter:
@@ -206,7 +214,7 @@ class StoreWriter:
     def complete(self, sample: Sample, window: int) -> bool:
         """Whether a whole record is there that serves the first ``window`` tokens of ``sample``. Reads it."""
         header = self._read_header(sample.sample_id)
-        return header is not None and stale_reason(header, self.identity, sample, window) is None
+        return header is not None and find_stale(header, self.identity, sample, window) is None
 
     def holds(self, record: Record) -> bool:
         """Whether a whole record of the same tokens was there when the writer was made. Reads it."""
@@ -275,6 +283,14 @@ def open_store(
     infos = storage.list_files(uri)
     names = {info.name for info in infos}
     if STORE_FILE not in names:
+        inside = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{STORE_FILE}"))
+        if inside:
+            raise SignalError(
+                "this folder is no signal store and holds one", where=uri, remedy=f"name {storage.join(uri, inside[0])}"
+            )
+        if any(is_record_file(name) or is_shard(name) for name in names):
+            remedy = f"{_COPY}, or capture into an empty folder: {_CAPTURE}"
+            raise SignalError(f"records and no {STORE_FILE} in it", where=uri, remedy=remedy)
         problem = f"no {STORE_FILE} in it" if names else "there is no signal store here (missing or empty folder)"
         raise SignalError(problem, where=uri, remedy=f"capture the teacher's signal first: {_CAPTURE}")
     identity, layout_name, versions = read_store_file(uri)
@@ -321,30 +337,44 @@ def _refuse_foreign_files(uri: str, names: set[str]) -> None:
         )
 
 
-def stale_reason(header: RecordHeader, identity: SignalIdentity, sample: Sample, window: int) -> str | None:
+class Stale(NamedTuple):
+    """Why a whole record cannot serve, and what would help."""
+
+    reason: str
+    remedy: str
+
+
+def find_stale(header: RecordHeader, identity: SignalIdentity, sample: Sample, window: int) -> Stale | None:
     """Why a whole record cannot serve the first ``window`` tokens of ``sample`` in a store of ``identity``, or None."""
     if header.format_version > FORMAT_VERSION:
-        return f"record format {header.format_version}, this program reads {FORMAT_VERSION}"
+        return Stale(f"record format {header.format_version}, this program reads {FORMAT_VERSION}", _NEWER)
     difference = header.identity.difference(identity)
     if difference is not None:
         name, theirs, stores = difference_in_words(*difference)
-        return f"captured with {name} {theirs}, the store is of {stores}"
+        return Stale(f"captured with {name} {theirs}, the store is of {stores}", _COPY)
     if (header.sample_id, header.type) != (sample.sample_id, sample.type):
-        return f"it is the record of {header.type} sample {header.sample_id!r}"
+        return Stale(f"it is the record of {header.type} sample {header.sample_id!r}", _OF_THIS)
     needed = min(window, len(sample.input_ids))
     reason = first_difference(header, sample.input_ids, needed)
-    if reason is None and header.num_tokens < needed:
-        reason = f"captured at {header.num_tokens} tokens, {needed} wanted"
-    if reason is None and identity.positions is not None:
+    if reason is not None:
+        return Stale(reason, _TEXT)
+    if header.num_tokens < needed:
+        remedy = f"train with --seq_len={header.num_tokens} or less, or capture again with --seq_len={needed} or more"
+        return Stale(f"captured at {header.num_tokens} tokens, {needed} wanted", remedy)
+    reason = _other_positions(header, identity, sample, needed)
+    return None if reason is None else Stale(reason, _LEARN)
+
+
+def _other_positions(header: RecordHeader, identity: SignalIdentity, sample: Sample, needed: int) -> str | None:
+    """How the positions of a record are not those that are learnt of the first ``needed`` tokens, or None."""
+    if identity.positions is not None:
         learnt, stored = sample.learnt_positions(header.num_tokens), header.positions()
         if len(stored) != len(learnt):
-            reason = f"captured of {header.num_tokens} tokens of which there are {len(learnt) + 1} now"
-        elif (stored & ~learnt).any() or stored.sum() != identity.num_chosen(int(learnt.sum())):
-            reason = f"captured for other positions than are learnt ({_LEARN})"
-    elif reason is None and header.runs:
+            return f"captured of {header.num_tokens} tokens of which there are {len(learnt) + 1} now"
+        if (stored & ~learnt).any() or stored.sum() != identity.num_chosen(int(learnt.sum())):
+            return "captured for other positions than are learnt"
+    elif header.runs:
         lacking = sample.learnt_positions(needed) & ~header.positions()[: needed - 1]
         if lacking.any():
-            reason = (
-                f"captured for other positions than are learnt: {int(lacking.sum())} of these have no row ({_LEARN})"
-            )
-    return reason
+            return f"captured for other positions than are learnt: {int(lacking.sum())} of these have no row"
+    return None

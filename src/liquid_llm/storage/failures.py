@@ -49,6 +49,12 @@ _NO_CONNECTION = Cause("no connection", "could not connect", "check the network 
 _TIMEOUT = Cause("timeout", "timed out", _LATER, passing=True)
 _DENIED = Cause("permission", "permission denied", _ACCESS)
 
+_ENCODED = Cause(
+    "encoded",
+    "what is sent is packed (Content-Encoding) in a way that cannot be unpacked, as a part of a file is",
+    "upload it again without Content-Encoding (-Z or -z of gsutil and gcloud storage)",
+)
+
 _BY_ERRNO = {
     errno.ENOENT: _NOT_FOUND,
     errno.EACCES: _DENIED,
@@ -77,9 +83,12 @@ _BY_STATUS = {
     404: Cause("not found", "not found (404)", _SPELLING),
     408: Cause("timeout", "timed out (408)", _LATER, passing=True),
     410: Cause("not found", "no longer there (410)", _SPELLING),
+    412: Cause("changed", "another writer has changed it meanwhile (412)", "see that one run alone writes there"),
+    413: Cause("refused", "the service refuses so large a file (413)", "choose another place"),
     416: Cause("past the end", "the requested range lies past the end of the file (416)"),
     429: Cause("throttled", "throttled: too many requests (429)", _LATER, passing=True),
     503: Cause("unavailable", "the storage service is unavailable (503)", _LATER, passing=True),
+    507: Cause("no space", "no space left at the storage service (507)", _SPACE),
     504: Cause("timeout", "timed out (504)", _LATER, passing=True),
 }
 
@@ -87,6 +96,7 @@ _BY_STATUS = {
 _BY_CLASS: tuple[tuple[frozenset[str], Cause], ...] = (
     (frozenset({"InvalidURL", "InvalidUrlClientError"}), Cause("name", "this is not a usable URL", _SPELLING)),
     (frozenset({"TimeoutError", "Timeout"}), _TIMEOUT),
+    (frozenset({"ContentEncodingError"}), _ENCODED),
     (frozenset({"GoogleAuthError", "NoCredentialsError"}), Cause("permission", "no usable credentials", _LOGIN)),
     (frozenset({"ClientConnectorError", "ConnectionRefusedError", "gaierror"}), _NO_CONNECTION),
     (frozenset({"ProxyError"}), Cause("unavailable", "the storage service is unavailable (502)", _LATER, passing=True)),

@@ -73,11 +73,12 @@ class TeacherRouter(Mapping[str, Teacher]):
                 "no sample of this run has usable stored signal",
                 where=", ".join(sorted({row.where for row in found.values()})),
                 got="; ".join(f"{type}: {row.samples} samples, {row.problem}" for type, row in found.items()),
-                remedy="capture the signal of this manifest with this tokenizer and sequence length",
+                remedy="; ".join(dict.fromkeys(row.remedy for row in found.values())),
             )
         for type, row in found.items():
             if not row.usable:
-                log.warning("%s: no sample has usable stored signal (%s): plain cross-entropy", type, row.problem)
+                said = "%s: no sample has usable stored signal (%s): plain cross-entropy; to mend it, %s"
+                log.warning(said, type, row.problem, row.remedy)
         return found
 
     def close(self) -> None:

@@ -91,6 +91,7 @@ class StoredTeacher(Teacher):
 
         statuses: Counter[str] = Counter()
         examples: dict[str, str] = {}
+        remedies: dict[str, str] = {}
         with ThreadPoolExecutor(_READERS, "check") as threads:
             for portion in portions:
                 if statuses["usable"]:
@@ -101,7 +102,9 @@ class StoredTeacher(Teacher):
                         examples.setdefault(
                             lookup.status, f"sample {sample.sample_id!r} is {lookup.status}: {lookup.reason}"
                         )
-        return Coverage(self.store.uri, len(names), len(listed), statuses.total(), dict(statuses), examples)
+                        remedies.setdefault(lookup.status, lookup.remedy)
+        total = statuses.total()
+        return Coverage(self.store.uri, len(names), len(listed), total, dict(statuses), examples, remedies)
 
     def close(self) -> None:
         """Close the store and say how often its records served."""

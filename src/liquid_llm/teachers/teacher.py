@@ -87,6 +87,7 @@ class Coverage:
         checked: records that were looked at.
         statuses: how many of those checked are usable, missing, stale or corrupt.
         examples: status -> the first sample that is not usable, and why.
+        remedies: status -> what would help that sample.
     """
 
     where: str
@@ -95,6 +96,7 @@ class Coverage:
     checked: int
     statuses: Mapping[str, int]
     examples: Mapping[str, str]
+    remedies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def usable(self) -> int:
@@ -105,6 +107,11 @@ class Coverage:
     def problem(self) -> str:
         """What was wrong with the first one that was not usable, or ""."""
         return "none has a record" if not self.listed else next(iter(self.examples.values()), "")
+
+    @property
+    def remedy(self) -> str:
+        """What would help that one."""
+        return next(iter(self.remedies.values()), "name the store that was captured of this manifest, or capture it")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for provenance."""

@@ -80,10 +80,8 @@ def test_a_record_of_other_positions_is_stale_unless_it_has_all_that_are_learnt(
         lookup = store.get(whole, 1024, 1.0)
         lacking = int((~sample.learnt_positions(1024)).sum())
         assert lookup.status == "stale"
-        assert lookup.reason == (
-            f"captured for other positions than are learnt: {lacking} of these have no row "
-            "(--learn and --chat_template must be as they were at capture, or all is captured again)"
-        )
+        assert lookup.reason == f"captured for other positions than are learnt: {lacking} of these have no row"
+        assert lookup.remedy == "give --learn and --chat_template as they were at capture, or capture again"
         assert sample.learnt is not None
         fewer = sample.learnt & (np.arange(len(sample.learnt)) % 3 > 0)
         assert store.get(replace(sample, learnt=fewer), 1024, 1.0).status == "usable"

@@ -697,3 +697,40 @@ def test_a_place_that_cannot_be_opened_is_said_in_words(tmp_path: Path, url: str
     for action in (storage.stat, storage.list_files, storage.read_bytes, storage.open_read):
         with pytest.raises(StorageError, match=f"cannot be opened; got .*{words}"):
             action(uri)
+
+
+class ContentEncodingError(ValueError):
+    """As aiohttp calls it."""
+
+
+class Answered(OSError):
+    def __init__(self, status: int) -> None:
+        super().__init__("answered")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("error", "problem", "remedy"),
+    [
+        (FileNotFoundError(errno.ENOENT, "x"), "not found", "spelling"),
+        (Answered(404), "not found", "spelling"),
+        (PermissionError(errno.EACCES, "x"), "permission denied", "grant this account"),
+        (Answered(403), "permission denied", "grant this account"),
+        (Answered(401), "not signed in", "credentials"),
+        (OSError(errno.EROFS, "x"), "read-only", "another place"),
+        (OSError(errno.ENOSPC, "x"), "no space left on the disk", "free some space"),
+        (OSError(errno.EDQUOT, "x"), "quota", "free some space"),
+        (Answered(507), "no space left at the storage service", "free some space"),
+        (Answered(412), "another writer has changed it", "one run alone"),
+        (Answered(413), "refuses so large a file", "another place"),
+        (Answered(429), "throttled", "few minutes"),
+        (Answered(503), "unavailable", "few minutes"),
+        (ContentEncodingError("x"), "packed (Content-Encoding)", "without Content-Encoding"),
+    ],
+)
+def test_a_cause_has_its_words_and_its_remedy(error: Exception, problem: str, remedy: str) -> None:
+    said = describe(error, writing=False).as_error("gs://b/x")
+    assert problem in said.problem
+    assert said.remedy is not None
+    assert remedy in said.remedy
+    assert "apture" not in str(said)

@@ -77,7 +77,10 @@ def test_coverage_is_asked_of_those_that_have_only_some_texts(caplog: pytest.Log
     found = router.coverage({**data, "code": [ListSource(SAMPLES)], "other": [ListSource(SAMPLES)]}, 64)
     assert {type: row.usable for type, row in found.items()} == {"math_tool": 2, "code": 0}
     assert [one.getMessage() for one in caplog.records] == [
-        "code: no sample has usable stored signal (none has a record): plain cross-entropy"
+        (
+            "code: no sample has usable stored signal (none has a record): plain cross-entropy; to mend it, "
+            "name the store that was captured of this manifest, or capture it"
+        )
     ]
     assert router.coverage({"code": [ListSource([])]}, 64) == {}
 

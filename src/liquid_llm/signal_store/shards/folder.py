@@ -267,12 +267,13 @@ class Listing:
             name, why = next(iter(self.damaged.items()))
             found.append(
                 f"{_shards(len(self.damaged))} cannot be read, the first {name} ({why}):"
-                " capture again, after that such a file may be removed"
+                " copy the store again, or capture again, after that such a file may be removed"
             )
         if self.truncated:
             verb = "is" if len(self.truncated) == 1 else "are"
             found.append(
-                f"{_shards(len(self.truncated))} {verb} truncated, the first {self.truncated[0]}: capture again"
+                f"{_shards(len(self.truncated))} {verb} truncated, the first {self.truncated[0]}:"
+                " copy the store again, or capture again"
             )
         if self.gone and self.lost:
             verb = "is" if len(self.gone) == 1 else "are"
