@@ -260,6 +260,12 @@ class StoreWriter:
             return None
 
 
+_TOKENS = (
+    "give all types teachers of one tokenizer, with the same added tokens, or train with that of the store's teacher; to "
+    "capture again helps only where that teacher's own files have changed since"
+)
+
+
 def open_store(
     uri: str,
     *,
@@ -305,7 +311,9 @@ def open_store(
                 where=uri,
                 got=stored if what == "teacher" else f"{stored} (of {identity.teacher})",
                 expected=expected,
-                remedy="name the folder captured with the expected one, or capture again into another folder",
+                remedy=_TOKENS
+                if what == "tokenizer"
+                else "name the folder captured with the expected one, or capture again into another folder",
             )
     if layout_name not in LAYOUTS:
         raise SignalError(

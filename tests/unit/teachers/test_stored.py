@@ -244,8 +244,11 @@ def test_the_maker_opens_the_store_that_it_was_told_to_expect(
         replace(setup, tokenizer_hash="other"),
         replace(setup, vocab_size=VOCAB + 1),
     ):
-        with pytest.raises(SignalError, match="the store is of another"):
+        with pytest.raises(SignalError, match="the store is of another") as raised:
             open_stored(str(tmp_path / "store"), wrong)
+        # The same teacher's signal, captured anew, would be of the same other tokenizer.
+        helps = "helps only where" in str(raised.value)
+        assert helps == ("another tokenizer" in str(raised.value))
 
 
 def test_closing_says_how_often_records_served(
