@@ -261,8 +261,8 @@ class StoreWriter:
 
 
 _TOKENS = (
-    "give all types teachers of one tokenizer, with the same added tokens, or train with that of the store's teacher; to "
-    "capture again helps only where that teacher's own files have changed since"
+    "give all types teachers of one tokenizer, with the same added tokens, or train with that of the store's teacher; "
+    "to capture again helps only where that teacher's own files have changed since"
 )
 
 
