@@ -75,7 +75,18 @@ class Evaluate:
         return {"val_loss_student": 2.0, **self.found}
 
 
-def recorder(engine: Engine, folder: Path, clock: Any, written: Any = None) -> tuple[Plain, Any]:
+class InPieces(Plain):
+    """Of a student of 1000 bytes, of which no rank has all."""
+
+    _in_pieces = True  # type: ignore[assignment]
+
+    def _own_tensors(self) -> dict[str, Any]:
+        return {"student": {"w": torch.zeros(250)}}
+
+
+def recorder(
+    engine: Engine, folder: Path, clock: Any, written: Any = None, kind: type[Plain] = Plain
+) -> tuple[Plain, Any]:
     written = written or Written()
     written.run_dir = folder
     config = SimpleNamespace(
@@ -95,7 +106,7 @@ def recorder(engine: Engine, folder: Path, clock: Any, written: Any = None) -> t
         device=torch.device("cpu"),
     )
     files = RunFiles(written, written, written) if engine.is_main else None
-    return Plain(config, parts, files, waited=lambda: 0.0, clock=clock), written
+    return kind(config, parts, files, waited=lambda: 0.0, clock=clock), written
 
 
 def take_step(one: Recorder, step: int, loss: float = 1.0) -> None:
@@ -251,6 +262,20 @@ def test_a_save_that_takes_longer_than_a_machine_waits_is_said_at_the_start(tmp_
                 take_step(one, step)
         text = "a save takes about 31 s: 6.93 GiB at 240 MB/s, as long as none was measured. A machine that leaves 30 s"
         assert (text in described.text) == warned
+        assert described.text.count("a save takes") == warned
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(32.0, True), (40.0, False)])
+def test_of_pieces_it_is_said_as_well_for_what_all_ranks_write(
+    tmp_path: Path, described: Any, monkeypatch: pytest.MonkeyPatch, rate: float, warned: bool
+) -> None:
+    monkeypatch.setattr("liquid_llm.checkpoint.background.ASSUMED_BYTES_PER_SECOND", rate)
+    now = [0.0]
+    one, _ = recorder(Engine(), tmp_path, lambda: now[0], kind=InPieces)
+    with one:
+        now[0] += 1.0
+        take_step(one, 1)
+        assert ("a save takes about 31 s: 1,000 bytes" in described.text) == warned
         assert described.text.count("a save takes") == warned
 
 
