@@ -39,6 +39,7 @@ def disturb(job: Job, expected: str, seed: int, gcs: Bucket, proxy: FaultyProxy,
     share, output, work = draw.choice([0.1, 0.3, 0.5]), f"{gcs.uri}/out", folder / "work"
     words = job.words(output, work)
     proxy.page_size = draw.choice([0, 1, 3])
+    proxy.fresh = "%2Fin%2F"  # what a run reads was there long before
     proxy.draw_faults(seed, share, [*KINDS, STALE])
     code = main(words)
     proxy.heal()

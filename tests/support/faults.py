@@ -55,12 +55,14 @@ class FaultyProxy:
 
     Attributes:
         page_size: at most so many objects are in one answer to a listing; 0 is as many as the server gives.
+        fresh: listings whose URL contains this are never without what was written last; "" is none.
         counts: how often each fault has struck.
     """
 
     base: str
     delay_seconds: float = 0.0
     page_size: int = 0
+    fresh: str = ""
     counts: dict[int | str, int] = field(default_factory=dict)
     requests: list[Seen] = field(default_factory=list)
     _faults: list[_Fault] = field(default_factory=list)
@@ -98,6 +100,8 @@ class FaultyProxy:
                 return fault.what
         if self._random.random() < self._share:
             found = self._random.choice(self._kinds)
+            if found == STALE and self.fresh and self.fresh in path:
+                return None
             return CUT if found == SHORT and not _is_object(method, path) else found
         return None
 
