@@ -166,12 +166,14 @@ def _last_row_due(uri: str, names: list[str]) -> int | None:
     for name in names:
         metadata, _ = _sidecar(storage.join(uri, name.removesuffix(DATA_SUFFIX) + SIDECAR_SUFFIX))
         steps.append(0 if metadata is None else metadata.step)
+    if not max(steps):
+        return None  # killed before its first checkpoint: rows are forced to the disk with those
     try:
         config = parse_json(storage.read_small(storage.join(uri, "provenance", "config.json")))
         every = int(config["output"]["metrics_every_steps"])
         return max(steps) // every * every
     except (StorageError, ParseError, LookupError, TypeError, ValueError, ArithmeticError):
-        return 0 if max(steps) else None
+        return 0
 
 
 def _checkpoint(folder: str, name: str) -> Part:

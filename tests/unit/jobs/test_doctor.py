@@ -125,6 +125,14 @@ def test_a_damaged_evaluation_is_named(run: Path, damage: str) -> None:
     assert (bad.name, bad.remedy) == ("evaluation.json", "liquid evaluate writes it again")
 
 
+def test_a_run_that_has_not_come_to_its_first_checkpoint_lacks_no_rows(run: Path) -> None:
+    for path in (*run.glob("*.pt"), *run.glob("*.meta.json")):
+        path.unlink()
+    (run / "metrics.jsonl").write_text("")
+    (run / "provenance" / "config.json").write_text(json.dumps({"output": {"metrics_every_steps": 1}}))
+    assert examine(str(run)).whole
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("metrics.jsonl", "provenance/options.yaml", "step-00000002.meta.json"):
         kept = (run / name).rename(run.parent / "kept")
