@@ -263,6 +263,13 @@ def test_a_model_whose_head_is_not_understood_is_refused(folder, monkeypatch):
         load_teacher(str(folder), **CPU)
 
 
+def test_a_teacher_that_sees_later_tokens_is_refused(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="depends on later tokens"):
+        load_teacher(str(tmp_path), **CPU)
+
+
 def test_unexpected_weights_are_told(folder, caplog):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "extra.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
