@@ -35,6 +35,7 @@ from liquid_llm.data.records import read_records
 from liquid_llm.device import find_not_finite
 from liquid_llm.errors import CheckpointError, DataError, LiquidError, StorageError, UsageError
 from liquid_llm.evaluation.result import FILE_NAME as EVALUATION
+from liquid_llm.masking import process_masker
 from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.parsing import ParseError, parse_json, parse_yaml
@@ -99,7 +100,8 @@ def doctor(uri: str) -> int:
     """
     found = examine(uri)
     parts = [{name: value for name, value in asdict(part).items() if value is not None} for part in found.parts]
-    print(json.dumps({"kind": found.kind, "where": found.where, "whole": found.whole, "parts": parts}, indent=2))
+    said = {"kind": found.kind, "where": found.where, "whole": found.whole, "parts": parts}
+    print(json.dumps(process_masker().urls(said), indent=2))
     return 0 if found.whole else found.exit_code
 
 

@@ -12,6 +12,7 @@ from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import folder_name
 from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.errors import CheckpointError, LiquidError, UsageError
+from liquid_llm.masking import process_masker
 from liquid_llm.metrics import FILE_NAME, read_metrics
 from liquid_llm.parsing import parse_json
 from liquid_llm.signal_store.description import STORE_FILE
@@ -25,7 +26,7 @@ def inspect(uri: str) -> int:
         UsageError: there is nothing there this project writes or reads.
         LiquidError: it is there and cannot be read.
     """
-    print(json.dumps(describe(uri), indent=2, sort_keys=True, default=str))
+    print(json.dumps(process_masker().urls(describe(uri)), indent=2, sort_keys=True, default=str))
     return 0
 
 

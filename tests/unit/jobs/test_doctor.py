@@ -116,6 +116,16 @@ def test_rows_that_a_checkpoint_had_before_it_must_be_there(
     assert examine(str(run)).whole
 
 
+def test_a_secret_in_the_url_of_a_manifest_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"path": "nonsense://user:S3CR3T@host/a.jsonl?sig=S3CR3T", "type": "lm"}\n')
+    for command in ("inspect", "doctor"):
+        assert main([command, str(manifest)]) != 0
+        said = "".join(capsys.readouterr())
+        assert "S3CR3T" not in said
+        assert "host/a.jsonl" in said
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "deep"])
 def test_a_damaged_evaluation_is_named(run: Path, damage: str) -> None:
     (run / "evaluation.json").write_text('{"student": {"loss": 3.0}}')
