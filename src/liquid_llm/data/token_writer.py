@@ -180,8 +180,10 @@ class TokenWriter:
         self.num_tokens = 0
 
     def __enter__(self) -> TokenWriter:
-        for name in ("tokens", "ids", _LOCATIONS, FIRST_LEARNT, *COLUMNS):
-            self._files[name] = self._open.enter_context((self._directory / name).open("xb"))
+        with self._open:  # where one of them cannot be opened
+            for name in ("tokens", "ids", _LOCATIONS, FIRST_LEARNT, *COLUMNS):
+                self._files[name] = self._open.enter_context((self._directory / name).open("xb"))
+            self._open = self._open.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
