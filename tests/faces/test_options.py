@@ -70,7 +70,7 @@ def test_a_wrong_option_exits_2_without_a_traceback(face):
 )
 def test_the_reference_keeps_the_default_it_has_always_had(words, file, expected, tmp_path, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr("liquid_llm.jobs.train.run_training", lambda face, options: given.append(options) or 0)
+    monkeypatch.setattr("liquid_llm.jobs.train.run_training", lambda face, options, **_: given.append(options) or 0)
     config = tmp_path / "run.yaml"
     config.write_text(file)
     assert cli.main(["--dataset_manifest=m.jsonl", f"--config={config}", *words]) == 0
