@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Google's libraries say on import that they will not be updated for Python 3.10; the pinned ones run on it.
     unsupported = "ignore:You are using a non-supported Python version:FutureWarning"
     config.addinivalue_line("filterwarnings", unsupported)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` would have no run hear it
     install()  # before any backward pass: autograd has a queue only for devices that are there when it is first used
 
 

@@ -116,7 +116,8 @@ def _run(config: RunConfig, engine: Engine) -> Place | None:
             _train(config, output, start, engine)
         elif output is not None and config.optimizer.steps > 0 and start.kind == "continue":
             send_what_is_lacking(output.place, output.lease)
-        return None if output is None or config.optimizer.steps == 0 else output.place
+        is_there = output is not None and (output.place.run_dir / STUDENT).is_dir()
+        return output.place if output is not None and is_there and config.optimizer.steps > 0 else None
 
 
 def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any], Fit]:

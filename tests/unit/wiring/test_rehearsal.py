@@ -80,7 +80,8 @@ def test_what_is_said_at_an_evaluation_counts_by_its_first_batch(monkeypatch: py
     monkeypatch.setattr("liquid_llm.answers.generate", generate)
     questions = [Question("t", str(n), (0, 1), "q", "#### 1") for n in range(33)]
     speech = Speech(tiny_tokenizer(), Framing(0, 0), (0,), [Prompt("x", (5,))] * 40, questions)
-    student = SimpleNamespace(model=None, compute_dtype=torch.float32, device=torch.device("cpu"))
+    student = SimpleNamespace(model=None, compute_dtype=torch.float32, device=torch.device("cpu"), is_dealt_out=False)
+    student.ask = lambda work: work(None)
     times = iter((0.0, 2.0, 10.0, 13.0))
     assert speaking_seconds(student, speech, lambda: next(times)) == pytest.approx(2 * 40 / 16 + 3 * 33 / 16)  # type: ignore[arg-type]
     assert said == [16, 16]

@@ -28,8 +28,13 @@ def questions() -> list[Question]:
     return [Question(f"t{n % 2}", f"q{n}", (0, 5 + n), f"q{n}", f"#### {n}") for n in range(7)]
 
 
+def standing_in(model: Any) -> Any:
+    """A student that is asked alone, and has the model for itself."""
+    return SimpleNamespace(model=model, compute_dtype=torch.float32, is_dealt_out=False, ask=lambda work: work(model))
+
+
 def ask(engine: Engine) -> dict[str, Any]:
-    student = SimpleNamespace(model=tiny_model("llama", 512), compute_dtype=torch.float32)
+    student = standing_in(tiny_model("llama", 512))
     row: dict[str, Any] = {"by_type": {"t0": {"val_loss": 1.0}}}
     Speech(TOKENIZER, Framing(0, 0), (0,), questions=questions(), answer_tokens=3, engine=engine).add_answers(
         student, row
@@ -101,7 +106,7 @@ def test_a_secret_that_a_student_has_learnt_is_masked_too(monkeypatch: pytest.Mo
     said = TOKENIZER("it is correct-horse-battery, I think", add_special_tokens=False)["input_ids"]
     asked: list[Any] = []
     monkeypatch.setattr("liquid_llm.wiring.speech.generate", lambda _, prompts, **__: asked.append(prompts) or [said])
-    student = SimpleNamespace(model=None, compute_dtype=torch.float32)
+    student = standing_in(None)
     (row,) = Speech(TOKENIZER, Framing(0, 0), (0,), [Prompt("what?", (5,))]).sample(student)
     assert row["text"] == "it is ***, I think"
     assert asked == [[[0, 5]]], "the framing's begin stands before the prompt"
