@@ -60,3 +60,9 @@ def format_change(before: float | None, after: float | None) -> str:
     if before is None or after is None or not before > 0:
         return "–"
     return f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
+
+
+def format_sample(text: str, most: int = 160) -> str:
+    """What a model said as one line of at most ``most`` characters."""
+    said = " ".join(text.split()) or "(line ends alone)"
+    return said if len(said) <= most else f"{said[:most]}…"

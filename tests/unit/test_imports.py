@@ -49,6 +49,7 @@ LAYERS = (
         "sharding",
         "step_sums",
         "unread",
+        "weight_files",
         "data.types",
     },
     set(),  # parts

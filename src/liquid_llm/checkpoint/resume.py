@@ -35,6 +35,7 @@ from liquid_llm.checkpoint.pieces import fetch_pieces
 from liquid_llm.errors import CheckpointError, StorageError
 from liquid_llm.parsing import parse_json
 from liquid_llm.storage import FileInfo, translate_errors
+from liquid_llm.weight_files import find_weight_files
 
 _WRAPPERS = ("model", "state_dict", "student", "model_state_dict", "module", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
@@ -211,36 +212,15 @@ def _read_folder(folder: Path, uri: str) -> ResumeSource:
     if not isinstance(config, dict):
         raise CheckpointError("config.json holds no JSON object", where=uri, remedy="save the model again")
     weights: dict[str, Tensor] = {}
-    for name in _weight_files(folder, names, uri):
+    files = find_weight_files(folder, names, uri, CheckpointError)
+    if files is None:
+        raise _not_a_model_folder(uri, names)
+    for name in files:
         read = _read_safetensors if name.endswith(".safetensors") else read_archive
         weights.update(read(folder / name, storage.join(uri, name)))
     has_tokenizer = any(name in names for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
     tokenizer_folder = str(folder) if has_tokenizer else None
     return ResumeSource(_bare_state_dict(weights, uri), f"Hugging Face model {uri}", None, config, tokenizer_folder)
-
-
-def _weight_files(folder: Path, names: list[str], uri: str) -> list[str]:
-    """The files that hold the weights: one, or the shards an index names, which lie in the folder itself."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if whole in names:
-            return [whole]
-        index = f"{whole}.index.json"
-        if index in names:
-            try:
-                with translate_errors(folder):
-                    shards = sorted(set(parse_json(storage.read_small(str(folder / index)))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError("this index of shards cannot be read", where=f"{uri}/{index}") from error
-            missing = [str(shard) for shard in shards if shard not in names]
-            if missing:
-                raise CheckpointError(
-                    "weights named by the index are missing",
-                    where=f"{uri}/{index}",
-                    got=", ".join(missing[:3]),
-                    remedy="copy the folder again",
-                )
-            return shards
-    raise _not_a_model_folder(uri, names)
 
 
 def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from liquid_llm.cli.completion import SHELLS, is_asked, shell_code, words_so_far
 from liquid_llm.cli.evaluate import evaluate
 from liquid_llm.cli.export import export
 from liquid_llm.cli.memory import memory
-from liquid_llm.cli.parse import HELP, Positional, choose, overview, parse
+from liquid_llm.cli.parse import AS_JSON, HELP, Positional, choose, overview, parse
 from liquid_llm.cli.store import store
 from liquid_llm.cli.study import study
 from liquid_llm.errors import LAST_WORDS_SECONDS, LiquidError, StorageError
@@ -42,7 +42,6 @@ DEMO = (
     Option("seed", "int", RUN, "seed", 1234, "seed of data, initial weights and order", minimum=0),
 )
 VOCABULARY = Option("vocab", "int", RUN, "vocab", 49152, "tokens of the tokenizer, whose rows count too", minimum=2)
-AS_JSON = Option("json", "bool", RUN, "json", False, "print one JSON object")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

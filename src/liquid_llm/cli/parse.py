@@ -18,13 +18,14 @@ from typing import NoReturn
 
 from liquid_llm.cli.completion import offer, offer_names
 from liquid_llm.errors import UsageError
-from liquid_llm.options import AUTO, OPTIONS, Option
+from liquid_llm.options import AUTO, OPTIONS, RUN, Option
 from liquid_llm.parsing import MAX_YAML_BYTES, ParseError, parse_yaml
 from liquid_llm.sources import NONE, is_blank, overlay, read_by_type, read_sources
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
 
+AS_JSON = Option("json", "bool", RUN, "json", False, "print one JSON object")
 _BY_TYPE = "sources."  # before the field of an option that is given by type
 _DATE = re.compile(r"\$\(date \+(?P<format>[^)]*)\)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from liquid_llm.cli.parse import Positional, choose, parse
+from liquid_llm.cli.parse import AS_JSON, Positional, choose, parse
 from liquid_llm.errors import UsageError
 from liquid_llm.options import CAPTURE, RUN, Option, options_of
 
@@ -13,7 +13,6 @@ _DESCRIPTION = (
     "something is not as it should be."
 )
 _MOVED = "; the nearest that the codec is read at"
-_JSON = Option("json", "bool", RUN, "json", False, "print one JSON object")
 _TEMPERATURE = Option("temperature", "float", RUN, "temperature", None, f"to decode at [2{_MOVED}]", above=0)
 _TEMPERATURES = Option("temperatures", "floats", RUN, "temperatures", None, f"to compare at [1,2{_MOVED}]", above=0)
 _SHARED = "seq_len teacher_precision data_cache learn chat_template device hf_token_file seed"
@@ -37,22 +36,22 @@ _ACTIONS: dict[str, tuple[str, tuple[Positional, ...], tuple[Option, ...]]] = {
             Positional("source", "SRC", "store of any layout"),
             Positional("target", "DST", "folder for the shards; not that of a .pt store"),
         ),
-        (_JSON,),
+        (AS_JSON,),
     ),
     "verify": (
         "score a random sample again and compare it with what is stored",
         (_STORE,),
-        (*_TEACHER, _samples(32), _TEMPERATURES, _JSON),
+        (*_TEACHER, _samples(32), _TEMPERATURES, AS_JSON),
     ),
     "stats": (
         "bytes a stored position by part, shares learnt and kept, mass, tail share; with a teacher also fidelity",
         (_STORE,),
-        (*_TEACHER, _samples(200), _TEMPERATURE, _JSON),
+        (*_TEACHER, _samples(200), _TEMPERATURE, AS_JSON),
     ),
     "diff": (
         "which records are missing, hold other signal (payload) or are of another text or length (tokens)",
         (Positional("first", "A", "a store"), Positional("second", "B", "another")),
-        (_TEMPERATURE, _JSON),
+        (_TEMPERATURE, AS_JSON),
     ),
 }
 

@@ -11,10 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from liquid_llm.demo.judge import BEFORE, DISTILLED, PLAIN, TEACHER
-from liquid_llm.formatting import format_bytes, format_count, format_seconds
+from liquid_llm.formatting import format_bytes, format_count, format_sample, format_seconds
 from liquid_llm.terminal import print_facts, result_table
 
-_SHOWN_CHARACTERS = 160  # of a sample
 _EQUAL = 0.1  # times that differ by less are called equal
 _SHOWN_PROMPTS = 3  # the others are in the files
 
@@ -48,8 +47,7 @@ def print_summary(summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None
         console.print(Text(f"\n{prompt}", "dim"), soft_wrap=True)
         for row in summary["samples"]:
             if row["prompt"] == prompt:
-                said = " ".join(row["text"].split()) or "(line ends alone)"
-                console.print(Text(f"  {row['student']:<9}  {_shorten(said)}"), soft_wrap=True)
+                console.print(Text(f"  {row['student']:<9}  {format_sample(row['text'])}"), soft_wrap=True)
     captured = summary["capture"]
     facts = {
         "stored signal": f"{captured['bytes'] / captured['positions']:,.1f} bytes a token",
@@ -105,7 +103,3 @@ def _table(summary: Mapping[str, Any]) -> Table:
             f"{row['repeated_4grams']:.0%}",
         )
     return table
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -32,6 +32,7 @@ from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
 from liquid_llm.wiring.fitting import Fit, judge, judge_capture, resolve_auto
 from liquid_llm.wiring.shapes import Models, nominal_shape, open_shape, open_teachers, stored_codec, with_positions
+from liquid_llm.wiring.sharding import require_several
 from liquid_llm.wiring.tokens import read_token
 
 _L4_BYTES = 22 * 2**30  # 24 GB less what the context takes
@@ -108,7 +109,7 @@ def _training(config: RunConfig, card: Card, price: object, ranks: int) -> _Foun
     if ranks > 1:
         require_training_ranks(config.teacher.ranks, ranks)
         ranks -= config.teacher.ranks
-    _require_several(config, ranks)
+    require_several(config, ranks, "say how many there are: --ranks=8")
     token = read_token(config.teacher)
     teacher, held_bytes = open_teachers(config, _dtype(config.teacher.precision, card), token, ranks)
     named = config.teacher.online_id  # one that is asked nothing still says whose tokenizer it is
@@ -124,15 +125,6 @@ def _training(config: RunConfig, card: Card, price: object, ranks: int) -> _Foun
         notes.append("the cost follows from the speed, which only a run on the card says: --dry_run --price_per_hour")
     words = f"{config.face}, {settled.data.batch_size} x {settled.data.block_size} tokens a micro-batch"
     return words + (f", one of {ranks} processes" if ranks > 1 else ""), fit, choices, notes
-
-
-def _require_several(config: RunConfig, ranks: int) -> None:
-    dealt_out = (("--shard=full", config.student.is_dealt_out), ("--teacher_shard=full", config.teacher.is_dealt_out))
-    for option, is_asked in dealt_out:
-        if is_asked and ranks == 1:
-            raise UsageError(
-                "one process has nobody to share a model with", where=option, remedy="say how many there are: --ranks=8"
-            )
 
 
 def _capture(config: CaptureConfig, card: Card) -> _Found:

@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from liquid_llm.formatting import format_bytes, format_count, format_seconds
+from liquid_llm.formatting import format_bytes, format_count, format_sample, format_seconds
 from liquid_llm.report.summary import next_steps
 from liquid_llm.terminal import print_facts, result_table
 
-_MOST_CHARACTERS = 160  # of a sample
 _MOST_SAMPLES = 2  # the others are in samples.jsonl
 
 
@@ -31,8 +30,7 @@ def show_run(summary: Mapping[str, Any], run_dir: Path, shown: str) -> None:
     for sentence in summary["sentences"]:
         console.print(Text(sentence), soft_wrap=True)
     for row in summary["samples"][:_MOST_SAMPLES]:
-        said = " ".join(row["text"].split()) or "(line ends alone)"
-        said = said if len(said) <= _MOST_CHARACTERS else f"{said[:_MOST_CHARACTERS]}…"
+        said = format_sample(row["text"])
         console.print(Text.assemble("\n", (row["prompt"], "dim"), f"\n  {said}"), soft_wrap=True)
     rate, device, host = (
         summary[name] for name in ("tokens_per_second", "device_peak_memory_bytes", "peak_memory_bytes")

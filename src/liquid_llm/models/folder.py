@@ -12,14 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from liquid_llm import storage
 from liquid_llm.errors import ModelError
 from liquid_llm.parsing import parse_json
+from liquid_llm.weight_files import find_weight_files
 
 WRAPPERS = r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+"
 
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INTEGERS = re.compile(r"U?I\d+|u?int\d+")
 _FLOAT8 = re.compile(r"F8_\w+|float8_\w+")
 
@@ -35,7 +36,9 @@ def check_folder(folder: Path, where: str) -> bool:
             of which ``config.json`` does not say how they were made.
     """
     names = {one.name for one in folder.iterdir()}
-    files = _weight_files(folder, names, where)
+    files = find_weight_files(folder, names, where, ModelError)
+    if files is None:
+        _refuse_without_weights(names, where)
     kinds: dict[str, str] = {}
     for name in files:
         if name.endswith(".safetensors"):
@@ -49,24 +52,7 @@ def check_folder(folder: Path, where: str) -> bool:
     return bool(kinds) and all(re.match(WRAPPERS, name) for name in kinds)
 
 
-def _weight_files(folder: Path, names: set[str], where: str) -> list[str]:
-    """The files that hold the weights, the first of what transformers looks for."""
-    for whole in _WHOLE:
-        if whole in names:
-            return [whole]
-        if (index := f"{whole}.index.json") in names:
-            try:
-                shards = sorted(set(parse_json(storage.read_small(str(folder / index)))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError("this index of shards cannot be read", where=f"{where}/{index}") from error
-            if missing := [str(shard) for shard in shards if shard not in names]:
-                raise ModelError(
-                    "weights named by the index are missing",
-                    where=f"{where}/{index}",
-                    got=", ".join(missing[:3]),
-                    remedy="copy the folder again",
-                )
-            return shards
+def _refuse_without_weights(names: set[str], where: str) -> NoReturn:
     if "adapter_config.json" in names:
         raise ModelError(
             "this folder holds an adapter (PEFT) and no model",

@@ -255,7 +255,7 @@ class Lease:
     def _read(self, number: int) -> dict[str, Any]:
         """What a lease says; nothing where it is gone by now, or damaged."""
         try:
-            values = parse_json(storage.read_bytes(self._uri(number)))
+            values = parse_json(storage.read_small(self._uri(number)))
         except ParseError:
             return {}
         except StorageError:

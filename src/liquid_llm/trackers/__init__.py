@@ -99,12 +99,7 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
 
 def configuration(run_dir: Path) -> dict[str, Any]:
     """What the run was made of, as its provenance has it, secrets masked; empty where it has none."""
-    path = run_dir / "provenance" / "config.json"
-    try:
-        found = parse_json(path.read_bytes())
-    except (OSError, ParseError):
-        return {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    return _read_mapping(run_dir / "provenance" / "config.json")
 
 
 def report_of(run_dir: Path) -> Path | None:
@@ -117,11 +112,7 @@ def earlier_run(run_dir: Path, tool: str, resume_step: int | None) -> str | None
     """The name under which a tool knows the run that is gone on with; None where it begins, or the tool does."""
     if resume_step is None:
         return None
-    try:
-        found = parse_json((run_dir / RUNS_FILE).read_bytes())
-    except (OSError, ParseError):
-        return None
-    name = found.get(tool) if isinstance(found, Mapping) else None
+    name = _read_mapping(run_dir / RUNS_FILE).get(tool)
     return name if isinstance(name, str) else None
 
 
@@ -129,9 +120,12 @@ def remember_run(run_dir: Path, tool: str, name: str) -> None:
     """Keep that name, so that the run is one run to the tool too, however often it is continued."""
     path = run_dir / RUNS_FILE
     with translate_errors(path, writing=True), publish(path) as temporary:
-        try:
-            known = parse_json(path.read_bytes())
-        except (OSError, ParseError):
-            known = {}
-        names = dict(known) if isinstance(known, Mapping) else {}
-        temporary.write_text(json.dumps({**names, tool: name}, indent=1) + "\n")
+        temporary.write_text(json.dumps({**_read_mapping(path), tool: name}, indent=1) + "\n")
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_bytes())
+    except (OSError, ParseError):
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}

@@ -27,14 +27,15 @@ def require_processes(config: RunConfig, ranks: int) -> None:
             got=f"--teacher_ranks={config.teacher.ranks}",
             remedy="leave one of the two out",
         )
+    require_several(config, ranks, "start several with torchrun --nproc-per-node N -m liquid_llm ..., or leave it out")
+
+
+def require_several(config: RunConfig, ranks: int, remedy: str) -> None:
+    """Raise UsageError, with that remedy, where something is to be dealt out among one process."""
     asked = (("--shard=full", config.student.is_dealt_out), ("--teacher_shard=full", config.teacher.is_dealt_out))
     for option, is_asked in asked:
         if is_asked and ranks == 1:
-            raise UsageError(
-                "one process has nobody to share a model with",
-                where=option,
-                remedy="start several with torchrun --nproc-per-node N -m liquid_llm ..., or leave it out",
-            )
+            raise UsageError("one process has nobody to share a model with", where=option, remedy=remedy)
 
 
 def place_parts(parts: Parts, engine: Engine) -> Parts:
