@@ -179,7 +179,8 @@ class ProcessEngine(Engine):
         if ranks.rank >= self.world_size:
             self.rank, self.world_size, group = 0, 1, f"teacher {ranks.rank}"
         self._named = f"rank {ranks.rank} of {ranks.world_size}"
-        self._keeps_store = ranks.rank == 0
+        self._keeps_store, self._others = ranks.rank == 0, ranks.world_size - 1
+        self._found_lost: RankError | None = None
         self._is_first_of_host = ranks.local_rank == 0
         backend = "gloo"
         if device.type == "cuda":
@@ -281,7 +282,7 @@ class ProcessEngine(Engine):
         if error.speaks is None:
             error.speaks = self._leave(error.exit_code)
             if error.speaks and self._keeps_store:
-                time.sleep(LAST_WORDS_SECONDS / 2)  # the others look there for why they have to end
+                self._stay_until_heard()
         if not error.speaks:
             # A launcher ends all ranks as soon as one has ended: the one that speaks comes first.
             if threading.current_thread() is threading.main_thread():
@@ -297,6 +298,15 @@ class ProcessEngine(Engine):
         except RuntimeError:  # the process that keeps the store is gone
             pass
         return True
+
+    def _stay_until_heard(self) -> None:
+        """Keep the store until the others have read there why they have to end; those that are gone never do."""
+        until = time.monotonic() + 2 * LAST_WORDS_SECONDS
+        time.sleep(LAST_WORDS_SECONDS / 2)
+        while self.store.add("failures", 0) - 1 + self.store.add("heard", 0) < self._others:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.05)
 
     def _tell(self, failure: Exception | None, size: int = 0) -> int:
         """Exchange how it went; ends as all do when it went wrong anywhere. Returns the main rank's ``size``."""
@@ -336,12 +346,22 @@ class ProcessEngine(Engine):
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> RankError:
-        """What to end with when an exchange fails: as the rank that failed, where it left word."""
-        until = time.monotonic() + _KNOWN_WITHIN_SECONDS
+        """What to end with when an exchange fails: as the rank that failed, where it left word.
+
+        What a thread found first stands: by the time another notices, the process that keeps the store may be gone.
+        """
+        if self._found_lost is None:
+            self._found_lost = self._look_for_word(error)
+        return self._found_lost
+
+    def _look_for_word(self, error: RuntimeError) -> RankError:
+        # Where nobody leaves word, the process that keeps the store is the first to say so: it ends, and the store too.
+        until = time.monotonic() + _KNOWN_WITHIN_SECONDS + (0 if self._keeps_store else LAST_WORDS_SECONDS)
         try:
             while time.monotonic() < until:
                 if self.store.check(["exit code"]):
                     code = int(self.store.get("exit code"))
+                    self.store.add("heard", 1)
                     return RankError("another rank has failed", exit_code=code, speaks=False)
                 time.sleep(0.05)
         except RuntimeError:  # the process that kept the store is gone
