@@ -1,16 +1,18 @@
 """``liquid export``: any checkpoint of a run as a folder that transformers opens, equal to the run's own."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from tests.support.annealing import anneal, as_of, contents
 from tests.support.tokenizers import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
+from liquid_llm.metrics import read_metrics
 from liquid_llm.models.tokenizers import tokenizer_hash
 from liquid_llm.training import Trainer
 
@@ -60,7 +62,21 @@ def test_the_last_checkpoint_gives_what_the_run_itself_wrote(short, tmp_path):
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= own.keys()
     assert contents(tmp_path / "final") == own
     assert "| optimizer steps | 8 |" in own["README.md"].decode()
-    assert "| teachers | lm by teacher |" in own["README.md"].decode()
+    assert re.search(r"^\| lm \| teacher \| sha256-\w+ \| asked while training \|$", own["README.md"].decode(), re.M)
+    last = read_metrics(short)[-1]
+    assert f"| lm | {last['val_loss_student']:.4g} | " in own["README.md"].decode(), "of this checkpoint"
+
+
+def test_config_generation_and_tokenizer_name_the_tokens_and_the_length_of_training(short, interrupted, tmp_path):
+    assert export(interrupted, tmp_path / "student") == 0
+    for folder, length in ((short / "student", 32), (tmp_path / "student", 32)):
+        config, generation = AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert named == (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 0, 0)
+        assert named[:2] == (config.bos_token_id, config.eos_token_id)
+        assert tokenizer.model_max_length == length
+        assert tokenizer.chat_template is None
 
 
 def test_an_interrupted_run_has_a_student_with_the_very_same_logits(interrupted, tmp_path, capsys):

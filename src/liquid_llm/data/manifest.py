@@ -1,6 +1,7 @@
 """The manifest: which files make up the training data, of which type, drawn how often.
 
-manifest: JSONL; each line ``{"path": glob, "type": word, "weight": number}``, blank lines allowed; entry: one line.
+manifest: JSONL; each line ``{"path": glob, "type": word, "weight": number}``, and ``"license": words`` for the student's
+card; blank lines allowed; entry: one line.
 
 A path may be any fsspec URL. A relative one is relative to the manifest's own folder, so that a folder of data can
 be moved or uploaded as it is.
@@ -90,7 +91,10 @@ def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:
         resolved = storage.resolve(path.strip(), posixpath.dirname(manifest_uri))
     except StorageError as error:
         raise DataError(error.problem, where=where, got=path, expected=error.expected, remedy=error.remedy) from None
-    return ManifestEntry(resolved, type, float(weight), where)
+    licence = value.get("license")
+    if licence is not None and not isinstance(licence, str):
+        raise DataError("license is not a string", where=where, got=_shorten(licence))
+    return ManifestEntry(resolved, type, float(weight), where, licence)
 
 
 def _shorten(value: Any) -> str:

@@ -33,16 +33,19 @@ class ManifestEntry:
         type: of its texts.
         weight: relative share of micro-batches, positive.
         where: ``file:line`` of the manifest, for messages.
+        license: under which they were had, where the line says so; for the card of the student.
     """
 
     path: str
     type: str
     weight: float
     where: str
+    license: str | None = None
 
     def plain(self) -> dict[str, object]:
         """What the line says, with the path as it was made absolute."""
-        return {"path": self.path, "type": self.type, "weight": self.weight}
+        known: dict[str, object] = {"path": self.path, "type": self.type, "weight": self.weight}
+        return known if self.license is None else {**known, "license": self.license}
 
 
 @dataclass(frozen=True, slots=True)

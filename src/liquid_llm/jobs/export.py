@@ -44,10 +44,12 @@ def run_export(
     if storage.is_remote(folder):
         with tempfile.TemporaryDirectory() as here:
             fresh = Path(here) / "student"
-            save_with_card(model, opened.text.student_tokenizer(), opened.metadata, fresh)
+            save_with_card(model, opened.text.student_tokenizer(), opened.metadata, fresh, run=opened.run)
             _send(fresh, folder)
     else:
-        save_with_card(model, opened.text.student_tokenizer(), opened.metadata, storage.local_path(folder))
+        save_with_card(
+            model, opened.text.student_tokenizer(), opened.metadata, storage.local_path(folder), run=opened.run
+        )
     print(folder)
     return 0
 

@@ -78,7 +78,9 @@ class RunData:
 
 def describe_datasets(config: DataConfig, data: RunData) -> dict[str, Any]:
     """What a job's data is called, for provenance: a named dataset, or the catalog behind a manifest."""
-    return {"name": config.dataset_name, "config": config.dataset_config, **data.datasets}
+    known = {"name": config.dataset_name, "config": config.dataset_config, **data.datasets}
+    name = config.dataset_name
+    return known if name is None else {**known, "on_hub": not Path(name).exists()}
 
 
 def run_prepare(given: Mapping[str, object]) -> int:

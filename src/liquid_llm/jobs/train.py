@@ -198,7 +198,8 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
         weights = gather_student(parts)
         if output is not None and mirrors is not None:
             student, run_dir = parts.text.student_tokenizer(), output.place.run_dir
-            save_with_card(parts.built.model, student, recorder.metadata(), run_dir / STUDENT, weights)
+            metadata, run = recorder.metadata(), str(run_dir)
+            save_with_card(parts.built.model, student, metadata, run_dir / STUDENT, weights, run=run)
             write_summary(run_dir)
             build_report(run_dir)
             if unsent := _send_in_time(mirrors.finish, stop):

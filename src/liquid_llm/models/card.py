@@ -1,49 +1,82 @@
-"""The card of an exported student: ``README.md`` in the form the Hugging Face hub reads."""
+"""The card of an exported student: ``README.md`` in the form the Hugging Face hub reads.
+
+front matter   YAML between two lines of dashes, whose keys the hub knows: base_model, datasets, license, tags, ...
+section        a heading with a table or sentences below it
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import yaml
 
 NAME = "README.md"
+TAGS = ("distillation", "knowledge-distillation", "liquid-llm")
 
-_CARD = """---
-{base}library_name: transformers
-pipeline_tag: text-generation
-tags:
-- distillation
-- liquid-llm
----
-
-# {title}
-
-A small causal language model, distilled with liquid-llm.
-
-| | |
-|---|---|
-{rows}
-
-```python
+_USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-```
-"""
+```"""
 
 
-def write_card(title: str, facts: Mapping[str, object], base_model: str | None = None) -> str:
-    """The text of a card.
+@dataclass(frozen=True)
+class Section:
+    """A part of a card.
 
-    Args:
-        title: what the student is called.
-        facts: what is known of it, in words: name -> value; None is left out.
-        base_model: the model of the Hugging Face hub whose weights it began with, where there was one.
+    Attributes:
+        title: its heading.
+        rows: of its table, each as many values as ``heads``; None is shown as a dash.
+        heads: of the table's columns.
+        text: Markdown below it.
     """
-    rows = [f"| {_in_cell(name)} | {_in_cell(value)} |" for name, value in facts.items() if value is not None]
-    base = "" if base_model is None else f"base_model: {json.dumps(base_model)}\n"
-    return _CARD.format(base=base, title=_in_cell(title), rows="\n".join(rows))
+
+    title: str
+    rows: Sequence[Sequence[object]] = ()
+    heads: Sequence[str] = ("", "")
+    text: str = ""
+
+    @staticmethod
+    def of_facts(title: str, facts: Mapping[str, object], text: str = "") -> Section:
+        """One of names and their values; what is None is left out."""
+        return Section(title, [row for row in facts.items() if row[1] is not None], text=text)
 
 
-def _in_cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+@dataclass(frozen=True)
+class Card:
+    """What is said of a student.
+
+    Attributes:
+        title: what it is called.
+        front: keys of the front matter beside those that every student has; None and empty values are left out.
+        sections: in their order; one without rows and text is left out.
+    """
+
+    title: str
+    front: Mapping[str, object] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
+
+    def render(self) -> str:
+        """The text of the card."""
+        every = {**self.front, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
+        kept = {name: value for name, value in every.items() if value not in (None, [], {})}
+        front = yaml.safe_dump(kept, width=1_000)
+        parts = [f"# {in_cell(self.title)}", "A small causal language model, distilled with liquid-llm."]
+        for section in (*self.sections, Section("Use", text=_USE)):
+            if section.rows or section.text:
+                parts += [f"## {section.title}", *filter(None, (_table(section), section.text))]
+        return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _table(section: Section) -> str:
+    if not section.rows:
+        return ""
+    lines = [section.heads, ["---"] * len(section.heads), *section.rows]
+    return "\n".join(f"| {' | '.join(in_cell(value) for value in line)} |" for line in lines)
+
+
+def in_cell(value: object) -> str:
+    """A value as one cell of a Markdown table, or as a heading."""
+    return "-" if value is None else " ".join(str(value).split()).replace("|", "\\|")

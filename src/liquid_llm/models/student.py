@@ -135,7 +135,7 @@ def build_student(
             positions it cannot be given.
     """
     base = parse_student(spec).base
-    if _is_configuration(base):
+    if is_configuration(base):
         model = from_configuration(base, vocab_size, bos_id, eos_id, seed)
     else:
         model = _from_weights(base, vocab_size, bos_id, eos_id, token)
@@ -158,7 +158,8 @@ def finish_student(model: Any, bos_id: int, eos_id: int, block_size: int) -> Any
     return model.train()
 
 
-def _is_configuration(spec: str) -> bool:
+def is_configuration(spec: str) -> bool:
+    """Whether a student is a shape without weights: a preset or a ``config.json`` file."""
     return spec in PRESETS or (spec.endswith(".json") and Path(spec).expanduser().is_file())
 
 
@@ -176,7 +177,7 @@ def student_config(spec: str, *, vocab_size: int, bos_id: int, eos_id: int, toke
         prepare_config(config, bos_id, eos_id)
         return config
     spec = asked.base
-    if not _is_configuration(spec):
+    if not is_configuration(spec):
         config = open_config(_student_source(spec, token), spec, token)
         prepare_config(config, bos_id, eos_id)
         return config

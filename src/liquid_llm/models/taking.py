@@ -63,7 +63,7 @@ def take_student(
     """
     asked = parse_student(spec)
     source, config = open_taken_config(asked, token)
-    facts: dict[str, Any] = {"model": source.id, "revision": source.revision, "on_hub": source.commit is not None}
+    facts = describe_source(source)
     teacher, loss = _open_teacher(asked, source, config, device, token), None
     if asked.cut is None:
         model = from_configuration(asked.base, vocab_size, bos_id, eos_id, seed)
@@ -76,6 +76,11 @@ def take_student(
         facts |= {"layers": list(layers), "sizes": _sizes(model, teacher, f"--student={spec}")}
     del teacher
     return TakenStudent(finish_student(model, bos_id, eos_id, block_size), facts, loss)
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """Which model weights are of: its name, its content, and whether it came from the Hugging Face hub."""
+    return {"model": source.id, "revision": source.revision, "on_hub": source.commit is not None}
 
 
 def _open_teacher(asked: StudentSpec, source: Source, config: Any, device: torch.device, token: str | None) -> Any:

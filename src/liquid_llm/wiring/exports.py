@@ -22,14 +22,14 @@ from liquid_llm.checkpoint.discovery import (
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.errors import CheckpointError, ModelError, StorageError, UsageError
-from liquid_llm.models.card import write_card
 from liquid_llm.models.export import save_student
 from liquid_llm.models.loading import load_tokenizer, quiet_transformers
 from liquid_llm.models.spec import parse_student
 from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.provenance import FOLDER, OPTIONS
+from liquid_llm.wiring.cards import declared_context, make_card
 from liquid_llm.wiring.framing import framings_of
-from liquid_llm.wiring.students import build_from_config, describe_taken, load_weights
+from liquid_llm.wiring.students import build_from_config, load_weights
 from liquid_llm.wiring.templates import stop_at_turns
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -47,44 +47,25 @@ def save_with_card(
     metadata: CheckpointMetadata,
     folder: Path,
     weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    run: str | None = None,
+    license: str | None = None,
 ) -> None:
     """Write ``model``, the student that ``metadata`` is of, with its tokenizer and a card that says what it is.
 
     Args:
+        tokenizer: the student's own; it is told how long a text the student is meant for.
         weights: its state dict, where the model has only a part of each.
+        run: the run directory, path or URL, for what it says of itself.
+        license: the student's, as the hub names it, where a person states one.
 
     Raises:
         StorageError: the disk is full, or the place cannot be written.
     """
     stop_at_turns(model, tokenizer)
+    tokenizer.model_max_length = declared_context(model, metadata)
     with quiet_transformers():
-        save_student(model, tokenizer, folder, _card(model, metadata), weights)
-
-
-def _card(model: Any, metadata: CheckpointMetadata) -> str:
-    taken, asked = metadata.student.get("taken"), str(metadata.student.get("spec", STUDENT))
-    spec = Path(asked).name.removesuffix(".json")  # no folder of this machine
-    if taken is not None:
-        student = parse_student(asked)
-        spec = (
-            f"a cut of {taken['model']}" if student.cut is not None else Path(student.base).name.removesuffix(".json")
-        )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    teachers = metadata.run.get("teachers") or {}
-    taught = "; ".join(f"{type} by {name}" for type, name in teachers.items())
-    loss = metadata.best_val_loss
-    facts = {
-        "student": spec,
-        "weights to begin with": None if taken is None else describe_taken(taken),
-        "parameters": f"{parameters:,}, {next(model.parameters()).dtype}".replace("torch.", ""),
-        "optimizer steps": f"{metadata.step:,}",
-        "tokens seen": f"{metadata.tokens_seen:,}",
-        "context in training": f"{metadata.block_size:,} tokens",
-        "teachers": taught or None,
-        "lowest validation loss so far": None if loss is None else f"{loss:.4f} nats a token",
-        "tokenizer": f"sha256 {metadata.tokenizer_hash}",
-    }
-    return write_card(spec, facts, str(taken["model"]) if taken is not None and taken["on_hub"] else None)
+        save_student(model, tokenizer, folder, make_card(model, metadata, run, license), weights)
 
 
 def keep_tokenizer(tokenizer: Any, run_dir: Path) -> None:

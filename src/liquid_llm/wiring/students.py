@@ -26,16 +26,18 @@ from liquid_llm.models.positions import (
     plan_stretch,
     positional_embedding,
 )
+from liquid_llm.models.sources import resolve
 from liquid_llm.models.spec import parse_student
 from liquid_llm.models.student import (
     build_student,
     config_file,
     config_values,
     enable_gradient_checkpointing,
+    is_configuration,
     student_config,
     vocabulary_in,
 )
-from liquid_llm.models.taking import TakenStudent, take_student
+from liquid_llm.models.taking import TakenStudent, describe_source, take_student
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -132,8 +134,10 @@ def make_student(
     if taken is not None:
         log.info("%s", _say_taken(taken, mean_loss(model, calibration)))
         description["taken"] = taken.facts
-    elif metadata is not None and "taken" in metadata.student:
-        description["taken"] = metadata.student["taken"]
+    elif metadata is not None:
+        description |= {key: metadata.student[key] for key in ("taken", "base") if key in metadata.student}
+    elif not start.origin.state_dict and not is_configuration(config.student.spec):
+        description["base"] = describe_source(resolve(config.student.spec, token=token))
     return BuiltStudent(model, kind, description, stretch)
 
 

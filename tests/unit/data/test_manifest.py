@@ -118,6 +118,13 @@ def test_a_type_may_have_any_name(tmp_path: Path, type: str) -> None:
     assert read_manifest(manifest(tmp_path, json.dumps({"path": "x", "type": type})))[0].type == type
 
 
+def test_a_licence_is_kept_and_says_nothing_where_there_is_none(tmp_path: Path) -> None:
+    given, silent = read_manifest(manifest(tmp_path, GOOD[:-1] + ', "license": "CC0"}', GOOD))
+    assert (given.plain()["license"], silent.plain().get("license", "none")) == ("CC0", "none")
+    with pytest.raises(DataError, match="license is not a string"):
+        read_manifest(manifest(tmp_path, GOOD[:-1] + ', "license": 3}'))
+
+
 def test_other_tools_keys_are_left_alone(tmp_path: Path) -> None:
     line = {"path": "x", "type": "lm", "license": "cc0", "name": "wiki", "num_tokens": 7}
     assert read_manifest(manifest(tmp_path, json.dumps(line)))[0].weight == 1.0
