@@ -58,7 +58,7 @@ LAYERS = (
     {"jobs"},
     {"demo"},
     {"cli"},
-    {"trainer", "stage1_hybrid", "__main__"},
+    {"trainer", "stage1_hybrid", "__main__", "api"},
 )
 PARTS = 1
 

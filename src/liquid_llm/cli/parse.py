@@ -128,7 +128,7 @@ def parse(
     if config_file is not None:
         path = Path(str(config_file))
         given = overlay(read_config_file(path, options) if read_file is None else read_file(path), given)
-    return {name: _expand_dates(value) for name, value in given.items()}
+    return {name: expand_dates(value) for name, value in given.items()}
 
 
 HELP = ("-h", "--help", "help")
@@ -371,10 +371,10 @@ def load_yaml(path: Path) -> object:
         raise UsageError("not a YAML file", where=path, got=error) from None
 
 
-def _expand_dates(value: object) -> object:
+def expand_dates(value: object) -> object:
     if isinstance(value, str):
         return expand_date(value)
-    return {key: _expand_dates(one) for key, one in value.items()} if isinstance(value, dict) else value
+    return {key: expand_dates(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def expand_date(text: str) -> str:

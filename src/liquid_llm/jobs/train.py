@@ -57,11 +57,18 @@ from liquid_llm.wiring.start import (
 log = logging.getLogger(__name__)
 
 
-def run_training(face: str, given: Mapping[str, object], *, show_result: bool = False) -> int:
+def run_training(
+    face: str,
+    given: Mapping[str, object],
+    *,
+    show_result: bool = False,
+    ended: Callable[[Place], object] | None = None,
+) -> int:
     """Run one training job; returns the exit code.
 
     Args:
         show_result: print what it has come to on standard output, where it comes to its end.
+        ended: is told where the run is, on the main rank of one that has come to its end.
 
     Raises:
         LiquidError: any problem a user can cause.
@@ -84,6 +91,8 @@ def run_training(face: str, given: Mapping[str, object], *, show_result: bool = 
             place = _run(config, engine)
             if place is not None and show_result:
                 show_run(summarise(read_run(place.run_dir)), place.run_dir, place.shown)
+            if place is not None and ended is not None:
+                ended(place)
     return 0
 
 

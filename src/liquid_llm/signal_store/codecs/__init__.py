@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+from torch import Tensor
+
 from liquid_llm import registry
 from liquid_llm.errors import SignalError
 from liquid_llm.signal_store.codecs.base import (
@@ -15,18 +17,49 @@ from liquid_llm.signal_store.codecs.base import (
     StoredSignal,
     check_temperature,
 )
+from liquid_llm.signal_store.codecs.encoded import Encoded, encode_with
 
 __all__ = [
     "Codec",
+    "Encoded",
     "Options",
     "Payload",
     "PayloadError",
     "Rows",
     "StoredSignal",
     "check_temperature",
+    "codec_names",
+    "encode",
     "get_codec",
     "usual_codec",
 ]
+
+
+def codec_names() -> list[str]:
+    """The codecs that there are, the usual one first."""
+    return list(registry.CODECS)
+
+
+def encode(logits: Tensor, codec: str | Codec = "tail", *, seed: int = 0, **options: int | float | str) -> Encoded:
+    """Encode what a teacher says of some positions; ``.decode(temperature)`` of the result is a signal again.
+
+    Args:
+        logits: [positions, vocab], any floating type and device; minus infinity masks a token.
+        codec: its name, or one from ``get_codec``.
+        seed: of a codec that draws, at least 0 and below 2**63.
+        options: of the codec that is named, such as ``k=64``; its defaults where left out.
+
+    Raises:
+        SignalError: an unknown codec, option or value, or a logit that is NaN or plus infinity.
+        ValueError: logits of another shape, or options for a codec that is made already.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [positions, vocab], got {list(logits.shape)}")
+    if isinstance(codec, str):
+        return encode_with(get_codec(codec, options=options), logits, seed)
+    if options:
+        raise ValueError(f"options go with a codec's name, got {options} beside {codec.name!r}")
+    return encode_with(codec, logits, seed)
 
 
 def get_codec(name: str, version: int | None = None, options: Options | None = None) -> Codec:
