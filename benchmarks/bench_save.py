@@ -34,9 +34,9 @@ from liquid_llm.checkpoint.copies import block_sizes
 from liquid_llm.checkpoint.files import plain_content, write_archive
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.checkpoint.store import CheckpointStore
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.runtime import random_state
 from liquid_llm.storage import sync
-from liquid_llm.training import build_optimizer
 
 _HIDDEN, _LAYERS = 1024, 12
 _TARGET_BYTES = 2**30  # of the copy that all else is measured by: more than any cache, and less than a state

@@ -40,8 +40,9 @@ from liquid_llm.data.loader import collate
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.distributed import Engine, ProcessEngine, Ranks
 from liquid_llm.models.student import student_config
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.schedules import Constant, StepSchedules
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 RANKS, VOCAB = 2, 16384
 WAYS = ("alone", "apart", "together", "afterwards")

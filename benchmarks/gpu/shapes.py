@@ -21,10 +21,11 @@ from liquid_llm.losses.plan import LossPlan
 from liquid_llm.losses.signals import Signal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.student import PRESETS
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.passes import SignalOf
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 GIB = 2**30
 CAP_BYTES = 22 * GIB  # what a 24 GB card gives a process, about

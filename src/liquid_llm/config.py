@@ -105,6 +105,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    kind: str
     steps: int
     grad_accum: int
     lr: float

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from liquid_llm.errors import UsageError
 from liquid_llm.losses.divergences import get_divergence
 from liquid_llm.models.spec import parse_student
-from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN
+from liquid_llm.options import ADAMW, ADAMW8BIT, ANNEAL, AUTO_BATCH, TRAIN
 from liquid_llm.registry import TRACKERS_OF_EXTRA
 from liquid_llm.schedules import parse_piecewise
 from liquid_llm.sources import BLOCKS
@@ -69,7 +69,7 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
     problems += _collect(lambda: parse_student(config.student.spec))
     problems += _collect(lambda: parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: parse_schedule(objective.temp_schedule, "--temp_schedule", None))
-    problems += _divergence_problems(config) + _sharding_problems(config)
+    problems += _divergence_problems(config) + _sharding_problems(config) + _optimizer_problems(config)
     return problems + _batch_problems(config, block_size_known) + _token_problems(teacher) + toolkit_problems(data)
 
 
@@ -114,6 +114,15 @@ def _sharding_problems(config: RunConfig) -> list[str]:
     problems = []
     if config.teacher.is_dealt_out and not config.asked_online:
         problems.append("--teacher_shard=full: no online teacher is asked in this run; leave it out, or name one")
+    return problems
+
+
+def _optimizer_problems(config: RunConfig) -> list[str]:
+    kind, problems = config.optimizer.kind, []
+    if kind == ADAMW8BIT and importlib.util.find_spec("torchao") is None:
+        problems.append(f"--optimizer={kind}: the package torchao is not installed: pip install 'liquid-llm[torchao]'")
+    if kind != ADAMW and config.student.is_dealt_out:
+        problems.append(f"--optimizer={kind} takes whole weights: leave out --shard=full, or take adamw")
     return problems
 
 

@@ -37,6 +37,7 @@ AUTO = "auto"
 AUTO_BATCH = 0  # what stands for it in the configuration, until a batch is chosen
 SHARDINGS = ("none", "full")
 PRECISIONS = ("auto", "bfloat16", "float32")
+ADAMW, ADAMW8BIT, MUON = OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,11 @@ OPTIONS = (
     Option("max_steps", "int", OPTIMIZER, "steps", 1000, "total optimizer steps", faces=(TRAIN,), minimum=0),
     Option("grad_accum", "int", OPTIMIZER, "grad_accum", 1, "micro-batches an optimizer step", minimum=1),
     Option("tokens_per_step", "int", OPTIMIZER, "tokens_per_step", None, "with --batch_size=auto: batch_size x block_size x grad_accum, kept whatever fits", minimum=2),
+    Option("optimizer", "str", OPTIMIZER, "kind", ADAMW, "adamw8bit keeps AdamW's moments in 8 bits, for a quarter of their memory (needs torchao); muon is Muon for hidden matrices and AdamW for all others (docs/optimizers.md)", choices=OPTIMIZERS),
     Option("lr", "float", OPTIMIZER, "lr", 2.5e-4, "learning rate reached after warm-up", above=0),
     Option("lr_peak", "float", OPTIMIZER, "lr_peak", None, "peak learning rate (default: lr)", above=0),
     Option("warmup_steps", "int", OPTIMIZER, "warmup_steps", 100, "steps of linear warm-up", minimum=0),
-    Option("weight_decay", "float", OPTIMIZER, "weight_decay", 0.1, "AdamW decay of matrices", minimum=0),
+    Option("weight_decay", "float", OPTIMIZER, "weight_decay", 0.1, "decay of matrices", minimum=0),
     Option("betas", "floats", OPTIMIZER, "betas", (0.9, 0.95), "AdamW moments"),
     Option("grad_clip", "float", OPTIMIZER, "grad_clip", 1.0, "largest gradient norm (0: no clipping)", minimum=0),
     Option("skip_bad_steps", "int", OPTIMIZER, "skip_bad_steps", 0, "leave out steps whose loss or gradient is not finite, at most so many in a row (0: the first one ends the run)", minimum=0),

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from liquid_llm.data.types import MicroBatch
 from liquid_llm.device import is_out_of_memory
 from liquid_llm.distributed import Engine
-from liquid_llm.errors import CheckpointError, DeviceError, NumericalError
+from liquid_llm.errors import DeviceError, NumericalError
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan
@@ -448,70 +448,3 @@ class Trainer:
         )
         found.speaks = error.speaks
         return found
-
-
-def build_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with decay on matrices only.
-
-    Norms, biases and every other one-dimensional parameter are not decayed. ``fused`` is used where the device has it.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    fused = bool(parameters) and parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    *,
-    where: object,
-    resize: Mapping[nn.Parameter, Callable[[Tensor], Tensor]] | None = None,
-) -> None:
-    """Give ``optimizer`` the moments of a saved one; learning rate, decay and betas stay its own.
-
-    Args:
-        optimizer: newly built, of the same architecture.
-        state: its ``state_dict()`` as it was saved.
-        where: the checkpoint, for messages.
-        resize: what was done to a parameter since, to be done to its moments too.
-
-    Raises:
-        CheckpointError: the state is of other parameters. torch compares no shapes when it loads, and its fused kernel
-            then reads past the end.
-    """
-    own = optimizer.state_dict()["param_groups"]
-    saved = [list(group["params"]) for group in state["param_groups"]]
-    if [len(group) for group in saved] != [len(group["params"]) for group in own]:
-        raise _foreign_moments(where, f"groups of {[len(group) for group in saved]} parameters")
-    moments = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, index in zip(parameters, [index for group in saved for index in group], strict=True):
-        change = (resize or {}).get(parameter)
-        kept = {
-            name: change(value) if change is not None and value.dim() else value
-            for name, value in state["state"].get(index, {}).items()
-        }
-        for name, value in kept.items():
-            if value.dim() and value.shape != parameter.shape:
-                raise _foreign_moments(where, f"{name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
-        if kept:
-            moments[index] = kept
-    # The rate is set anew before each step; where none follows, what is saved again is what was loaded.
-    rates = [group.get("lr", mine["lr"]) for mine, group in zip(own, state["param_groups"], strict=True)]
-    groups = [{**mine, "params": indices, "lr": lr} for mine, indices, lr in zip(own, saved, rates, strict=True)]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def _foreign_moments(where: object, got: str) -> CheckpointError:
-    return CheckpointError(
-        "the optimizer's state is of other parameters than the student's",
-        where=where,
-        got=got,
-        remedy="start the optimizer afresh with --reset_optim, or choose another checkpoint",
-    )

@@ -9,6 +9,7 @@ from tests.support.models import tiny_model
 
 from liquid_llm.distributed import join_engine
 from liquid_llm.models.heads import blocks_of, body_of, hidden_states, output_head
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.sharding import (
     deal_out_frozen,
     deal_out_trained,
@@ -18,7 +19,7 @@ from liquid_llm.sharding import (
     outline,
     take_moments,
 )
-from liquid_llm.training import Student, build_optimizer
+from liquid_llm.training import Student
 
 CPU = torch.device("cpu")
 VOCAB = 63  # an odd number of rows

@@ -20,12 +20,13 @@ from liquid_llm.memory.training import loss_plan
 from liquid_llm.models.heads import blocks_of, body_of
 from liquid_llm.models.loading import LoadedModel, quiet_transformers
 from liquid_llm.models.student import enable_gradient_checkpointing, student_config
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.sharding import deal_out_frozen, deal_out_trained
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.router import TeacherRouter
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 VOCAB_SIZE = 384
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def allocated_step(shape: TrainingShape, device: torch.device) -> int:
 def _trainer(
     shape: TrainingShape, student: Student, teacher: OnlineTeacher | None, device: torch.device, engine: Engine = ALONE
 ) -> tuple[Trainer, MicroBatch]:
-    optimizer = build_optimizer(student.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = build_optimizer(student.model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), kind=shape.optimizer)
     gamma = 0.1 if shape.reference else 0.0
     batch = _batch(shape.batches[0]).to(device)
 

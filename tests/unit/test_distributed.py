@@ -23,9 +23,10 @@ from liquid_llm.distributed import Engine, Ranks, deal, join_engine, start_engin
 from liquid_llm.errors import NumericalError, UsageError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.teachers.router import TeacherRouter
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 VOCAB, STEPS, GRAD_ACCUM = 512, 3, 4
 SCHEDULES = StepSchedules(Constant(0.5), Constant(1.0), Constant(0.0), Constant(1e-2))

@@ -47,6 +47,7 @@ LAYERS = (
         "sources",
         "distributed",
         "sharding",
+        "optimizers",
         "step_sums",
         "unread",
         "weight_files",

@@ -18,13 +18,14 @@ from liquid_llm import passes
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.errors import DeviceError
 from liquid_llm.losses.objective import Objective
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.teacher import Prepared
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 OBJECTIVE = Objective(alpha=0.6, temperature=2.0, gamma=0.3)
 SCHEDULES = StepSchedules(Constant(0.6), Constant(2.0), Constant(0.3), Constant(1e-2))

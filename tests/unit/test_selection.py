@@ -23,11 +23,12 @@ from liquid_llm.distributed import Engine
 from liquid_llm.losses import OutputHead
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.models.loading import LoadedModel
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.selection import BINS, PositionSelection, _shift
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 VOCAB, SHARE = 512, 0.3
 SCHEDULES = StepSchedules(Constant(0.7), Constant(2.0), Constant(0.0), Constant(1e-3))

@@ -14,10 +14,11 @@ from torch.nn import Parameter
 
 from liquid_llm.data.loader import collate
 from liquid_llm.distributed import Engine
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import Constant, StepSchedules
 from liquid_llm.step_sums import RankSums, StepSums, Tally, make_step_sums, split_into_buckets
-from liquid_llm.training import Progress, Student, Trainer, build_optimizer
+from liquid_llm.training import Progress, Student, Trainer
 
 SCHEDULES = StepSchedules(Constant(0.5), Constant(1.0), Constant(0.0), Constant(1e-2))
 ONE = torch.ones(())

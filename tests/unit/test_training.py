@@ -18,8 +18,9 @@ from liquid_llm.errors import CheckpointError, NumericalError
 from liquid_llm.losses.objective import Objective
 from liquid_llm.models.positions import fit_positions, plan_stretch
 from liquid_llm.models.student import PRESETS
+from liquid_llm.optimizers import build_optimizer, load_optimizer
 from liquid_llm.schedules import Constant, Piecewise, Ramp, StepSchedules, WarmupCosine
-from liquid_llm.training import Progress, SkippedSteps, Student, Trainer, build_optimizer, load_optimizer
+from liquid_llm.training import Progress, SkippedSteps, Student, Trainer
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 

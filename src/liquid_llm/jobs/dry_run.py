@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from liquid_llm import storage
@@ -20,6 +21,7 @@ from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
 from liquid_llm.formatting import format_bytes, format_counts, format_seconds
 from liquid_llm.masking import process_masker
+from liquid_llm.optimizers import moment_bytes
 from liquid_llm.runtime import process_peak_memory_bytes
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.teachers.router import TeacherRouter
@@ -33,7 +35,6 @@ from liquid_llm.wiring.start import Start
 
 log = logging.getLogger(__name__)
 
-_ADAM_BYTES = 8  # two float32 moments a parameter
 _PARAMETER_BYTES = 4
 _SHOWN_STEPS = 3
 
@@ -73,13 +74,15 @@ def check_records(teachers: TeacherRouter, inputs: Inputs, window: int) -> dict[
     return rows
 
 
-def estimate(config: RunConfig, student: nn.Module, teachers: Sequence[nn.Module]) -> dict[str, int]:
+def estimate(
+    config: RunConfig, student: nn.Module, optimizer: torch.optim.Optimizer, teachers: Sequence[nn.Module]
+) -> dict[str, int]:
     """Bytes a run takes: memory of weights, gradients and moments; a checkpoint; all snapshots kept; all uploads."""
-    parameters = sum(one.numel() for one in student.parameters())
-    training = parameters * (2 * _PARAMETER_BYTES + _ADAM_BYTES)
+    parameters, moments = sum(one.numel() for one in student.parameters()), moment_bytes(optimizer)
+    training = parameters * 2 * _PARAMETER_BYTES + moments
     reference = parameters * _PARAMETER_BYTES if config.objective.gamma > 0 else 0
     held = sum(one.numel() * one.element_size() for teacher in teachers for one in teacher.parameters())
-    checkpoint = parameters * (_PARAMETER_BYTES + _ADAM_BYTES)
+    checkpoint = parameters * _PARAMETER_BYTES + moments
     every, steps = config.output.save_every_steps, config.optimizer.steps
     saves = 1 + (steps // every if every else 0)
     return {

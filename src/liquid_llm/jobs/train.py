@@ -348,7 +348,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
         parts, fit = engine.together(prepare)
         config = parts.config
         parts.evaluator.consumers = fit.largest
-        sizes = estimate(config, parts.built.model, parts.teachers.models)
+        sizes = estimate(config, parts.built.model, parts.optimizer, parts.teachers.models)
         parts = place_parts(parts, engine)
         findings |= {
             "starts_from": _describe_start(start),

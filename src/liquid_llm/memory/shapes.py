@@ -88,6 +88,7 @@ class TrainingShape:
         temperature: of the KD term; at 1 the loss needs a buffer less.
         ranks: processes among which models are dealt out; of one each has the whole.
         student_dealt_out, teacher_dealt_out: which of them are, the reference student with the student.
+        optimizer: its kind; decides what moments there are.
         measures: evaluation gives agreement, overlap and calibration too, which forms logits of its own.
         device: ``cpu``, or the kind of accelerator; decides how the loss goes about it.
     """
@@ -107,6 +108,7 @@ class TrainingShape:
     ranks: int = 1
     student_dealt_out: bool = False
     teacher_dealt_out: bool = False
+    optimizer: str = "adamw"
     measures: bool = False
     device: str = "cuda"
 

@@ -42,10 +42,12 @@ from liquid_llm.memory.shapes import BatchShape, TrainingShape
 from liquid_llm.models.heads import blocks_of, output_head
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.student import enable_gradient_checkpointing
+from liquid_llm.optimizers import build_optimizer, load_torchao
+from liquid_llm.options import ADAMW8BIT
 from liquid_llm.runtime import torch_dtype
 from liquid_llm.step_sums import split_into_buckets
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.training import Student, build_optimizer
+from liquid_llm.training import Student
 
 _ALPHA, _GAMMA, _LR = 0.5, 0.1, 1e-3  # any values at which every term is computed
 
@@ -56,6 +58,8 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
     Raises:
         ModelError: a configuration that no model can be built from.
     """
+    if shape.optimizer == ADAMW8BIT:
+        load_torchao()
     with fake_tensors():
         job = _Job(shape)
         job.warm_up()
@@ -144,7 +148,7 @@ class _Job:
         if reference is not None:
             self._own_part(reference, shape, REFERENCE)
         held = student if self._dealt_out is None else nn.ParameterList(self._dealt_out.parts)
-        self._optimizer = build_optimizer(held, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95))
+        self._optimizer = build_optimizer(held, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95), kind=shape.optimizer)
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for parameter in self._parameters if self._dealt_out is None else ():
             parameter.register_post_accumulate_grad_hook(lambda one: self._counter.hold([one.grad], GRADIENTS))

@@ -4,6 +4,7 @@ order    which texts a step takes: data, weights, batch, seed; and the weights t
          Another order is another run, and nothing of the numbers would show it: it is refused
 course   what shapes the loss from here on and is not taken up from the checkpoint: it is said
 jump     a schedule whose value at the step reached is not what the checkpoint would have gone on with: it is said
+moments  what the optimizer remembers; another optimizer has none: it is refused, or begins without
 taught   which model teaches each type, and the codec its signal is kept in: another one is said
 
 A checkpoint of an earlier release says nothing of its order, and goes on as it always did.
@@ -23,6 +24,7 @@ from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.config import RunConfig
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.errors import DataError, LiquidError, UsageError
+from liquid_llm.options import ADAMW
 from liquid_llm.schedules import StepSchedules, WarmupCosine
 
 log = logging.getLogger(__name__)
@@ -137,6 +139,8 @@ def _changes_of_options(
     for name in _OPTIONS:
         if name in known and known[name] != order[name] and (same_length or name not in _OF_THE_LENGTH):
             yield f"--{name} is {order[name]} and was {known[name]}"
+    if optimizer_of(metadata) != config.optimizer.kind:
+        yield f"--optimizer is {config.optimizer.kind} and was {optimizer_of(metadata)}"
     reference = known.get("reference"), order["reference"]
     if None not in reference and reference[0] != reference[1]:
         yield "--resume_gcs_uri holds other weights than those that the run began with and is to stay near"
@@ -160,6 +164,32 @@ def say_jumps(metadata: CheckpointMetadata, schedules: StepSchedules, config: Ru
     for name, before, now in pairs:
         if abs(before - now) > _SAME * max(abs(before), abs(now)):
             log.warning("the %s jumps at step %d: it is %.4g, and was to be %.4g%s", name, step, now, before, longer)
+
+
+def optimizer_of(metadata: CheckpointMetadata) -> str:
+    """The optimizer that a checkpoint has the moments of; earlier releases had one."""
+    return str(metadata.run.get("optimizer", ADAMW))
+
+
+def goes_on_with_moments(metadata: CheckpointMetadata, config: RunConfig, source: str) -> bool:
+    """Whether a checkpoint's moments are those of the run's optimizer; with ``--accept_changes`` they need not be.
+
+    Raises:
+        UsageError: they are another's.
+    """
+    was, now = optimizer_of(metadata), config.optimizer.kind
+    if was == now:
+        return True
+    if not config.output.accept_changes:
+        raise UsageError(
+            "another optimizer cannot go on with what this one has kept of its gradients",
+            where=source,
+            got=f"--optimizer={now}",
+            expected=f"--optimizer={was}, as its {metadata.step} steps were taken",
+            remedy="leave the option as it was, or go on without what was kept, with --accept_changes",
+        )
+    log.warning("--optimizer is %s, and was %s in the run so far: its moments begin at nothing", now, was)
+    return False
 
 
 def say_changes(

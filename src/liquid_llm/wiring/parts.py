@@ -25,6 +25,7 @@ from liquid_llm.evaluation import Evaluator
 from liquid_llm.formatting import format_counts
 from liquid_llm.metrics import StepAccumulator
 from liquid_llm.models.token_bytes import token_bytes
+from liquid_llm.optimizers import build_optimizer, load_optimizer
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import (
     Choice,
@@ -40,8 +41,15 @@ from liquid_llm.selection import PositionSelection
 from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
-from liquid_llm.training import Progress, SkippedSteps, Student, build_optimizer, load_optimizer
-from liquid_llm.wiring.course import hash_weights, order_of, require_same_order, say_changes, say_jumps
+from liquid_llm.training import Progress, SkippedSteps, Student
+from liquid_llm.wiring.course import (
+    goes_on_with_moments,
+    hash_weights,
+    order_of,
+    require_same_order,
+    say_changes,
+    say_jumps,
+)
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
@@ -212,10 +220,11 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     return parts
 
 
-def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run, of the parameters that ``model`` has now."""
-    betas = config.optimizer.betas[0], config.optimizer.betas[1]
-    return build_optimizer(model, lr=config.optimizer.peak, weight_decay=config.optimizer.weight_decay, betas=betas)
+    asked = config.optimizer
+    betas = asked.betas[0], asked.betas[1]
+    return build_optimizer(model, lr=asked.peak, weight_decay=asked.weight_decay, betas=betas, kind=asked.kind)
 
 
 def _make_evaluator(
@@ -348,7 +357,8 @@ def _restore(parts: Parts, start: Start) -> None:
         return
     built, progress = parts.built, parts.progress
     resize = {} if built.stretch is None else {built.model.get_parameter(built.stretch.parameter): built.stretch}
-    load_optimizer(parts.optimizer, state["optimizer"], where=start.origin.description, resize=resize)
+    if goes_on_with_moments(metadata, parts.config, start.origin.description):
+        load_optimizer(parts.optimizer, state["optimizer"], where=start.origin.description, resize=resize)
     progress.step = metadata.step
     progress.tokens_seen = metadata.tokens_seen
     progress.data_position = metadata.data_position

@@ -483,6 +483,7 @@ class Recorder:
         return {
             "face": config.face,
             "seed": config.seed,
+            "optimizer": config.optimizer.kind,
             "total_steps": self.config.optimizer.steps,
             "max_pass_tokens": progress.passes.max_tokens,
             "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,

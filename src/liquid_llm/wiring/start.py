@@ -29,7 +29,7 @@ from liquid_llm.parsing import parse_json
 from liquid_llm.runtime import choose_device, choose_dtype
 from liquid_llm.schedules import level_from
 from liquid_llm.versions import changes_since, find_newer
-from liquid_llm.wiring.course import changes_of_course
+from liquid_llm.wiring.course import changes_of_course, optimizer_of
 from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.places import Place
 
@@ -89,6 +89,7 @@ class Start:
             }
             decayed = self.origin.state["optimizer"]["param_groups"][0]
             values |= {"weight_decay": decayed["weight_decay"], "betas": tuple(decayed["betas"])}
+            values["optimizer"] = optimizer_of(metadata)
         return {name: value for name, value in values.items() if value is not None}
 
     @property

@@ -10,8 +10,8 @@ from tests.support.models import tiny_model
 
 from liquid_llm.config import build_run_config
 from liquid_llm.jobs.dry_run import check_place, estimate
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.options import TRAIN
-from liquid_llm.training import build_optimizer
 from liquid_llm.wiring.places import Place
 
 
@@ -27,7 +27,7 @@ def test_sizes_are_those_of_what_a_run_holds_and_writes(tmp_path: Path) -> None:
     moments = sum(one.nbytes for state in optimizer.state.values() for one in state.values() if one.dim())
     gradients = sum(one.grad.nbytes for one in own if one.grad is not None)
     given = {"dataset_manifest": "m.jsonl", "max_steps": 10, "save_every": 4, "keep_last": 2}
-    found = estimate(build_run_config(TRAIN, given), model, [teacher])
+    found = estimate(build_run_config(TRAIN, given), model, optimizer, [teacher])
     assert found["parameters"] == weights // 4
     assert found["checkpoint_bytes"] == weights + moments
     assert found["memory_weights_gradients_moments_bytes"] == weights + moments + gradients
@@ -38,7 +38,7 @@ def test_sizes_are_those_of_what_a_run_holds_and_writes(tmp_path: Path) -> None:
     assert found["upload_bytes"] == 3 * (weights + moments) + weights
     assert found["disk_bytes"] == (2 + 1) * (weights + moments) + weights
     near = {**given, "keep_old_logit_l2": 0.1, "resume_gcs_uri": "x"}
-    held = estimate(build_run_config(TRAIN, near), model, [])
+    held = estimate(build_run_config(TRAIN, near), model, optimizer, [])
     assert held["memory_weights_gradients_moments_bytes"] == 2 * weights + moments + gradients
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ CASES = {
         "liquid-test", DENSE, teacher=TEACHER, compute_dtype="bfloat16", grad_checkpoint=True, reference=True
     ),
     "deep llama, checkpointing": shape_of("llama-test", BatchShape(8, 64), grad_checkpoint=True, num_hidden_layers=8),
+    "llama, dense, muon": shape_of("llama-test", DENSE, teacher=TEACHER, optimizer="muon", hidden_size=256),
     "teacher in passes": shape_of("llama-test", BatchShape(9, 48, "dense"), teacher=TEACHER, teacher_pass_tokens=100),
 }
+if find_spec("torchao") is not None:
+    CASES["gpt2, dense, 8 bits"] = shape_of("gpt2-test", BatchShape(1, 8), optimizer="adamw8bit", n_embd=256)
 
 
 @pytest.mark.parametrize("name", CASES)
