@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.runs import make_run
+from tests.support.runs import make_run, write_rows
 
 from liquid_llm.report import build_report
 
@@ -35,7 +35,7 @@ addEventListener("load", () => {
       { clientX: area.left + share * area.width, clientY: area.top + 5, bubbles: true }));
     point(0.5);
     const middle = said();
-    const bullets = new Set([...figure.querySelectorAll(".tip i")].map((i) => view.getComputedStyle(i).color));
+    const bullets = new Set([...figure.querySelectorAll(".tip svg.key")].map((i) => view.getComputedStyle(i).color));
     const tip = figure.querySelector(".tip").getBoundingClientRect(), card = figure.getBoundingClientRect();
     const inside = tip.left >= card.left - 1 && tip.right <= card.right + 1;
     plot.dispatchEvent(new view.PointerEvent("pointerleave"));
@@ -43,16 +43,27 @@ addEventListener("load", () => {
     plot.dispatchEvent(new view.KeyboardEvent("keydown", { key: "ArrowLeft" }));
     const last = said();
     plot.dispatchEvent(new view.KeyboardEvent("keydown", { key: "Escape" }));
+    plot.focus();
+    const ring = view.getComputedStyle(figure).outlineStyle + view.getComputedStyle(plot).outlineStyle;
+    const cut = [...plot.querySelectorAll(".grid text")].filter((label) => {
+      const at = label.getBoundingClientRect();
+      return at.width && (at.left < card.left || at.right > card.right || at.bottom > card.bottom);
+    }).map((label) => label.textContent);
+    const labels = [...plot.querySelectorAll(".grid text")].map((label) => label.getBoundingClientRect());
+    const rows = labels.filter((r) => r.width);
+    const overlaps = rows.filter((a, i) => rows.some((b, j) => j > i && a.left < b.right - 1 && b.left < a.right - 1
+      && a.top < b.bottom - 3 && b.top < a.bottom - 3)).length;
+    const look = (path) => [view.getComputedStyle(path).stroke, view.getComputedStyle(path).strokeDasharray].join();
     return {
       name: plot.dataset.plot, area: box(plot), lines: [...plot.querySelectorAll("path.line, path.faint")].map(box),
-      strokes: new Set([...plot.querySelectorAll("path.line")].map((path) => view.getComputedStyle(path).stroke)).size,
+      strokes: new Set([...plot.querySelectorAll("path.line")].map(look)).size,
       numLines: plot.querySelectorAll("path.line").length,
       outside: [...plot.querySelectorAll("path.line")].filter((path) => {
         const drawn = path.getBBox(), map = path.getScreenCTM();  // without the stroke's width
         const corner = (x, y) => view.DOMPoint.fromPoint({ x, y }).matrixTransform(map);
         const a = corner(drawn.x, drawn.y), b = corner(drawn.x + drawn.width, drawn.y + drawn.height);
         return a.x < area.left - 1 || b.x > area.right + 1 || a.y < area.top - 1 || b.y > area.bottom + 1;
-      }).length, middle, left, last, inside,
+      }).length, middle, left, last, inside, ring, cut, overlaps,
       bullets: bullets.size, moved: Math.abs(plot.getBoundingClientRect().top - before),
     };
   });
@@ -125,7 +136,11 @@ def serve_and_visit(folder: Path, profile: Path, width: int, *options: str) -> V
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_report(make_run(tmp_path_factory.mktemp("runs") / "liquid-16m-browser")).parent
+    run = make_run(tmp_path_factory.mktemp("runs") / "liquid-16m-browser")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    del next(row for row in rows if row["kind"] == "train" and row["step"] == 600)["by_type"]["code"]
+    write_rows(run, rows)
+    return build_report(run).parent
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,7 @@ def test_plots_are_drawn_and_the_console_stays_empty(
     result = visited.result
     assert result["overflow"] <= 0, "the page is wider than its window"
     assert result["tiles"] == 7
-    assert len(result["plots"]) == 18
+    assert len(result["plots"]) == 19
     for plot in result["plots"]:
         name = plot["name"]
         assert plot["area"][0] > 180, name
@@ -148,16 +163,23 @@ def test_plots_are_drawn_and_the_console_stays_empty(
         assert plot["outside"] == 0, f"{name}: a line leaves its plot"
         assert plot["strokes"] == plot["numLines"], f"{name}: two lines look the same"
         for size in plot["lines"]:
-            assert size[0] > 0.9 * plot["area"][0], name
+            assert size[0] > (0.35 if name == "loss-log" else 0.9) * plot["area"][0], name
         assert plot["inside"], f"{name}: the read-out leaves its card"
         assert re.match(r"step [\d,]+\n", plot["middle"]), name
         assert plot["left"] == ""
         assert plot["moved"] < 0.5, f"{name}: reading values out moves the page"
         assert "step 600\n" in plot["last"], name
+        assert plot["ring"] == "solidnone", f"{name}: the focus is shown around the card, labels and all"
+        assert plot["cut"] == [], name
+        assert plot["overlaps"] == 0, f"{name}: labels run into one another"
     by_name = {plot["name"]: plot for plot in result["plots"]}
     assert max(size[1] for size in by_name["loss"]["lines"]) > 0.5 * by_name["loss"]["area"][1]
     assert "math_tool" in by_name["kd-by-type"]["middle"]
     assert by_name["kd-by-type"]["bullets"] == 3
+    lm, math_tool, code = by_name["ce-by-type"]["last"].splitlines()[-3:]
+    assert re.match(r"lm\t[\d.]+$", lm)
+    assert re.match(r"math_tool\t[\d.]+$", math_tool)
+    assert re.match(r"code \(step 598\)\t[\d.]+$", code), "a value of another step says so"
     light = [int(value) for value in re.findall(r"\d+", result["paper"])[:3]]
     assert (min(light) > 200) != bool(options), "the colour scheme follows the reader's"
 
@@ -166,7 +188,7 @@ def test_it_opens_from_the_disk_as_a_reader_opens_it(run_dir: Path, tmp_path: Pa
     visited = visit((run_dir / "report.html").as_uri(), tmp_path)
     assert visited.console == []
     assert "liquid-16m-browser" in visited.dom
-    assert visited.dom.count('<svg class="plot"') == 18
+    assert visited.dom.count('<svg class="plot"') == 19
 
 
 @pytest.mark.parametrize("changes", [{"steps": 1, "every": 1, "eval_every": 0}, {"eval_every": 600, "types": ("lm",)}])

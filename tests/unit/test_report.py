@@ -23,7 +23,7 @@ from liquid_llm.report.data import Series, read_run
 from liquid_llm.report.plot import downsample, label, nice_step, path_data, short_number, smooth, step_axis, value_axis
 
 RELEASE = Path(__file__).parents[1] / "fixtures" / "release-0.1.0"
-VOID = {"meta", "link", "path", "line"}
+VOID = {"meta", "link", "path", "line", "use"}
 
 
 class Page(HTMLParser):
@@ -80,13 +80,15 @@ def test_a_whole_run_shows_everything(tmp_path: Path) -> None:
             "loss-by-length",
             "ce-by-type",
             "val-by-type",
+            "val-kd",
             "kd",
             "kd-by-type",
             "val-kd-by-type",
             "coverage",
             "l2",
+            "loss-log",
         ),
-        *("alpha", "temperature", "lr", "gamma", "throughput", "memory", "grad-norm", "waiting", "padding"),
+        *("alpha", "lr", "gamma", "throughput", "memory", "grad-norm", "waiting", "padding"),
     }
     for words in (
         "liquid-16m-0011223344",
@@ -97,7 +99,7 @@ def test_a_whole_run_shows_everything(tmp_path: Path) -> None:
         "math_tool",
         "98,312",  # bytes a token, of a demo's summary
         "<<12*7=84>>84",
-        "/demo/data/code-*.jsonl",
+        "…/code-*.jsonl",
         "104,201",
         "anneal_share",
         "this CPU has no AMX: float32 is the faster",
@@ -185,9 +187,14 @@ def test_a_sentence_says_where_a_line_begins_and_ends_and_its_extremes(tmp_path:
 def test_lines_of_a_plot_have_colours_of_their_own_and_a_legend(tmp_path: Path) -> None:
     html = build_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     for figure in re.findall(r"<figure.*?</figure>", html, flags=re.DOTALL):
-        drawn = re.findall(r'<path class="line (c\d)"', figure)
+        drawn = re.findall(r'<path class="line (c\d(?: d\d)?)"', figure.partition('<svg class="plot"')[2])
         assert len(set(drawn)) == len(drawn)
-        assert re.findall(r'<li><i class="(c\d)">', figure) == (drawn if len(drawn) > 1 else [])
+        keys = re.findall(r'<li><svg class="key (c\d)".*?<path class="line (c\d d\d)" .*?href="(#mark-\d)"', figure)
+        assert [style for _, style, _ in keys] == (drawn if len(drawn) > 1 else [])
+        assert len({(style[3:], mark) for _, style, mark in keys}) == len(keys), "two differ in their colour alone"
+        for colour, style, mark in keys:  # what the legend shows stands on the line
+            assert style.startswith(colour)
+            assert f'<use class="mark {colour}" href="{mark}" x=' in figure
 
 
 # ------------------------------------------------------------------------------------------------------ missing parts
@@ -210,7 +217,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, changes: dict[str, Any], a
     assert "None" not in page.words
     headings = page.text["h2"]
     assert ("Provenance" in headings) == ("Configuration" in headings) == changes.get("with_provenance", True)
-    assert ("Result" in headings) == changes.get("with_summary", True)
+    assert "Result" in headings, "worked out from the rows where there is no summary"
     if changes.get("finished") is False:
         assert "not finished" in page.words
 
@@ -219,7 +226,8 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, changes: dict[str, Any], a
 def test_runs_of_an_earlier_release_are_shown(tmp_path: Path, name: str) -> None:
     run = shutil.copytree(RELEASE / "runs" / name, tmp_path / "run")
     page = page_of(run)
-    assert {"loss", "kd", "val-by-type", "lr", "throughput", "memory"} <= page.plots
+    assert {"loss", "kd", "val-by-type", "lr", "throughput"} <= page.plots
+    assert "Memory" in page.words
     assert "best.pt" in page.words
     assert "unreadable" not in page.words
 

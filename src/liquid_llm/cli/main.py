@@ -41,6 +41,8 @@ DEMO = (
     Option("scale", "float", RUN, "scale", 1.0, "size of data and training against the usual", above=0),
     Option("seed", "int", RUN, "seed", 1234, "seed of data, initial weights and order", minimum=0),
 )
+_WHERE = "file or URL for the page (default: report.html in the run; of a run at a URL NAME-report.html here)"
+PAGE = Option("output", "str", RUN, "output", None, _WHERE)
 VOCABULARY = Option("vocab", "int", RUN, "vocab", 49152, "tokens of the tokenizer, whose rows count too", minimum=2)
 
 
@@ -234,15 +236,16 @@ def _completion(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    run = Positional("run", "RUN", "run directory, or a study's folder")
-    given = parse((), words, "liquid report", "Make a run's or study's page again from files alone.", positionals=[run])
+    run = Positional("run", "RUN", "run directory or URL, or a study's folder")
+    about = "Make a run's or study's page again from files alone; where it is written is printed."
+    given = parse((PAGE,), words, "liquid report", about, positionals=[run])
     from liquid_llm.jobs.study_result import is_study, show_study
-    from liquid_llm.report import build_report
+    from liquid_llm.report import write_report
 
-    if is_study(str(given["run"])):
-        return show_study(str(given["run"]))
-
-    print(build_report(str(given["run"])))
+    place, page = str(given["run"]), given.get("output")
+    if is_study(place) and page is None:
+        return show_study(place)
+    print(write_report(place, None if page is None else str(page)))
     return 0
 
 

@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from liquid_llm.errors import UsageError
 from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE, iter_metrics
 from liquid_llm.parsing import ParseError, parse_json, parse_yaml
+from liquid_llm.report.runs import PROVENANCE, SIDECAR, SUMMARY_FILE, Opened, last_part, open_run
 
 Floats = NDArray[np.float64]
-
-_PROVENANCE = "provenance"
 
 
 @dataclass(frozen=True)
@@ -86,28 +84,25 @@ class RunData:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_run(run_dir: str | Path) -> RunData:
-    """Read what a run wrote; torn lines and unreadable files become notices.
+def read_run(run: str | Path) -> RunData:
+    """Read what a run wrote, at a path or URL; torn lines and unreadable files become notices.
 
     Raises:
-        UsageError: the directory is none, or holds nothing a run writes.
+        UsageError: there is nothing, or nothing that a run writes.
+        StorageError: it cannot be read.
     """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise UsageError("no such directory", where=folder, remedy="give the directory of a run")
-    sidecars = sorted(folder.glob("*.meta.json"))
-    if not ((folder / FILE_NAME).is_file() or (folder / _PROVENANCE).is_dir() or sidecars):
-        raise UsageError(
-            "this is no run directory",
-            where=folder,
-            expected=f"{FILE_NAME}, {_PROVENANCE}/ or *.meta.json in it",
-            remedy="give the directory a training run wrote (hybrid face: the output URI's sub-directory)",
-        )
+    with open_run(str(run)) as opened:
+        return _read_folder(opened, last_part(str(run)))
+
+
+def _read_folder(opened: Opened, name: str) -> RunData:
+    folder = opened.folder
+    sidecars = sorted(folder.glob(f"*{SIDECAR}"))
     notices: list[str] = []
     train, evaluation, num_rows = _read_rows(folder, notices)
-    provenance = folder / _PROVENANCE
+    provenance = folder / PROVENANCE
     return RunData(
-        name=folder.resolve().name,
+        name=name,
         train=train,
         evaluation=evaluation,
         num_rows=num_rows,
@@ -120,8 +115,8 @@ def read_run(run_dir: str | Path) -> RunData:
         readiness=_read(provenance / "data_readiness.json", notices),
         datasets=_read(provenance / "datasets_snapshot.yaml", notices, parse_yaml),
         environment=_read(provenance / "environment.json", notices),
-        checkpoints=_read_checkpoints(sidecars, notices),
-        summary=_read(folder / "summary.json", notices),
+        checkpoints=_read_checkpoints(sidecars, opened.sizes, notices),
+        summary=_read(folder / SUMMARY_FILE, notices),
         samples=[row for _, row in iter_metrics(folder, SAMPLES_FILE) if row is not None],
     )
 
@@ -221,15 +216,20 @@ def _read(path: Path, notices: list[str], parse: Callable[[str], Any] = parse_js
     return None
 
 
-def _read_checkpoints(sidecars: list[Path], notices: list[str]) -> list[dict[str, Any]]:
+def _read_checkpoints(
+    sidecars: list[Path], sizes: Mapping[str, int] | None, notices: list[str]
+) -> list[dict[str, Any]]:
     """The sidecars' contents with ``name`` and, where the data file is there, ``size_bytes``; by step, then name."""
     found = []
     for path in sidecars:
         metadata = _read(path, notices)
         if not isinstance(metadata, Mapping):
             continue
-        name = path.name.removesuffix(".meta.json")
+        name = path.name.removesuffix(SIDECAR)
         data_file = path.with_name(name if name.endswith(".pt") else f"{name}.pt")
-        size = data_file.stat().st_size if data_file.is_file() else None
+        if sizes is not None:
+            size = sizes.get(data_file.name)
+        else:
+            size = data_file.stat().st_size if data_file.is_file() else None
         found.append({**metadata, "name": data_file.name, "size_bytes": size})
     return sorted(found, key=lambda one: (one["step"] if isinstance(one.get("step"), int) else -1, one["name"]))

@@ -10,36 +10,74 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
-from liquid_llm.formatting import format_bytes, format_change, format_count, format_seconds
-from liquid_llm.report.charts import choose_figures
+from liquid_llm.formatting import format_bytes, format_count, format_seconds
+from liquid_llm.report.charts import Group, choose_figures
 from liquid_llm.report.data import RunData, Series
-from liquid_llm.report.plot import Figure, draw_figure, short_number
-from liquid_llm.report.tables import Html, card, cards, matrix, pairs, table, text
+from liquid_llm.report.facts import (
+    dig,
+    is_finished,
+    say_codecs,
+    say_teachers,
+    span_of,
+    student_name,
+    tokens_seen,
+    total_steps,
+)
+from liquid_llm.report.plot import Below, Figure, draw_figure, draw_marks, short_number
+from liquid_llm.report.private import hosts_of, without_places
+from liquid_llm.report.sections import moment, show_checkpoints, show_result, show_samples
+from liquid_llm.report.summary import ALL, summarise
+from liquid_llm.report.tables import Html, card, cards, fold, matrix, pairs, table, text
 
-_MAX_SAMPLES = 6  # of one prompt
+_FEW = 20  # lines of a manifest that stand open
 
 
 def render_page(run: RunData) -> Html:
-    """The whole HTML of a run's report."""
-    span = _span(run)  # one range of steps for all plots, so that they can be read together
+    """The whole HTML of a run's report; no path and no machine's name is told in it."""
+    codecs, machines = say_codecs(run), _machines(run.environment)
+    hosts = hosts_of(run.environment)
+    run = replace(
+        run,
+        config=without_places(run.config, hosts),
+        manifest=without_places(run.manifest, hosts),
+        readiness=without_places(run.readiness, hosts),
+        datasets=without_places(run.datasets, hosts),
+        environment=without_places(_without_host(run.environment), hosts),
+        notices=without_places(run.notices, hosts),
+    )
+    span = span_of(run)  # one range of steps for all plots, so that they can be read together
+    seen = tokens_seen(run)
+    below = None if seen is None else Below("tokens", seen)
     sections = {
-        "Result": _result(run.summary),
-        **{heading: draw_plots(figures, span) for heading, figures in choose_figures(run).items()},
-        "Samples": _samples(run.samples),
-        "Checkpoints": _checkpoints(run.checkpoints),
+        "Result": show_result(run),
+        **{
+            heading: draw_group(group, span, below, codecs if heading == "Distillation" else None)
+            for heading, group in choose_figures(run).items()
+        },
+        "Samples": show_samples(run.samples),
+        "Checkpoints": show_checkpoints(run),
         "Data": _data(run),
-        "Configuration": cards(run.config, "General") if isinstance(run.config, Mapping) else "",
-        "Provenance": _provenance(run.environment) if isinstance(run.environment, Mapping) else "",
+        "Configuration": _configuration(run.config),
+        "Provenance": _provenance(run.environment, machines) if isinstance(run.environment, Mapping) else "",
     }
     footer = (
         "Faint lines are single rows, strong ones over them their running mean. Made from the run directory's files "
-        "alone; <code>liquid report</code> makes it again."
+        "alone; <code>liquid report</code> makes it again, <code>liquid compare</code> lays several runs over one "
+        "another. Of paths of the machine the last part is told, of machines no name: "
+        "<code>provenance/</code> in the run has them."
     )
     return assemble_page(f"{text(run.name)} – run report", _header(run), sections, footer)
+
+
+def _without_host(environment: Any) -> Any:
+    hardware = dig(environment, "hardware")
+    if not isinstance(hardware, Mapping):
+        return environment
+    return {**environment, "hardware": {name: one for name, one in hardware.items() if name != "host"}}
 
 
 def assemble_page(title: Html, header: Html, sections: Mapping[str, Html], footer: Html) -> Html:
@@ -61,6 +99,7 @@ def assemble_page(title: Html, header: Html, sections: Mapping[str, Html], foote
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
             f"<title>{title}</title><style>{style}</style></head><body>",
+            draw_marks(),
             header,
             f'<nav aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main>',
             f"<footer>{footer}</footer>",
@@ -73,10 +112,17 @@ def _hash(source: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-def draw_plots(figures: Sequence[Figure], span: tuple[float, float]) -> Html:
+def draw_plots(figures: Sequence[Figure], span: tuple[float, float], below: Below | None = None) -> Html:
     """Plots side by side over the same range."""
     columns = " three" if all(figure.small for figure in figures) else ""
-    return f'<div class="plots{columns}">{"".join(draw_figure(figure, span) for figure in figures)}</div>'
+    return f'<div class="plots{columns}">{"".join(draw_figure(figure, span, below) for figure in figures)}</div>'
+
+
+def draw_group(group: Group, span: tuple[float, float], below: Below | None, note: str | None = None) -> Html:
+    """The plots of a heading, and the sentences that stand for others."""
+    plots = draw_plots(group.figures, span, below) if group.figures else ""
+    notes = [*group.sentences, *([note] if note else [])]
+    return plots + "".join(f'<p class="constant">{text(one)}</p>' for one in notes)
 
 
 # -------------------------------------------------------------------------------------------------------------- header
@@ -102,38 +148,32 @@ def _header(run: RunData) -> Html:
 
 def _lead(run: RunData) -> Html:
     """State, student, teachers, machine and start of the run, as far as they are known."""
-    environment, config = run.environment, run.config
+    environment = run.environment
     parts = []
-    if any(one["name"] == "final.pt" for one in run.checkpoints):
+    if is_finished(run):
         parts.append("Finished.")
     elif run.num_rows:
         parts.append(f"At step {' '.join(_steps(run))}, not finished.")
     else:
         parts.append("No step is recorded yet.")
-    if student := dig(config, "student", "spec"):
+    if student := student_name(run):
         parameters = dig(environment, "parameters")
         size = f" ({_compact(parameters)} parameters)" if isinstance(parameters, int) else ""
         parts.append(f"Student <b>{text(student)}</b>{size}.")
-    teachers = [str(one) for one in (dig(config, "teacher", "online_id"), dig(config, "teacher", "stored_id")) if one]
+    teachers = [f"<b>{text(name)}</b>{f' ({text(what)})' if what else ''}" for name, what in say_teachers(run)]
     if teachers:
-        parts.append(f"Taught by {' and '.join(f'<b>{text(one)}</b>' for one in dict.fromkeys(teachers))}.")
+        parts.append(f"Taught by {' and '.join(teachers)}.")
     if started := dig(environment, "started_at"):
         machine, device = dig(environment, "hardware", "cpu"), dig(environment, "choices", "device", "value")
         where = f" on {text(machine)}" if machine else ""
-        parts.append(f"Started {text(_moment(started))}{where}{f', device {text(device)}' if device else ''}.")
+        parts.append(f"Started {text(moment(started))}{where}{f', device {text(device)}' if device else ''}.")
     return " ".join(parts)
-
-
-def _span(run: RunData) -> tuple[float, float]:
-    """The first and the last step of any row."""
-    every = [one.steps for columns in (run.train, run.evaluation) for one in columns.series.values()]
-    return float(min((one[0] for one in every), default=0)), float(max((one[-1] for one in every), default=0))
 
 
 def _steps(run: RunData) -> tuple[str, str]:
     """The last step, and of how many, if known."""
-    total = dig(run.config, "optimizer", "steps")
-    return f"{_span(run)[1]:,.0f}", f"of {total:,}" if isinstance(total, int) else ""
+    total = total_steps(run)
+    return f"{span_of(run)[1]:,.0f}", f"of {total:,}" if total is not None else ""
 
 
 def _tiles(run: RunData) -> list[tuple[Html, Html, Html, Html]]:
@@ -145,15 +185,13 @@ def _tiles(run: RunData) -> list[tuple[Html, Html, Html, Html]]:
         tiles.append(("Steps", steps, "", of))
     seen = train.get("tokens_seen")
     if tokens := float(seen.finite.values[-1]) if seen else trained:
-        tiles.append(("Tokens trained on", _compact(tokens), "", f"in {format_seconds(seconds)}" if seconds else ""))
-    for name, series in (
-        ("Validation loss", run.evaluation.get("val_loss_student")),
-        ("Divergence from teacher", run.evaluation.get("val_kd")),
-    ):
-        if series is not None:
-            first, last = float(series.finite.values[0]), float(series.finite.values[-1])
-            extra = f"{format_change(first, last)} from {short_number(first)}" if len(series.finite) > 1 else ""
-            tiles.append((name, short_number(last), "nats", extra))
+        tiles.append(
+            ("Tokens trained on", _compact(tokens), "", f"in {format_seconds(seconds)} of training" if seconds else "")
+        )
+    if loss := run.evaluation.get("val_loss_student"):
+        tiles.append(("Validation loss", *_last(loss), _gap(run) or _since(loss)))
+    if kl := run.evaluation.get("val_kd"):
+        tiles.append(("KL from the teacher", *_last(kl), f"{_since(kl) or 'validation'}, at T = 1"))
     if trained and seconds:
         tiles.append(("Tokens a second", format_count(trained / seconds), "", "real ones, mean"))
     if coverage := train.get("kd_coverage"):
@@ -163,6 +201,22 @@ def _tiles(run: RunData) -> list[tuple[Html, Html, Html, Html]]:
         tiles.append(("Steps left out", count, "", "loss or gradient not finite"))
     tiles += _memory("Peak device memory", train.get("device_peak_memory_bytes"))
     return tiles + _memory("Peak host memory", train.get("peak_memory_bytes") or train.get("rss_bytes"))
+
+
+def _last(series: Series) -> tuple[Html, Html]:
+    return short_number(float(series.finite.values[-1])), "nats"
+
+
+def _since(series: Series) -> Html:
+    values = series.finite.values
+    return f"from {short_number(float(values[0]))}" if len(values) > 1 else ""
+
+
+def _gap(run: RunData) -> Html:
+    """How near the loss has come to the teacher's: that is the floor, not zero."""
+    whole = next((row for row in summarise(run)["rows"] if row["type"] == ALL), None)
+    closed = None if whole is None else whole["gap_closed"]
+    return "" if closed is None else f"{closed:.0%} of the gap to the teacher closed"
 
 
 def _memory(name: str, peak: Series | None) -> list[tuple[Html, Html, Html, Html]]:
@@ -179,72 +233,8 @@ def _compact(value: float) -> str:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _result(summary: Any) -> Html:
-    """What a demo says it reached: its rows by student (by type, of earlier releases), its words, samples, the rest."""
-    if not isinstance(summary, Mapping):
-        return ""
-    rows = _mappings(summary.get("rows"))
-    figures = matrix(
-        {
-            str(row.get("student", row.get("type"))): {
-                k: v for k, v in row.items() if k not in ("student", "type") and not isinstance(v, Mapping)
-            }
-            for row in rows
-        }
-    )
-    parts = [card("Held-out text, nats a token", figures, "wide")] if figures else []
-    words = summary.get("sentences")
-    if isinstance(words, list):
-        parts.append(card("In words", "".join(f"<p>{text(one)}</p>" for one in words), "wide"))
-    samples = [row for row in _mappings(summary.get("samples")) if "student" in row]
-    for prompt in dict.fromkeys(str(row.get("prompt")) for row in samples):
-        said = [[row["student"], row.get("text")] for row in samples if str(row.get("prompt")) == prompt]
-        parts.append(card(f"After: {prompt}", table(["student", "text"], said), "wide samples"))
-    rest = {name: one for name, one in summary.items() if one is not None and not isinstance(one, list)}
-    return "".join(parts) + card("Cost", pairs(rest))
-
-
-def _mappings(values: Any) -> list[Mapping[str, Any]]:
-    return [one for one in values if isinstance(one, Mapping)] if isinstance(values, list) else []
-
-
-def _samples(rows: list[dict[str, Any]]) -> Html:
-    """What the student said to each prompt: at the first evaluation, the last ones and some between them."""
-    by_prompt: dict[str, dict[int, list[Any]]] = {}
-    for row in rows:
-        share = row.get("repeated_4grams")
-        repeated = f"{share:.0%}" if isinstance(share, int | float) else None
-        by_prompt.setdefault(str(row.get("prompt")), {})[row["step"]] = [row["step"], row.get("text"), repeated]
-    parts = []
-    for prompt, by_step in by_prompt.items():
-        said = [by_step[step] for step in sorted(by_step)]
-        chosen = sorted({round(place * (len(said) - 1) / (_MAX_SAMPLES - 1)) for place in range(_MAX_SAMPLES)})
-        body = table(["step", "text", "repeated 4-grams"], [said[place] for place in chosen])
-        parts.append(card(f"After: {prompt}", body, "wide samples"))
-    return "".join(parts)
-
-
-_CHECKPOINT_COLUMNS = {
-    "step": "step",
-    "tokens_seen": "tokens seen",
-    "block_size": "context",
-    "kd_alpha": "α",
-    "kd_temperature": "T",
-    "lr": "learning rate",
-    "best_val_loss": "best loss",
-}
-
-
-def _checkpoints(checkpoints: list[dict[str, Any]]) -> Html:
-    if not checkpoints:
-        return ""
-    rows = []
-    for one in checkpoints:
-        size = "not here" if one["size_bytes"] is None else format_bytes(one["size_bytes"])
-        digest = str(one.get("sha256") or "")[:12]
-        rows.append([one["name"], *map(one.get, _CHECKPOINT_COLUMNS), size, _moment(one.get("created")), digest])
-    head = ["file", *_CHECKPOINT_COLUMNS.values(), "size", "saved", "SHA-256"]
-    return f'<div class="card">{table(head, rows)}</div>'
+def _configuration(config: Any) -> Html:
+    return fold("Every value the run was made with", cards(config, "General")) if isinstance(config, Mapping) else ""
 
 
 def _data(run: RunData) -> Html:
@@ -252,48 +242,43 @@ def _data(run: RunData) -> Html:
     if run.manifest:
         lines = [line if isinstance(line, Mapping) else {"path": line} for line in run.manifest]
         rows = [[one.get("path"), one.get("type"), one.get("weight")] for one in lines]
-        parts.append(card("Manifest", table(["path", "type", "weight"], rows), "wide"))
+        body = table(["path", "type", "weight"], rows, "manifest")
+        parts.append(card("Manifest", body if len(rows) <= _FEW else fold(f"{len(rows):,} lines", body), "wide"))
     readiness = run.readiness if isinstance(run.readiness, Mapping) else {}
     titles = {"types": "Samples and tokens", "signal": "Stored signal"}
     for name, value in readiness.items():
-        parts.append(card(titles.get(name, name), matrix(value) or pairs({name: value}), "wide"))
+        title = titles.get(name, name)
+        parts.append(card(title, matrix(value, str(title)) or pairs({name: value}), "wide"))
     if isinstance(run.datasets, Mapping) and any(value is not None for value in run.datasets.values()):
         parts.append(card("Named datasets", pairs(run.datasets), "wide"))
     return "".join(parts)
 
 
-def _provenance(environment: Mapping[str, Any]) -> Html:
+def _provenance(environment: Mapping[str, Any], hosts: Sequence[str]) -> Html:
     rest = dict(environment)
     command, earlier, choices = rest.pop("command", None), rest.pop("earlier_sessions", None), rest.pop("choices", None)
-    parts = []
+    parts, folded = [], []
     if isinstance(command, list):
         parts.append(card("Command", f"<pre>{text(shlex.join(map(str, command)))}</pre>", "wide"))
     if isinstance(choices, Mapping) and choices:
         rows = [[name, dig(one, "value"), dig(one, "reason")] for name, one in choices.items()]
-        parts.append(card("Choices made automatically", table(["what", "choice", "reason"], rows), "wide"))
+        body = table(["what", "choice", "reason"], rows, "choices made automatically")
+        folded.append(card("Choices made automatically", body, "wide"))
     if isinstance(earlier, list) and earlier:
         sessions = [
-            [_moment(dig(one, "started_at")), dig(one, "hardware", "host"), dig(one, "git", "commit")]
-            for one in earlier
+            [moment(dig(one, "started_at")), host, dig(one, "git", "commit")]
+            for one, host in zip(earlier, hosts, strict=True)
         ]
-        parts.append(card("Earlier sessions of this run", table(["started", "host", "commit"], sessions), "wide"))
-    return "".join([*parts, cards(rest, "Session")])
+        body = table(["started", "machine", "commit"], sessions, "earlier sessions")
+        parts.append(card("Earlier sessions of this run", body, "wide"))
+    folded.append(cards(rest, "Session"))
+    return "".join([*parts, fold("Choices, software, machine, models", "".join(folded))])
 
 
-def _moment(value: Any) -> Any:
-    """A time in ISO 8601 as people write it; anything else as it is."""
-    try:
-        moment = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 does not know Z
-    except (AttributeError, ValueError):
-        return value
-    zone = " UTC" if moment.utcoffset() == timedelta(0) else moment.strftime(" %z")
-    return f"{moment:%Y-%m-%d %H:%M}{zone}"
-
-
-def dig(value: Any, *names: str) -> Any:
-    """A nested value, or None where any level is missing or no mapping."""
-    for name in names:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value
+def _machines(environment: Any) -> list[str]:
+    """For each earlier session a letter for its machine, the same for the same one; its name is told nowhere."""
+    earlier = dig(environment, "earlier_sessions")
+    names = [str(dig(one, "hardware", "host")) for one in (earlier if isinstance(earlier, list) else [])]
+    names.append(str(dig(environment, "hardware", "host")))
+    order = list(dict.fromkeys(names))
+    return [f"{'' if name != names[-1] else 'this one, '}{order.index(name) + 1}" for name in names[:-1]]

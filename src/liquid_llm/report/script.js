@@ -23,23 +23,27 @@
     return Math.abs(steps[low] - step) <= Math.abs(steps[high] - step) ? low : high;
   };
 
+  // paper has no folds
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
+
   for (const plot of document.querySelectorAll("svg.plot")) {
     let data = null, cursor = null, tip = null, rule = null, dots = [], shownStep = null;
-    const figure = plot.closest("figure");
+    const figure = plot.closest("figure"), keys = figure.querySelectorAll(".legend svg");
     const prepare = () => {
       data = JSON.parse(document.getElementById(plot.dataset.plot + "-data").textContent);
       cursor = make("g", { class: "cursor" }, plot);
       rule = make("line", { y1: "0", y2: "100%" }, cursor);
-      dots = data.lines.map((line) => make("circle", { r: 3.5, class: "c" + line.colour }, cursor));
+      dots = data.lines.map((line) => make("circle", { r: 3.5, class: line.colour }, cursor));
       tip = figure.appendChild(document.createElement("div"));
       tip.className = "tip";
       tip.setAttribute("role", "status");
     };
-    const across = (step) => (step - data.x[0]) / (data.x[1] - data.x[0]);
+    const scale = (step) => (data.log ? Math.log(step) : step);
+    const across = (step) => (scale(step) - scale(data.x[0])) / (scale(data.x[1]) - scale(data.x[0]));
     const down = (value) => 1 - (value - data.y[0]) / (data.y[1] - data.y[0]);
     const show = (step) => {
       if (!data) prepare();
-      const reach = (data.x[1] - data.x[0]) * 0.04;
+      const reach = 0.04;  // of the width: a line whose nearest point is farther has no value here
       const near = data.lines.map((line) => nearest(line.steps, step));
       const best = data.lines.reduce((found, line, i) =>
         Math.abs(line.steps[near[i]] - step) < Math.abs(found - step) ? line.steps[near[i]] : found, Infinity);
@@ -53,14 +57,16 @@
       table.createCaption().textContent = data.across + " " + best.toLocaleString("en-US");
       data.lines.forEach((line, i) => {
         const index = nearest(line.steps, best), there = line.steps[index], value = line.values[index];
-        const visible = value !== null && Math.abs(there - best) <= reach;
+        const visible = value !== null && Math.abs(across(there) - across(best)) <= reach;
         dots[i].style.display = visible ? "" : "none";
         if (!visible) return;
         dots[i].setAttribute("cx", 100 * across(there) + "%");
         dots[i].setAttribute("cy", 100 * down(value) + "%");
         const row = table.insertRow(), name = row.insertCell();
-        name.appendChild(document.createElement("i")).className = "c" + line.colour;
-        name.appendChild(document.createElement("span")).textContent = line.label;
+        if (keys[i]) name.appendChild(keys[i].cloneNode(true));
+        // a line without a point at this step shows the nearest one it has, and says which
+        const where = there === best ? "" : " (" + data.across + " " + there.toLocaleString("en-US") + ")";
+        name.appendChild(document.createElement("span")).textContent = line.label + where;
         row.insertCell().textContent = say(value);
       });
       tip.replaceChildren(table);
@@ -78,7 +84,8 @@
       const box = plot.getBoundingClientRect();
       if (!data) prepare();
       const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-      show(data.x[0] + share * (data.x[1] - data.x[0]));
+      const at = scale(data.x[0]) + share * (scale(data.x[1]) - scale(data.x[0]));
+      show(data.log ? Math.exp(at) : at);
     });
     plot.addEventListener("pointerleave", hide);
     plot.addEventListener("blur", hide);

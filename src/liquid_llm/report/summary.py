@@ -14,9 +14,9 @@ from typing import Any
 
 from liquid_llm.formatting import format_count
 from liquid_llm.report.data import Columns, RunData, Series, read_run
+from liquid_llm.report.runs import SUMMARY_FILE
 from liquid_llm.storage import write_bytes
 
-SUMMARY_FILE = "summary.json"
 ALL = "all"
 
 

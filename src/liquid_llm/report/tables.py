@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,6 +11,7 @@ from liquid_llm.formatting import format_count
 
 MAX_ROWS = 400
 _MAX_TEXT = 2000
+_SHARE = re.compile(r">?\d+(\.\d+)? ?%")
 
 Html = str
 
@@ -30,30 +32,45 @@ def text(value: Any) -> Html:
     return escape(words.replace("\0", "\ufffd"))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:
-    """A table of plain values that scrolls sideways where it is wider than the page; numbers stand to the right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], what: str = "table") -> Html:
+    """A table of plain values that scrolls sideways where it is wider than the page; numbers stand to the right.
+
+    Args:
+        head: names of the columns; the first may be empty.
+        what: what the table is, for those who come to it by keyboard and do not see it.
+    """
     rows = list(rows)
+    samples = [next((row[place] for row in rows if row[place] is not None), None) for place in range(len(head))]
+    sides = [_to_the_right(one) for one in samples]  # of a whole column, so that its dashes stand where its figures do
     body = []
     for first, *others in rows[:MAX_ROWS]:
-        cells = "".join(f"<td{_to_the_right(one)}>{_number(one)}</td>" for one in others)
+        cells = "".join(f"<td{side}>{_number(one)}</td>" for one, side in zip(others, sides[1:], strict=True))
         body.append(f'<tr><th scope="row">{text(first)}</th>{cells}</tr>')
     if len(rows) > MAX_ROWS:
         body.append(f'<tr><td colspan="{len(head)}" class="none">and {len(rows) - MAX_ROWS:,} more</td></tr>')
-    sample = rows[0] if rows else head
     columns = "".join(
-        f'<th scope="col"{_to_the_right(one)}>{text(name) if name else ""}</th>'
-        for name, one in zip(head, sample, strict=True)
+        f'<th scope="col"{side}>{text(name)}</th>' if name else "<td></td>"
+        for name, side in zip(head, sides, strict=True)
     )
-    return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    # with a place in the keyboard's order, as else nobody without a pointer could scroll it
+    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{text(what)}">'
+    return f"{box}<table><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
 
 def _to_the_right(value: Any) -> str:
-    return ' class="n"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
+    is_figure = isinstance(value, int | float) and not isinstance(value, bool)
+    return ' class="n"' if is_figure or (isinstance(value, str) and _SHARE.fullmatch(value)) else ""
 
 
 def _number(value: Any) -> Html:
     """Here whole numbers always have commas, so that a column reads evenly."""
-    return f"{value:,}" if _to_the_right(value) and isinstance(value, int) and abs(value) < 10**18 else text(value)
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18
+    return f"{value:,}" if is_whole else text(value)
+
+
+def fold(title: str, body: Html) -> Html:
+    """A part that is shown when it is asked for. ``title`` is plain text, ``body`` ready HTML."""
+    return f"<details><summary>{text(title)}</summary>{body}</details>" if body else ""
 
 
 def pairs(values: Mapping[str, Any]) -> Html:
@@ -79,7 +96,7 @@ def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def matrix(values: Any) -> Html | None:
+def matrix(values: Any, what: str = "table") -> Html | None:
     """A mapping of mappings of plain values as one table, a row for each; None for any other shape."""
     if not isinstance(values, Mapping) or not all(isinstance(row, Mapping) for row in values.values()):
         return None
@@ -89,7 +106,7 @@ def matrix(values: Any) -> Html | None:
     ):
         return None
     head = ["", *(str(name).replace("_", " ") for name in names)]
-    return table(head, [[key, *map(row.get, names)] for key, row in values.items()])
+    return table(head, [[key, *map(row.get, names)] for key, row in values.items()], what)
 
 
 def card(title: object, body: Html, style: str = "") -> Html:

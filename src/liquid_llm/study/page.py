@@ -14,7 +14,6 @@ from liquid_llm.report.plot import Figure, Line
 from liquid_llm.report.tables import Html, card, pairs, table, text
 from liquid_llm.study.verdict import MEASURES
 
-_COLOURS = (0, 1, 2, 3, 4, 5, 6)  # the baseline in ink; more arms begin anew
 _LOSS, _KL = "Validation loss", "KL from the teacher"
 _CAPTION = "Means over the seeds."
 _WITH_CAPTURE = "Training alone, the median step's seconds; a line begins after its arm's share of the captures."
@@ -94,7 +93,7 @@ def _lines(result: Mapping[str, Any], name: str, type: str | None = None, by: st
             continue
         steps, values = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
         across = steps if by == "step" else steps * pace + arm["capture_seconds"]
-        yield Line(arm["name"], Series(across, values), _COLOURS[number % len(_COLOURS)])
+        yield Line(arm["name"], Series(across, values), number)  # the baseline in ink
 
 
 def _verdict(result: Mapping[str, Any]) -> Html:
