@@ -214,6 +214,11 @@ class RunConfig:
         """The option of the command that names its online teacher, for messages."""
         return "teacher_name" if self.face == ANNEAL else "lm_teacher_id"
 
+    @property
+    def steps_option(self) -> str:
+        """The option of the command that says how many steps a run has, for messages."""
+        return "train_steps" if self.face == ANNEAL else "max_steps"
+
     def asks_teacher(self, type: str) -> bool:
         """Whether the teacher of ``type`` is asked at all: its KD term weighs something at some step, or evaluation
         asks for it. One that is not is never loaded."""

@@ -18,19 +18,22 @@ from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
-from liquid_llm.formatting import format_count, format_seconds
+from liquid_llm.formatting import escape_controls, format_count, format_seconds
 from liquid_llm.masking import MaskingFilter, process_masker
+from liquid_llm.verbosity import asked_level
 
 PLAIN_LINE_SECONDS = 15.0
 RATE_WINDOW_SECONDS = 30.0
 
 _PACKAGE = "liquid_llm"
 _HANDLER_NAME = "liquid-llm"
+_BRIEF = "brief"  # attribute of a log record
 
 
 @functools.cache
@@ -42,35 +45,67 @@ def stderr_console() -> Console:
 # ------------------------------------------------------------------------------------------------------------- logging
 
 
-def setup_logging(level: str | int = "INFO") -> None:
+def setup_logging(level: str = "INFO", *, most: str = "DEBUG") -> None:
     """Send log lines to standard error, short and with secrets masked. A second call replaces the first.
 
-    This package speaks from ``level`` on, everybody else from WARNING on. Stages are shown where INFO is.
+    This package speaks from ``level`` on, or from what ``--log_level`` and ``--quiet`` say; everybody else from WARNING
+    on, or from there. Stages are shown where INFO is.
+
+    Args:
+        most: as low as the level may be, whatever is asked for: the later ranks of a run say no more than warnings.
     """
     root, package = logging.getLogger(), logging.getLogger(_PACKAGE)
     for old in [handler for handler in root.handlers if handler.get_name() == _HANDLER_NAME]:
         root.removeHandler(old)
+    shown = max(getattr(logging, asked_level() or level), getattr(logging, most))
     console = stderr_console()
     handler: logging.Handler
     if console.is_terminal:
+        # Numbers, paths and JSON are not coloured, and words such as GET are not marked: only its level has a colour.
         handler = RichHandler(
-            console=console, show_path=False, markup=False, highlighter=None, log_time_format="%H:%M:%S"
+            console=console,
+            show_path=False,
+            markup=False,
+            highlighter=NullHighlighter(),
+            keywords=[],
+            log_time_format="%H:%M:%S",
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_BriefFormatter("%(message)s"))
+        handler.addFilter(lambda record: getattr(record, _BRIEF, None) != "")
     else:
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     handler.set_name(_HANDLER_NAME)
+    handler.setLevel(shown)
     handler.addFilter(MaskingFilter(process_masker()))
     root.addHandler(handler)
-    package.setLevel(level)
+    package.setLevel(min(shown, logging.INFO))  # the log file of a run has all from there on, whatever is shown
+
+
+def brief(text: str) -> dict[str, str]:
+    """For ``log.info(..., extra=brief(...))``: what a terminal shows instead of the message; "": nothing at all.
+
+    A log file and standard error that is no terminal get the whole message.
+    """
+    return {_BRIEF: text}
+
+
+class _BriefFormatter(logging.Formatter):
+    """What was said in brief, where it was."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text: str | None = getattr(record, _BRIEF, None)
+        return super().format(record) if text is None else escape_controls(process_masker().text(text))
 
 
 def _stage_console() -> Console:
-    """Where stages are shown: nowhere in a process that was told to warn only."""
-    if logging.getLogger(_PACKAGE).level > logging.INFO:
-        return Console(stderr=True, quiet=True, force_terminal=False)
-    return stderr_console()
+    """Where stages are shown: nowhere in a process that says no more than warnings."""
+    own = [handler for handler in logging.getLogger().handlers if handler.get_name() == _HANDLER_NAME]
+    return _nowhere() if any(handler.level > logging.INFO for handler in own) else stderr_console()
+
+
+def _nowhere() -> Console:
+    return Console(stderr=True, quiet=True, force_terminal=False)
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 cannot subscript it
@@ -252,8 +287,10 @@ def _plain(shown: object) -> str:
 
 
 def print_facts(title: str, rows: Sequence[tuple[str, str]], console: Console | None = None) -> None:
-    """Print a title and named facts as two columns, for people; on standard error if ``console`` is None."""
-    console = stderr_console() if console is None else console
+    """Print a title and named facts as two columns, for people; on standard error, unless told to say no
+    more than warnings, if ``console`` is None."""
+    if console is None:
+        console = _nowhere() if asked_level() in ("WARNING", "ERROR") else stderr_console()
     width = max((len(name) for name, _ in rows), default=0)
     console.print(Text(title, style="bold"), soft_wrap=True)
     for name, text in rows:

@@ -81,7 +81,7 @@ def test_a_run_that_has_lost_its_sidecars_goes_on_from_its_data(
     assert train(tiny, tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "is made again: step-00000006.pt of step 6 is whole" in said
-    assert "starting from continue at step 6" in said
+    assert "this run goes on from step 6" in said
     assert [without_timings(row) for row in read_metrics(run)] == rows
     again = torch.load(run / "final.pt", weights_only=True)["student"]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -97,7 +97,7 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(
     assert train(tiny, tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "skipped a checkpoint" in said
-    assert "starting from continue at step 4" in said
+    assert "this run goes on from step 4" in said
     assert main(["doctor", str(run)]) == 0
 
 

@@ -170,7 +170,7 @@ def test_stopped_by_a_signal_it_ends_with_75_and_goes_on(asked, finished, tmp_pa
     with caplog.at_level("INFO"):
         assert main(words(asked, folder)) == 0
     assert "study: plain, seed 0" not in caplog.text, "a finished run is not run again"
-    assert "starting from continue" in caplog.text
+    assert "this run goes on from step" in caplog.text
     assert_same(folder, finished)
 
 

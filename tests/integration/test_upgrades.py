@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_with_its_samples_and_losses(
     with untouched("tokens", "stores"):
         assert main(run["words"]) == 0
     said = capsys.readouterr().err
-    assert f"starting from continue at step {metadata['step']}: {run['folder']}/step-" in said
+    assert f"this run goes on from step {metadata['step']}: {run['folder']}/step-" in said
     for index in range(run["position"], len(run["micro_batches"])):
         assert seen[index] == run["micro_batches"][index], f"micro-batch {index}"
     rows = [of_training(row) for row in read_metrics(Path(run["folder"]))]
@@ -189,7 +189,7 @@ def test_only_weights_are_taken_from_a_newer_release(release: Release, capsys: p
     assert main(words) == 4
     assert "trained by a newer release" in capsys.readouterr().err
     assert main([*words, "--reset_optim"]) == 0
-    assert "starting from resume at step 0" in capsys.readouterr().err
+    assert "optimizer and step begin anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("release", RELEASES, indirect=True)

@@ -50,6 +50,7 @@ LAYERS = (
         "optimizers",
         "step_sums",
         "unread",
+        "verbosity",
         "weight_files",
         "data.types",
     },

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import os
+import pty
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +23,13 @@ from liquid_llm.terminal import (
     RateMeter,
     Stage,
     as_markdown,
+    brief,
     print_facts,
     result_table,
     setup_logging,
     stderr_console,
 )
+from liquid_llm.verbosity import ask, one_command
 
 
 class Clock:
@@ -230,6 +237,70 @@ def test_on_a_terminal_log_lines_are_text_not_markup(monkeypatch: pytest.MonkeyP
     setup_logging("INFO")
     logging.getLogger("liquid_llm.x").info("[red]%s[/nonsense]", "hf_abcdefghijkl")
     assert "[red]***[/nonsense]" in strip_escapes(text.getvalue())
+
+
+def on_a_terminal(code: str) -> str:
+    """What a process shows on a terminal of its own, 160 columns wide."""
+    master, slave = pty.openpty()
+    environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"}
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=slave, stdout=slave, stdin=slave, env=environ)
+    os.close(slave)
+    shown = bytearray()
+    with contextlib.suppress(OSError):  # how the end of a terminal is told
+        while part := os.read(master, 65536):
+            shown += part
+    os.close(master)
+    assert child.wait() == 0, bytes(shown)
+    return shown.decode()
+
+
+def test_on_a_real_terminal_words_have_no_colour_of_their_own() -> None:
+    """Numbers, paths, JSON and words such as GET had four colours, which took them to pieces."""
+    said = '--student=liquid-16m 181,567 "GET" {"step": 5, "a": null} /tmp/x'
+    shown = on_a_terminal(
+        "import logging; from liquid_llm.terminal import brief, setup_logging\n"
+        f"setup_logging(); log = logging.getLogger('liquid_llm.x'); log.info({said!r})\n"
+        "log.info('all of it: %s', 1234, extra=brief('in brief')); log.info('never shown', extra=brief(''))"
+    )
+    assert said in shown.replace("\r\n", "")
+    assert "in brief" in shown
+    assert "all of it" not in shown
+    assert "never shown" not in shown
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_off_a_terminal_a_brief_line_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    log = logging.getLogger("liquid_llm.x")
+    log.info("all of it: %s", 1234, extra=brief("in brief"))
+    log.info("metadata", extra=brief(""))
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == ["INFO all of it: 1234", "INFO metadata"]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_what_is_asked_for_is_shown_and_a_later_rank_says_no_more_than_warnings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def shown(asked: str | None, level: str = "INFO", most: str = "DEBUG") -> str:
+        with one_command():
+            if asked is not None:
+                ask(asked)
+            setup_logging(level, most=most)
+            log = logging.getLogger("liquid_llm.x")
+            for name in ("debug", "info", "warning", "error"):
+                getattr(log, name)(name)
+            with Stage("stage", unit="y") as stage:
+                stage.advance()
+            print_facts("facts", [])
+        return "".join(line.split()[-1][0] for line in capsys.readouterr().err.splitlines())
+
+    stage = "y"  # its line ends with "... y/s"
+    assert shown(None) == f"iwe{stage}f"
+    assert shown("debug") == f"diwe{stage}f"
+    assert shown("info", "WARNING") == f"iwe{stage}f"
+    assert shown("warning") == "we"
+    assert shown("error") == "e"
+    assert shown("debug", most="WARNING") == "wef"
 
 
 @pytest.mark.usefixtures("restored_logging")

@@ -40,6 +40,7 @@ WATCHED = (
     "metrics.jsonl",
     "samples.jsonl",
     "trackers.json",
+    "log.txt",
     "tb",
     "provenance",
     "summary.json",

@@ -27,6 +27,7 @@ from liquid_llm.formatting import escape_controls
 from liquid_llm.masking import mask_tracebacks, process_masker
 from liquid_llm.options import ANNEAL, CAPTURE, PREPARE, RUN, TRAIN, Option, options_of, reference_values
 from liquid_llm.unread import go_on_unread
+from liquid_llm.verbosity import one_command
 
 DESCRIPTIONS = {
     TRAIN: "Distil a student: text from an online teacher, maths and code from a stored teacher signal.",
@@ -153,7 +154,7 @@ def guard(job: Callable[[], int]) -> int:
     """Run a job; turn an error a user can cause into one message and its exit code."""
     mask_tracebacks()
     try:
-        with go_on_unread():
+        with go_on_unread(), one_command():
             return _explain(job)
     except StorageError as error:  # of what was left to be written: a job's own are explained
         print(f"error: {error}", file=sys.stderr)

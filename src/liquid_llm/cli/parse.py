@@ -21,11 +21,16 @@ from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO, OPTIONS, RUN, Option
 from liquid_llm.parsing import MAX_YAML_BYTES, ParseError, parse_yaml
 from liquid_llm.sources import NONE, is_blank, overlay, read_by_type, read_sources
+from liquid_llm.verbosity import LEVELS, QUIET, ask
 
 TRUE_WORDS = {"true", "1", "yes", "on"}
 FALSE_WORDS = {"false", "0", "no", "off"}
 
 AS_JSON = Option("json", "bool", RUN, "json", False, "print one JSON object")
+_TALK = (  # every command has these, and what it does is the same with them
+    Option("quiet", "bool", RUN, "quiet", False, "errors alone on standard error; results stay on standard output"),
+    Option("log_level", "str", RUN, "log_level", None, "the least that is said on standard error", choices=LEVELS),
+)
 _BY_TYPE = "sources."  # before the field of an option that is given by type
 _DATE = re.compile(r"\$\(date \+(?P<format>[^)]*)\)")
 
@@ -62,7 +67,7 @@ def build_parser(
     if options:
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in options:
+    for option in (*options, *_TALK):
         group = groups.setdefault(option.group, parser.add_argument_group(option.group))
         default = option.default_for(face)
         shown = "" if default in (None, (), False, "") else f" [{_show(default)}]"
@@ -117,7 +122,7 @@ def parse(
     offer(parser)
     namespace, unknown = parser.parse_known_args(_with_own_names(normalise(argv), options))
     if unknown:
-        raise unknown_option(unknown[0], options, prog)
+        raise unknown_option(unknown[0], (*options, *_TALK), prog)
     given: dict[str, object] = vars(namespace)
     for name, value in given.items():
         if value == []:  # what argparse makes of --name=--
@@ -127,8 +132,18 @@ def parse(
         given["sources"] = sources
     if config_file is not None:
         path = Path(str(config_file))
-        given = overlay(read_config_file(path, options) if read_file is None else read_file(path), given)
+        given = overlay(read_config_file(path, (*options, *_TALK)) if read_file is None else read_file(path), given)
+    _take_talk(given, prog)
     return {name: expand_dates(value) for name, value in given.items()}
+
+
+def _take_talk(given: dict[str, object], prog: str) -> None:
+    """Take how much is to be said out of ``given``, and see to it. Raises UsageError where both options are given."""
+    quiet, level = given.pop("quiet", False), given.pop("log_level", None)
+    if quiet and level is not None:
+        raise UsageError("--quiet and --log_level say different things", where=prog, remedy="leave one out")
+    if quiet or level is not None:
+        ask(QUIET if quiet else str(level))
 
 
 HELP = ("-h", "--help", "help")

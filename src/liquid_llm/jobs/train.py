@@ -29,9 +29,10 @@ from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.report.data import read_run
 from liquid_llm.report.summary import summarise, write_summary
+from liquid_llm.run_log import RunLog
 from liquid_llm.runtime import StopSignal, choose_device
 from liquid_llm.storage.lease import Lease, LeaseLost
-from liquid_llm.terminal import Stage, setup_logging
+from liquid_llm.terminal import Stage, brief, setup_logging
 from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
 from liquid_llm.wiring.exports import STUDENT, keep_tokenizer, save_with_card
@@ -74,7 +75,7 @@ def run_training(
         LiquidError: any problem a user can cause.
         Interrupted: the process was asked to stop and the state is saved.
     """
-    setup_logging("INFO" if read_rank()[0] == 0 else "WARNING")
+    setup_logging(most="INFO" if read_rank()[0] == 0 else "WARNING")
     prepare_allocator()
     config = build_run_config(face, given)
     device = torch.device(choose_device(config.device).value)  # before anything is read or made
@@ -98,10 +99,11 @@ def run_training(
 
 @dataclass(frozen=True)
 class _Output:
-    """What the main rank alone has: where the run is written to, its checkpoints, locked, its mirror's lease."""
+    """What the main rank alone has: where the run is written to, its checkpoints, its log, its mirror's lease."""
 
     place: Place
     store: CheckpointStore
+    log: RunLog
     lease: Lease | None
 
 
@@ -113,9 +115,10 @@ def _run(config: RunConfig, engine: Engine) -> Place | None:
             place = resolve_place(config)
             store = CheckpointStore(place.run_dir, keep_last=config.output.keep_last, log=log.warning)
             stack.enter_context(store)
+            written = stack.enter_context(RunLog())
             if place.remote is None or config.optimizer.steps == 0:
-                return _Output(place, store, None)
-            return _Output(place, store, stack.enter_context(Lease(place.remote, place.run_dir / MARK_FILE)))
+                return _Output(place, store, written, None)
+            return _Output(place, store, written, stack.enter_context(Lease(place.remote, place.run_dir / MARK_FILE)))
 
         output = engine.together(lambda: open_output() if engine.is_main else None)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -150,8 +153,8 @@ def _take_up(config: RunConfig, start: Start, engine: Engine) -> tuple[RunConfig
     """What goes on of a start, and the configuration with what it stands for behind what was given."""
     settled = settle_context(start, config)
     if start.origin.metadata is not None:
-        log.info("checkpoint metadata: %s", describe_metadata(start.origin.metadata))
-    log.info("starting from %s at step %d: %s", settled.kind, settled.step, settled.origin.description)
+        log.info("checkpoint metadata: %s", describe_metadata(start.origin.metadata), extra=brief(""))
+    log.info("%s", settled.in_words())
     return deal_out(inherit(config, settled.options(config)), settled, engine.world_size), settled
 
 
@@ -159,7 +162,8 @@ def _nothing_to_do(config: RunConfig, start: Start, output: _Output | None) -> b
     assert output is not None
     step, steps = start.step, config.optimizer.steps
     schedules = build_schedules(config)
-    log.info("step %d: alpha %g, T %g", step, schedules.alpha.value(step), schedules.temperature.value(step))
+    alpha, temperature = schedules.alpha.value(step), schedules.temperature.value(step)
+    log.info("at step %d the teacher weighs %g (alpha), at temperature %g", step, alpha, temperature)
     if steps == 0:
         log.info("0 steps asked for: nothing is trained or written")
         return True
@@ -167,8 +171,18 @@ def _nothing_to_do(config: RunConfig, start: Start, output: _Output | None) -> b
         return False
     if start.kind == "continue" and not (output.place.run_dir / STUDENT).is_dir():
         return False  # killed between the last step and the end: what is left is done
-    log.info("already at step %d of %d: nothing to do", step, steps)
+    log.info("already at step %d of %d: nothing to do. %s", step, steps, _how_to_go_on(config, output))
     return True
+
+
+def _how_to_go_on(config: RunConfig, output: _Output) -> str:
+    """What to give where more is wanted of a finished run: more steps are another name, unless the run is named."""
+    name = output.place.shown.rstrip("/").rpartition("/")[2]
+    named = f" --run_id={name}" if config.below_output and config.output.run_id is None else ""
+    return (
+        f"To train it longer give{named} --{config.steps_option}=MORE; its data is looked at then, and texts that are "
+        "new need --accept_changes"
+    )
 
 
 def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engine) -> None:
@@ -188,6 +202,7 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             every = config.output.upload_every_seconds
             mirrors = stack.enter_context(Mirrors(output.place, every, stop.deadline, output.lease))
             files = RunFiles(output.store, metrics, mirrors.checkpoints)
+            stack.enter_context(output.log.ending())
         recorder = stack.enter_context(Recorder(config, parts, files, waited=lambda: feed.waited))
         stack.enter_context(engine.watch())
         if start.goes_on:
@@ -200,7 +215,8 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             done = trainer.train()
         if not done:
             recorder.stop()
-            unsent = None if mirrors is None else _send_in_time(mirrors.close, stop)
+            log.info("asked to stop: the state of step %d is saved", parts.progress.step)
+            unsent = None if output is None or mirrors is None else _send_in_time(output, mirrors.close, stop)
             engine.wait_for_all()  # a launcher ends all as soon as one has ended: not before the state is saved
             raise _interrupted(config, parts, output, unsent)
         recorder.finish()
@@ -211,7 +227,8 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             save_with_card(parts.built.model, student, metadata, run_dir / STUDENT, weights, run=run)
             write_summary(run_dir)
             build_report(run_dir)
-            if unsent := _send_in_time(mirrors.finish, stop):
+            log.info("finished at step %d: the student, the summary and the report are written", parts.progress.step)
+            if unsent := _send_in_time(output, mirrors.finish, stop):
                 raise _interrupted(config, parts, output, unsent)
         engine.wait_for_all()
     if output is not None:
@@ -234,19 +251,21 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
     say_fit(fit, parts.device)
     parts.evaluator.consumers = fit.largest
     if output is not None:
-        if config.output.restart:  # not before everything that can fail has not
+        output.log.open(output.place.run_dir)  # not before everything that can fail has not
+        if config.output.restart:
             output.store.set_aside()
         _write_provenance(parts.config, output.place, start, parts, data, fit)
         keep_tokenizer(parts.text.tokenizer, output.place.run_dir)
     return parts, fit
 
 
-def _send_in_time(send: Callable[[], None], stop: StopSignal) -> StorageError | None:
-    """Bring the mirrors up to date; what they lack, where there was no time for more.
+def _send_in_time(output: _Output, send: Callable[[], None], stop: StopSignal) -> StorageError | None:
+    """Bring the mirrors up to date, with a log that is whole; what they lack, where there was no time for more.
 
     Raises:
         StorageError: they lack something, and nobody asked to stop.
     """
+    output.log.end()
     try:
         send()
     except StorageError as error:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from liquid_llm.checkpoint.background import BackgroundSaver, Saved
 from liquid_llm.checkpoint.copies import block_sizes
-from liquid_llm.checkpoint.discovery import sidecars
+from liquid_llm.checkpoint.discovery import is_snapshot, sidecars
 from liquid_llm.checkpoint.metadata import IN_PIECES, CheckpointMetadata
 from liquid_llm.checkpoint.pieces import PieceWriter, require_folder
 from liquid_llm.checkpoint.store import CheckpointStore
@@ -30,7 +30,7 @@ from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metric
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.sharding import find_parts, gather_whole, outline, own_parts, split_tensors
-from liquid_llm.terminal import Stage
+from liquid_llm.terminal import Stage, brief
 from liquid_llm.training import StepResult
 from liquid_llm.versions import CURRENT
 from liquid_llm.wiring.course import course_of
@@ -131,7 +131,7 @@ class Recorder:
         if config.evaluation.every_steps:
             hooks.append((lambda _: self.evaluate(), config.evaluation.every_steps))
         if config.output.save_every_steps:
-            hooks.append((lambda _: self.save(snapshot=True), config.output.save_every_steps))
+            hooks.append((self._save_due, config.output.save_every_steps))
         if config.output.save_every_minutes:
             hooks.append((lambda result: self._save_by_time() if result.save else None, 1))
         return hooks
@@ -170,17 +170,19 @@ class Recorder:
             return
         written = self.files.metrics.write("train", result.step, row)
         stage.note(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+        kd = "-" if written.get("kd") is None else f"{written['kd']:.4f}"
         log.info(
             "step %d/%d loss %.4f ce %.4f kd %s alpha %.3g T %.3g lr %.3g %.0f tokens/s",
             result.step,
             self.config.optimizer.steps,
             row["loss"],
             row["ce"],
-            "-" if written.get("kd") is None else f"{written['kd']:.4f}",
+            kd,
             result.values.default.alpha,
             result.values.default.temperature,
             result.values.lr,
             row["tokens_per_second"],
+            extra=brief(f"step {result.step} · loss {row['loss']:.3f} · KL {kd[:5]} · lr {result.values.lr:.2g}"),
         )
 
     def _device_memory(self) -> dict[str, Any]:
@@ -214,7 +216,7 @@ class Recorder:
         self._evaluated_at = progress.step
         self._row_started += self.clock() - began  # a row's rate is that of training
         loss = float(row["val_loss_student"])
-        log.info("evaluation at step %d: val_loss_student %.4f%s", progress.step, loss, _say_further(row))
+        log.info("step %d · %s", progress.step, describe_evaluation(row))
         if loss < progress.best_val_loss:
             progress.best_val_loss = loss
             if progress.step > 0:
@@ -242,6 +244,11 @@ class Recorder:
         """Write a checkpoint of this step, unless there is one; behind the steps."""
         if self._saved_at != self.parts.progress.step:
             self._save(names=(), snapshot=snapshot)
+
+    def _save_due(self, result: StepResult) -> None:
+        if result.step == self.config.optimizer.steps:
+            self.evaluate()  # its last: it may save this step as the best, and one save is enough
+        self.save(snapshot=True)
 
     def stop(self) -> None:
         """A checkpoint of this step, whole when this returns; within ``STOP_SECONDS`` if the disk allows it."""
@@ -413,13 +420,18 @@ class Recorder:
         assert self.files is not None
         assert self._saver is not None
         self.files.uploader.enqueue_checkpoint(saved.info)
+        step, names = saved.info.metadata.step, saved.info.names
+        told = f"step {step} · saved {', '.join(name for name in names if not is_snapshot(name)) or names[0]}"
+        waited = f" · training waited {format_seconds(saved.stopped_seconds)}" if saved.stopped_seconds >= 1 else ""
         log.info(
-            "saved %s: stopped training for %.2f s, on the disk after %.2f s: %s",
-            " ".join(saved.info.names),
+            "step %d · saved %s: stopped training for %.2f s, on the disk after %.2f s",
+            step,
+            ", ".join(names),
             saved.stopped_seconds,
             saved.seconds,
-            describe_metadata(saved.info.metadata),
+            extra=brief(told + waited),
         )
+        log.info("checkpoint metadata: %s", describe_metadata(saved.info.metadata), extra=brief(""))
         self._say_if_a_stop_takes_long(self._saver, "as measured")
 
     def _say_if_a_stop_takes_long(self, saver: BackgroundSaver, basis: str) -> None:
@@ -501,9 +513,25 @@ class Recorder:
         }
 
 
-def _say_further(row: Mapping[str, Any]) -> str:
-    """What a line of the log says of an ``eval`` row beside its loss: other lengths, the teacher, answers."""
-    keys = [key for key in row if "@" in key and key.startswith("val_loss")]
-    keys += [key for key in ("val_kd", "val_agreement") if key in row]
-    answers = f" answers right {row['answers_right']}/{row['answers']}" if "answers" in row else ""
-    return "".join(f" {key} {row[key]:.4f}" for key in keys) + answers
+def describe_evaluation(row: Mapping[str, Any]) -> str:
+    """An ``eval`` row as a line for people: loss beside the teacher's, KL, each type, then what else was asked for."""
+    partly = "val_loss_student_with_teacher" in row  # the teacher's loss is of other texts: it stands with its type
+    of_teacher = "" if partly else "val_loss_teacher"
+    said = [_loss_beside("held-out loss", row, "val_loss_student", of_teacher)]
+    if "val_kd" in row:
+        said.append(f"KL {row['val_kd']:.3f}")
+    types = row.get("by_type", {})
+    if len(types) > 1:
+        said.append(", ".join(_loss_beside(type, one, "val_loss", "val_loss_teacher") for type, one in types.items()))
+    keys = [key for key in row if key.startswith("val_loss_student@")]
+    said += [f"at {key.partition('@')[2]} tokens {row[key]:.3f}" for key in keys]
+    if "val_agreement" in row:
+        said.append(f"agrees {row['val_agreement']:.0%}")
+    if "answers" in row:
+        said.append(f"answers right {row['answers_right']}/{row['answers']}")
+    return " · ".join(said)
+
+
+def _loss_beside(name: str, row: Mapping[str, Any], own: str, of_teacher: str) -> str:
+    teacher = row.get(of_teacher)
+    return f"{name} {row[own]:.3f}" + ("" if teacher is None else f" (teacher {teacher:.3f})")

@@ -59,6 +59,16 @@ class Start:
         """The step training goes on from."""
         return self.origin.metadata.step if self.goes_on and self.origin.metadata is not None else 0
 
+    def in_words(self) -> str:
+        """What is gone on with, as a sentence."""
+        if self.kind == "fresh":
+            return f"a new run: the student is {self.origin.description}"
+        if self.kind == "continue" and self.goes_on:
+            return f"this run goes on from step {self.step}: {self.origin.description}"
+        if self.goes_on:
+            return f"weights, optimizer and step {self.step} are taken from {self.origin.description}"
+        return f"weights are taken from {self.origin.description}; optimizer and step begin anew"
+
     def options(self, config: RunConfig) -> dict[str, object]:
         """Option values the checkpoint stands for; they rank behind those given and before defaults."""
         metadata = self.origin.metadata

@@ -22,7 +22,7 @@ from liquid_llm.metrics import StepAccumulator
 from liquid_llm.passes import PassLimit
 from liquid_llm.schedules import StepValues
 from liquid_llm.training import Progress
-from liquid_llm.wiring.recorder import Recorder, RunFiles
+from liquid_llm.wiring.recorder import Recorder, RunFiles, describe_evaluation
 from liquid_llm.wiring.speech import Speech
 
 
@@ -315,5 +315,14 @@ def test_the_log_says_of_an_evaluation_what_was_asked_for(tmp_path: Path, caplog
     one.parts.evaluator = Evaluate(**asked)
     with caplog.at_level("INFO"):
         one.evaluate()
-    said = "val_loss_student 2.0000 val_loss_student@16 2.5000 val_kd 0.2500 val_agreement 0.5000 answers right 3/20"
-    assert caplog.messages == [f"evaluation at step 0: {said}"]
+    said = "held-out loss 2.000 · KL 0.250 · at 16 tokens 2.500 · agrees 50% · answers right 3/20"
+    assert caplog.messages == [f"step 0 · {said}"]
+
+
+def test_an_evaluation_names_the_teacher_where_it_was_asked_and_each_type() -> None:
+    types = {"lm": {"val_loss": 3.0, "val_loss_teacher": 2.5}, "code": {"val_loss": 1.0}}
+    row = {"val_loss_student": 2.0, "val_loss_teacher": 2.5, "by_type": types}
+    of_types = "lm 3.000 (teacher 2.500), code 1.000"
+    assert describe_evaluation(row) == f"held-out loss 2.000 (teacher 2.500) · {of_types}"
+    partly = {**row, "val_loss_student_with_teacher": 3.0}
+    assert describe_evaluation(partly) == f"held-out loss 2.000 · {of_types}", "2.0 is not of the teacher's texts"
