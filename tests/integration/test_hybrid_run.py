@@ -123,7 +123,7 @@ def test_a_finished_run_says_what_it_came_to_and_a_call_more_says_it_again(captu
 
 
 def test_inspect_and_report_read_what_a_run_left(finished, capsys):
-    assert main(["inspect", str(finished)]) == 0
+    assert main(["inspect", "--json", str(finished)]) == 0
     described = json.loads(capsys.readouterr().out)
     assert described["kind"] == "run"
     assert described["checkpoints"]["final"]["step"] == 60
@@ -135,7 +135,7 @@ def test_inspect_and_report_read_what_a_run_left(finished, capsys):
 def test_inspect_reads_stores_checkpoints_and_manifests(captured, finished, capsys):
     kinds = {}
     for path in (captured.root / "signal" / "math", finished / "best.pt", captured.manifest):
-        assert main(["inspect", str(path)]) == 0
+        assert main(["inspect", "--json", str(path)]) == 0
         kinds[path.name] = json.loads(capsys.readouterr().out)["kind"]
     assert kinds == {"math": "store", "best.pt": "checkpoint", "manifest.jsonl": "manifest"}
 

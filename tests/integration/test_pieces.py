@@ -95,11 +95,11 @@ def test_it_is_exported_and_inspected(done, tmp_path, capsys) -> None:
     for name, tensor in load_file(tmp_path / "student" / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
     capsys.readouterr()
-    assert main(["inspect", str(done / "last.pt")]) == 0
+    assert main(["inspect", "--json", str(done / "last.pt")]) == 0
     found = json.loads(capsys.readouterr().out)["pieces"]
     assert (found["folder"][:15], found["files"]) == ("pieces-00000006", 2)
     assert found["bytes"] > 100_000
-    assert main(["inspect", str(done)]) == 0
+    assert main(["inspect", "--json", str(done)]) == 0
     checkpoints = json.loads(capsys.readouterr().out)["checkpoints"]
     assert {name: one["pieces"]["folder"][:15] for name, one in checkpoints.items()}["final"] == "pieces-00000006"
 

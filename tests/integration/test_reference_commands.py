@@ -68,8 +68,12 @@ def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
     assert steps[0]["l2"] == 0.0, "unchanged weights are where the reference student is"
     assert steps[1]["l2"] > 0.0
     assert steps[3]["l2"] == 0.0, "the term has faded out"
-    report = fresh_world.run(["liquid", "inspect", f"gs://{BUCKET}/stage1/Checkpoints/vertex-runs/{run.name}"])
-    assert succeed(report).stdout.strip()
+    report = fresh_world.run(
+        ["liquid", "inspect", "--json", f"gs://{BUCKET}/stage1/Checkpoints/vertex-runs/{run.name}"]
+    )
+    found = json.loads(succeed(report).stdout)
+    assert (found["kind"], found["step"], found["finished"]) == ("run", 4, True)
+    assert found["last_train"]["step"] == 4, "rows are read in the bucket too"
 
 
 @pytest.mark.slow

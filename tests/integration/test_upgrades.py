@@ -198,7 +198,7 @@ def test_inspect_reads_runs_checkpoints_stores_and_manifest(
 ) -> None:
     def inspected(place: str) -> dict[str, Any]:
         capsys.readouterr()
-        assert main(["inspect", place]) == 0
+        assert main(["inspect", "--json", place]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 

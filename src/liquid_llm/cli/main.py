@@ -44,6 +44,7 @@ DEMO = (
 )
 _WHERE = "file or URL for the page (default: report.html in the run; of a run at a URL NAME-report.html here)"
 PAGE = Option("output", "str", RUN, "output", None, _WHERE)
+TOKENIZER = Option("tokenizer", "str", RUN, "tokenizer", None, "model by whose tokenizer tokens of records are counted")
 VOCABULARY = Option("vocab", "int", RUN, "vocab", 49152, "tokens of the tokenizer, whose rows count too", minimum=2)
 
 
@@ -66,7 +67,7 @@ def _command(words: list[str]) -> int:
         "evaluate": (evaluate, "how good students are on held-out text, beside their teacher"),
         "export": (export, "a run's student as a Hugging Face folder: the best, any snapshot, of an interrupted run"),
         "models": (_models, "the student presets: shape and size"),
-        "inspect": (_inspect, "what a run, checkpoint, store or manifest holds"),
+        "inspect": (_inspect, "what anything that a command wrote or reads holds"),
         "doctor": (_doctor, "whether a run, checkpoint, store, manifest or prepared data is whole, and what to do"),
         "report": (_report, "make report.html of a run, or study.html of a study, again from its files"),
         "completion": (_completion, "what a shell is to run so that it completes the words of liquid"),
@@ -203,13 +204,17 @@ def _demo(words: list[str]) -> int:
 
 
 def _inspect(words: list[str]) -> int:
-    path = Positional("path", "PATH", "run directory, .pt, signal store folder or manifest; local or URL")
-    given = parse(
-        (), words, "liquid inspect", "Say what a run, checkpoint, store or manifest holds.", positionals=[path]
-    )
+    path = Positional("path", "PATH", "anything a command wrote or reads, or a folder of such; local or URL")
+    about = "Say what a run, checkpoint, store, shard, manifest, model, result or a folder of these holds."
+    given = parse((TOKENIZER, AS_JSON), words, "liquid inspect", about, positionals=[path])
     from liquid_llm.jobs.inspect import inspect
 
-    return inspect(str(given["path"]))
+    tokenizer = given.get("tokenizer")
+    return inspect(
+        str(given["path"]),
+        as_json=bool(given.get("json")),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+    )
 
 
 def _doctor(words: list[str]) -> int:

@@ -97,6 +97,15 @@ def _with_own_names(argv: Sequence[str], options: Sequence[Option]) -> list[str]
     return out
 
 
+def _let_switches_stand_alone(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """The words with ``=true`` behind each bare switch before a word that cannot be its value: ``--json RUN``."""
+    switches = {f"--{one.name}": TRUE_WORDS | FALSE_WORDS | {AUTO} for one in options if one.kind.endswith("bool")}
+    return [
+        f"{word}=true" if word in switches and after.lower() not in switches[word] else word
+        for word, after in zip(argv, (*argv[1:], ""), strict=False)
+    ]
+
+
 def parse(
     options: Sequence[Option],
     argv: Sequence[str],
@@ -120,7 +129,10 @@ def parse(
     """
     parser = build_parser(options, prog, description, face, positionals)
     offer(parser)
-    namespace, unknown = parser.parse_known_args(_with_own_names(normalise(argv), options))
+    words = _with_own_names(normalise(argv), options)
+    if positionals:
+        words = _let_switches_stand_alone(words, (*options, *_TALK))
+    namespace, unknown = parser.parse_known_args(words)
     if unknown:
         raise unknown_option(unknown[0], (*options, *_TALK), prog)
     given: dict[str, object] = vars(namespace)

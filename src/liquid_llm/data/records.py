@@ -216,7 +216,8 @@ class RecordFile:
         try:
             body = read_body(value)
         except BodyError as error:
-            raise DataError(str(error), where=where, got=error.got) from error
+            remedy = "records have text, messages, or prompt and completion; liquid prepare makes them of raw data"
+            raise DataError(str(error), where=where, got=error.got, remedy=remedy) from error
         if stated is not None and stated != self.type:
             raise DataError(
                 "the record's type contradicts the manifest",

@@ -126,4 +126,4 @@ def test_short_version_and_help_of_a_command(capsys):
 def test_names_of_others_in_a_message_do_not_move_the_terminal(tmp_path, capsys):
     (tmp_path / "m.jsonl").write_text('{"path": "evil\\u001b]0;x\\u0007*.jsonl", "type": "lm"}\n')
     assert main(["inspect", str(tmp_path / "m.jsonl")]) == 3
-    assert "evil\\x1b]0;x\\x07" in capsys.readouterr().err
+    assert "evil\\x1b]0;x\\x07" in capsys.readouterr().out

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liquid_llm.cli.parse import Positional, build_parser, converter, expand_date, normalise, parse
+from liquid_llm.cli.parse import AS_JSON, Positional, build_parser, converter, expand_date, normalise, parse
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ALIASES, ANNEAL, CAPTURE, EVERY, OPTIONS, TRAIN, Option, options_of
+from liquid_llm.verbosity import asked_level, one_command
 
 GPU_MEMORY = Option("gpu_memory", "size", "run", "gpu_memory", None, "how much", minimum=1)
 
@@ -402,3 +403,34 @@ def test_no_two_options_of_a_face_set_the_same_value():
         assert len(fields) == len(set(fields))
     names = [(option.name, face) for option in OPTIONS for face in option.faces]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "words", [["--json", "RUN"], ["RUN", "--json"], ["--json", "true", "RUN"], ["--json=1", "RUN"]]
+)
+def test_a_switch_before_a_word_takes_none_that_is_no_value_of_it(words):
+    path = Positional("path", "PATH", "a path")
+    assert parse((AS_JSON,), words, "liquid x", "", positionals=[path]) == {"json": True, "path": "RUN"}
+    off = parse((AS_JSON,), ["--json", "off", "RUN"], "liquid x", "", positionals=[path])
+    assert off == {"json": False, "path": "RUN"}
+
+
+def test_every_command_takes_how_much_it_is_to_say_and_hands_it_on_to_nobody(tmp_path):
+    path = Positional("path", "PATH", "a path")
+    (tmp_path / "c.yaml").write_text("log_level: debug\n")
+    for words, level in (
+        ([], None),
+        (["--quiet"], "ERROR"),
+        (["--no-quiet"], None),
+        (["--log-level=warning"], "WARNING"),
+        ([f"--config={tmp_path / 'c.yaml'}"], "DEBUG"),
+        ([f"--config={tmp_path / 'c.yaml'}", "--log_level=info"], "INFO"),
+    ):
+        with one_command():
+            assert parse((AS_JSON,), [*words, "RUN"], "liquid x", "", positionals=[path]) == {"path": "RUN"}
+            assert asked_level() == level
+        assert asked_level() is None
+    with pytest.raises(UsageError, match="say different things"):
+        parse((), ["--quiet", "--log_level=info"], "liquid x", "")
+    with pytest.raises(UsageError, match="expected one of debug, info, warning, error"):
+        parse((), ["--log_level=loud"], "liquid x", "")
