@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lm-eval test-trackers check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-lm-eval test-trackers check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,11 @@ test-lm-eval: $(STAMP)  ## the tests that need lm-eval, which it installs into .
 test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Trackio, which it installs into .venv
 	$(PIP) install --quiet -e '.[track]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_trackers.py $(ARGS)
+
+docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens from there, and needs no network
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/tree.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file build/docs/mkdocs.yml
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
 """``liquid demo`` from end to end with a small teacher: what `make demo` runs, at a fraction of its size."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from tests.support import readme
 from tests.support.tiny import build
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +41,9 @@ def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
         == (again[again.index("held-out text") : again.index("stored signal")].splitlines()[:12])
     )
     assert rows == {name: read_metrics(run) for name, run in runs.items()}, "nothing is trained twice"
+    for words_of_page in ("liquid inspect", "liquid store stats runs/demo"):
+        command = readme.command(words_of_page).replace("runs/demo", str(base), 1)
+        assert main(shlex.split(command)[1:]) == 0, "what the page on the first run looks at is there"
 
 
 def check_summary(summary: dict, base: Path, runs: dict[str, Path]) -> None:

@@ -176,8 +176,8 @@ def test_the_options_of_prepare_are_frozen() -> None:
     assert sorted(option.name for option in options_of(PREPARE)) == sorted(names)
 
 
-def test_the_example_of_the_readme_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = (readme.REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_example_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (readme.REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
     example = document[document.index("    gsm8k:\n") :].partition("\n\n")[0]
     plain = yaml.safe_load(example)
     names = {"gsm8k": "gsm8k", "wikitext": "wikitext", "python": "codesearchnet"}

@@ -99,4 +99,5 @@ def test_make_alone_lists_the_targets(clone: Path) -> None:
         ["make", "--no-print-directory"], cwd=clone, capture_output=True, text=True, timeout=60, check=True
     )
     listed = {line.split()[1] for line in done.stdout.splitlines()}
-    assert listed == {"help", "demo", "test", "check", "bench", "gpu", "soak", "mutants", "fuzz", "format", "clean"}
+    targets = "help demo docs test check bench gpu soak mutants fuzz format clean"
+    assert listed == set(targets.split())
