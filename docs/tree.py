@@ -138,8 +138,12 @@ def shown_files() -> list[Path]:
     return sorted(seen)
 
 
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
 def configuration() -> dict[str, Any]:
-    """``docs/mkdocs.yml`` with the folders in its navigation filled in, for ``FOLDER/mkdocs.yml``."""
+    """``docs/mkdocs.yml`` for ``FOLDER``: folders of its navigation filled in, pages it does not name among the guides."""
     config: dict[str, Any] = yaml.safe_load((DOCS / "mkdocs.yml").read_text(encoding="utf-8"))
     decisions = [f"decisions/{path.name}" for path in sorted((DOCS / "decisions").glob("0*.md"))]
     shown = [path for path in shown_files() if path.parent == REPOSITORY]
@@ -148,6 +152,10 @@ def configuration() -> dict[str, Any]:
         "repository/": [{path.name: place_of(path)} for path in shown],
     }
     config["site_dir"] = "../site"
+    listed = str(config["nav"])
+    unlisted = [path.name for path in sorted(DOCS.glob("*.md")) if f"{path.name}'" not in listed]
+    guides = next(section["Guides"] for section in config["nav"] if "Guides" in section)
+    guides += [{_title(DOCS / name): name} for name in unlisted]
     for section in config["nav"]:
         for children in section.values():
             for entry in children if isinstance(children, list) else []:

@@ -51,7 +51,7 @@ def written_commands() -> Iterator[tuple[str, str]]:
         text = text_of(path)
         found = readme.commands(text)
         found += [line.split("  ")[0] for line in re.findall(r"^    (liquid \w.*)$", text, re.M)]
-        found += [code for code in _CODE.findall(text) if code.startswith("liquid ")]
+        found += [f"{code} …" for code in _CODE.findall(text) if code.startswith("liquid ")]  # a mention, seldom whole
         for command in dict.fromkeys(found):
             for start, ours in _FACES.items():
                 command = command.replace(start, ours)
