@@ -143,7 +143,7 @@ def _title(path: Path) -> str:
 
 
 def configuration() -> dict[str, Any]:
-    """``docs/mkdocs.yml`` for ``FOLDER``: folders of its navigation filled in, pages it does not name among the guides."""
+    """``docs/mkdocs.yml`` for ``FOLDER``: its folders filled in, pages that it does not name among the guides."""
     config: dict[str, Any] = yaml.safe_load((DOCS / "mkdocs.yml").read_text(encoding="utf-8"))
     decisions = [f"decisions/{path.name}" for path in sorted((DOCS / "decisions").glob("0*.md"))]
     shown = [path for path in shown_files() if path.parent == REPOSITORY]
