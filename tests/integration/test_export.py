@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from tests.support.annealing import anneal, as_of, contents
+from tests.support.hub import TOKEN, running_hub
 from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -246,3 +247,46 @@ def test_a_student_of_conversations_has_the_template_that_it_was_trained_with(ti
     assert export(tmp_path / "run", tmp_path / "named", "--which=final") == 0, "the teacher has no template"
     assert contents(tmp_path / "named") == contents(tmp_path / "kept")
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "kept").chat_template
+
+
+def test_words_that_would_do_nothing_are_refused_before_anything_is_opened(tmp_path, monkeypatch, capsys):
+    (tmp_path / "there.gguf").write_bytes(b"mine")
+    cases = {
+        ("--quantize=q8_0",): "--gguf",
+        ("--converter=somewhere",): "--gguf",
+        ("--private",): "--push_to_hub",
+        ("--gguf=model.bin",): "ends in .gguf",
+        (f"--gguf={tmp_path / 'there.gguf'}",): "--force",
+        ("--gguf=a.gguf", f"--converter={tmp_path}"): "checkout of llama.cpp",
+        ("--gguf=a.gguf", "--quantize=q3"): "q8_0",
+        ("--push_to_hub=a/b/c",): "owner/name",
+    }
+    for words, said in cases.items():
+        assert export(tmp_path / "nowhere", tmp_path / "out", *words) == 2, words
+        assert said in capsys.readouterr().err, words
+    monkeypatch.setattr("liquid_llm.models.gguf_writing.find_spec", lambda name: None)
+    assert export(tmp_path / "nowhere", tmp_path / "out", "--gguf=a.gguf") == 2
+    assert "pip install 'liquid-llm[gguf]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's client
+def test_it_is_brought_to_the_hub_as_it_is_here(short, tmp_path, monkeypatch, capsys):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    target = tmp_path / "student"
+    words = ("--which=final", "--license=mit", f"--hf_token_file={tmp_path / 'token'}", "--push_to_hub=small")
+    with running_hub(monkeypatch) as hub:
+        hub.writers.clear()
+        assert export(short, target, *words) == 2
+        assert "does not know this token" in capsys.readouterr().err
+        assert not target.exists(), "nothing is written before the token is looked at"
+        hub.writers.add(TOKEN)
+        assert export(short, target, *words, "--license=my-own") == 2
+        assert '"license" must be one of' in (said := capsys.readouterr().err)
+        assert f"the student is in {target}" in said
+        assert export(short, target, *words, "--private", "--force") == 0
+        said = capsys.readouterr()
+    assert said.out.split() == [str(target), f"{hub.base}/owner/small"]
+    assert TOKEN not in said.out + said.err
+    assert hub.files == {"owner/small": contents(target)}
+    assert "license: mit" in (target / "README.md").read_text()

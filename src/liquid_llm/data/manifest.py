@@ -1,6 +1,6 @@
 """The manifest: which files make up the training data, of which type, drawn how often.
 
-manifest: JSONL; each line ``{"path": glob, "type": word, "weight": number}``, and ``"license": words`` for the student's
+manifest: JSONL; each line ``{"path": glob, "type": word, "weight": number}``, and ``"license": words`` for a student's
 card; blank lines allowed; entry: one line.
 
 A path may be any fsspec URL. A relative one is relative to the manifest's own folder, so that a folder of data can

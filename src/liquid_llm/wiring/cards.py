@@ -68,7 +68,7 @@ def make_card(model: Any, metadata: CheckpointMetadata, run: str | None, license
     base = _base(metadata.student)
     data = kept.data()
     scores = [] if run is None else _scores(run, metadata.step)
-    title = _title(metadata.student)
+    title = name_student(metadata.student)
     front = {
         "base_model": base["model"] if base is not None and base.get("on_hub") else None,
         "datasets": data.hub_ids,
@@ -91,7 +91,7 @@ def make_card(model: Any, metadata: CheckpointMetadata, run: str | None, license
     return Card(title, front, sections).render()
 
 
-def _title(student: Mapping[str, Any]) -> str:
+def name_student(student: Mapping[str, Any]) -> str:
     """What a student is called, without a folder of this machine."""
     taken, asked = student.get("taken"), str(student.get("spec", "student"))
     if taken is None:
