@@ -32,7 +32,7 @@ from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE
 from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.preparation.catalog import STATE_FOLDER
 from liquid_llm.provenance import ENVIRONMENT, FOLDER
-from liquid_llm.report.summary import SUMMARY_FILE
+from liquid_llm.report.runs import SUMMARY_FILE
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.pt import is_record_file
 from liquid_llm.signal_store.shards.file import is_shard

@@ -14,7 +14,7 @@ from liquid_llm.errors import CheckpointError, LiquidError
 from liquid_llm.metrics import FILE_NAME
 from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.provenance import CONFIG, ENVIRONMENT, OPTIONS
-from liquid_llm.report.summary import SUMMARY_FILE
+from liquid_llm.report.runs import SUMMARY_FILE
 from liquid_llm.storage import FileInfo
 
 _LOSS = "val_loss_student"
