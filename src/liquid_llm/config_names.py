@@ -39,6 +39,16 @@ def counted_options(config: RunConfig) -> dict[str, Any]:
     return {"face": config.face, "options": counted, "source": dataclasses.asdict(config.source)}
 
 
+def without_effect() -> list[str]:
+    """The values of a configuration that change no step, by dotted name: where a run is, how it is carried out."""
+    uncounted = _UNCOUNTED.split()
+    return [
+        f"{option.group}.{option.field}" if option.group in _OLD_FIELDS or option.group == OUTPUT else option.field
+        for option in OPTIONS
+        if option.group == OUTPUT or option.name in uncounted
+    ]
+
+
 def training_key(config: RunConfig) -> dict[str, Any]:
     """What of ``counted_options`` plays a part: equal for two runs whose every step is the same.
 

@@ -18,6 +18,7 @@ from tests.unit.test_report import Page, page_of
 from liquid_llm.errors import UsageError
 from liquid_llm.report import build_report
 from liquid_llm.report.charts import choose_figures
+from liquid_llm.report.compare import label_runs
 from liquid_llm.report.data import read_run
 from liquid_llm.report.private import shorten, without_places
 from liquid_llm.report.runs import find_runs
@@ -100,7 +101,7 @@ def test_the_result_has_the_teacher_the_gap_and_what_compares_between_tokenizers
         found = dict(zip(head, cells, strict=True))
         assert found["gap to the teacher closed"] == "75 %"
         assert float(found["perplexity"]) == pytest.approx(math.e**3, abs=0.1)
-        assert (found["bits a byte"], found["the teacher's"]) == ("0.75", "0.5")
+        assert (found["bits a byte"], found["the teacher's"]) == ("0.750", "0.500")
 
 
 def test_level_lines_are_a_sentence_and_a_gap_keeps_its_plot(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_page_that_is_passed_on_tells_no_path_and_no_machine(tmp_path: Path) -
     for kept in ("…/m.jsonl", "gs://b/sig", "--data_cache=…/tokens", "…/fa.whl is for"):
         assert kept in words, kept
     assert re.search(r"Student <b>mine</b>.*Taught by <b>SmolLM2-135M</b> \(lm\)", html)
-    assert re.findall(r"<td>(1|this one, 2)</td>", html) == ["1", "this one, 2"], "machines by number"
+    assert re.findall(r"<td[^>]*>(1|this one, 2)</td>", html) == ["1", "this one, 2"], "machines by number"
 
 
 names = st.text(st.characters(categories=["L", "N"], include_characters="._-"), min_size=1, max_size=8).filter(
@@ -252,3 +253,10 @@ def test_a_folder_of_runs_is_refused_with_their_names(tmp_path: Path) -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
+
+
+@given(st.sets(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(tuple), min_size=2, max_size=6))
+def test_each_run_has_a_label_of_its_own_that_is_the_end_of_its_path(places: set[tuple[str, ...]]) -> None:
+    found = label_runs(["/" + "/".join(parts) for parts in places])
+    assert len(set(found.values())) == len(places)
+    assert all(f"/{place}".endswith(f"/{label}") for place, label in found.items())

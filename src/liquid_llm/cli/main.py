@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from liquid_llm.cli.compare import compare
 from liquid_llm.cli.completion import SHELLS, is_asked, shell_code, words_so_far
 from liquid_llm.cli.evaluate import evaluate
 from liquid_llm.cli.export import export
@@ -70,6 +71,7 @@ def _command(words: list[str]) -> int:
         "inspect": (_inspect, "what anything that a command wrote or reads holds"),
         "doctor": (_doctor, "whether a run, checkpoint, store, manifest or prepared data is whole, and what to do"),
         "report": (_report, "make report.html of a run, or study.html of a study, again from its files"),
+        "compare": (compare, "several runs side by side: results, differences, one page with all curves"),
         "completion": (_completion, "what a shell is to run so that it completes the words of liquid"),
     }
     listed = {name: text for name, (_, text) in commands.items()}

@@ -127,7 +127,7 @@ def choose_figures(run: RunData) -> dict[str, Group]:
             made = _with_limit(run, replace(figure, lines=list(_lines(run, wanted))))
             if not any(line.series.finite.values.any() for line in made.lines):
                 continue
-            sentence = _say_instead(made)
+            sentence = say_instead(made)
             if sentence is not None:
                 group.sentences.append(sentence)
             elif not made.log or _is_long(made):
@@ -135,7 +135,7 @@ def choose_figures(run: RunData) -> dict[str, Group]:
     return {heading: group for heading, group in chosen.items() if group.figures or group.sentences}
 
 
-def _say_instead(figure: Figure) -> str | None:
+def say_instead(figure: Figure) -> str | None:
     """A sentence that says as much as the plot would; None where there is something to see."""
     if any(len(line.series) < 2 or len(line.series.finite) < len(line.series) for line in figure.lines):
         return None
@@ -185,7 +185,7 @@ def _lines(run: RunData, wanted: _Wanted) -> Iterator[Line]:
         types = dict.fromkeys([*run.train.types, *run.evaluation.types])
         columns = [(type, wanted.replace("*", type), _look(number)) for number, type in enumerate(types)]
     for label, column, look in columns:
-        series = _series(run, column)
+        series = column_of(run, column)
         if series is not None:
             yield Line(label, series, look)
 
@@ -205,7 +205,8 @@ def _by_length(run: RunData) -> list[tuple[str, str, int]]:
     ]
 
 
-def _series(run: RunData, column: str) -> Series | None:
+def column_of(run: RunData, column: str) -> Series | None:
+    """The series of ``train.NAME`` or ``eval.NAME``, in the unit of its plot; None where it has no finite value."""
     rows, _, name = column.partition(".")
     columns = run.train if rows == "train" else run.evaluation
     series = _MADE[name](run) if name in _MADE else columns.get(name)

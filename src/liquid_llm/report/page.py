@@ -33,6 +33,8 @@ from liquid_llm.report.sections import moment, show_checkpoints, show_result, sh
 from liquid_llm.report.summary import ALL, summarise
 from liquid_llm.report.tables import Html, card, cards, fold, matrix, pairs, table, text
 
+Span = tuple[float, float] | Mapping[str, tuple[float, float]]
+
 _FEW = 20  # lines of a manifest that stand open
 
 
@@ -112,13 +114,14 @@ def _hash(source: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 
-def draw_plots(figures: Sequence[Figure], span: tuple[float, float], below: Below | None = None) -> Html:
-    """Plots side by side over the same range."""
+def draw_plots(figures: Sequence[Figure], span: Span, below: Below | None = None) -> Html:
+    """Plots side by side over the same range, or over that of what each has across."""
     columns = " three" if all(figure.small for figure in figures) else ""
-    return f'<div class="plots{columns}">{"".join(draw_figure(figure, span, below) for figure in figures)}</div>'
+    plots = [draw_figure(one, span[one.across] if isinstance(span, Mapping) else span, below) for one in figures]
+    return f'<div class="plots{columns}">{"".join(plots)}</div>'
 
 
-def draw_group(group: Group, span: tuple[float, float], below: Below | None, note: str | None = None) -> Html:
+def draw_group(group: Group, span: Span, below: Below | None = None, note: str | None = None) -> Html:
     """The plots of a heading, and the sentences that stand for others."""
     plots = draw_plots(group.figures, span, below) if group.figures else ""
     notes = [*group.sentences, *([note] if note else [])]

@@ -72,6 +72,7 @@ class Figure:
         small: whether a lower plot does.
         across: what the horizontal axis counts.
         log: whether that axis is logarithmic; points at 0 are then left out.
+        named: whether a single line has a legend too, and a dash.
     """
 
     key: str
@@ -84,6 +85,7 @@ class Figure:
     small: bool = False
     across: str = "step"
     log: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def draw_figure(figure: Figure, span: tuple[float, float], below: Below | None =
     thin = [downsample(line.series) for line in lines]
     means = [smooth(line.series) if figure.noisy else None for line in lines]
     main = [one if mean is None else mean for one, mean in zip(thin, means, strict=True)]
-    several = len(lines) > 1
+    several = len(lines) > 1 or figure.named
     faint = [
         _path(one, f"faint {line.colour}", x, y) for one, mean, line in zip(thin, means, lines, strict=True) if mean
     ]

@@ -79,7 +79,7 @@ def _by_type(run: RunData, rows: list[Mapping[str, Any]]) -> Html:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, 3) if isinstance(value, float) and math.isfinite(value) else value
+    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _as_it_is(rows: list[Mapping[str, Any]]) -> Html | None:

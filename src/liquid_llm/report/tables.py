@@ -11,7 +11,7 @@ from liquid_llm.formatting import format_count
 
 MAX_ROWS = 400
 _MAX_TEXT = 2000
-_SHARE = re.compile(r">?\d+(\.\d+)? ?%")
+_FIGURE = re.compile(r"[>−-]?\d[\d,]*(\.\d+)?( ?%)?")
 
 Html = str
 
@@ -59,7 +59,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], what: str = "table
 
 def _to_the_right(value: Any) -> str:
     is_figure = isinstance(value, int | float) and not isinstance(value, bool)
-    return ' class="n"' if is_figure or (isinstance(value, str) and _SHARE.fullmatch(value)) else ""
+    return ' class="n"' if is_figure or (isinstance(value, str) and _FIGURE.fullmatch(value)) else ""
 
 
 def _number(value: Any) -> Html:
