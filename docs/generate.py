@@ -107,7 +107,15 @@ _KINDS = {
 
 def options_page() -> str:
     """Every option of every command: name, what it takes, default, meaning, what other trainers call it."""
-    return "\n".join(line for command in commands() for line in _command_section(command))
+    return "\n".join(line for command in (*commands(), common()) for line in _command_section(command))
+
+
+def common() -> Command:
+    """What every command takes beside its own options."""
+    from liquid_llm.cli.parse import _TALK
+
+    about = "Beside these each takes --help, and --config FILE, a YAML file of its options; the command line wins."
+    return Command(("COMMAND",), about, _TALK, (), "")
 
 
 def _command_section(command: Command) -> Iterator[str]:

@@ -16,6 +16,7 @@ Nothing here knows the site generator: another one reads the same tree.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import posixpath
 import re
@@ -114,7 +115,20 @@ def page_of(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return with_links(text, path.parent, place_of(path))
+    if path.suffix == ".ipynb":
+        return _notebook(text)
     return f"# {path.name}\n\n`{inside}`\n\n`````{_LANGUAGES.get(path.suffix, 'text')}\n{text}\n`````\n"
+
+
+def _notebook(text: str) -> str:
+    """The cells of a notebook: its words, its code, and what the code printed."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"`````python\n{source}\n`````")
+        said = ["".join(one.get("text", ())) for one in cell.get("outputs", ())]
+        parts += [f"`````text\n{one}\n`````" for one in said if one.strip()]
+    return "\n\n".join(parts) + "\n"
 
 
 def _in(folder: Path) -> list[Path]:

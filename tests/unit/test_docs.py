@@ -19,7 +19,10 @@ DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(path for path in DOCS.glob("*.md") if path.name != "LOG.md")]
 COMMANDS = {command.words: command for command in generate.commands()}
 OPTIONS = {
-    name for command in COMMANDS.values() for option in command.options for name in (option.name, *option.aliases)
+    name
+    for command in (*COMMANDS.values(), generate.common())
+    for option in command.options
+    for name in (option.name, *option.aliases)
 }
 # Options of other programs that pages name, and what stands for any option.
 OTHERS = {
