@@ -64,7 +64,7 @@ def prose() -> str:
     """README without its code, its commands and the targets of its links."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"^```.*?^```|^    .*?$", "", text, flags=re.M | re.S)
-    text = EXIT_CODES.sub(lambda match: re.sub(r"(?<=· )\d+|^\n\d+", "", match[0]), text)
+    text = EXIT_CODES.sub(lambda match: re.sub(r"(?:(?<=· )|^)\d+ ", "", match[0], flags=re.M), text)
     return flat(re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`\n]*`", "", text)))
 
 
