@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from liquid_llm.config_checks import capture_problems, parse_schedule, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
+from liquid_llm.models.lora import LoraSpec
 from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, OPTIONS, PREPARE, TRAIN
 from liquid_llm.schedules import Constant, Piecewise, Ramp, Schedule, StepSchedules, WarmupCosine
 from liquid_llm.sources import SPELLINGS, SourceConfig, default_layout, read_given, spellings
@@ -33,11 +34,21 @@ class StudentConfig:
     grad_checkpoint: bool | str
     precision: str
     shard: str
+    lora_rank: int
+    lora_alpha: float | None
+    lora_target_modules: str
 
     @property
     def is_dealt_out(self) -> bool:
         """Whether each of several processes holds a part of the student alone."""
         return self.shard == "full"
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """The adapter that is trained; None where all of the student is."""
+        if not self.lora_rank:
+            return None
+        return LoraSpec(self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_target_modules)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
             problems.append(
                 f"--seq_len={data.seq_len} is longer than --block_size={data.block_size}: raise --block_size"
             )
-        if objective.gamma > 0 and config.student.resume_uri is None:
+        if objective.gamma > 0 and config.student.resume_uri is None and config.student.lora is None:
             problems.append(
                 "--keep_old_logit_l2 needs --resume_gcs_uri: without it there are no old logits to stay near"
             )
@@ -70,6 +70,7 @@ def run_problems(config: RunConfig, *, block_size_known: bool) -> list[str]:
     problems += _collect(lambda: parse_schedule(objective.alpha_schedule, "--alpha_schedule", 1.0))
     problems += _collect(lambda: parse_schedule(objective.temp_schedule, "--temp_schedule", None))
     problems += _divergence_problems(config) + _sharding_problems(config) + _optimizer_problems(config)
+    problems += _adapter_problems(config)
     return problems + _batch_problems(config, block_size_known) + _token_problems(teacher) + toolkit_problems(data)
 
 
@@ -123,6 +124,26 @@ def _optimizer_problems(config: RunConfig) -> list[str]:
         problems.append(f"--optimizer={kind}: the package torchao is not installed: pip install 'liquid-llm[torchao]'")
     if kind != ADAMW and config.student.is_dealt_out:
         problems.append(f"--optimizer={kind} takes whole weights: leave out --shard=full, or take adamw")
+    return problems
+
+
+def _adapter_problems(config: RunConfig) -> list[str]:
+    student = config.student
+    if student.lora is None:
+        given = [name for name in ("lora_alpha", "lora_target_modules") if name in config.given]
+        return [f"--{name} goes with --lora_r, which says the rank of the adapter" for name in given]
+    problems = []
+    if importlib.util.find_spec("peft") is None:
+        problems.append("--lora_r: the package peft is not installed: pip install 'liquid-llm[lora]'")
+    if student.is_dealt_out:
+        problems.append("--lora_r leaves little to deal out: leave out --shard=full")
+    if student.resume_uri is None and any(_collect(lambda: parse_student(student.spec))):
+        return problems  # which is said by itself
+    if student.resume_uri is None and parse_student(student.spec).teacher is not None:
+        problems.append(
+            "--lora_r trains an adapter of a student that is whole: train the cut first, and give the folder "
+            "that liquid export makes of it as --student"
+        )
     return problems
 
 

@@ -37,6 +37,7 @@ AUTO = "auto"
 AUTO_BATCH = 0  # what stands for it in the configuration, until a batch is chosen
 SHARDINGS = ("none", "full")
 PRECISIONS = ("auto", "bfloat16", "float32")
+ALL_LINEAR = "all-linear"
 ADAMW, ADAMW8BIT, MUON = OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
@@ -94,6 +95,9 @@ OPTIONS = (
     Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),
     Option("grad_checkpoint", "auto bool", STUDENT, "grad_checkpoint", AUTO, "recompute activations in the backward pass: less memory, a third more time; auto: only where it would not fit otherwise"),
     Option("shard", "str", STUDENT, "shard", "none", "full: each of several processes holds a part of the student's weights, gradients and moments alone (FSDP2): for a student that no GPU holds", choices=SHARDINGS),
+    Option("lora_r", "int", STUDENT, "lora_rank", 0, "train an adapter of this rank (LoRA, needs peft) and nothing else of the student, which must have weights (0: train all of it; docs/optimizers.md)", minimum=0),
+    Option("lora_alpha", "float", STUDENT, "lora_alpha", None, "the adapter's part is multiplied by lora_alpha / lora_r (default: twice lora_r)", above=0),
+    Option("lora_target_modules", "str", STUDENT, "lora_target_modules", ALL_LINEAR, "the maps that get an adapter, comma-separated (q_proj,v_proj); all-linear: all but the output head"),
     # teachers
     Option("teacher_name", "str", TEACHER, "online_id", None, "online teacher, or with --teacher_mode=precomputed the one whose stored signal --signal names (none: plain cross-entropy)", faces=(ANNEAL,)),
     Option("lm_teacher_id", "str", TEACHER, "online_id", None, "online teacher, for type=lm", faces=(TRAIN,)),

@@ -30,7 +30,8 @@ from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan
 from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal
-from liquid_llm.models.heads import hidden_states, output_head
+from liquid_llm.models.heads import evaluating, hidden_states, output_head
+from liquid_llm.models.lora import without_adapter
 from liquid_llm.passes import PassLimit, SignalOf
 from liquid_llm.schedules import StepSchedules, StepValues
 from liquid_llm.selection import PositionSelection
@@ -123,7 +124,8 @@ class Student(nn.Module):
     Args:
         model: the student; its parameters stay float32, products run in ``compute_dtype``.
         compute_dtype: float32, or bfloat16 by autocast.
-        reference: the frozen student of the keep-old-logits term, or None.
+        reference: the frozen student of the keep-old-logits term, or None; ``model`` itself where that has an adapter,
+            which is then left out.
         plan: how the loss goes about its work; None takes what suits the device.
 
     Attributes:
@@ -200,7 +202,9 @@ class Student(nn.Module):
     def _reference_signal(self, batch: MicroBatch) -> DenseSignal:
         if self.reference is None:
             raise ValueError("a gamma above zero needs a reference student")
-        with torch.no_grad():
+        # One that is the student itself is what its adapter leaves as it was.
+        own = self.reference is self.model
+        with evaluating(self.reference), without_adapter(self.model) if own else contextlib.nullcontext():
             return DenseSignal(self._states(self.reference, batch), output_head(self.reference))
 
     def _states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -347,7 +351,8 @@ class Trainer:
             signal = None if signal_of is None else signal_of(on_device, positions)
             output: LossOutput = self.student(on_device, signal, values.objective(part.type))
             (output.loss / drawn.positions).backward()  # type: ignore[no-untyped-call]
-            return ScoredBatch(part, output)
+            # Its graph is done with; where an adapter is trained, that would keep what the first blocks were given.
+            return ScoredBatch(part, replace(output, loss=output.loss.detach()))
 
         return self.progress.passes.run(
             drawn.batches,

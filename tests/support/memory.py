@@ -19,6 +19,7 @@ from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
 from liquid_llm.memory.training import loss_plan
 from liquid_llm.models.heads import blocks_of, body_of
 from liquid_llm.models.loading import LoadedModel, quiet_transformers
+from liquid_llm.models.lora import add_adapter
 from liquid_llm.models.student import enable_gradient_checkpointing, student_config
 from liquid_llm.optimizers import build_optimizer
 from liquid_llm.runtime import torch_dtype
@@ -203,8 +204,14 @@ def counted_evaluation(shape: TrainingShape, long: BatchShape) -> int:
 
 
 def _parts(shape: TrainingShape, device: torch.device = CPU) -> tuple[Student, OnlineTeacher | None]:
-    model = real_model(shape.student).train().to(device)
-    reference = real_model(shape.student).requires_grad_(False).to(device) if shape.reference else None
+    model = real_model(shape.student).train()
+    if shape.lora is not None:
+        add_adapter(model, shape.lora, 0)
+    model.to(device)
+    reference = None
+    if shape.reference:
+        own = shape.lora is not None
+        reference = model if own else real_model(shape.student).requires_grad_(False).to(device)
     if shape.grad_checkpoint:
         enable_gradient_checkpointing(model)
     teacher = None

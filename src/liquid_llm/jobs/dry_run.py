@@ -79,10 +79,11 @@ def estimate(
 ) -> dict[str, int]:
     """Bytes a run takes: memory of weights, gradients and moments; a checkpoint; all snapshots kept; all uploads."""
     parameters, moments = sum(one.numel() for one in student.parameters()), moment_bytes(optimizer)
-    training = parameters * 2 * _PARAMETER_BYTES + moments
-    reference = parameters * _PARAMETER_BYTES if config.objective.gamma > 0 else 0
+    trained = sum(one.numel() for one in student.parameters() if one.requires_grad)
+    training = (parameters + trained) * _PARAMETER_BYTES + moments
+    reference = parameters * _PARAMETER_BYTES if config.objective.gamma > 0 and config.student.lora is None else 0
     held = sum(one.numel() * one.element_size() for teacher in teachers for one in teacher.parameters())
-    checkpoint = parameters * _PARAMETER_BYTES + moments
+    checkpoint = trained * _PARAMETER_BYTES + moments
     every, steps = config.output.save_every_steps, config.optimizer.steps
     saves = 1 + (steps // every if every else 0)
     return {

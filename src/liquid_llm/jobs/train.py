@@ -25,6 +25,7 @@ from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, p
 from liquid_llm.jobs.run_result import show_run
 from liquid_llm.jobs.teach import run_teacher
 from liquid_llm.metrics import MetricsWriter
+from liquid_llm.models.lora import merge_adapter
 from liquid_llm.provenance import write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.report.data import read_run
@@ -220,6 +221,7 @@ def _train(config: RunConfig, output: _Output | None, start: Start, engine: Engi
             engine.wait_for_all()  # a launcher ends all as soon as one has ended: not before the state is saved
             raise _interrupted(config, parts, output, unsent)
         recorder.finish()
+        merge_adapter(parts.built.model)  # all is saved: what is left to do is to write the student
         weights = gather_student(parts)
         if output is not None and mirrors is not None:
             student, run_dir = parts.text.student_tokenizer(), output.place.run_dir

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from liquid_llm.models.lora import LoraSpec
 from liquid_llm.runtime import torch_dtype
 
 SignalKind = Literal["none", "dense", "sparse", "logits"]
@@ -88,6 +89,7 @@ class TrainingShape:
         temperature: of the KD term; at 1 the loss needs a buffer less.
         ranks: processes among which models are dealt out; of one each has the whole.
         student_dealt_out, teacher_dealt_out: which of them are, the reference student with the student.
+        lora: the adapter that is trained, or None where all of the student is; its reference is then the student.
         optimizer: its kind; decides what moments there are.
         measures: evaluation gives agreement, overlap and calibration too, which forms logits of its own.
         device: ``cpu``, or the kind of accelerator; decides how the loss goes about it.
@@ -108,6 +110,7 @@ class TrainingShape:
     ranks: int = 1
     student_dealt_out: bool = False
     teacher_dealt_out: bool = False
+    lora: LoraSpec | None = None
     optimizer: str = "adamw"
     measures: bool = False
     device: str = "cuda"

@@ -41,6 +41,7 @@ from liquid_llm.memory.prediction import (
 from liquid_llm.memory.shapes import BatchShape, TrainingShape
 from liquid_llm.models.heads import blocks_of, output_head
 from liquid_llm.models.loading import LoadedModel
+from liquid_llm.models.lora import add_adapter
 from liquid_llm.models.student import enable_gradient_checkpointing
 from liquid_llm.optimizers import build_optimizer, load_torchao
 from liquid_llm.options import ADAMW8BIT
@@ -130,7 +131,10 @@ class _Job:
         student = self._build(shape, STUDENT, ACTIVATIONS).train()
         if shape.grad_checkpoint:
             enable_gradient_checkpointing(student)
-        reference = self._build(shape, REFERENCE, REFERENCE).requires_grad_(False) if shape.reference else None
+        reference = None
+        if shape.reference:
+            own = shape.lora is not None
+            reference = student if own else self._build(shape, REFERENCE, REFERENCE).requires_grad_(False)
         plan = loss_plan(shape.device, output_head(student).vocab_size)
         self._student = Student(student, torch_dtype(shape.compute_dtype), reference, plan=plan)
         self._teacher = None
@@ -145,7 +149,7 @@ class _Job:
             else:
                 self._counter.hold_model(teacher, TEACHER)
         self._dealt_out = self._own_part(student, shape, STUDENT)
-        if reference is not None:
+        if reference is not None and reference is not student:
             self._own_part(reference, shape, REFERENCE)
         held = student if self._dealt_out is None else nn.ParameterList(self._dealt_out.parts)
         self._optimizer = build_optimizer(held, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95), kind=shape.optimizer)
@@ -157,6 +161,8 @@ class _Job:
         model = build(shape.student)
         if shape.device != "cpu":
             autocast_as_on_accelerators(model)
+        if shape.lora is not None and weights == STUDENT:
+            add_adapter(model, shape.lora, 0)
         if not shape.student_dealt_out:
             self._counter.hold_model(model, weights)
         _tell(self._counter, model, activations)

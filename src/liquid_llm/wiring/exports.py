@@ -29,7 +29,7 @@ from liquid_llm.parsing import ParseError, parse_yaml
 from liquid_llm.provenance import FOLDER, OPTIONS
 from liquid_llm.wiring.cards import declared_context, make_card
 from liquid_llm.wiring.framing import framings_of
-from liquid_llm.wiring.students import build_from_config, load_weights
+from liquid_llm.wiring.students import build_from_config, load_weights, whole_weights
 from liquid_llm.wiring.templates import stop_at_turns
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -81,7 +81,7 @@ def keep_tokenizer(tokenizer: Any, run_dir: Path) -> None:
 
 
 def rebuild(origin: ResumeSource, text: TextTools) -> Any:
-    """The student of a run's checkpoint, as it was trained, on the CPU.
+    """The student of a run's checkpoint, as it was trained, on the CPU; an adapter is merged.
 
     Raises:
         CheckpointError: its weights are not those of the model it names.
@@ -89,7 +89,7 @@ def rebuild(origin: ResumeSource, text: TextTools) -> Any:
     """
     assert origin.config is not None
     model = build_from_config(origin.config, text, origin.description)
-    load_weights(model, origin.state_dict, origin.description)
+    load_weights(model, whole_weights(origin, text), origin.description)
     return model.eval()
 
 

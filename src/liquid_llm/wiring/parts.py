@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_schedules, schedule_remarks
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.data.prefetch import Prefetcher
@@ -65,6 +66,7 @@ from liquid_llm.wiring.students import (
     make_student,
     name_tokens,
     takes_weights,
+    whole_weights,
 )
 from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers, teacher_spec
 from liquid_llm.wiring.tokenizers import TextTools, choose_tokenizer
@@ -189,8 +191,9 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     if config.data.document_mask and not any(part.dataset.layout == BLOCKS for part in inputs.mixture):
         log.warning("--document_mask changes nothing here: no texts are joined into blocks")
     schedules = build_schedules(config)
-    first = _first_weights(config, start, schedules, engine)
-    order = _compare(config, start, inputs, schedules, None if first is None else hash_weights(first))
+    first = _first_weights(config, start, schedules, engine, lambda origin: whole_weights(origin, text, basis.token))
+    near = _hash_reference(config, start, schedules, built, first)
+    order = _compare(config, start, inputs, schedules, near)
     link = engine.link if isinstance(engine.link, TrainingLink) else None
     teachers = make_teachers(config, inputs, text, basis.device, basis.token, link)
     for remark in schedule_remarks(config, start.step):
@@ -201,7 +204,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         engine=engine,
         inputs=inputs,
         teachers=teachers,
-        student=Student(built.model, basis.dtype, _reference(config, start, built.model, first)),
+        student=Student(built.model, basis.dtype, _reference(config, start, schedules, built.model, first)),
         optimizer=optimizer,
         schedules=schedules,
         evaluator=_make_evaluator(config, inputs, text, teachers, engine),
@@ -323,31 +326,54 @@ def _compare(
 
 
 def _first_weights(
-    config: RunConfig, start: Start, schedules: StepSchedules, engine: Engine
+    config: RunConfig,
+    start: Start,
+    schedules: StepSchedules,
+    engine: Engine,
+    weights_of: Callable[[ResumeSource], Mapping[str, torch.Tensor]],
 ) -> Mapping[str, torch.Tensor] | None:
     """What the run began with, even when it is continued, while the keep-old-logits term asks for it; else None."""
-    if schedules.gamma.value(start.step) == 0:
+    if schedules.gamma.value(start.step) == 0 or config.student.lora is not None:
         return None
     if start.kind != "continue":
-        return start.origin.state_dict
-    assert config.student.resume_uri is not None
-    return engine.share(partial(_read_weights, config.student.resume_uri))
+        return weights_of(start.origin)
+    uri = config.student.resume_uri
+    assert uri is not None
+    return engine.share(lambda: dict(weights_of(open_origin(uri))))
+
+
+def _hash_reference(
+    config: RunConfig,
+    start: Start,
+    schedules: StepSchedules,
+    built: BuiltStudent,
+    first: Mapping[str, torch.Tensor] | None,
+) -> str | None:
+    """A hash of what the keep-old-logits term stays near; None without one. Of an adapter that is its base."""
+    if config.student.lora is not None and schedules.gamma.value(start.step) > 0:
+        return str(built.description["lora"]["sha256"])
+    return None if first is None else hash_weights(first)
 
 
 def _reference(
-    config: RunConfig, start: Start, model: nn.Module, first: Mapping[str, torch.Tensor] | None
+    config: RunConfig,
+    start: Start,
+    schedules: StepSchedules,
+    model: nn.Module,
+    first: Mapping[str, torch.Tensor] | None,
 ) -> nn.Module | None:
-    """The frozen student of the keep-old-logits term: it has the weights the run began with."""
+    """The frozen student of the keep-old-logits term: it has the weights the run began with.
+
+    Where an adapter is trained that is the student itself, asked without it.
+    """
+    if config.student.lora is not None and schedules.gamma.value(start.step) > 0:
+        return model
     if first is None:
         return None
     reference = copy.deepcopy(model)
     if start.kind == "continue":
         load_weights(reference, first, str(config.student.resume_uri))
     return reference.requires_grad_(False).eval()
-
-
-def _read_weights(uri: str) -> dict[str, torch.Tensor]:
-    return dict(open_origin(uri).state_dict)
 
 
 def _restore(parts: Parts, start: Start) -> None:

@@ -27,6 +27,7 @@ from liquid_llm.formatting import format_bytes, format_seconds
 from liquid_llm.masking import process_masker
 from liquid_llm.memory.free import host_room_bytes
 from liquid_llm.metrics import SAMPLES_FILE, MetricsWriter, RowFile, iter_metrics
+from liquid_llm.models.lora import trained_weights
 from liquid_llm.runtime import process_peak_memory_bytes, random_state
 from liquid_llm.schedules import Piecewise
 from liquid_llm.sharding import find_parts, gather_whole, outline, own_parts, split_tensors
@@ -372,7 +373,8 @@ class Recorder:
         if self.parts.student.is_dealt_out:
             gathered: dict[str, Any] = gather_whole(self._own_tensors(), keep=self.files is not None)
             return gathered
-        return {"student": self.parts.student.model.state_dict(), "optimizer": self.parts.optimizer.state_dict()}
+        weights = trained_weights(self.parts.student.model)
+        return {"student": weights, "optimizer": self.parts.optimizer.state_dict()}
 
     def _own_tensors(self) -> dict[str, Any]:
         """The same as this rank has it; tied weights are one, as parameters."""

@@ -177,6 +177,7 @@ def shape_of(
         accumulates=config.optimizer.grad_accum > models.ranks,
         # One that is scheduled is not 1 all the time.
         temperature=config.objective.temperature if config.objective.temp_schedule is None else 2.0,
+        lora=config.student.lora,
         optimizer=config.optimizer.kind,
         measures=config.evaluation.measures,
         device=device,

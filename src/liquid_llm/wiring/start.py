@@ -100,6 +100,9 @@ class Start:
             decayed = self.origin.state["optimizer"]["param_groups"][0]
             values |= {"weight_decay": decayed["weight_decay"], "betas": tuple(decayed["betas"])}
             values["optimizer"] = optimizer_of(metadata)
+            if (adapter := metadata.student.get("lora")) is not None:
+                values |= {"lora_r": adapter["rank"], "lora_alpha": float(adapter["alpha"])}
+                values["lora_target_modules"] = adapter["target_modules"]
         return {name: value for name, value in values.items() if value is not None}
 
     @property

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from liquid_llm import storage
+from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig
 from liquid_llm.data.loader import TrainingStream
 from liquid_llm.device import find_not_finite
-from liquid_llm.errors import CheckpointError, UsageError
+from liquid_llm.errors import CheckpointError, LiquidError, ModelError, UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.models.heads import check_documents
 from liquid_llm.models.importance import Text, mean_loss
+from liquid_llm.models.lora import LoraSpec, add_adapter, has_adapter, has_transposed, load_adapter, merge_adapter
 from liquid_llm.models.positions import (
     Stretch,
     fit_positions,
@@ -38,6 +41,8 @@ from liquid_llm.models.student import (
     vocabulary_in,
 )
 from liquid_llm.models.taking import TakenStudent, describe_source, take_student
+from liquid_llm.wiring.course import hash_weights
+from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.start import Start
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -115,14 +120,23 @@ def make_student(
     """
     taken = _take(config, text, device, token, calibration) if takes_weights(config, start) else None
     model = _build(config, start, text, token) if taken is None else taken.model
-    if start.origin.state_dict:
-        load_weights(model, start.origin.state_dict, start.origin.description)
     metadata = start.origin.metadata
+    adapter = _fill(model, config, start, text, token)
     trained = None if metadata is None else metadata.student.get("trained_positions")
     longest = max(config.data.block_size, config.data.seq_len)
     stretch = plan_stretch(model, longest, trained)
+    if adapter is not None and stretch is not None:
+        raise UsageError(
+            "an adapter trains no positions, and this student has too few",
+            where=f"--block_size={longest}",
+            expected=f"at most {max_positions(model)}",
+            remedy="take a shorter --block_size, or train all of the student, without --lora_r",
+        )
     log.info("%s", fit_positions(model, longest, config.student.rope_scale, trained_positions=trained))
     _require_positions(model, config.evaluation.context_lengths)
+    if adapter is not None and not has_adapter(model):
+        assert config.student.lora is not None
+        add_adapter(model, config.student.lora, config.seed)
     if config.student.grad_checkpoint is True:
         enable_gradient_checkpointing(model)
     model.to(device)
@@ -138,7 +152,150 @@ def make_student(
         description |= {key: metadata.student[key] for key in ("taken", "base") if key in metadata.student}
     elif not start.origin.state_dict and not is_configuration(config.student.spec):
         description["base"] = describe_source(resolve(config.student.spec, token=token))
+    if adapter is not None:
+        description["lora"] = adapter
+        log.info("%s", _say_adapter(model, adapter))
     return BuiltStudent(model, kind, description, stretch)
+
+
+def _fill(model: Any, config: RunConfig, start: Start, text: TextTools, token: str | None) -> dict[str, Any] | None:
+    """Give a new student the weights that it starts from; what a checkpoint says of the adapter that is trained.
+
+    Raises:
+        ModelError: an adapter is asked for of a student that has no weights.
+        UsageError: the run so far has trained another one, or none.
+    """
+    origin, lora = start.origin, config.student.lora
+    known = _known_adapter(origin)
+    goes_on = start.kind == "continue" or start.goes_on
+    if goes_on:
+        _require_same_adapter(lora, known, origin.description)
+    if known is not None:
+        resumed = config.student.resume_uri if start.kind == "continue" else None
+        named = config.student.spec if "student" in config.given else None
+        where = {"resume": resumed} if resumed is not None else {"student": named} if named is not None else None
+        fill_adapted(model, known, origin, text, token, where)
+        if goes_on:
+            return dict(known)
+        log.info(
+            "the adapter of %s is merged: all weights of that student are what this one begins with", origin.description
+        )
+        merge_adapter(model)
+    elif origin.state_dict:
+        load_weights(model, origin.state_dict, origin.description)
+    if lora is None:
+        return None
+    if not origin.state_dict and is_configuration(config.student.spec):
+        raise ModelError(
+            "an adapter of weights that nothing has trained learns little",
+            where=f"--student={config.student.spec} --lora_r={lora.rank}",
+            expected="a student that has weights: a Hugging Face id or folder, or --resume_gcs_uri",
+            remedy="leave --lora_r out to train a new student whole",
+        )
+    uri = config.student.resume_uri
+    base = {"student": _absolute(config.student.spec)} if uri is None else {"resume": _absolute(uri)}
+    transposed = has_transposed(model)
+    return {**lora.plain(), "transposed": transposed, "base": base, "sha256": hash_weights(model.state_dict())}
+
+
+def _absolute(where: str) -> str:
+    """A place as it is found from any folder of this machine; an id, a package or a URL as it is."""
+    path = None if storage.is_remote(where) else storage.local_path(where)
+    return str(path.resolve()) if path is not None and path.exists() else where
+
+
+def _known_adapter(origin: ResumeSource) -> Mapping[str, Any] | None:
+    """What a checkpoint says of its adapter; None of one that has whole weights."""
+    return None if origin.metadata is None else origin.metadata.student.get("lora")
+
+
+def _require_same_adapter(lora: LoraSpec | None, known: Mapping[str, Any] | None, source: str) -> None:
+    was = None if known is None else LoraSpec.of(known)
+    if lora != was:
+        raise UsageError(
+            "a run trains the same weights to its end",
+            where=source,
+            got=_spell_adapter(lora),
+            expected=_spell_adapter(was),
+            remedy="give the options that it began with, or begin a run of its own with --restart or another output",
+        )
+
+
+def _spell_adapter(lora: LoraSpec | None) -> str:
+    if lora is None:
+        return "no --lora_r, so all weights"
+    return f"--lora_r={lora.rank} --lora_alpha={lora.alpha:g} --lora_target_modules={lora.target_modules}"
+
+
+def _say_adapter(model: nn.Module, adapter: Mapping[str, Any]) -> str:
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    every = sum(one.numel() for one in model.parameters())
+    where = next(iter(adapter["base"].values()))
+    return f"an adapter of rank {adapter['rank']} is trained: {trained:,} of {every:,} parameters; its base is {where}"
+
+
+def fill_adapted(
+    model: Any,
+    known: Mapping[str, Any],
+    origin: ResumeSource,
+    text: TextTools,
+    token: str | None,
+    where: Mapping[str, str] | None = None,
+) -> None:
+    """Give a model of the base's architecture the base's weights, and the adapter of a checkpoint.
+
+    Args:
+        known: what the checkpoint says of its adapter.
+        where: the base as it is named today; None takes the place where it was.
+
+    Raises:
+        CheckpointError: the base is not found, or is not what the adapter was trained on.
+    """
+    where = where or known["base"]
+    place = next(iter(where.values()))
+    remedy = "put back what was there, or name a copy of it with --student"
+    try:
+        load_weights(model, _read_base(where, text, token), place)
+    except LiquidError as error:
+        raise CheckpointError(
+            "the model that this adapter was trained on cannot be opened",
+            where=origin.description,
+            got=f"{place}: {error}".rstrip("."),
+            remedy=remedy,
+        ) from error
+    found = hash_weights(model.state_dict())
+    if found != known["sha256"]:
+        raise CheckpointError(
+            "the model that this adapter was trained on has changed",
+            where=origin.description,
+            got=f"{place} with hash {found[:12]}",
+            expected=f"hash {str(known['sha256'])[:12]}",
+            remedy=remedy,
+        )
+    add_adapter(model, LoraSpec.of(known), 0)
+    load_adapter(model, origin.state_dict, origin.description)
+
+
+def _read_base(where: Mapping[str, str], text: TextTools, token: str | None) -> Mapping[str, torch.Tensor]:
+    if "student" in where:
+        weights: Mapping[str, torch.Tensor] = _build_spec(
+            where["student"], text, text.vocab_size, 2, 0, token
+        ).state_dict()
+        return weights
+    return whole_weights(open_origin(where["resume"]), text, token)
+
+
+def whole_weights(origin: ResumeSource, text: TextTools, token: str | None = None) -> Mapping[str, torch.Tensor]:
+    """The weights of a student, those of one with an adapter merged; raises as ``fill_adapted``."""
+    known = _known_adapter(origin)
+    if known is None:
+        return origin.state_dict
+    assert origin.config is not None
+    model = build_from_config(origin.config, text, origin.description)
+    fill_adapted(model, known, origin, text, token)
+    merge_adapter(model)
+    merged: Mapping[str, torch.Tensor] = model.state_dict()
+    return merged
 
 
 def _take(
@@ -192,9 +349,10 @@ def _build(config: RunConfig, start: Start, text: TextTools, token: str | None) 
     if start.origin.config is None:
         if parse_student(config.student.spec).teacher is not None:  # weights that are there already fill it
             return _build_shape(config.student.spec, text, text.vocab_size, config.seed, token, {})
-        return _build_spec(config.student.spec, text, text.vocab_size, config.longest_context, config.seed, token)
+        longest = config.longest_context if config.student.lora is None else 2  # an adapter trains no new positions
+        return _build_spec(config.student.spec, text, text.vocab_size, longest, config.seed, token)
     known = None if start.origin.metadata is None else start.origin.metadata.student.get("spec")
-    if "student" in config.given and config.student.spec != known:
+    if "student" in config.given and config.student.spec != known and _known_adapter(start.origin) is None:
         vocab_size = vocabulary_in(start.origin.config) or text.vocab_size
         expected = _build_shape(config.student.spec, text, vocab_size, config.seed, token, start.origin.config)
         require_weights_of(expected, start.origin.state_dict, start.origin.description)

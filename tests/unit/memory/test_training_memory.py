@@ -46,6 +46,7 @@ from liquid_llm.memory.prediction import (
 )
 from liquid_llm.memory.prediction import TEACHER as TEACHER_WEIGHTS
 from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
+from liquid_llm.models.lora import LoraSpec
 
 GIB = 2**30
 DENSE, SPARSE = BatchShape(4, 48, "dense"), BatchShape(3, 40, "sparse", slots=20)
@@ -72,6 +73,18 @@ CASES = {
 }
 if find_spec("torchao") is not None:
     CASES["gpt2, dense, 8 bits"] = shape_of("gpt2-test", BatchShape(1, 8), optimizer="adamw8bit", n_embd=256)
+if find_spec("peft") is not None:
+    adapted = {"teacher": TEACHER, "lora": LoraSpec(4, 8.0)}
+    CASES["an adapter"] = shape_of("llama-test", DENSE, **adapted)
+    CASES["an adapter, checkpointing, reference, accumulates"] = shape_of(
+        "gpt2-test",
+        DENSE,
+        teacher=TEACHER,
+        lora=LoraSpec(4, 8.0),
+        grad_checkpoint=True,
+        reference=True,
+        accumulates=True,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
