@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-lm-eval test-trackers check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-clients test-lm-eval test-trackers check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,11 @@ docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens 
 	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/tree.py build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file build/docs/mkdocs.yml
+
+# The converter brings an edition of gguf of its own, which transformers reads GGUF files with as well (decision 27).
+test-clients: $(STAMP)  ## the tests that open a student with llama.cpp and PEFT, which it installs into .venv
+	$(PIP) install --quiet -e '.[gguf,lora]' xllamacpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_clients.py $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import torch
 from tests.support.annealing import anneal, as_of, contents
 from tests.support.hub import TOKEN, running_hub
 from tests.support.tokenizers import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
@@ -88,6 +88,28 @@ def test_an_interrupted_run_has_a_student_with_the_very_same_logits(interrupted,
     assert torch.equal(logits(model), logits(trained(interrupted / "last.pt")))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path / "student")) == tokenizer_hash(tiny_tokenizer(512))
+
+
+def test_a_folder_generates_with_a_cache_in_a_padded_batch_and_in_a_pipeline(interrupted, tmp_path):
+    assert export(interrupted, tmp_path / "student") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    prompts = ["Once", "def add(a, b):\n    return"]
+    plainly = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
+    said = []
+    for prompt in prompts:
+        one = tokenizer(prompt, return_tensors="pt")
+        assert one.input_ids[0, 0] == tokenizer.bos_token_id, "as in training"
+        cached, whole = (model.generate(**one, **plainly, use_cache=use_cache)[0] for use_cache in (True, False))
+        assert torch.equal(cached, whole)
+        said.append(cached[one.input_ids.shape[1] :])
+    both = tokenizer(prompts, return_tensors="pt", padding=True)
+    assert not both.attention_mask.all(), "the shorter one is padded"
+    together = model.generate(**both, **plainly)[:, both.input_ids.shape[1] :]
+    assert torch.equal(together, torch.stack(said))
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    for answer, expected in zip(write(prompts, return_full_text=False, **plainly), said, strict=True):
+        assert answer[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_any_snapshot_is_found_by_name_and_by_file(short, tmp_path):

@@ -61,3 +61,31 @@ def test_a_task_of_ones_own_is_run(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
     assert 0 <= found["tasks"]["own"]["metrics"]["acc"]["value"] <= 1
     assert found["measures"]["all"]["ce"]["value"] > 0
     assert "lm-eval, each figure" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is an extra")
+@pytest.mark.filterwarnings("default")  # a library's own
+def test_an_exported_folder_is_judged_as_it_was_trained(tiny: Tiny, tmp_path: Path) -> None:
+    """The harness begins a text with what the folder's tokenizer names, and so must training have done."""
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert tiny.train_plainly(tmp_path, max_steps=2, run_id="run") == 0
+    folder = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "run"), str(folder), "--which=final"]) == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    judge = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    text = json.loads((tiny.root / "lm.jsonl").read_text().splitlines()[0])["text"][:120]
+    (found,) = judge.loglikelihood_rolling(
+        [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)], disable_tqdm=True
+    )
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    (begin,) = set(
+        json.loads((tmp_path / "run" / "last.meta.json").read_text())["run"]["framing"]["begin_ids"].values()
+    )
+    assert judge.prefix_token_id == tokenizer.bos_token_id == begin
