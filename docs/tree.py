@@ -36,6 +36,7 @@ from docs import generate  # noqa: E402
 DOCS = REPOSITORY / "docs"
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s]+)(?=\))")
 _MERMAID = re.compile(r"^```mermaid\n(?P<source>.*?)^```$", re.M | re.S)
+_FENCED = re.compile(r"(^```.*?^`{3,}$)", re.M | re.S)
 _HIDDEN = ("__pycache__", ".egg-info")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash", ".sh": "bash", ".toml": "toml", ".ipynb": "json"}
 
@@ -187,7 +188,14 @@ def pages() -> dict[str, str]:
         place = path.relative_to(DOCS).as_posix()
         text = with_pictures(generate.fill_in(path.read_text(encoding="utf-8")), place)
         found[place] = with_links(text, path.parent, place)
-    return found
+    return {place: with_lists(text) for place, text in found.items()}
+
+
+def with_lists(text: str) -> str:
+    """``text`` with a blank line before each list: code hosts need none, Markdown's first reader does."""
+    parts = _FENCED.split(text)
+    parts[::2] = [re.sub(r"^(?![-|#>\s])(.+)\n(?=- )", r"\1\n\n", part, flags=re.M) for part in parts[::2]]
+    return "".join(parts)
 
 
 def write_tree(folder: Path) -> None:
