@@ -106,6 +106,10 @@ def test_every_message_that_is_explained_is_one_of_the_program(message: str) -> 
     assert any(one.fits(filled) for one in generate.messages()), "no error in src says this"
 
 
+def test_a_message_of_hardly_a_word_explains_nothing() -> None:
+    assert not [one for one in generate.messages() if one.fits("no such pupil") or one.fits("no fire")]
+
+
 def test_the_messages_that_people_meet_first_are_explained() -> None:
     """Those of the reviews' new users, those that another system must answer for, and what several places say."""
     filled = [message.replace("…", "something") for message in explained()]
