@@ -504,6 +504,13 @@ def schedule_remarks(config: RunConfig, first_step: int) -> list[str]:
             how = f"rises to {last:g} over the first {over:,} steps and stays" if over else f"is {last:g} at all steps"
             given = f"--kd_alpha_start={first:g} alone"
             remarks.append(f"{given}: the KD weight {how}, as --kd_alpha_end has it by default; give that too")
+    warmup = config.optimizer.warmup_steps
+    if first_step < steps < warmup:
+        default = "" if "warmup_steps" in config.given else " (by default)"
+        remarks.append(
+            f"--warmup_steps={warmup}{default} reaches past the {steps} steps of this run: its learning rate never "
+            f"gets to {config.optimizer.peak:g}; give fewer"
+        )
     return remarks
 
 

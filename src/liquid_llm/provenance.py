@@ -7,6 +7,7 @@
     provenance/data_readiness.json       samples, tokens and stored signal found, by type
     provenance/datasets_snapshot.yaml    named datasets
     provenance/environment.json          packages, git commit, hardware, choices with reasons, command line
+    provenance/history.json              each session with the step it began at, its options, and what changed in them
 
 A *session* is one process working on the run. A continued run keeps the environments of its earlier sessions, newest
 last, under ``earlier_sessions``. Everything passes through ``masking`` first: no secret reaches a file.
@@ -24,7 +25,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ FOLDER = "provenance"
 OPTIONS = "options.yaml"
 CONFIG, MANIFEST, READINESS = "config.json", "manifest_snapshot.jsonl", "data_readiness.json"
 DATASETS, ENVIRONMENT = "datasets_snapshot.yaml", "environment.json"
+HISTORY = "history.json"
 
 PACKAGES = (
     "liquid-llm torch transformers accelerate datasets pyarrow numpy safetensors tokenizers fsspec gcsfs zstandard "
@@ -51,6 +53,7 @@ _VARIABLES = (  # prefixes of the environment variables that change what a run d
     *("TOKENIZERS_", "TRANSFORMERS_", "SLURM_", "STORAGE_EMULATOR_HOST", "LOCAL_RANK", "MASTER_", "RANK", "WORLD_SIZE"),
 )
 _MAX_EARLIER_SESSIONS = 20
+_MAX_HISTORY = 500
 _GIT_TIMEOUT_SECONDS = 10.0
 
 _HASH_LINE = "# sha256 of the lines below: "
@@ -112,6 +115,55 @@ def write_provenance(
     write(READINESS, _json(masker.value(readiness)))
     write(DATASETS, yaml.safe_dump(masker.value(datasets), sort_keys=False, allow_unicode=True))
     write(ENVIRONMENT, _json(masker.value(environment)))
+
+
+def add_to_history(
+    folder: str | Path,
+    *,
+    step: int,
+    start: str,
+    options: Mapping[str, Any],
+    counted: Mapping[str, Any],
+    changed: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]],
+    now: datetime | None = None,
+) -> Mapping[str, Any]:
+    """Add this session to ``history.json`` and return what changed since the one before, {} for the first.
+
+    Args:
+        folder: the run directory.
+        step: where the session begins.
+        start: what it began from, in a word.
+        options: as they run it again.
+        counted: what changes its numbers, as plain values.
+        changed: gives what differs between ``counted`` of the session before and of this one.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    uri = storage.join(str(folder), FOLDER, HISTORY)
+    masker = Masker(secret_values(os.environ))
+    sessions: list[Any] = []
+    try:
+        found = parse_json(storage.read_small(uri)) if storage.exists(uri) else []
+        sessions = found if isinstance(found, list) else []
+    except (StorageError, ValueError) as error:
+        _log.warning("%s: the history so far is unreadable and left out (%s)", uri, error)
+    last = sessions[-1] if sessions and isinstance(sessions[-1], dict) else {}
+    known = last.get("counted")
+    counted = mask_words(counted, masker)
+    differs = changed(known, counted) if isinstance(known, dict) else {}
+    moment = (now or datetime.now(timezone.utc)).astimezone(timezone.utc)
+    entry = {
+        "started_at": moment.isoformat(timespec="seconds"),
+        "step": step,
+        "start": start,
+        "changed": differs,
+        "options": mask_words(options, masker),
+        "counted": counted,
+    }
+    kept = [*sessions[:1], *sessions[1:][-_MAX_HISTORY:], entry]
+    write_bytes(uri, _json(kept).encode("utf-8", errors="backslashreplace"))
+    return differs
 
 
 def parse_kept_options(text: bytes) -> Any:

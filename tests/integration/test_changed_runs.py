@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.gcs import Bucket
 from tests.support.tiny import Tiny, build
 
+from liquid_llm import storage
 from liquid_llm.metrics import read_metrics, without_timings
 
 pytestmark = pytest.mark.slow
@@ -134,3 +137,59 @@ def test_the_weights_that_a_run_stays_near_must_be_those_it_began_with(
     capsys.readouterr()
     assert train(tiny, tmp_path / "out", **{**near, "max_steps": 5}) == 2
     assert "--resume_gcs_uri holds other weights" in capsys.readouterr().err
+
+
+def test_other_options_of_a_continued_run_are_said_and_kept(
+    tiny: Tiny, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tiny, out) == 0
+    said = capsys.readouterr().err
+    assert "already at step 3 of 3: nothing to do. To train it longer give --max_steps=MORE" in said
+    assert train(tiny, out, max_steps=4, lr=2e-2) == 0
+    said = capsys.readouterr().err
+    assert "this run goes on from step 3" in said
+    assert "since its last session this run has other options: lr 0.01 -> 0.02, max_steps 3 -> 4" in said
+    first, second = json.loads((out / "run" / "provenance" / "history.json").read_text())
+    assert (first["step"], first["options"]["max_steps"], first["changed"]) == (0, 3, {})
+    assert (second["step"], second["options"]["lr"]) == (3, 2e-2)
+    assert second["changed"] == {"lr": [0.01, 0.02], "max_steps": [3, 4]}
+    log = (out / "run" / "log.txt").read_text()
+    assert log.count("---- process") == 2, "one that has nothing to do leaves no word"
+    assert "WARNING since its last session" in log
+
+
+def test_a_run_that_begins_beside_others_names_what_differs_and_a_dry_run_looks_where_it_would(
+    tiny: Tiny, tmp_path: Path, gcs: Bucket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = f"{gcs.uri}/many"
+    assert train(tiny, there, local_workdir=tmp_path / "a") == 0  # type: ignore[arg-type]
+    sent = storage.read_bytes(f"{there}/run/log.txt")
+    assert sent == next((tmp_path / "a").glob("*/log.txt")).read_bytes(), "the log is mirrored whole"
+    assert b"INFO finished at step 3" in sent
+    asked = {"local_workdir": tmp_path / "b", "dry_run": "true", "data_cache": tmp_path / "other", "max_steps": 4}
+    capsys.readouterr()
+    assert train(tiny, there, **asked) == 0  # type: ignore[arg-type]
+    found = json.loads(capsys.readouterr().out)
+    assert found["place"]["would_continue"]["step"] == found["starts_from"]["step"] == 3
+    assert found["starts_from"]["source"].startswith(f"{there}/run/")
+    assert train(tiny, there, run_id=None, **asked) == 0  # type: ignore[arg-type]
+    found, said = json.loads((told := capsys.readouterr()).out), told.err
+    assert found["place"]["would_continue"] is None
+    (beside,) = found["siblings"]
+    assert beside.startswith("another run in this output, run, differs in max_steps 3 there, 4 here: --run_id=run")
+    assert beside in said
+    assert "--warmup_steps" not in said
+
+
+def test_what_a_run_lacks_is_warned_of_once_before_its_first_step(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lacking = {"val_fraction": 0.01, "warmup_steps": None, "lm_teacher_id": None, "dry_run": "true"}
+    assert train(tiny, tmp_path / "out", **lacking, signal=f"code=online:{tiny.teacher}") == 0
+    said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    for words in (
+        "lm: no teacher is named (--lm_teacher_id=MODEL or --signal lm=...): plain cross-entropy",
+        "--warmup_steps=100 (by default) reaches past the 3 steps of this run",
+        "text is held out",
+    ):
+        assert sum(words in one for one in said) == 1, (words, said)

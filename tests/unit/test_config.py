@@ -129,7 +129,11 @@ def test_schedules_come_from_the_command_line_then_from_metadata():
     ("given", "first_step", "parts"),
     [
         ({"alpha_schedule": "0:0.7,400:0.5,1000:0.3", "train_steps": 1000}, 0, ["--alpha_schedule", ": 1000:0.3"]),
-        ({"temp_schedule": "5:0.5,6:0.25", "train_steps": 5}, 0, ["--temp_schedule", "5:0.5, 6:0.25", "=5"]),
+        (
+            {"temp_schedule": "5:0.5,6:0.25", "train_steps": 5, "warmup_steps": 1},
+            0,
+            ["--temp_schedule", "5:0.5, 6:0.25", "=5"],
+        ),
         ({"alpha": 0.9, "alpha_schedule": "0:0.7"}, 0, ["--alpha=0.9", "never used", "0.7"]),
         ({"alpha": 0.9, "alpha_schedule": "4:0.7"}, 4, ["--alpha=0.9"]),
         ({"alpha": 0.7, "alpha_schedule": "0:0.7", "T": 1.5, "temp_schedule": "1:2"}, 0, []),
@@ -140,6 +144,20 @@ def test_what_a_schedule_says_in_vain_is_allowed_and_said(given, first_step, par
     remarks = schedule_remarks(anneal(**given), first_step)
     assert len(remarks) == bool(parts)
     assert all(part in remarks[0] for part in parts)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said_with_whose_it_is():
+    def remarks(first_step=0, **given):
+        return [one for one in schedule_remarks(hybrid(**given), first_step) if "warmup" in one]
+
+    [said] = remarks(max_steps=4, lr=1e-3)
+    assert "--warmup_steps=100 (by default) reaches past the 4 steps of this run" in said
+    assert "0.001" in said
+    [said] = remarks(max_steps=4, warmup_steps=5)
+    assert "--warmup_steps=5 reaches" in said
+    assert not remarks(max_steps=100)
+    assert not remarks(max_steps=4, warmup_steps=4)
+    assert not remarks(first_step=4, max_steps=4), "nothing is left to take"
 
 
 def test_a_kd_weight_that_begins_low_and_rises_by_default_is_pointed_at():

@@ -103,4 +103,4 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(
 
 def test_the_file_is_mirrored_and_fetched_with_the_run() -> None:
     assert LOG_FILE in upload.WATCHED
-    assert store.LOG_FILE == LOG_FILE
+    assert LOG_FILE in store.GOING_ON

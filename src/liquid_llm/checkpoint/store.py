@@ -57,7 +57,8 @@ __all__ = ["CheckpointInfo", "CheckpointStore", "fetch_latest"]
 
 # What a run writes beside its checkpoints and goes on with.
 ROW_FILES = ("metrics.jsonl", "samples.jsonl", "trackers.json")
-LOG_FILE = "log.txt"  # goes on, whatever a run does
+# What all sessions of a run add to, whatever becomes of its checkpoints.
+GOING_ON = ("log.txt", "provenance/history.json", "provenance/environment.json")
 LOCK_FILE = ".lock"
 MARK_FILE = ".lease-mark"  # says which lease on the mirror was taken from this directory
 _log = logging.getLogger(__name__)
@@ -332,7 +333,7 @@ def _take_fetched(
     remote_uri: str, run_dir: Path, name: str, metadata: CheckpointMetadata, fetched: Path, present: Collection[str]
 ) -> CheckpointInfo:
     """Put what was fetched, and the rows before it, into the run directory."""
-    for file in set(present).intersection((*ROW_FILES, LOG_FILE)):
+    for file in set(present).intersection((*ROW_FILES, *GOING_ON)):
         storage.download(storage.join(remote_uri, file), run_dir / file)
     target = data_path(run_dir, name)
     with translate_errors(target, writing=True):

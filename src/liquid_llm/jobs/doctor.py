@@ -41,7 +41,7 @@ from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.parsing import ParseError, parse_json, parse_yaml
 from liquid_llm.preparation.catalog import STATE_FOLDER
 from liquid_llm.preparation.dataset import COMPLETE
-from liquid_llm.provenance import OPTIONS, parse_kept_options
+from liquid_llm.provenance import HISTORY, OPTIONS, parse_kept_options
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.pt import is_record_file
 from liquid_llm.signal_store.records import RecordError, difference_in_words
@@ -56,6 +56,7 @@ _PARSERS: dict[str, Callable[[bytes], object]] = {
     "config.json": parse_json,
     "data_readiness.json": parse_json,
     "environment.json": parse_json,
+    HISTORY: parse_json,
     "manifest_snapshot.jsonl": lambda text: [parse_json(line) for line in text.splitlines() if line.strip()],
 }
 _EXPECTED = "a run directory, a .pt checkpoint, a signal store, a .jsonl manifest or a folder of prepared data"

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from liquid_llm import storage
-from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.config import RunConfig
 from liquid_llm.formatting import format_bytes, format_counts, format_seconds
 from liquid_llm.masking import process_masker
@@ -40,7 +39,7 @@ _SHOWN_STEPS = 3
 
 
 def check_place(place: Place) -> dict[str, Any]:
-    """Whether the run directory and its mirrors can be written, without leaving a trace; what it would continue.
+    """Whether the run directory and its mirrors can be written, without leaving a trace.
 
     Raises:
         StorageError: one of them cannot.
@@ -50,9 +49,7 @@ def check_place(place: Place) -> dict[str, Any]:
     for uri in elsewhere.values():
         if uri is not None:
             storage.check_writable(uri)
-    found = latest_checkpoint(place.run_dir) if place.run_dir.is_dir() else None
-    continues = None if found is None else {"checkpoint": str(found.path), "step": found.step}
-    return {"run_directory": str(place.run_dir), **elsewhere, "would_continue": continues}
+    return {"run_directory": str(place.run_dir), **elsewhere}
 
 
 def check_records(teachers: TeacherRouter, inputs: Inputs, window: int) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import MARK_FILE, CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
+from liquid_llm.config_names import counted_options
 from liquid_llm.device import deterministic_algorithms, prepare_allocator
 from liquid_llm.distributed import Engine, read_rank, start_engine
 from liquid_llm.distributed_link import TeacherLink, TrainingLink, join_ranks, require_training_ranks
@@ -26,7 +27,7 @@ from liquid_llm.jobs.run_result import show_run
 from liquid_llm.jobs.teach import run_teacher
 from liquid_llm.metrics import MetricsWriter
 from liquid_llm.models.lora import merge_adapter
-from liquid_llm.provenance import write_provenance
+from liquid_llm.provenance import add_to_history, write_provenance
 from liquid_llm.report import build_report
 from liquid_llm.report.data import read_run
 from liquid_llm.report.summary import summarise, write_summary
@@ -45,6 +46,7 @@ from liquid_llm.wiring.recorder import Hooks, Recorder, RunFiles
 from liquid_llm.wiring.rehearsal import rehearse
 from liquid_llm.wiring.repeat import run_options_to_repeat
 from liquid_llm.wiring.sharding import gather_student, place_parts, require_processes
+from liquid_llm.wiring.siblings import differences_of, find_siblings, in_words
 from liquid_llm.wiring.start import (
     Start,
     continue_from,
@@ -125,6 +127,8 @@ def _run(config: RunConfig, engine: Engine) -> Place | None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         start = share_start(engine, lambda: _find_start(config, output), folder)
         config, start = engine.together(lambda: _take_up(config, start, engine))
+        if output is not None:
+            _say_siblings(config, output.place, start)
         if not engine.share(lambda: _nothing_to_do(config, start, output)):
             _train(config, output, start, engine)
         elif output is not None and config.optimizer.steps > 0 and start.kind == "continue":
@@ -143,6 +147,17 @@ def try_training(face: str, given: Mapping[str, object]) -> tuple[dict[str, Any]
         engine = start_engine()
         require_processes(config, engine.world_size)
         return _dry_run(config, engine)
+
+
+def _say_siblings(config: RunConfig, place: Place, start: Start) -> list[str]:
+    """Name the runs in the same output that differ from one that begins now in few values."""
+    if start.kind == "continue" or not config.below_output:
+        return []
+    output, _, name = place.shown.rstrip("/").rpartition("/")
+    told = [one.in_words() for one in find_siblings(output or ".", name, counted_options(config))]
+    for words in told:
+        log.info("%s", words)
+    return told
 
 
 def _find_start(config: RunConfig, output: _Output | None) -> Start:
@@ -257,6 +272,7 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
         if config.output.restart:
             output.store.set_aside()
         _write_provenance(parts.config, output.place, start, parts, data, fit)
+        _write_history(parts.config, output.place, start, parts)
         keep_tokenizer(parts.text.tokenizer, output.place.run_dir)
     return parts, fit
 
@@ -339,6 +355,20 @@ def _write_provenance(config: RunConfig, place: Place, start: Start, parts: Part
     )
 
 
+def _write_history(config: RunConfig, place: Place, start: Start, parts: Parts) -> None:
+    """Add this session to the run's history, and say which of its options have changed."""
+    changed = add_to_history(
+        place.run_dir,
+        step=start.step,
+        start=start.kind,
+        options=run_options_to_repeat(config, parts.choices),
+        counted=counted_options(config),
+        changed=differences_of,
+    )
+    if changed and start.kind == "continue":
+        log.warning("since its last session this run has other options: %s", in_words(changed))
+
+
 def _would_start(config: RunConfig, nowhere: Place, store: CheckpointStore) -> Start:
     """What the run itself would start from, without a trace: its directory is read, its mirror fetched elsewhere."""
     place = resolve_place(config)
@@ -353,13 +383,20 @@ def _would_start(config: RunConfig, nowhere: Place, store: CheckpointStore) -> S
 
 def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
     """Look at everything, take two steps on real data in a folder that is thrown away; what was found."""
-    findings: dict[str, Any] = {"place": engine.share(lambda: check_place(resolve_place(config)))}
+    place = resolve_place(config)
+    findings: dict[str, Any] = {"place": engine.share(lambda: check_place(place))}
     with tempfile.TemporaryDirectory() as folder:
         nowhere = Place(Path(folder), None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
             find = partial(_would_start, config, nowhere, store)
             start = share_start(engine, find, nowhere.run_dir)
             config, start = engine.together(lambda: _take_up(config, start, engine))
+        if engine.is_main:
+            findings["siblings"] = _say_siblings(config, place, start)
+        began = _describe_start(start)
+        if place.remote is not None:  # what was fetched to be looked at lies in a folder that is thrown away
+            began["source"] = str(began["source"]).replace(str(nowhere.run_dir), place.remote.rstrip("/"))
+        findings["place"]["would_continue"] = began if start.kind == "continue" else None
 
         def prepare() -> tuple[Parts, Fit]:
             basis = build_basis(config, start, engine)
@@ -372,7 +409,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
         sizes = estimate(config, parts.built.model, parts.optimizer, parts.teachers.models)
         parts = place_parts(parts, engine)
         findings |= {
-            "starts_from": _describe_start(start),
+            "starts_from": began,
             "data": parts.inputs.readiness(),
             "signal": check_records(parts.teachers.router, parts.inputs, config.data.seq_len),
             "choices": {name: vars(choice) for name, choice in parts.choices.items()},

@@ -283,6 +283,24 @@ def list_files(uri_dir: str) -> list[FileInfo]:
     return with_backend(uri_dir, look)
 
 
+def list_folders(uri_dir: str) -> list[str]:
+    """The names of the folders directly in a folder, sorted, without a look into them; [] where it is absent."""
+    if not is_remote(uri_dir):
+        with translate_errors(uri_dir):
+            folder = local_path(uri_dir)
+            return sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
+
+    def look(fs: Any, path: str) -> list[str]:
+        try:
+            entries = fs.ls(path.rstrip("/"), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        folders = [str(one["name"]).rstrip("/") for one in entries if one.get("type") == "directory"]
+        return sorted(name.rpartition("/")[2] for name in folders)
+
+    return with_backend(uri_dir, look)
+
+
 def _full_uri(fs: Any, base: str, name: str) -> str:
     """The URI of ``name`` as a backend lists it, found below ``base`` (backends drop the scheme, some the host too)."""
     if "://" in name:

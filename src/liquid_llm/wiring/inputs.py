@@ -219,7 +219,10 @@ def validation_sets(
                 )
             if batches:
                 by_type[type] = batches
-            else:
-                log.warning("no %s text is held out: it is not evaluated", type)
         sets[length] = by_type
+    lacking = [type for type in inputs.types if not any(type in by_type for by_type in sets.values())]
+    if lacking:
+        every = len(lacking) == len(inputs.types)
+        told = "nothing is evaluated, and no checkpoint is the best" if every else "it is trained on and not judged"
+        log.warning("no %s text is held out: %s", ", ".join(lacking), told)
     return sets

@@ -35,6 +35,8 @@ from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
+LOW_COVERAGE = 0.9  # below it the run says so
+
 ONLINE = "online:"
 
 
@@ -183,11 +185,29 @@ def make_teachers(
         check_form(divergence_of(config, type), router[type].form, type, router[type].most_ids)
         if not router.answers(type, 1.0):
             log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
-    if config.teacher.mode == "precomputed" and not config.teacher.hybrid:
-        for type in [one for one in inputs.types if config.source(one).teacher is None]:
-            log.warning("%s: no store is named (--signal %s=URI): plain cross-entropy", type, type)
+    _say_untaught(config, inputs.types)
     datasets = {type: [one.dataset for one in inputs.mixture if one.dataset.type == type] for type in router}
     coverage = router.coverage(datasets, config.data.seq_len)
+    _say_coverage(config, coverage)
+    if config.objective.distilled_share < 1.0 and not router:
+        log.warning("--kd_positions changes nothing here: no teacher is asked")
+    return RunTeachers(router, coverage, _identities(specs, router))
+
+
+def _say_untaught(config: RunConfig, types: Sequence[str]) -> None:
+    """Name the types that train on cross-entropy alone though nobody has said so."""
+    left = [type for type in types if config.source(type).teacher is None]
+    if config.teacher.mode == "precomputed" and not config.teacher.hybrid:
+        for type in left:
+            log.warning("%s: no store is named (--signal %s=URI): plain cross-entropy", type, type)
+    elif any(teacher_spec(config, type) != NONE for type in types):  # else it is said of all together
+        for type in [one for one in left if teacher_spec(config, one) == NONE]:
+            named = f"--{config.teacher_option}=MODEL or --signal {type}=..."
+            log.warning("%s: no teacher is named (%s): plain cross-entropy", type, named)
+
+
+def _say_coverage(config: RunConfig, coverage: Mapping[str, Coverage]) -> None:
+    """Say what stored signal there is, and where there is too little of it."""
     for type, row in coverage.items():
         log.info(
             "stored signal for %s: %d of %d samples have a record, %d of %d looked at are usable",
@@ -205,9 +225,20 @@ def make_teachers(
                 row.samples - row.listed,
                 config.data.seq_len,
             )
-    if config.objective.distilled_share < 1.0 and not router:
-        log.warning("--kd_positions changes nothing here: no teacher is asked")
-    return RunTeachers(router, coverage, _identities(specs, router))
+        elif remark := _low_coverage(config, type, row):
+            log.warning("%s", remark)
+
+
+def _low_coverage(config: RunConfig, type: str, row: Coverage) -> str:
+    """What it means that few samples of a type have a usable record; "" where enough have."""
+    share = row.listed / row.samples * (row.usable / row.checked) if row.samples and row.checked else 0.0
+    if share >= LOW_COVERAGE:
+        return ""
+    told = f"{type}: about {share:.0%} of its samples have usable signal, and the others train on cross-entropy"
+    if config.teacher.hybrid_strict and config.data.batch_size:
+        of_batches = share**config.data.batch_size
+        told += f"; with --hybrid_strict about {of_batches:.1%} of its micro-batches are distilled"
+    return f"{told}; liquid capture stores what is missing"
 
 
 def _asked_specs(config: RunConfig, types: Sequence[str]) -> dict[str, str]:

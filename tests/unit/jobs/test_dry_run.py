@@ -46,6 +46,5 @@ def test_looking_at_a_place_leaves_it_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for folder in ("there", "made/deep"):
         found = check_place(Place(tmp_path / folder, None, model=str(tmp_path / "model")))
-        assert found["would_continue"] is None
         assert found["model"] == str(tmp_path / "model")
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

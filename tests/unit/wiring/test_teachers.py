@@ -23,11 +23,11 @@ from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.teachers.stored import StoredTeacher
-from liquid_llm.teachers.teacher import TeacherSetup
+from liquid_llm.teachers.teacher import Coverage, TeacherSetup
 from liquid_llm.wiring.inputs import Inputs
 from liquid_llm.wiring.shapes import describe_models
 from liquid_llm.wiring.start import Start
-from liquid_llm.wiring.teachers import RunTeachers, make_teacher, make_teachers
+from liquid_llm.wiring.teachers import LOW_COVERAGE, RunTeachers, _low_coverage, make_teacher, make_teachers
 from liquid_llm.wiring.tokenizers import TextTools
 
 CPU = torch.device("cpu")
@@ -182,3 +182,14 @@ def test_of_two_online_teachers_the_larger_is_worked_out_and_the_other_is_held(t
     assert found.held_bytes == 4 * sum(one.numel() for one in model.parameters())
     one = hybrid(lm_teacher_id=str(tiny.teacher), mc_teacher_id="t", student="llama-test", math_logits_dir="x")
     assert describe_models(one, Start("fresh", ResumeSource({}, "")), text, CPU, None).held_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("usable", "strict", "told"), [(1.0, True, ""), (0.5, False, "about 50% of its"), (0.5, True, "0.4% of")]
+)
+def test_a_low_coverage_is_said_with_what_follows_from_it(usable: float, strict: bool, told: str) -> None:
+    config = hybrid(mc_teacher_id="t", lm_teacher_id="t", hybrid_strict=strict, batch_size=8)
+    row = Coverage("x", 100, 100, 64, {"usable": int(64 * usable)}, {})
+    said = _low_coverage(config, "code", row)
+    assert told in said
+    assert bool(said) == (usable < LOW_COVERAGE)
