@@ -119,9 +119,15 @@ def _no_device(requested: str, problem: str) -> UsageError:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 tiles in hardware (x86 AMX) as far as this torch can tell."""
+    """Whether products here go through bfloat16 tiles in hardware (x86 AMX), as far as this torch can tell.
+
+    oneDNN works them out, and can be told to leave tiles alone: ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16``.
+    """
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: absent in some torch versions
-    return bool(probe()) if probe is not None else False
+    if probe is None or not probe():
+        return False
+    newest = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    return newest.upper() in ("DEFAULT", "ALL") or "AMX" in newest.upper() or newest.upper().startswith("AVX10_2")
 
 
 def choose_dtype(requested: str, device: str | torch.device) -> Choice:

@@ -89,9 +89,27 @@ def test_a_gpu_is_taken_where_one_can_be_used_and_another_one_by_its_index(monke
 @pytest.mark.parametrize(("amx", "value"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_dtype_on_cpu_follows_amx_and_says_so(monkeypatch, amx, value):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     choice = runtime.choose_dtype("auto", "cpu")
     assert choice.value == value
     assert "AMX" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "newest", "uses"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", False),
+        ("DNNL_MAX_CPU_ISA", "avx2", False),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core_amx", True),
+        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", True),
+        ("ONEDNN_MAX_CPU_ISA", "", True),
+    ],
+)
+def test_tiles_that_onednn_is_told_to_leave_alone_are_not_there(monkeypatch, name, newest, uses):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv(name, newest)
+    assert runtime.has_amx() == uses
 
 
 def test_auto_dtype_survives_a_torch_without_the_amx_probe(monkeypatch):

@@ -24,7 +24,7 @@ from liquid_llm.runtime import has_amx
 PRODUCTS = {
     "mixed": "bfloat16 operands, float32 out of the product: torch.mm(..., out_dtype=torch.float32)",
     "widen": "float32 products of operands widened block by block",
-    "tiles": "the same, through the CPU's bfloat16 tiles (AMX), which sum in float32",
+    "tiles": "the same through the CPU's bfloat16 tiles (AMX), which round operands as mixed does and sum in float32",
 }
 
 _CPU_CHUNK_BYTES = 96 << 20  # of one chunk's logits in float32
@@ -101,7 +101,8 @@ def choose_product(device: torch.device | str, *, amx: bool | None = None) -> st
 def bfloat16_tiles() -> Iterator[None]:
     """Let float32 products on the CPU round their operands to bfloat16, where the CPU has tiles for that (AMX).
 
-    Operands that hold bfloat16 values lose nothing: their products are exact in float32, and tiles sum in float32.
+    Operands that hold bfloat16 values lose nothing: their products are exact in float32, and tiles sum in float32. A
+    softmax gradient and a float32 head are rounded, as they are on a GPU.
     Without AMX results change by the order of sums at most. The switch is the whole process's, so other threads should
     not multiply float32 meanwhile; it goes back to what it was, on an error too. Where torch has no such switch nothing
     changes.
