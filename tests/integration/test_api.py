@@ -275,16 +275,9 @@ def test_logits_that_cannot_be_encoded() -> None:
         liquid_llm.codecs.encode(torch.zeros(1, 3), liquid_llm.codecs.get_codec("topk"), k=3)
 
 
-def test_what_the_page_shows_runs(
-    scored: Tiny, stores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("demo_folder")
+def test_what_the_page_shows_runs(scored: Tiny) -> None:
     """Its blocks in their order, in a folder where the places they name are; only sizes are small."""
-    demo = tmp_path / "runs" / "demo"
-    (demo / "signal").mkdir(parents=True)
-    (demo / "data").symlink_to(scored.root)
-    (demo / "teacher").symlink_to(scored.teacher)
-    (demo / "signal" / "math_tool").symlink_to(stores["tail"])
-    monkeypatch.chdir(tmp_path)
     page = (REPOSITORY / "docs" / "api.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 4

@@ -35,6 +35,7 @@ _JITTERING = (  # modules that draw pauses, and whom to serve next, at random
     *("aiohttp.connector", "gcsfs.retry"),
     *("google.auth._exponential_backoff", "google.api_core.retry.retry_base"),
 )
+_EXTRAS = {"s3": ("s3", "s3a"), "azure": ("az", "abfs", "abfss", "adl")}  # of ours, which bring what a scheme needs
 _READ_ONLY_SCHEMES = ("http", "https", "data", "github")
 
 # What reaches no file of this machine, whatever follows; and what may stand before it in a chain.
@@ -102,7 +103,9 @@ def filesystem(uri: str) -> tuple[Any, str]:
             return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
         kind = _gcs_class(emulator) if scheme in GCS_SCHEMES else fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        raise StorageError(f"no backend for {scheme}:// is installed", where=uri, remedy=str(error)) from error
+        extra = next((one for one, schemes in _EXTRAS.items() if scheme in schemes), None)
+        remedy = str(error) if extra is None else f"install it: pip install 'liquid-llm[{extra}]'"
+        raise StorageError(f"no backend for {scheme}:// is installed", where=uri, remedy=remedy) from error
     except _UNUSABLE as error:
         raise _unusable(uri, error) from error
     options = dict(kind._get_kwargs_from_urls(uri))

@@ -535,7 +535,11 @@ def test_plain_http_is_explained_too(
 
 @pytest.mark.parametrize(
     ("uri", "words"),
-    [("s3://bucket/x", "no backend for s3:// is installed"), ("nonsense://x/y", "[Pp]rotocol not known")],
+    [
+        ("s3://bucket/x", r"no backend for s3:// is installed\. Install it: pip install 'liquid-llm\[s3\]'"),
+        ("abfs://bucket/x", r"no backend for abfs:// is installed\. Install it: pip install 'liquid-llm\[azure\]'"),
+        ("nonsense://x/y", "[Pp]rotocol not known"),
+    ],
 )
 def test_unknown_backends_say_so(uri: str, words: str) -> None:
     with pytest.raises(StorageError, match=rf"{uri}: .*{words}"):
