@@ -43,7 +43,7 @@ def run_as_written(page: str, folder: Path, teacher: Path, **numbers: int) -> li
     return ran
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("tiny")).teacher
 

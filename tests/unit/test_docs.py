@@ -28,7 +28,8 @@ OPTIONS = {
 OTHERS = {
     *("cpu", "env", "multi_gpu", "num_processes", "kill_on_bad_exit", "nnodes", "nproc_per_node", "standalone"),
     *("rdzv_backend", "rdzv_endpoint", "shutdown_timeout", "signals_to_handle", "array", "nodes", "region"),
-    *("display_name", "no_deps", "help", "version", "config", "no_index", "option", "rounds", "millions", "passes"),
+    *("display_name", "model", "model_args", "target", "no_deps", "help", "version", "config", "no_index", "option"),
+    *("rounds", "millions", "passes"),
 }  # fmt: skip
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _FACES = {
