@@ -118,6 +118,7 @@ def run_tasks(
             device=str(device),
             mixed_precision_dtype=None if dtype in (own_dtype, torch.float32) else dtype,
         )
+        _begin_once(wrapped)
         told = {"limit": plan.limit, "num_fewshot": plan.num_fewshot, "bootstrap_iters": _BOOTSTRAPS}
         found = lm_eval.simple_evaluate(model=wrapped, tasks=names, task_manager=manager, log_samples=False, **told)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -132,6 +133,23 @@ def run_tasks(
         set_random_state(state)
     assert found is not None  # on the only rank
     return {name: _plain(name, rows, found) for name, rows in found["results"].items()}
+
+
+def _begin_once(judge: Any) -> None:
+    """Have texts that are scored whole begin as in training.
+
+    lm-eval puts a begin token before such a text itself; what the tokenizer puts there would be scored as its first.
+    """
+    score = judge.loglikelihood_rolling
+
+    def score_once(*given: Any, **more: Any) -> Any:
+        before, judge.add_bos_token = judge.add_bos_token, False
+        try:
+            return score(*given, **more)
+        finally:
+            judge.add_bos_token = before
+
+    judge.loglikelihood_rolling = score_once
 
 
 def _task_names(file: Path) -> list[str]:

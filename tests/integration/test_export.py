@@ -233,6 +233,14 @@ def test_force_replaces_nothing_that_no_export_writes(short, tmp_path, gcs, caps
         assert named in said
         assert "left alone" in said
         assert contents(folder) == before
+    own = tmp_path / "own" / "small.gguf"
+    shutil.copytree(short / "student", own.parent)
+    own.write_bytes(b"of an earlier export")
+    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('reached')")
+    for file, said in ((own.with_name("other.gguf"), "left alone"), (own, "got reached")):
+        words = ("--which=final", "--force", f"--gguf={file}", f"--converter={tmp_path}")
+        assert export(short, own.parent, *words) == 2
+        assert said in capsys.readouterr().err
     for name in ("thesis.txt", "runs/config.json"):
         target = f"{gcs.uri}/{name.replace('/', '-')}"
         storage.write_bytes(f"{target}/config.json", b"{}")

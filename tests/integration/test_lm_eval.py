@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,18 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: 0
 doc_to_choice: ["yes", "no"]
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+WHOLE = """
+task: whole
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
 """
 
 
@@ -72,20 +85,30 @@ def test_an_exported_folder_is_judged_as_it_was_trained(tiny: Tiny, tmp_path: Pa
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert tiny.train_plainly(tmp_path, max_steps=2, run_id="run") == 0
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"path": str(tiny.root / "lm.jsonl"), "type": "lm"}) + "\n")
+    assert tiny.train_plainly(tmp_path, max_steps=2, warmup_steps=1, dataset_manifest=manifest) == 0
     folder = tmp_path / "exported"
     assert main(["export", str(tmp_path / "run"), str(folder), "--which=final"]) == 0
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    judge = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    text = json.loads((tiny.root / "lm.jsonl").read_text().splitlines()[0])["text"][:120]
-    (found,) = judge.loglikelihood_rolling(
-        [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)], disable_tqdm=True
-    )
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+    text = json.loads((tiny.root / "lm.jsonl").read_text().splitlines()[0])["text"][:100]
+    begin = tokenizer.bos_token_id
+    framing = json.loads((tmp_path / "run" / "last.meta.json").read_text())["run"]["framing"]
+    assert {begin} == set(framing["begin_ids"].values())
+    ids = torch.tensor([[begin, *tokenizer(text, add_special_tokens=False).input_ids]])
     with torch.no_grad():
-        expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
-    assert found == pytest.approx(float(expected), rel=1e-4)
-    (begin,) = set(
-        json.loads((tmp_path / "run" / "last.meta.json").read_text())["run"]["framing"]["begin_ids"].values()
-    )
-    assert judge.prefix_token_id == tokenizer.bos_token_id == begin
+        expected = float(model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum())
+
+    judge = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, add_bos_token=False)
+    asked = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    assert judge.prefix_token_id == begin
+    assert judge.loglikelihood_rolling([asked], disable_tqdm=True) == [pytest.approx(expected, rel=1e-4)]
+
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "whole.yaml").write_text(WHOLE.format(data=data))
+    given = words(tiny, tmp_path / "whole.yaml", tmp_path)
+    assert main([given[0], str(folder), *given[2:], "--precision=float32"]) == 0
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    bits = -expected / math.log(2) / len(text.encode())
+    assert found["tasks"]["whole"]["metrics"]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-4)

@@ -73,7 +73,7 @@ def run_export(given: Mapping[str, object]) -> int:
     asked = Asked(**{name: value for name, value in given.items() if name in Asked.__dataclass_fields__})  # type: ignore[arg-type]
     _require_sense(asked)
     converter = None if asked.gguf is None else find_converter(asked.converter)
-    _require_room(asked.folder, asked.force)
+    _require_room(asked.folder, asked.force, asked.gguf)
     hub = None if asked.push_to_hub is None else Hub(asked.push_to_hub, _token(given))
     if hub is not None:
         hub.look()
@@ -133,8 +133,8 @@ def _push(hub: Hub, folder: Path, asked: Asked, step: int, files: list[Path]) ->
         raise
 
 
-def _require_room(folder: str, force: bool) -> None:
-    """Refuse a folder in which something is, and always one that holds anything but what an export writes."""
+def _require_room(folder: str, force: bool, gguf: str | None) -> None:
+    """Refuse a folder in which something is, and always one that holds anything but what this export writes."""
     found = storage.stat(folder)
     if found is not None and found.version:
         raise UsageError("a student is exported to a folder, and this is a file", where=folder)
@@ -150,7 +150,7 @@ def _require_room(folder: str, force: bool) -> None:
         )
     if not storage.is_remote(folder):  # a folder that is empty or a link has no files in the list
         names += [f"{path.name}/" for path in storage.local_path(folder).iterdir() if path.is_dir()]
-    foreign = find_foreign(names)
+    foreign = find_foreign(name for name in names if storage.join(folder, name) != gguf)
     if foreign:
         raise UsageError(
             "this folder holds more than an exported model, and is left alone",
