@@ -271,6 +271,7 @@ class StoreConfig:
     topk: int | None
     overwrite: bool
     distilled_share: float
+    held_out_tokens: int
 
     @property
     def positions(self) -> float | None:

@@ -201,6 +201,7 @@ OPTIONS = (
     Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4, by default for about 100 bytes a position, 40 in stores of 10 billion positions; sampled: draws, temperature; topk: k)", faces=(CAPTURE,)),
     Option("topk", "int", STORE, "topk", None, "ids kept a position by codec topk (default: 64)", faces=(CAPTURE,), minimum=1),
     Option("kd_positions", "float", STORE, "distilled_share", 1.0, "share of each sample's learnt positions that is stored, those where the teacher is least sure; the others train on cross-entropy (1: all)", faces=(CAPTURE,), above=0),
+    Option("held_out_tokens", "int", STORE, "held_out_tokens", 16384, "tokens a type, of the samples that training holds out first (--val_fraction), whose signal is stored nearly whole as well, for evaluation: val_kd of stores in other codecs then compares (0: none)", faces=(CAPTURE,), reference=0, minimum=0),
     Option("overwrite", "bool", STORE, "overwrite", False, "replace existing records", faces=(CAPTURE,)),
     # run
     Option("seed", "int", RUN, "seed", 1234, "seed of data order and initial weights", faces=EVERY, minimum=0),

@@ -206,6 +206,15 @@ def split(dataset: TokenDataset, fraction: float) -> tuple[TokenDataset, TokenDa
     return dataset.subset(np.flatnonzero(~held_out)), dataset.subset(np.flatnonzero(held_out))
 
 
+def first_held_out(dataset: TokenDataset, fraction: float, max_tokens: int) -> TokenDataset:
+    """Of what ``split`` holds out the samples that evaluation takes first, until ``max_tokens`` are reached."""
+    chosen = np.argsort(dataset.split_hashes, kind="stable")
+    if fraction < 1:
+        chosen = chosen[: int((dataset.split_hashes < np.uint64(_threshold(fraction))).sum())]
+    chosen = chosen[: int(np.searchsorted(np.cumsum(dataset.lengths[chosen]), max_tokens)) + 1]
+    return dataset.subset(np.sort(chosen))
+
+
 def _threshold(fraction: float) -> int:
     if not 0 <= fraction < 1:
         raise ValueError(f"a held-out fraction is at least 0 and below 1, got {fraction}")

@@ -133,11 +133,20 @@ class Evaluator:
             )
             for type, one in scores[self.block_size].items()
         }
+        self._name_codecs(row)
         for length in self.context_lengths:
             row.update(_summarise(scores[length], f"@{length}"))
         if sums is not None:
             self._add_measures(row, sums.sum_over(self.engine))
         return row
+
+    def _name_codecs(self, row: dict[str, Any]) -> None:
+        """Say of each KL from the teacher how the teacher's signal came here: those of two codecs do not compare."""
+        told = {type: self.router[type].told_by for type, one in row["by_type"].items() if "val_kd" in one}
+        for type, codec in told.items():
+            row["by_type"][type]["val_kd_codec"] = codec
+        if told:
+            row["val_kd_codec"] = "+".join(sorted(set(told.values())))
 
     def _add_measures(self, row: dict[str, Any], found: Mapping[int, Mapping[str, TextSums]]) -> None:
         """Put the further measures into a row: of all types, at each length, and by type."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from liquid_llm import storage
+from liquid_llm.capture.held_out import SHARE, choose_held_out, open_held_out, say_held_out
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.config import CaptureConfig, StoreConfig, as_plain, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
@@ -23,6 +24,7 @@ from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, 
 from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
+from liquid_llm.losses.signals import WHOLE
 from liquid_llm.models.loading import identify, load_tokenizer
 from liquid_llm.provenance import write_provenance
 from liquid_llm.runtime import Choice, StopSignal, choose_device, keep_freed_memory
@@ -147,26 +149,34 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         open_writer = partial(StoreWriter, vocab_size=vocab_size, positions=config.store.positions)
         writers[type] = open_writer(folder, loaded.identity, codecs[folder], layout=layout, framing=framing)
         log.info("%s goes to %s, layout %s", type, folder, layout)
+    held_out = _choose_held_out(config, inputs)
+    held_out = {type: parts for type, parts in held_out.items() if writers[type].codec.form != WHOLE}
+    judged = {type: stores[_folder(config, type)].framing for type in held_out}
+    judging = open_held_out({type: writers[type].uri for type in held_out}, judged, loaded.identity, vocab_size)
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
     largest = max(codecs.values(), key=lambda codec: codec.most_ids, default=asked)
     fit = check_capture_fit(config, loaded.model, largest, longest, vocab_size)
     say_fit(fit, device)
     windows = sum(int(one.sum()) for one in lengths)
-    with StopSignal() as stop, Stage("capture", unit="tokens", total=windows // world_size) as stage:
-        summary = capture(
-            datasets,
-            writers,
-            loaded,
+    with StopSignal() as stop:
+        score = partial(
+            capture,
+            teacher=loaded,
             seq_len=config.data.seq_len,
             batch_size=config.data.batch_size,
             num_workers=max(1, config.data.num_workers),
             overwrite=config.store.overwrite,
-            progress=stage.advance,
             stopping=lambda: stop.requested,
             rank=rank,
             world_size=world_size,
         )
+        with Stage("capture", unit="tokens", total=windows // world_size) as stage:
+            summary = score(datasets, writers, progress=stage.advance)
+        if judging and not summary.interrupted:
+            also = score(held_out, judging)
+            summary.interrupted = also.interrupted
+            say_held_out(also, judging)
     if summary.too_large:
         summary.consumers = fit.largest()
     if summary.written and rank == 0:
@@ -174,6 +184,18 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
         choices |= {"device": device_choice, **begin_choice(text.framings, datasets)}
         _write_provenance(config, layouts, inputs, data, choices, loaded.identity)
     return summary
+
+
+def _choose_held_out(config: CaptureConfig, inputs: Inputs) -> dict[str, list[TokenDataset]]:
+    """Type -> the samples whose signal is stored for evaluation too."""
+    tokens = config.store.held_out_tokens
+    if not tokens:
+        return {}
+    if config.data.manifest is None:
+        return choose_held_out({"lm": inputs.everything[1:]}, 1.0, tokens)
+    # Of windows the documents are held out, and a window does not say which it is of.
+    whole = [one for one in inputs.everything if one.type not in inputs.windowed]
+    return choose_held_out({one.type: [two for two in whole if two.type == one.type] for one in whole}, SHARE, tokens)
 
 
 def _choose_stores(

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from liquid_llm.parsing import ParseError, parse_json, parse_yaml
 from liquid_llm.preparation.catalog import STATE_FOLDER
 from liquid_llm.preparation.dataset import COMPLETE
 from liquid_llm.provenance import HISTORY, OPTIONS, parse_kept_options
-from liquid_llm.signal_store.description import STORE_FILE
+from liquid_llm.signal_store.description import HELD_OUT, STORE_FILE
 from liquid_llm.signal_store.pt import is_record_file
 from liquid_llm.signal_store.records import RecordError, difference_in_words
 from liquid_llm.signal_store.shards.file import is_shard
@@ -117,7 +117,10 @@ def examine(uri: str) -> Finding:
         return Finding("manifest", uri, list(_manifest(uri)), DataError.exit_code)
     names = {info.name: info for info in storage.list_files(uri)}
     if STORE_FILE in names or _is_bare_store(names):
-        return Finding("store", uri, list(_store(uri)), DataError.exit_code)
+        parts = list(_store(uri))
+        if f"{HELD_OUT}/{STORE_FILE}" in names:
+            parts += [replace(part, name=f"{HELD_OUT}/{part.name}") for part in _store(storage.join(uri, HELD_OUT))]
+        return Finding("store", uri, parts, DataError.exit_code)
     if remains(names) or FILE_NAME in names:
         return Finding("run", uri, list(_run(uri, set(names))), StorageError.exit_code)
     prepared = sorted({name.split("/")[1] for name in names if name.startswith(f"{STATE_FOLDER}/")})

@@ -215,7 +215,7 @@ def _measure(students: Sequence[Student], on: Judgement, engine: Engine) -> list
     total = sum(one.num_tokens for batches in each for one in deal(batches, engine))
     sizes = token_bytes(on.text.tokenizer, max(on.text.vocab_size, *(one.head.vocab_size for one in students)))
     with Stage("evaluate", unit="tokens", total=total) as stage:
-        return Judge(on.sets, on.teachers.router, sizes, engine=engine, advance=stage.advance)(students)
+        return Judge(on.sets, on.teachers.evaluation, sizes, engine=engine, advance=stage.advance)(students)
 
 
 def _tallies(answers: Sequence[Mapping[str, Any]], of_teacher: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

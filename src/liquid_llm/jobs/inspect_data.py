@@ -19,6 +19,7 @@ from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.preparation.catalog import STATE_FOLDER
 from liquid_llm.preparation.dataset import COMPLETE
+from liquid_llm.signal_store.description import HELD_OUT, present_layout
 from liquid_llm.signal_store.shards.file import read_shard_header
 from liquid_llm.signal_store.store import open_store
 from liquid_llm.sources import is_type
@@ -154,9 +155,12 @@ def describe_tokens(uri: str) -> dict[str, Any]:
 
 def describe_store(uri: str) -> dict[str, Any]:
     """A signal store: whose signal it holds, how it is kept, and how many records there are."""
-    store = open_store(uri)
+    store, held_out = open_store(uri), storage.join(uri, HELD_OUT)
+    also = describe_store(held_out) if present_layout(held_out) is not None else {}
     try:
-        return {"kind": "store", **{name: value for name, value in store.describe().items() if name != "uri"}}
+        return {"kind": "store", **{name: value for name, value in store.describe().items() if name != "uri"}} | (
+            {"held_out": {name: also[name] for name in ("records", "codec")}} if also else {}
+        )
     finally:
         store.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from liquid_llm import storage
 from liquid_llm.capture.verify import Verifier
 from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
@@ -25,7 +27,7 @@ from liquid_llm.jobs.prepare import find_run_data
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.runtime import choose_device
 from liquid_llm.signal_store.compare import compare
-from liquid_llm.signal_store.description import present_layout
+from liquid_llm.signal_store.description import HELD_OUT, present_layout
 from liquid_llm.signal_store.records import Record
 from liquid_llm.signal_store.shards.pack import pack
 from liquid_llm.signal_store.shards.remote import ShardCache
@@ -58,6 +60,10 @@ def run_pack(source: str, target: str, *, as_json: bool) -> int:
     with Stage("pack", unit="records", total=len(store)) as stage:
         summary = pack(store, target, progress=stage.advance)
     store.close()
+    held_out = storage.join(source, HELD_OUT)
+    if present_layout(held_out) is not None:
+        with closing(_open(held_out)) as also:
+            pack(also, storage.join(target, HELD_OUT))
     _show(asdict(summary), as_json)
     return _LEFT_OUT if summary.left_out_count else 0
 

@@ -16,6 +16,8 @@ from liquid_llm.signal_store.records import SignalIdentity, difference_in_words
 from liquid_llm.versions import CURRENT, FRAMING, find_newer, read_versions
 
 STORE_FILE = "store.json"
+# A store in the store: some samples that training holds out, in a codec that says nearly all, for evaluation alone.
+HELD_OUT = "held_out"
 STORE_VERSION = 3  # 1 had no versions, which stands for the first of each; 2 no framing; all are read
 
 

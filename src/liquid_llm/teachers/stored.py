@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from liquid_llm import storage
 from liquid_llm.data.types import MicroBatch, Sample, SampleSource
 from liquid_llm.errors import SignalError
+from liquid_llm.signal_store.description import HELD_OUT, STORE_FILE
 from liquid_llm.signal_store.shards.remote import ShardCache
 from liquid_llm.signal_store.store import Lookup, StoreReader, open_store
 from liquid_llm.teachers.teacher import Coverage, Prepared, Teacher, TeacherSetup
@@ -34,16 +36,21 @@ class StoredTeacher(Teacher):
         store: the records.
         strict: see the module.
         merge_repeats: sum the slots of an id that a codec drew twice: without repeats a GPU adds in one order only.
+        judges: whether it is asked in evaluation alone, where a sample without a record is left out of a mean.
 
     Attributes:
+        judge: what is asked in its place in evaluation, where the store has samples of its own for that.
         counts: lookups so far by (type, status).
     """
 
-    def __init__(self, store: StoreReader, *, strict: bool, merge_repeats: bool = False) -> None:
+    def __init__(self, store: StoreReader, *, strict: bool, merge_repeats: bool = False, judges: bool = False) -> None:
         self.store = store
         self.temperature_range = store.codec.temperature_range
         self.most_ids, self.form = store.codec.most_ids, store.codec.form
+        self.told_by = f"{HELD_OUT}:{store.codec.name}" if judges else store.codec.name
+        self.judge: StoredTeacher | None = None
         self.counts: Counter[tuple[str, str]] = Counter()
+        self._judges = judges
         self._strict = strict
         self._merge_repeats = merge_repeats
         self._lock = threading.Lock()
@@ -108,7 +115,9 @@ class StoredTeacher(Teacher):
 
     def close(self) -> None:
         """Close the store and say how often its records served."""
-        for type in sorted({type for type, _ in self.counts}):
+        if self.judge is not None:
+            self.judge.close()
+        for type in sorted({type for type, _ in self.counts} if not self._judges else ()):
             found = ", ".join(f"{n:,} {status}" for (of, status), n in sorted(self.counts.items()) if of == type)
             log.info("%s: stored signal asked for: %s", type, found)
         self.store.close()
@@ -118,7 +127,7 @@ class StoredTeacher(Teacher):
             with self._lock:
                 known = {status for type, status in self.counts if type == batch.type} - {"usable"}
                 self.counts[batch.type, lookup.status] += 1
-            if lookup.status in {"usable", *known} or (self._strict and known):
+            if self._judges or lookup.status in {"usable", *known} or (self._strict and known):
                 continue
             trouble = (
                 "KD is skipped for micro-batches with a sample that has no usable signal"
@@ -142,11 +151,22 @@ def open_stored(uri: str, setup: TeacherSetup) -> StoredTeacher:
         SignalError: the store is missing, empty or of another teacher, tokenizer or vocabulary.
         StorageError: it cannot be read.
     """
-    store = open_store(
+    teacher = StoredTeacher(_open(uri, setup), strict=setup.strict, merge_repeats=setup.deterministic)
+    held_out = storage.join(uri, HELD_OUT)
+    if storage.exists(storage.join(held_out, STORE_FILE)):
+        try:
+            store = _open(held_out, setup)
+            teacher.judge = StoredTeacher(store, strict=False, merge_repeats=setup.deterministic, judges=True)
+        except SignalError as error:
+            log.warning("%s: val_kd is measured by codec %s instead", error, teacher.told_by)
+    return teacher
+
+
+def _open(uri: str, setup: TeacherSetup) -> StoreReader:
+    return open_store(
         uri,
         teacher_id=setup.stored_id,
         tokenizer_hash=setup.tokenizer_hash,
         vocab_size=setup.vocab_size,
         cache=ShardCache(setup.cache / "signal"),
     )
-    return StoredTeacher(store, strict=setup.strict, merge_repeats=setup.deterministic)

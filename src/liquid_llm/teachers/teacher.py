@@ -128,7 +128,9 @@ class Teacher(ABC):
         most_ids: the most ids a position of its signal has; 0 for whole logits, None for hidden states and a head.
         form: what its signal tells of a position, a key of ``losses.signals.FORMS``.
         choices: what was chosen for it, each with its reason.
-        dear: whether its answer is computed each time it is asked, so that what is asked again and again is kept.
+        told_by: how its signal came here: ``online``, the codec of a store, or ``held_out:`` and the codec of samples
+            that are stored for evaluation. A KL from the teacher by one codec does not compare with one by another;
+            those online, by ``full`` and held out do.
     """
 
     dear: bool = False
@@ -137,6 +139,7 @@ class Teacher(ABC):
     most_ids: int | None = None
     form: str = WHOLE
     choices: Mapping[str, Choice] = {}
+    told_by: str = "online"
 
     @abstractmethod
     def prepare(self, batch: MicroBatch, temperature: float) -> Prepared | None:

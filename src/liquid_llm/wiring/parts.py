@@ -238,7 +238,7 @@ def _make_evaluator(
         validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens),
         config.data.block_size,
         config.evaluation.context_lengths,
-        TeacherRouter({}) if config.evaluation.teacher is False else teachers.router,
+        TeacherRouter({}) if config.evaluation.teacher is False else teachers.evaluation,
         engine=engine,
         measures=config.evaluation.measures,
         token_bytes=token_bytes(text.tokenizer, text.vocab_size) if config.evaluation.measures else None,

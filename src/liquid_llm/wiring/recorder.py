@@ -521,7 +521,7 @@ def describe_evaluation(row: Mapping[str, Any]) -> str:
     of_teacher = "" if partly else "val_loss_teacher"
     said = [_loss_beside("held-out loss", row, "val_loss_student", of_teacher)]
     if "val_kd" in row:
-        said.append(f"KL {row['val_kd']:.3f}")
+        said.append(f"KL {row['val_kd']:.3f}{_of_codec(row.get('val_kd_codec', 'online'))}")
     types = row.get("by_type", {})
     if len(types) > 1:
         said.append(", ".join(_loss_beside(type, one, "val_loss", "val_loss_teacher") for type, one in types.items()))
@@ -532,6 +532,12 @@ def describe_evaluation(row: Mapping[str, Any]) -> str:
     if "answers" in row:
         said.append(f"answers right {row['answers_right']}/{row['answers']}")
     return " · ".join(said)
+
+
+def _of_codec(told: str) -> str:
+    """A remark on a KL that is measured by what a codec has left of the teacher, and compares with no other's."""
+    lossy = [one for one in told.split("+") if one not in ("online", "full") and not one.startswith("held_out:")]
+    return f" (as codec {' and '.join(lossy)} has it)" if lossy else ""
 
 
 def _loss_beside(name: str, row: Mapping[str, Any], own: str, of_teacher: str) -> str:

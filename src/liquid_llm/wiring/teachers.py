@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from liquid_llm.sources import NONE, SPELLINGS, WINDOWS
 from liquid_llm.teachers import online
 from liquid_llm.teachers.remote import RemoteTeacher
 from liquid_llm.teachers.router import TeacherRouter
+from liquid_llm.teachers.stored import StoredTeacher
 from liquid_llm.teachers.teacher import Coverage, Teacher, TeacherSetup
 from liquid_llm.wiring.inputs import Inputs
 from liquid_llm.wiring.places import cache_dir
@@ -48,11 +49,18 @@ class RunTeachers:
         router: the teacher of each type; empty for plain cross-entropy.
         coverage: what stored signal there is by type, for provenance.
         identities: what each teacher is, for provenance.
+        judges: type -> what is asked in its teacher's place in evaluation: a store's records of held-out samples.
     """
 
     router: TeacherRouter
     coverage: dict[str, Coverage]
     identities: dict[str, Any]
+    judges: Mapping[str, Teacher] = field(default_factory=dict)
+
+    @property
+    def evaluation(self) -> TeacherRouter:
+        """The teacher of each type in evaluation."""
+        return TeacherRouter({**self.router, **self.judges})
 
     @property
     def names(self) -> dict[str, str]:
@@ -183,15 +191,32 @@ def make_teachers(
         for temperature in _temperatures(config, type):
             router.check_temperature(type, temperature)
         check_form(divergence_of(config, type), router[type].form, type, router[type].most_ids)
-        if not router.answers(type, 1.0):
-            log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
     _say_untaught(config, inputs.types)
     datasets = {type: [one.dataset for one in inputs.mixture if one.dataset.type == type] for type in router}
     coverage = router.coverage(datasets, config.data.seq_len)
     _say_coverage(config, coverage)
     if config.objective.distilled_share < 1.0 and not router:
         log.warning("--kd_positions changes nothing here: no teacher is asked")
-    return RunTeachers(router, coverage, _identities(specs, router))
+    judges = {type: judge for type in router if (judge := _judge(type, router[type], inputs, config)) is not None}
+    made_all = RunTeachers(router, coverage, _identities(specs, router), judges)
+    for type in router:
+        if not made_all.evaluation.answers(type, 1.0):
+            log.warning("%s: its teacher cannot be asked at T=1: no val_kd for this type", type)
+    return made_all
+
+
+def _judge(type: str, teacher: Teacher, inputs: Inputs, config: RunConfig) -> Teacher | None:
+    """What is asked in evaluation in the place of a store's teacher; None where it has nothing of what is held out."""
+    if not isinstance(teacher, StoredTeacher) or teacher.judge is None:
+        return None
+    window = config.data.seq_len
+    held = [one.windows(window) if type in inputs.windowed else one for one in inputs.validation.get(type, [])]
+    found = teacher.judge.coverage(held, window)
+    if not found.usable:
+        return None
+    said = "%s: KL from the teacher is measured on %d of %d held-out samples, whose signal is stored nearly whole"
+    log.info(said, type, found.listed, found.samples)
+    return teacher.judge
 
 
 def _say_untaught(config: RunConfig, types: Sequence[str]) -> None:

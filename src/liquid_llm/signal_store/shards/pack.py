@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from liquid_llm import storage
 from liquid_llm.identity import ModelIdentity
+from liquid_llm.signal_store.description import HELD_OUT
 from liquid_llm.signal_store.records import RecordError, difference_in_words
 from liquid_llm.signal_store.shards.folder import write_index
 from liquid_llm.signal_store.shards.writer import SHARD_BYTES
@@ -34,6 +35,11 @@ class PackSummary:
     files_after: int = 0
 
 
+def _own_files(uri: str) -> list[storage.FileInfo]:
+    """The files of a store without those of the store in it."""
+    return [info for info in storage.list_files(uri) if not info.name.startswith(f"{HELD_OUT}/")]
+
+
 def pack(
     source: StoreReader,
     target: str,
@@ -48,7 +54,7 @@ def pack(
         StorageError: something cannot be read or written.
     """
     identity = source.identity
-    before = storage.list_files(source.uri)
+    before = _own_files(source.uri)
     in_place = _is_same_folder(source.uri, target)
     summary = PackSummary(bytes_before=sum(info.size for info in before), files_before=len(before))
     writer = StoreWriter(
@@ -81,7 +87,7 @@ def pack(
             storage.remove(info.uri)
         write_index(target)
     summary.left_out_count, summary.left_out = len(left_out), dict(list(left_out.items())[:_LISTED])
-    after = storage.list_files(target)
+    after = _own_files(target)
     summary.bytes_after, summary.files_after = sum(info.size for info in after), len(after)
     return summary
 
