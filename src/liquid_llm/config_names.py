@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +79,23 @@ def training_key(config: RunConfig) -> dict[str, Any]:
 
 def run_name(config: RunConfig) -> str:
     """This release's name: of what differs from the defaults, so that a new option leaves all names as they are."""
-    return _name(config, counted_options(config))
+    return _name(counted_options(config), _resumed_name(config) or _student_name(config))
+
+
+def earlier_run_names(config: RunConfig) -> list[str]:
+    """The names that the same command has had before, by which runs that were begun then are found."""
+    return [_name(counted_options(config), _student_name(config)), old_run_name(config)]
+
+
+def _resumed_name(config: RunConfig) -> str | None:
+    """What a student that is taken from a checkpoint is called: --student has its default there, which it is not."""
+    uri = config.student.resume_uri
+    if uri is None or "student" in config.given:
+        return None
+    *folders, file = [part for part in uri.partition("?")[0].split("/") if part] or [""]
+    stem = re.sub(r"\.(pt|zip)$", "", file)
+    own = stem in ("best", "last", "final") or stem.startswith(("step-", "time-"))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folders[-1] if own and folders else stem).strip("-.") or None
 
 
 _OLD_FIELDS = {
@@ -142,11 +159,14 @@ def old_run_name(config: RunConfig) -> str:
     plain["seed"] = config.seed
     if config.deterministic:
         plain["deterministic"] = True
-    return _name(config, plain)
+    return _name(plain, _student_name(config))
 
 
-def _name(config: RunConfig, counted: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]
+def _name(counted: Mapping[str, Any], student: str) -> str:
+    return f"{student}-{hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:10]}"
+
+
+def _student_name(config: RunConfig) -> str:
     student = parse_student(config.student.spec)
     name = (student.base or str(student.teacher)).rstrip("/").rsplit("/", 1)[-1]
-    return f"{name if student.base else f'{name}-cut'}-{digest}"
+    return name if student.base else f"{name}-cut"

@@ -3,7 +3,7 @@
 import pytest
 
 from liquid_llm.config import build_capture_config, build_run_config, build_schedules, inherit, schedule_remarks
-from liquid_llm.config_names import old_run_name, run_name
+from liquid_llm.config_names import earlier_run_names, old_run_name, run_name
 from liquid_llm.errors import UsageError
 from liquid_llm.options import ANNEAL, AUTO_BATCH, TRAIN, reference_values
 
@@ -330,3 +330,23 @@ def test_capture_writes_where_a_source_says():
 def test_a_teacher_that_never_weighs_is_not_asked(config, asked):
     assert [type for type in ("lm", "code") if config.asks_teacher(type)] == asked
     assert config.asked_online == (["t"] if "lm" in asked else [])
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("gs://b/stage1/stage1.pt", "stage1"),
+        ("runs/20251007-174419/best.pt", "20251007-174419"),
+        ("runs/a b/step-00000012.pt", "a-b"),
+        ("https://x/model.zip?sig=secret", "model"),
+        ("best.pt", "best"),
+        ("hf/folder/", "folder"),
+    ],
+)
+def test_a_run_from_a_checkpoint_is_called_after_it_and_found_under_what_it_was_called(uri, name):
+    """It was called after --student's default, which it is not: only the digest told two of them apart."""
+    config = hybrid(resume_gcs_uri=uri)
+    assert run_name(config).startswith(f"{name}-")
+    earlier, _ = earlier_run_names(config)
+    assert earlier == f"liquid-16m-{run_name(config).rpartition('-')[2]}"
+    assert run_name(hybrid(resume_gcs_uri=uri, student="liquid-80m")).startswith("liquid-80m-"), "who names it knows"

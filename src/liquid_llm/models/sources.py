@@ -73,7 +73,12 @@ def resolve(model_id: str, *, token: str | None = None) -> Source:
         model_id = spell_package(model_id)
         return _gguf_source(_gguf_in_package(model_id), name=model_id)
     if "://" in model_id:
-        raise ModelError("a model URL must be downloaded before it is loaded", got=model_id, expected="a local folder")
+        raise ModelError(
+            "a model is loaded from a folder or by its Hugging Face id, and not from a URL",
+            got=model_id,
+            remedy="download it first; a teacher behind a server (an API) is not supported: of each token it tells too "
+            "little",
+        )
     path = Path(model_id).expanduser()
     if model_id and path.is_file():
         if path.suffix != ".gguf":

@@ -241,7 +241,7 @@ class _Input:
             keys = shorten(", ".join(map(str, value)))
             if unknown == _UNKNOWN_OBJECTS:
                 self._refuse(f"objects with the keys {keys}")
-            yield Reject(location, f"no known keys: {keys}", shorten(value))
+            yield Reject(location, f"none of its names is known ({keys})", shorten(value))
 
     def _stated_layout(self) -> Layout | None:
         if self.reading.field is not None:

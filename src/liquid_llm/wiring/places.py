@@ -15,7 +15,7 @@ from pathlib import Path
 from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import SIDECAR_SUFFIX
 from liquid_llm.config import OutputConfig, RunConfig
-from liquid_llm.config_names import old_run_name, run_name
+from liquid_llm.config_names import earlier_run_names, run_name
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def resolve_place(config: RunConfig) -> Place:
     """
     output = config.output
     named = output.run_id or os.environ.get("CLOUD_ML_JOB_ID")
-    names = [named] if named else [run_name(config), old_run_name(config)]
-    folders = [_folders(output, name, config.below_output) for name in names]
-    if len(set(folders)) > 1 and not _is_begun(*folders[0]) and _is_begun(*folders[1]):
-        folders.reverse()  # this very command was begun by an earlier release
+    names = [named] if named else [run_name(config), *earlier_run_names(config)]
+    folders = list(dict.fromkeys(_folders(output, name, config.below_output) for name in names))
     run_dir, remote = folders[0]
+    if len(folders) > 1:  # this very command may have been begun under a name it had earlier
+        run_dir, remote = next((one for one in folders if _is_begun(*one)), folders[0])
     return Place(
         run_dir,
         remote,

