@@ -83,7 +83,7 @@ def make_card(model: Any, metadata: CheckpointMetadata, run: str | None, license
             "Held-out text",
             [[one["type"], *(_figure(one[key]) for key in ("loss", "perplexity", "teacher", "kl"))] for one in scores],
             ("type", "loss", "perplexity", "loss of the teacher", "KL from the teacher"),
-            f"After {metadata.step:,} steps; in nats a token of the tokenizer above." if scores else "",
+            f"At step {metadata.step:,}; in nats a token of the tokenizer above." if scores else "",
         ),
         _training(metadata, kept),
         Section("Licence", text=license or _NO_LICENCE),
