@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +230,37 @@ def test_runs_in_a_bucket_are_reported_and_compared(
     assert f"2 below it: {gcs.uri}/out/a, {gcs.uri}/out/b" in capsys.readouterr().err
     assert main(["report", f"{gcs.uri}/nothing"]) == 2
     assert "no run" in capsys.readouterr().err
+
+
+class _Unlisted(http.server.SimpleHTTPRequestHandler):
+    """A web server that hands out files and lists no folder."""
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(403)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_run_at_a_web_server_that_lists_nothing_is_read_by_names(
+    runs: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = functools.partial(_Unlisted, directory=str(runs))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            found = compared(capsys, f"{url}/a", runs / "b")
+            assert main(["report", f"{url}/nothing"]) == 2
+        finally:
+            server.shutdown()
+            thread.join()
+    assert [one["run"] for one in found["runs"]] == ["a", "b"]
+    assert found["differ"].keys() == {"data.manifest", "optimizer.lr"}
+    capsys.readouterr()
+    before = storage.set_retry_policy(storage.RetryPolicy(attempts=2, first_seconds=0.01, max_seconds=0.02))
+    try:
+        assert main(["report", f"{url}/a"]) == 4, "a server that is gone is not a place without a run"
+    finally:
+        storage.set_retry_policy(before)
+    assert "no run directory" not in capsys.readouterr().err

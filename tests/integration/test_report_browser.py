@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tests.support.runs import make_run, write_rows
 
+from liquid_llm.cli.main import main
 from liquid_llm.report import build_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -201,6 +202,29 @@ def test_short_runs_draw_too(tmp_path: Path, changes: dict[str, Any]) -> None:
     for plot in visited.result["plots"]:
         assert plot["lines"][0][0] > 100 or changes["steps"] == 1, plot["name"]
         assert plot["outside"] == 0
+
+
+def test_several_runs_on_a_page_are_drawn_and_read_out(run_dir: Path, tmp_path: Path) -> None:
+    shorter = make_run(tmp_path / "shorter", steps=300, types=("lm", "math_tool", "code"), seed=1)
+    (tmp_path / "page").mkdir()
+    assert main(["compare", str(run_dir), str(shorter), f"--output={tmp_path / 'page' / 'report.html'}"]) == 0
+    visited = serve_and_visit(tmp_path / "page", tmp_path / "profile", 400)
+    assert visited.console == []
+    assert set(visited.requested) <= {"/probe.html", "/report.html", "/favicon.ico"}
+    result = visited.result
+    assert result["overflow"] <= 0
+    assert len(result["plots"]) >= 14
+    for plot in result["plots"]:
+        name = plot["name"]
+        assert plot["outside"] == plot["overlaps"] == 0, name
+        assert plot["strokes"] == plot["numLines"], name
+        assert plot["inside"], name
+        assert plot["cut"] == [], name
+    by_name = {plot["name"]: plot for plot in result["plots"]}
+    assert re.match(r"step 300\nliquid-16m-browser\t[\d.]+\nshorter\t[\d.]+$", by_name["loss"]["middle"])
+    assert re.match(r"step 600\nliquid-16m-browser\t[\d.]+$", by_name["loss"]["last"]), "the other ended before"
+    assert re.match(r"token [\d,]+\n", by_name["loss-tokens"]["middle"])
+    assert re.match(r"second [\d,]+\n", by_name["loss-seconds"]["middle"])
 
 
 def test_hostile_strings_stay_text_in_a_browser(tmp_path: Path) -> None:

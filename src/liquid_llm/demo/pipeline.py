@@ -195,7 +195,7 @@ def _options(base: Path, name: str, student: str, data: DemoData, steps: int, se
         "kd_temperature": 1.0,
         "kd_alpha_start": ALPHA,
         "kd_alpha_end": ALPHA,
-        "eval_every": max(1, steps // 2),
+        "eval_every": max(1, steps // 4),  # five points: of two or three a plot shows no course
         "eval_tokens": 768,
         "save_every": max(1, steps // 2),
         "metrics_interval": max(1, steps // 30),

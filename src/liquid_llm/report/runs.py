@@ -7,17 +7,23 @@ below    in a folder at most ``_DEPTH`` under the one that was named, as a study
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from liquid_llm import storage
-from liquid_llm.errors import UsageError
+from liquid_llm.errors import StorageError, UsageError
 from liquid_llm.metrics import FILE_NAME, SAMPLES_FILE
 
 PROVENANCE, SUMMARY_FILE, SIDECAR = "provenance", "summary.json", ".meta.json"
 _STORE = "store.json"  # a store of signal has a provenance too
+_KNOWN = (
+    *(FILE_NAME, SAMPLES_FILE, SUMMARY_FILE),
+    *(f"{name}{SIDECAR}" for name in ("best", "last", "final")),
+    *(f"{PROVENANCE}/{name}" for name in ("config.json", "environment.json", "data_readiness.json")),
+    *(f"{PROVENANCE}/{name}" for name in ("manifest_snapshot.jsonl", "datasets_snapshot.yaml")),
+)
 _DEPTH = 3
 _SHOWN = 6  # names in a message
 
@@ -51,7 +57,7 @@ def open_run(run: str) -> Iterator[Opened]:
             raise _no_run(run)
         yield Opened(folder)
         return
-    files = storage.list_files(run)
+    files = _list_files(run)
     wanted = [one for one in files if _is_read(one.name)]
     if not wanted:
         raise _no_run(run, files)
@@ -68,7 +74,7 @@ def find_runs(place: str) -> list[str]:
         StorageError: the place cannot be read.
     """
     if storage.is_remote(place):
-        return _remote_runs(place, storage.list_files(place))
+        return _remote_runs(place, _list_files(place))
     folder = storage.local_path(place)
     with storage.translate_errors(place):
         return [str(one) for one in _local_runs(folder, _DEPTH)] if folder.is_dir() else []
@@ -79,6 +85,21 @@ def last_part(run: str) -> str:
     if storage.is_remote(run):
         return run.rstrip("/").rsplit("/", 1)[-1]
     return storage.local_path(run).resolve().name
+
+
+def _list_files(place: str) -> list[storage.FileInfo]:
+    """What is below a URL; many web servers list no folders: they are asked for the files of a run by their names.
+
+    Raises:
+        StorageError: it cannot be reached, which a web server's empty list does not tell.
+    """
+    if not place.lower().startswith(("http://", "https://")):
+        return storage.list_files(place)
+    with suppress(StorageError):
+        if listed := storage.list_files(place):
+            return listed
+    found = [(name, storage.stat(storage.join(place, name))) for name in _KNOWN]
+    return [replace(one, name=name) for name, one in found if one is not None]
 
 
 def _local_runs(folder: Path, depth: int) -> Iterator[Path]:

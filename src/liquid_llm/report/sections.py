@@ -15,6 +15,7 @@ from liquid_llm.report.summary import ALL, summarise
 from liquid_llm.report.tables import Html, card, matrix, pairs, table, text
 
 _MAX_SAMPLES = 6  # of one prompt
+_TOLD = 60  # characters of a prompt that name its table
 _OF_COST = {
     "steps": ("steps", format_count),
     "tokens": ("tokens trained on", format_count),
@@ -45,7 +46,13 @@ def show_result(run: RunData) -> Html:
     samples = [row for row in _mappings(summary.get("samples")) if "student" in row]
     for prompt in dict.fromkeys(str(row.get("prompt")) for row in samples):
         said = [[row["student"], row.get("text")] for row in samples if str(row.get("prompt")) == prompt]
-        parts.append(card(f"After: {prompt}", table(["student", "text"], said, "what each says"), "wide samples"))
+        parts.append(
+            card(
+                f"After: {prompt}",
+                table(["student", "text"], said, f"what each says after {prompt[:_TOLD]}"),
+                "wide samples",
+            )
+        )
     rest = {_of_cost(name): _shown(name, one) for name, one in summary.items() if one is not None and _is_cost(one)}
     return "".join(parts) + (card("Cost", pairs(without_places(rest))) if rest else "")
 
@@ -123,7 +130,7 @@ def show_samples(rows: list[dict[str, Any]]) -> Html:
     for prompt, by_step in by_prompt.items():
         said = [by_step[step] for step in sorted(by_step)]
         chosen = sorted({round(place * (len(said) - 1) / (_MAX_SAMPLES - 1)) for place in range(_MAX_SAMPLES)})
-        body = table(["step", "text", "repeated 4-grams"], [said[place] for place in chosen], "what the student says")
+        body = table(["step", "text", "repeated 4-grams"], [said[place] for place in chosen], f"after {prompt[:_TOLD]}")
         parts.append(card(f"After: {prompt}", body, "wide samples"))
     return "".join(parts)
 

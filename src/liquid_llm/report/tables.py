@@ -53,7 +53,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], what: str = "table
         for name, side in zip(head, sides, strict=True)
     )
     # with a place in the keyboard's order, as else nobody without a pointer could scroll it
-    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{text(what)}">'
+    box = f'<div class="scroll" role="group" tabindex="0" aria-label="{text(what)}">'
     return f"{box}<table><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
 
