@@ -45,7 +45,8 @@ addEventListener("load", () => {
     const last = said();
     plot.dispatchEvent(new view.KeyboardEvent("keydown", { key: "Escape" }));
     plot.focus();
-    const ring = view.getComputedStyle(figure).outlineStyle + view.getComputedStyle(plot).outlineStyle;
+    const around = view.getComputedStyle(figure), ring = [around.outlineStyle, around.outlineWidth,
+      view.getComputedStyle(plot).outlineStyle].join();
     const cut = [...plot.querySelectorAll(".grid text")].filter((label) => {
       const at = label.getBoundingClientRect();
       return at.width && (at.left < card.left || at.right > card.right || at.bottom > card.bottom);
@@ -170,7 +171,7 @@ def test_plots_are_drawn_and_the_console_stays_empty(
         assert plot["left"] == ""
         assert plot["moved"] < 0.5, f"{name}: reading values out moves the page"
         assert "step 600\n" in plot["last"], name
-        assert plot["ring"] == "solidnone", f"{name}: the focus is shown around the card, labels and all"
+        assert plot["ring"] == "solid,2px,none", f"{name}: the focus is shown around the card, labels and all"
         assert plot["cut"] == [], name
         assert plot["overlaps"] == 0, f"{name}: labels run into one another"
     by_name = {plot["name"]: plot for plot in result["plots"]}

@@ -71,7 +71,8 @@ def test_a_checkpoint_has_the_rate_and_loss_of_its_own_step(tmp_path: Path) -> N
 
 
 def test_a_checkpoint_between_evaluations_has_no_loss_and_the_last_rate_before_it(tmp_path: Path) -> None:
-    write_rows(tmp_path, [{"kind": "train", "step": step, "lr": 0.1 * step} for step in (1, 3)])
+    rows = [{"kind": "train", "step": step, "lr": 0.1 * step} for step in (1, 3)]
+    write_rows(tmp_path, [*rows, {"kind": "eval", "step": 3, "val_loss_student": 5.0}])
     (tmp_path / "last.meta.json").write_text(json.dumps({"step": 4, "sha256": "a", "lr": 9.0, "best_val_loss": 1.0}))
     cells = rows_of(build_report(tmp_path).read_text(), "checkpoints")[1]
     assert (float(cells[6]), cells[7]) == (pytest.approx(0.3, rel=0.01), "–")
@@ -154,6 +155,15 @@ def test_every_horizontal_axis_has_its_name_and_large_plots_have_tokens_below(ht
             steps = re.findall(r'y="100%" dy="1.5em" text-anchor="middle">([^<]*)<', figure)
             assert steps == ["0", "200", "400", "600"]
             assert re.findall(r">([^<]+)</text>", tokens[1]) == ["0", "461k", "922k", "1.38M"]
+
+
+def test_a_first_number_that_would_run_into_the_name_of_its_axis_is_left_out(tmp_path: Path) -> None:
+    write_rows(
+        tmp_path, [{"kind": "train", "step": step, "loss": 1e-4 * step} for step in range(20_000, 40_001, 5_000)]
+    )
+    figure = re.findall(r"<figure.*?</figure>", build_report(tmp_path).read_text(), flags=re.DOTALL)[0]
+    shown = re.findall(r'y="100%" dy="1.5em" text-anchor="middle">([^<]*)<', figure)
+    assert shown == ["25k", "30k", "35k", "40k"]
 
 
 def test_a_logarithmic_axis_leaves_step_0_out_and_keeps_the_rest(html: str) -> None:
