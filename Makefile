@@ -48,7 +48,7 @@ test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Tra
 docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens from there, and needs no network
 	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/tree.py build/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file build/docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file build/docs/mkdocs.yml
 
 # The converter brings an edition of gguf of its own, which transformers reads GGUF files with as well (decision 27).
 test-clients: $(STAMP)  ## the tests that open a student with llama.cpp and PEFT, which it installs into .venv

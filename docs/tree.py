@@ -117,7 +117,7 @@ def page_of(path: Path) -> str:
     if path.suffix == ".md":
         return with_links(text, path.parent, place_of(path))
     if path.suffix == ".ipynb":
-        return _notebook(text)
+        return with_links(_notebook(text), path.parent, place_of(path))
     return f"# {path.name}\n\n`{inside}`\n\n`````{_LANGUAGES.get(path.suffix, 'text')}\n{text}\n`````\n"
 
 
@@ -148,7 +148,7 @@ def shown_files() -> list[Path]:
         seen[path] = None
         if path.is_dir():
             todo += _in(path)
-        elif path.suffix == ".md":
+        elif path.suffix in (".md", ".ipynb"):
             todo += linked_files(path.read_text(encoding="utf-8"), path.parent).values()
     return sorted(seen)
 

@@ -115,7 +115,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     pytest.importorskip("mkdocstrings_handlers.python")
     folder = tmp_path_factory.mktemp("site")
     subprocess.run([sys.executable, "docs/tree.py", folder / "docs"], cwd=REPOSITORY, check=True, timeout=120)
-    words = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", folder / "docs" / "mkdocs.yml"]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", folder / "docs" / "mkdocs.yml"]
     subprocess.run(words, check=True, timeout=280, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     pages = sorted((folder / "site").rglob("*.html"))
     return {path: Page(path.read_text(encoding="utf-8")) for path in pages}

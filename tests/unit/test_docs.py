@@ -224,3 +224,11 @@ def test_the_page_of_options_has_every_option_with_its_default() -> None:
 def test_every_command_of_the_program_is_found() -> None:
     assert {("train",), ("store", "pack"), ("export",), ("doctor",)} <= COMMANDS.keys()
     assert {words[0] for words in COMMANDS} >= set(re.findall(r"^\| `liquid (\w+)`", text_of(PAGES[0]), re.M))
+
+
+def test_the_site_is_built_strictly_in_ci() -> None:
+    """``--quiet`` would have mkdocs overlook the warnings that ``--strict`` stops at."""
+    (line,) = [line for line in text_of(REPOSITORY / "Makefile").splitlines() if "mkdocs build" in line]
+    assert "--strict" in line
+    assert "--quiet" not in line
+    assert "\nmake docs\n" in text_of(REPOSITORY / ".ci" / "run")
