@@ -1,4 +1,4 @@
-"""The wheel in an environment that had nothing: ``make test-wheel``. Needs a minute or two and a gigabyte on disk.
+"""The wheel in an environment that had nothing: ``make test-wheel``. Needs minutes, and a gigabyte on disk.
 
 Everything is installed by the steps of the Dockerfile, followed without Docker, so that those are tried as well.
 """
