@@ -84,6 +84,7 @@ def test_the_run_directory_is_complete(finished):
         "data_readiness.json",
         "datasets_snapshot.yaml",
         "environment.json",
+        "history.json",
         "options.yaml",
         "tokenizer",
     }

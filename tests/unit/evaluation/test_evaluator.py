@@ -91,6 +91,7 @@ def test_plain_keys_are_those_of_the_training_length(row):
         "lm": {
             "val_loss": row["val_loss_student"],
             "val_kd": row["val_kd"],
+            "val_kd_codec": "online",
             "val_loss_teacher": row["val_loss_teacher"],
             "positions": 150 - 10,
         }
