@@ -172,7 +172,7 @@ def load_adapter(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
             "the adapter is of another rank, or of other modules",
             where=source,
             got=f"{len(wrong)} weights that do not fit, {wrong[0]} among them",
-            remedy="give the --student and the --lora options that it was trained with",
+            remedy="give the --student, --lora_r and the further options of LoRA that it was trained with",
         )
     model.load_state_dict(dict(weights), strict=False)
 
