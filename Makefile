@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-wheel check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-wheel check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ test-lm-eval: $(STAMP)  ## the tests that need lm-eval, which it installs into .
 test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Trackio, which it installs into .venv
 	$(PIP) install --quiet -e '.[track]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_trackers.py $(ARGS)
+
+test-optimizers: $(STAMP)  ## the tests that need torchao and peft, which it installs into .venv
+	$(PIP) install --quiet -c constraints.txt -e '.[lora,torchao]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_optimizers.py tests/unit/models/test_lora.py tests/integration/test_optimizers.py tests/integration/test_lora.py $(ARGS)
 
 docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens from there, and needs no network
 	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
