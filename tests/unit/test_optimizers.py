@@ -98,7 +98,7 @@ def test_what_is_frozen_is_held_by_none(kind):
 # Muon
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "lfm2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "lfm2", "phi"])  # whose head is no embedding
 def test_muon_has_the_hidden_matrices_and_nothing_that_belongs_to_tokens_or_positions(family):
     model = tiny_model(family, 512)
     optimizer = build_optimizer(model, **OPTIONS, kind=MUON)
