@@ -117,7 +117,7 @@ def test_its_commands_are_there(words: tuple[str, ...], cold: Cold, tmp_path: Pa
 
 
 def test_the_demo_runs_from_it(cold: Cold, tmp_path: Path) -> None:
-    done = cold.run("liquid", "demo", "--scale", "0.03", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = cold.run("liquid", "demo", "--scale", "0.03", "--student", "liquid-16m", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Verdict on distilled" in done.stdout
     assert (tmp_path / "runs/demo/runs/distilled/report.html").is_file()
