@@ -34,7 +34,8 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
     "lost": lambda data, draw: None,
 }
 # What nothing goes by; rows, of which a kill leaves any beginning; what a preparation goes by that is not complete.
-NOT_LOOKED_AT = re.compile(r"tb/|report\.html|\.lock|provenance/|student/|manifest\.jsonl|metrics|samples|.*/input-")
+_UNREAD = r"tb/|report\.html|\.lock|log\.txt|provenance/|student/|manifest\.jsonl|metrics|samples|.*/input-"
+NOT_LOOKED_AT = re.compile(_UNREAD)
 # In other files a number may be another number. Checkpoints, records and shards have sums.
 SUMMED = re.compile(r".*\.(pt|safetensors)|.*\.meta\.json")
 
