@@ -124,7 +124,7 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     nothing = f"{ENTRY} --resume_gcs_uri {STAGE0_STUDENT} {DATA} {zero} {EVERY_STEP} {place}"
     done = succeed(world.run(nothing))
     assert "0 steps" in done.stderr
-    assert "step 0: alpha 0.6, T 1.1" in done.stderr
+    assert "at step 0 the teacher weighs 0.6 (alpha), at temperature 1.1" in done.stderr
     assert world.objects(BUCKET), "the server is asked rightly"
     assert world.objects("dummy") == []
     assert not list((world.workdir / "liquid_test").rglob("*.pt"))
@@ -142,5 +142,5 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     saved = nothing.replace(STAGE0_STUDENT, str(run / "best.pt"))
     merged = succeed(world.run(saved)).stderr
     assert '"alpha_schedule": "0:0.5,1:0.4"' in merged, "the checkpoint's metadata is logged"
-    assert "step 1: alpha 0.5, T 1\n" in merged, "the schedules given win, at the checkpoint's step"
+    assert "at step 1 the teacher weighs 0.5 (alpha), at temperature 1\n" in merged, "the schedules given win, at the checkpoint's step"
     assert world.objects("dummy") == []

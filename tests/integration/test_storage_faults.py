@@ -58,7 +58,9 @@ def test_capture_waits_for_a_failure_that_passes(tiny: Tiny, gcs: Bucket, proxy:
     summary = json.loads(capsys.readouterr().out)
     assert (summary["written"], summary["failed"]) == (80, 0)
     stored = [one.name for one in storage.list_files(f"{gcs.uri}/signal") if "provenance/" not in one.name]
-    assert len(stored) == 80 + 2
+    kept = [name for name in stored if "/held_out/" not in name]
+    assert len(kept) == 80 + 2
+    assert len(stored) > len(kept) + 2, "what is held out is stored too, and described"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ OWN = {
     "liquid_llm.jobs.study",
     "liquid_llm.models.student",
     "liquid_llm.models.token_bytes",
+    "liquid_llm.wiring.siblings",
     "liquid_llm.wiring.start",
 }
 

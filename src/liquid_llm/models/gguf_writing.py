@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from liquid_llm.errors import ModelError, UsageError, first_line
+from liquid_llm.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def put_right(file: Path, folder: Path) -> None:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Any] = parse_json(path.read_bytes()) if path.is_file() else {}
     return found
 
 

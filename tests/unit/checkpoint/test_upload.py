@@ -484,5 +484,5 @@ def test_data_without_a_sidecar_is_fetched_where_it_is_whole_alone(
 
 
 def test_watched_names_are_those_of_the_design() -> None:
-    rows = {"metrics.jsonl", "samples.jsonl", "trackers.json", "tb"}
+    rows = {"metrics.jsonl", "samples.jsonl", "trackers.json", "tb", "log.txt"}
     assert set(upload.WATCHED) == rows | {"provenance", "summary.json", "report.html", "student"}
