@@ -157,6 +157,19 @@ def test_an_input_that_cannot_be_used_exits_3_and_is_named(
     assert not list((tmp_path / "out").glob("a-*"))
 
 
+def test_a_dataset_that_cannot_be_prepared_keeps_no_other_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = {name: {"type": "lm", "in": f"{name}.jsonl", "out": f"out-{name}", "manifest": "m.jsonl"} for name in "abc"}
+    texts = {f"{name}_jsonl": jsonl([{"text": f"the text of {name} and its words"}] * 3) for name in "ac"}
+    catalog = put(tmp_path, plain, **texts, b_jsonl=b"{broken\n" * 9)
+    assert f"{tmp_path}/b.jsonl" in prepare(capsys, catalog, code=3)
+    assert set(all_texts(str(tmp_path / "m.jsonl"))["lm"]) == {f"the text of {name} and its words" for name in "ac"}
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"text": "the text of b and its words"}] * 3))
+    done = prepare(capsys, catalog)
+    assert {name: one["status"] for name, one in done.items()} == {"a": "complete", "b": "prepared", "c": "complete"}
+
+
 def test_skip_says_what_lacks_and_prepares_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalog = put(tmp_path, {"a": {"type": "lm", "in": "a.txt", "out": "out"}}, a_txt=b"words\n")
     assert "a is incomplete" in prepare(capsys, catalog, "--prepare_data=skip", code=3)

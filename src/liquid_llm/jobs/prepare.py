@@ -241,14 +241,22 @@ def prepare_datasets(datasets: Sequence[Dataset], mode: str, options: ToolkitOpt
         states = {one.name: _find_state(one, of_toolkit if one.format == TOOLKIT else None) for one in datasets}
         to_do = [one for one in datasets if _is_to_do(one, states[one.name], mode)]
         outputs = _convert([one for one in to_do if one.format == TOOLKIT], states, toolkit, stack)
+        failures: list[DataError] = []
         for dataset in datasets:
             if dataset in to_do:
                 files = states[dataset.name].files
-                marker = _prepare_one(dataset, files, outputs.get(dataset.name), of_toolkit, force=mode == "force")
+                try:
+                    marker = _prepare_one(dataset, files, outputs.get(dataset.name), of_toolkit, force=mode == "force")
+                except DataError as error:  # what is wrong with one dataset keeps no other from being prepared
+                    failures.append(error)
+                    log.warning("%s cannot be prepared, the datasets after it are: %s", dataset.name, error)
+                    continue
                 states[dataset.name] = State("prepared", marker, files)
             complete = states[dataset.name].marker is not None and mode != "skip"
             if dataset.manifest is not None and complete and write_line(dataset):
                 log.info("%s: %s names its shards", dataset.name, dataset.manifest)
+        if failures:
+            raise failures[0]
     return states
 
 
