@@ -7,10 +7,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from tests.support.models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from liquid_llm.errors import CheckpointError
 from liquid_llm.models.positions import fit_positions, plan_stretch
+from liquid_llm.models.student import PRESETS
 from liquid_llm.optimizers import AdamW8Bit, MuonAndAdamW, build_optimizer, load_optimizer, moment_bytes
 from liquid_llm.options import ADAMW, ADAMW8BIT, MUON, OPTIMIZERS
 
@@ -35,6 +38,91 @@ def take(model, optimizer, steps):
             group["lr"] = 1e-2 / (1 + step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def preset_model(name):
+    preset = PRESETS[name]
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(preset.model_type, **preset.settings))
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_norms_biases_and_vectors_of_every_preset_are_not_decayed(name):
+    model = preset_model(name)
+    optimizer = build_optimizer(model, **OPTIONS)
+    assert type(optimizer) is torch.optim.AdamW
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups)
+    named = dict(model.named_parameters())
+    assert {id(p) for p in named.values()} == set(decay)
+    for key, parameter in named.items():
+        vector = parameter.dim() < 2
+        assert vector or not key.endswith("bias"), key
+        assert vector or "norm" not in key.lower(), key
+        assert decay[id(parameter)] == (0.0 if vector else 0.1), key
+    assert {0.0, 0.1} == set(decay.values())
+
+
+# loading
+
+
+def stepped(model, **changes):
+    """An optimizer of ``model`` after a step with gradients that differ from row to row."""
+    optimizer = build_optimizer(model, **{**OPTIONS, **changes})
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    return optimizer
+
+
+def test_moments_are_loaded_and_settings_stay():
+    model = tiny_model("gpt2")
+    saved = stepped(model).state_dict()
+    other = build_optimizer(model, lr=1.0, weight_decay=0.3, betas=(0.5, 0.6))
+    load_optimizer(other, saved, where="x")
+    for parameter in model.parameters():
+        assert torch.equal(other.state[parameter]["exp_avg"], parameter.grad * (1 - 0.9))
+    assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in other.param_groups} == {(0.5, 0.6)}
+    assert {group["lr"] for group in other.param_groups} == {OPTIONS["lr"]}, "the rate of a step is no setting"
+    assert all(group["fused"] for group in other.param_groups)
+
+
+@pytest.mark.parametrize(("block_size", "trained"), [(100, None), (40, 16), (128, 16)])
+def test_moments_of_learned_positions_go_where_their_rows_go(block_size, trained):
+    model = tiny_model("gpt2")
+    table = model.transformer.wpe.weight
+    optimizer = stepped(model)
+    saved = optimizer.state_dict()
+    averages = {name: optimizer.state[table][name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    stretch = plan_stretch(model, block_size, trained)
+    fit_positions(model, block_size, trained_positions=trained)
+    new = model.get_parameter(stretch.parameter)
+    other = build_optimizer(model, **OPTIONS)
+    load_optimizer(other, saved, where="x", resize={new: stretch})
+    for name, before in averages.items():
+        assert torch.equal(other.state[new][name], stretch(before))
+        assert other.state[new][name].shape == new.shape
+    assert (other.state[new]["exp_avg_sq"] >= 0).all()
+    assert float(other.state[new]["step"]) == 1.0
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    other.step()
+
+
+def test_moments_of_other_shapes_are_refused_instead_of_read_past_their_end():
+    model = tiny_model("gpt2")
+    saved = stepped(model).state_dict()
+    fit_positions(model, 100)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt: the optimizer's state.*\(64, 32\) for a parameter \(100, 32\)"
+    ):
+        load_optimizer(build_optimizer(model, **OPTIONS), saved, where="last.pt")
+    with pytest.raises(CheckpointError, match="groups of"):
+        load_optimizer(build_optimizer(tiny_model("llama"), **OPTIONS), saved, where="last.pt")
 
 
 @EACH
@@ -71,9 +159,12 @@ def test_the_bytes_of_moments_are_those_that_are_said(kind):
 
 
 @EACH
-def test_matrices_alone_shrink_where_no_gradient_pulls(kind):
-    model = tiny_model("gpt2", 512)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_matrices_alone_shrink_where_no_gradient_pulls(kind, family):
+    model = tiny_model(family, 512)
     optimizer = build_optimizer(model, **OPTIONS, kind=kind)
+    if kind == ADAMW:
+        assert all(group["fused"] for group in optimizer.param_groups)  # the CPU has one
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

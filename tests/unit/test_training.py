@@ -1,4 +1,4 @@
-"""The optimizer's groups, what a loaded optimizer keeps, and what is applied before each step."""
+"""What is applied before each step, and what a step does."""
 
 import copy
 import gc
@@ -9,125 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from tests.support.models import tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from liquid_llm.data.loader import collate
-from liquid_llm.errors import CheckpointError, NumericalError
+from liquid_llm.errors import NumericalError
 from liquid_llm.losses.objective import Objective
-from liquid_llm.models.positions import fit_positions, plan_stretch
-from liquid_llm.models.student import PRESETS
-from liquid_llm.optimizers import build_optimizer, load_optimizer
+from liquid_llm.optimizers import build_optimizer
 from liquid_llm.schedules import Constant, Piecewise, Ramp, StepSchedules, WarmupCosine
 from liquid_llm.training import Progress, SkippedSteps, Student, Trainer
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-
-
-def preset_model(name):
-    preset = PRESETS[name]
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(preset.model_type, **preset.settings))
-    model.tie_weights()
-    return model
-
-
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_norms_biases_and_vectors_of_every_preset_are_not_decayed(name):
-    model = preset_model(name)
-    optimizer = build_optimizer(model, **OPTIONS)
-    assert type(optimizer) is torch.optim.AdamW
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups)
-    named = dict(model.named_parameters())
-    assert {id(p) for p in named.values()} == set(decay)
-    for key, parameter in named.items():
-        vector = parameter.dim() < 2
-        assert vector or not key.endswith("bias"), key
-        assert vector or "norm" not in key.lower(), key
-        assert decay[id(parameter)] == (0.0 if vector else 0.1), key
-    assert {0.0, 0.1} == set(decay.values())
-
-
-def test_frozen_parameters_are_left_out():
-    model = tiny_model("gpt2")
-    model.transformer.wte.weight.requires_grad_(False)
-    held = {id(p) for group in build_optimizer(model, **OPTIONS).param_groups for p in group["params"]}
-    assert id(model.transformer.wte.weight) not in held
-
-
-def test_without_a_gradient_only_matrices_shrink_and_the_fused_kernel_is_used():
-    model = tiny_model("llama")
-    optimizer = build_optimizer(model, **OPTIONS)
-    assert all(group["fused"] for group in optimizer.param_groups)  # the CPU has one
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        factor = 1.0 if parameter.dim() < 2 else 1 - 1e-2 * 0.1
-        torch.testing.assert_close(parameter.detach(), before[name] * factor)
-
-
-# loading
-
-
-def stepped(model, **changes):
-    """An optimizer of ``model`` after a step with gradients that differ from row to row."""
-    optimizer = build_optimizer(model, **{**OPTIONS, **changes})
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
-    return optimizer
-
-
-def test_moments_are_loaded_and_settings_stay():
-    model = tiny_model("gpt2")
-    saved = stepped(model).state_dict()
-    other = build_optimizer(model, lr=1.0, weight_decay=0.3, betas=(0.5, 0.6))
-    load_optimizer(other, saved, where="x")
-    for parameter in model.parameters():
-        assert torch.equal(other.state[parameter]["exp_avg"], parameter.grad * (1 - 0.9))
-    assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
-    assert {group["betas"] for group in other.param_groups} == {(0.5, 0.6)}
-    assert {group["lr"] for group in other.param_groups} == {OPTIONS["lr"]}, "the rate of a step is no setting"
-    assert all(group["fused"] for group in other.param_groups)
-
-
-@pytest.mark.parametrize(("block_size", "trained"), [(100, None), (40, 16), (128, 16)])
-def test_moments_of_learned_positions_go_where_their_rows_go(block_size, trained):
-    model = tiny_model("gpt2")
-    table = model.transformer.wpe.weight
-    optimizer = stepped(model)
-    saved = optimizer.state_dict()
-    averages = {name: optimizer.state[table][name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    stretch = plan_stretch(model, block_size, trained)
-    fit_positions(model, block_size, trained_positions=trained)
-    new = model.get_parameter(stretch.parameter)
-    other = build_optimizer(model, **OPTIONS)
-    load_optimizer(other, saved, where="x", resize={new: stretch})
-    for name, before in averages.items():
-        assert torch.equal(other.state[new][name], stretch(before))
-        assert other.state[new][name].shape == new.shape
-    assert (other.state[new]["exp_avg_sq"] >= 0).all()
-    assert float(other.state[new]["step"]) == 1.0
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    other.step()
-
-
-def test_moments_of_other_shapes_are_refused_instead_of_read_past_their_end():
-    model = tiny_model("gpt2")
-    saved = stepped(model).state_dict()
-    fit_positions(model, 100)
-    with pytest.raises(
-        CheckpointError, match=r"last\.pt: the optimizer's state.*\(64, 32\) for a parameter \(100, 32\)"
-    ):
-        load_optimizer(build_optimizer(model, **OPTIONS), saved, where="last.pt")
-    with pytest.raises(CheckpointError, match="groups of"):
-        load_optimizer(build_optimizer(tiny_model("llama"), **OPTIONS), saved, where="last.pt")
 
 
 # steps
