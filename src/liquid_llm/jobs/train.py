@@ -153,8 +153,7 @@ def _say_siblings(config: RunConfig, place: Place, start: Start) -> list[str]:
     """Name the runs in the same output that differ from one that begins now in few values."""
     if start.kind == "continue" or not config.below_output:
         return []
-    output, _, name = place.shown.rstrip("/").rpartition("/")
-    told = [one.in_words() for one in find_siblings(output or ".", name, counted_options(config))]
+    told = [one.in_words() for one in find_siblings(*place.parent_and_name, counted_options(config))]
     for words in told:
         log.info("%s", words)
     return told
@@ -193,7 +192,7 @@ def _nothing_to_do(config: RunConfig, start: Start, output: _Output | None) -> b
 
 def _how_to_go_on(config: RunConfig, output: _Output) -> str:
     """What to give where more is wanted of a finished run: more steps are another name, unless the run is named."""
-    name = output.place.shown.rstrip("/").rpartition("/")[2]
+    _, name = output.place.parent_and_name
     named = f" --run_id={name}" if config.below_output and config.output.run_id is None else ""
     return (
         f"To train it longer give{named} --{config.steps_option}=MORE; its data is looked at then, and texts that are "

@@ -37,6 +37,12 @@ class Place:
     def shown(self) -> str:
         return self.remote or str(self.run_dir)
 
+    @property
+    def parent_and_name(self) -> tuple[str, str]:
+        """The output that the run is in, path or URL, and what it is called there."""
+        parent, _, name = self.shown.rstrip("/").rpartition("/")
+        return parent or ".", name
+
 
 def try_places(place: Place) -> None:
     """Write to, and remove from, all the places that a run is mirrored to: not after hours is one found closed.
