@@ -86,7 +86,7 @@ class Contestant:
 
 def texts_of(path: Path | None, count: int, seed: int) -> list[str]:
     if path is None:
-        return list(word_problems(count, seed))
+        return [f"{one.question} {one.answer}" for one in word_problems(count, seed)]
     rows = (json.loads(line) for line in path.open(encoding="utf-8"))
     return [
         row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"

@@ -235,7 +235,7 @@ _FIELDS = (("text",), ("question", "answer"), ("prompt", "canonical_solution"))
 def texts_of(path: str, count: int) -> list[str]:
     """The first ``count`` texts of a JSONL file; made-up word problems where none is given."""
     if not path:
-        return list(word_problems(count, seed=0))
+        return [f"{one.question} {one.answer}" for one in word_problems(count, seed=0)]
     with gzip.open(path, "rt") if path.endswith(".gz") else Path(path).open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, count)]
     return ["\n".join(row[name] for name in next(f for f in _FIELDS if f[0] in row)) for row in rows]

@@ -67,7 +67,7 @@ def read_texts(files: str, count: int) -> list[str]:
         sources = [texts_of(path, count) for path in files.split(",")]
     else:
         functions = [text for text in read_library().functions.values() if 200 < len(text) < 1500]
-        sources = [list(word_problems(count, seed=0)), functions[::3]]
+        sources = [[f"{one.question} {one.answer}" for one in word_problems(count, seed=0)], functions[::3]]
     mixed: list[str] = []
     for number in range(max(map(len, sources))):
         mixed += [source[number] for source in sources if number < len(source)]

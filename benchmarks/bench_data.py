@@ -170,7 +170,7 @@ def main() -> None:
             options.tokenizer, [options.megabytes // 4, options.megabytes], folder, options.dataset
         )
         tokenizer = load_tokenizer(options.tokenizer)
-        problems = [{"text": text} for text in word_problems(5000, 0)]
+        problems = [{"text": f"{one.question} {one.answer}"} for one in word_problems(5000, 0)]
         (folder / "maths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
         shards = [str(folder / "maths.jsonl")]
         maths = build_token_dataset(shards, "math_tool", tokenizer, "bench", folder, framing=Framing(None, 0))

@@ -149,7 +149,8 @@ def capture_some(teacher: str, count: int, codec_name: str) -> Captured:
     loaded = load_teacher(teacher, dtype=torch.float32, device="cpu")
     vocab_size = len(loaded.tokenizer)
     online, codec = OnlineTeacher(loaded, vocab_size), get_codec(codec_name)
-    texts = loaded.tokenizer(list(word_problems(4 * count, 0)), add_special_tokens=False)["input_ids"]
+    problems = [f"{one.question} {one.answer}" for one in word_problems(4 * count, 0)]
+    texts = loaded.tokenizer(problems, add_special_tokens=False)["input_ids"]
     end = end_of_text_id(loaded.tokenizer)
     joined = [[token for text in texts[4 * n : 4 * n + 4] for token in text] for n in range(count)]
     windows = [np.array([*tokens[:1023], end], np.int32) for tokens in joined]
