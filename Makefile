@@ -71,9 +71,19 @@ check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/mypy
 
 LONG := benchmarks/bench_codec_train.py benchmarks/bench_noise.py benchmarks/bench_retention.py
-bench: $(STAMP)  ## run the benchmarks, each prints a table; bench-NAME runs one: capture codec codec-train data loss noise retention save scaling store
-	@set -e; for file in $(filter-out $(LONG),$(wildcard benchmarks/bench_*.py)); do \
-	  echo "== $$file"; $(BIN)/python "$$file"; done
+# What `make bench` gives each: so little that all of them together take under ten minutes of two quiet cores.
+SMALL_capture := --samples 16 --rounds 1 --codecs tail
+SMALL_codec := --texts 4
+SMALL_data := --megabytes 8
+SMALL_growth := --small
+SMALL_loss := --tokens 512 --vocab 16384 --rounds 1
+SMALL_save := --millions 1 10 --rounds 2
+SMALL_scaling := --rounds 2
+SMALL_speed := --rounds 1 --capture-rounds 0
+SMALL_store := --samples 100000 --records 500 --reads 500 --rounds 1 --texts 4
+bench: $(STAMP)  ## run the benchmarks at small size, each prints a table; bench-NAME runs one, whole: capture codec codec-train data growth loss noise retention save scaling speed store
+	@set -e; $(foreach file,$(filter-out $(LONG),$(wildcard benchmarks/bench_*.py)),\
+	  echo "== $(file)"; $(BIN)/python $(file) $(SMALL_$(patsubst bench_%,%,$(basename $(notdir $(file)))));)
 
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(subst -,_,$*).py $(ARGS)
