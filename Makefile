@@ -73,7 +73,7 @@ check: $(STAMP)  ## lint, formatting, types
 LONG := benchmarks/bench_codec_train.py benchmarks/bench_noise.py benchmarks/bench_retention.py
 # What `make bench` gives each: so little that all of them together take under ten minutes of two quiet cores.
 SMALL_capture := --samples 16 --rounds 1 --codecs tail
-SMALL_codec := --texts 4
+SMALL_codec := --positions 510 --steps 10 --captures 1 --no-larger
 SMALL_data := --megabytes 8
 SMALL_growth := --small
 SMALL_loss := --tokens 512 --vocab 16384 --rounds 1
