@@ -280,12 +280,29 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
+class ServedConfig:
+    """A teacher behind a server; ``url`` is None where there is none."""
+
+    url: str | None
+    model: str | None
+    words: str | None
+    requests: int
+    states_dir: str | None
+
+    @property
+    def tells_states(self) -> bool:
+        """Whether any codec can be had: of a teacher here, or of hidden states."""
+        return self.url is None or self.states_dir is not None
+
+
+@dataclass(frozen=True)
 class CaptureConfig:
     """One capture job (Stage A). ``given``: option name -> value, as a person set them."""
 
     seed: int
     device: str
     teacher: TeacherConfig
+    served: ServedConfig
     data: DataConfig
     store: StoreConfig
     source: Sources
@@ -362,13 +379,23 @@ def build_capture_config(given: Mapping[str, object]) -> CaptureConfig:
         seed=values["run"]["seed"],
         device=values["run"]["device"],
         teacher=teacher,
+        served=_make(ServedConfig, values["served"]),
         data=_make(DataConfig, {**data, "block_size": data["seq_len"]}),
         store=_make(StoreConfig, values["store"]),
         source=_build_sources(given, teacher),
         given=dict(given),
     )
     _raise_all(capture_problems(config))
-    return config
+    return config if config.served.tells_states else dataclasses.replace(config, store=_told_store(config))
+
+
+def _told_store(config: CaptureConfig) -> StoreConfig:
+    """How a server's log-probabilities are stored: with the one codec that they suffice for, and nothing for
+    evaluation, which needs more."""
+    settings = [word for word in (config.store.codec_options or "").split(",") if word]
+    if not any(word.partition("=")[0].strip() == "temperature" for word in settings):
+        settings.append("temperature=1")
+    return dataclasses.replace(config.store, codec="topk", codec_options=",".join(settings), held_out_tokens=0)
 
 
 def build_config_to_measure(face: str, given: Mapping[str, object]) -> RunConfig | CaptureConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from liquid_llm.errors import UsageError
 from liquid_llm.losses.divergences import get_divergence
@@ -195,7 +197,42 @@ def capture_problems(config: CaptureConfig) -> list[str]:
         problems.append(
             "--math_logits_dir, --code_logits_dir and --signal TYPE=URI are all missing: say where the signal goes"
         )
-    return problems + _token_problems(config.teacher) + toolkit_problems(config.data)
+    return problems + _served_problems(config) + _token_problems(config.teacher) + toolkit_problems(config.data)
+
+
+def _served_problems(config: CaptureConfig) -> list[str]:
+    served, store, given = config.served, config.store, config.given
+    if served.url is None:
+        names = ("served_model", "served_as", "served_requests", "hidden_states_dir")
+        return [f"--{name} goes with --teacher_url, the server that it is about" for name in names if name in given]
+    problems = []
+    problems += _address_problems(served.url)
+    if served.words is not None and not re.fullmatch(r"[\w.+=/@ -]+(,[\w.+=/@ -]+)*", served.words):
+        problems.append(f"--served_as takes words separated by commas, such as bfloat16,awq; got {served.words!r}")
+    if served.tells_states:
+        return problems
+    told = "a server's log-probabilities tell k ids and the rest's mass at T = 1 alone"
+    other = "or give --hidden_states_dir, with which any can be had"
+    if "codec" in given and store.codec != "topk":
+        problems.append(f"--codec={store.codec}: {told}: leave --codec out, {other}")
+    if store.distilled_share < 1.0:
+        problems.append("--kd_positions needs the teacher's entropies, which a server does not tell: leave it out")
+    if given.get("held_out_tokens"):
+        problems.append(f"--held_out_tokens: {told}, and what is held out is stored nearly whole: leave it out")
+    return problems
+
+
+def _address_problems(url: str) -> list[str]:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        return ["--teacher_url is no address of a server: give http://HOST:PORT or https://HOST"]
+    if "@" in parts.netloc:
+        return ["--teacher_url has a name or password in it: give the server's key in LIQUID_TEACHER_API_KEY"]
+    return []
 
 
 def _collect(parse: Callable[[], object]) -> list[str]:

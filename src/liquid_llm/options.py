@@ -21,9 +21,10 @@ TRAINING = (ANNEAL, TRAIN)
 EVERY = (ANNEAL, TRAIN, CAPTURE)
 PREPARING = (TRAIN, CAPTURE, PREPARE)
 
-STUDENT, TEACHER, DATA, OBJECTIVE, OPTIMIZER, EVALUATION, OUTPUT, STORE, RUN = (
+STUDENT, TEACHER, SERVED, DATA, OBJECTIVE, OPTIMIZER, EVALUATION, OUTPUT, STORE, RUN = (
     "student",
     "teacher",
+    "served",
     "data",
     "objective",
     "optimizer",
@@ -116,6 +117,12 @@ OPTIONS = (
     Option("hf_token_secret", "str", TEACHER, "token_secret", None, "Secret Manager name of a Hugging Face token", faces=EVERY),
     Option("fa_wheel_gcs", "str", TEACHER, "fa_wheel_uri", None, "FlashAttention wheel to install where CUDA has none", faces=(TRAIN, CAPTURE)),
     Option("fa_wheel_sha256", "str", TEACHER, "fa_wheel_sha256", None, "expected hash of that wheel", faces=(TRAIN, CAPTURE)),
+    # a teacher behind a server
+    Option("teacher_url", "str", SERVED, "url", None, "score with the OpenAI-compatible server (vLLM) at this address, http://HOST:8000; --mc_teacher_id then names its tokenizer. Not tried against vLLM itself (docs/capture.md)", faces=(CAPTURE,)),
+    Option("served_model", "str", SERVED, "model", None, "what that server calls the teacher (default: as --mc_teacher_id does)", faces=(CAPTURE,)),
+    Option("served_as", "str", SERVED, "words", None, "what the server does not say of how it runs the teacher, such as revision, dtype and quantisation, comma-separated: bfloat16,awq; kept with the signal and compared", faces=(CAPTURE,)),
+    Option("served_requests", "int", SERVED, "requests", 16, "texts that the server is asked about at a time", faces=(CAPTURE,), minimum=1),
+    Option("hidden_states_dir", "str", SERVED, "states_dir", None, "folder that the server writes hidden states to, as it is seen from here: they are asked for instead of log-probabilities, and any codec can be had (docs/capture.md)", faces=(CAPTURE,)),
     # data
     Option("dataset_name", "str", DATA, "dataset_name", None, "text dataset: Hugging Face name or local folder", faces=(ANNEAL, CAPTURE)),
     Option("dataset_config", "str", DATA, "dataset_config", None, "configuration of that dataset", faces=(ANNEAL, CAPTURE)),

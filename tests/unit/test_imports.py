@@ -72,7 +72,7 @@ KNOWN_PARTS: dict[str, set[str]] = {
     "report": {"metrics"},
     "preparation": {"data"},
     "teachers": {"models", "signal_store"},
-    "capture": {"data", "models", "signal_store", "teachers"},
+    "capture": {"data", "models", "served", "signal_store", "teachers"},
     "evaluation": {"teachers", "training"},
     "generation": {"models"},
     "answers": {"data", "generation"},

@@ -44,6 +44,7 @@ WALKED = {
     "wiring/parts": "integration/test_hybrid_run.py",
     "wiring/repeat": "integration/test_repeat.py",
     "wiring/shapes": "integration/test_memory_command.py",
+    "wiring/served": "integration/test_served_teacher.py",
     "wiring/sharding": "integration/test_sharded.py",
     "wiring/students": "integration/test_annealing.py",
     "wiring/tokenizers": "integration/test_hybrid_run.py",

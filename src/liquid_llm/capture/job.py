@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.capture.plan import Window, batches, plan
-from liquid_llm.capture.scoring import Scratch, score
+from liquid_llm.capture.scoring import Scored, Scratch, score
+from liquid_llm.capture.served import ServedTeacher, Stopped
 from liquid_llm.data.types import SampleSource
 from liquid_llm.device import is_lost, is_out_of_memory, release_memory
 from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.positions import max_positions
-from liquid_llm.signal_store.codecs import Rows
+from liquid_llm.signal_store.codecs import Codec, Rows
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.teachers.online import OnlineTeacher, require_context
 
@@ -108,7 +109,7 @@ class CaptureSummary:
 def capture(
     datasets: Mapping[str, Sequence[SampleSource]],
     writers: Mapping[str, StoreWriter],
-    teacher: LoadedModel,
+    teacher: LoadedModel | ServedTeacher,
     *,
     seq_len: int,
     batch_size: int,
@@ -137,13 +138,16 @@ def capture(
 
     Raises:
         UsageError: the teacher cannot see ``seq_len`` tokens.
-        StorageError: existing records cannot be read, or writing failed three times in a row or for every sample.
+        StorageError: existing records cannot be read, or writing failed three times in a row or for every sample; or
+            a teacher's server is lost.
     """
     started = time.monotonic()
-    require_context(max_positions(teacher.model), seq_len, teacher.identity.id, "--seq_len")
+    limit = teacher.max_tokens if isinstance(teacher, ServedTeacher) else max_positions(teacher.model)
+    require_context(limit, seq_len, teacher.identity.id, "--seq_len")
     (vocab_size,) = {writer.identity.vocab_size for writer in writers.values()}
+    asked = teacher if isinstance(teacher, ServedTeacher) else OnlineTeacher(teacher, vocab_size)
     with ThreadPoolExecutor(num_workers, "capture") as threads:
-        job = _Job(OnlineTeacher(teacher, vocab_size), writers, threads, progress or (lambda tokens: None))
+        job = _Job(asked, writers, threads, progress or (lambda tokens: None))
         found = plan(datasets, writers, seq_len, overwrite=overwrite, share=(rank, world_size), threads=threads)
         job.summary.skipped = found.skipped
         job.progress(found.skipped_tokens)
@@ -162,7 +166,7 @@ class _Job:
 
     def __init__(
         self,
-        teacher: OnlineTeacher,
+        teacher: OnlineTeacher | ServedTeacher,
         writers: Mapping[str, StoreWriter],
         threads: ThreadPoolExecutor,
         progress: Callable[[int], None],
@@ -181,14 +185,23 @@ class _Job:
 
     def run(self, work: Sequence[Sequence[Window]], stopping: Callable[[], bool]) -> None:
         """Score all batches and wait for the last record to be written."""
-        for batch in work:
-            if stopping():
-                self.summary.interrupted = True
-                break
-            for part in self._parts(batch):
-                self._score(part)
-        while self._pending:
-            self._collect(FIRST_COMPLETED)
+        asked = self._teacher.ahead(work, stopping) if isinstance(self._teacher, ServedTeacher) else work
+        whole = False
+        try:
+            for batch in asked:
+                if stopping():
+                    self.summary.interrupted = True
+                    break
+                for part in self._parts(batch):
+                    self._score(part)
+            whole = not self.summary.interrupted
+        except Stopped:
+            self.summary.interrupted = True
+        finally:
+            if isinstance(self._teacher, ServedTeacher):
+                self._teacher.end(abandon=not whole)
+            while self._pending:
+                self._collect(FIRST_COMPLETED)
         if self._storage_error is not None and not self.summary.written:
             raise self._storage_error
 
@@ -230,7 +243,7 @@ class _Job:
         try:
             codec = {window.type: self._writers[window.type].codec for window in batch}
             self.summary.padded_tokens += padded_tokens
-            for window, outcome, positions in score(self._teacher, batch, codec, self._scratch, self._num_kept):
+            for window, outcome, positions in self._scored(batch, codec):
                 left.remove(window)
                 if isinstance(outcome, SignalError):
                     self.fail(window, str(outcome))
@@ -245,14 +258,14 @@ class _Job:
             return
         # Only here is the failed batch let go of: the traceback held it.
         release_memory(self._teacher.device)
-        if no_room and len(batch) == 1 and self._scratch.halve(self._teacher.head, self._teacher.device):
+        if no_room and len(batch) == 1 and self._halve():
             self._score(left)  # with fewer logits at a time
         elif len(batch) == 1:
             self.summary.too_large += no_room
             self.fail(batch[0], f"{'it does not fit into memory' if no_room else 'the teacher failed'}: {reason}")
         elif no_room:
             self._max_tokens = max(1, padded_tokens // 2)
-            self._scratch.halve(self._teacher.head, self._teacher.device)
+            self._halve()
             log.warning(
                 "out of memory with %d samples: at most %d tokens a batch from now on (%s)",
                 len(batch),
@@ -265,6 +278,16 @@ class _Job:
             log.warning("the teacher failed on a batch of %d samples: one by one now (%s)", len(batch), reason)
             for window in left:
                 self._score([window])
+
+    def _scored(self, batch: Sequence[Window], codec: Mapping[str, Codec]) -> Iterator[Scored]:
+        if isinstance(self._teacher, ServedTeacher):
+            return self._teacher.score(batch, codec, self._scratch, self._num_kept)
+        return score(self._teacher, batch, codec, self._scratch, self._num_kept)
+
+    def _halve(self) -> bool:
+        """Have fewer logits at a time; False where that is not possible."""
+        head = self._teacher.head
+        return head is not None and self._scratch.halve(head, self._teacher.device)
 
     def _num_kept(self, window: Window, num_learnt: int) -> int:
         return self._writers[window.type].identity.num_chosen(num_learnt)

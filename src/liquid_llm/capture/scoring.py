@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -16,12 +17,26 @@ from liquid_llm.losses.plan import choose_product
 from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import OutputHead
 from liquid_llm.signal_store.codecs import Codec, Rows
-from liquid_llm.teachers.online import OnlineTeacher
 
 # Float32 logits that exist at the same time. Elsewhere than on a CPU more rows share one reading of the head.
 _CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 * 2**20, 512 * 2**20
 _MAX_CHUNK_ROWS = 1024
 _FEWEST_CHUNK_ROWS = 64  # below it the logits are small beside what a teacher's layers take
+
+
+Scored: TypeAlias = tuple[Window, Rows | SignalError, NDArray[np.bool_]]
+"""A sample, its encoded rows or why it has none, and which positions they are of."""
+
+
+class HasStates(Protocol):
+    """A teacher as far as scoring needs one; see ``OnlineTeacher`` for the names."""
+
+    head: OutputHead
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def hidden(self, input_ids: Tensor) -> Tensor: ...
 
 
 class Scratch:
@@ -67,12 +82,12 @@ class Scratch:
 
 
 def score(
-    teacher: OnlineTeacher,
+    teacher: HasStates,
     batch: Sequence[Window],
     codecs: Mapping[str, Codec],
     scratch: Scratch,
     count: Callable[[Window, int], int] = lambda window, learnt: learnt,
-) -> Iterator[tuple[Window, Rows | SignalError, NDArray[np.bool_]]]:
+) -> Iterator[Scored]:
     """The encoded rows of each sample of a batch, or why it has none, and which positions they are of.
 
     A row is of a position that is learnt; of the others no logits are formed. One forward pass, logits chunk by chunk;

@@ -16,6 +16,7 @@ import torch
 from liquid_llm import storage
 from liquid_llm.capture.held_out import SHARE, choose_held_out, open_held_out, say_held_out
 from liquid_llm.capture.job import CaptureSummary, capture
+from liquid_llm.capture.served import ServedTeacher
 from liquid_llm.config import CaptureConfig, StoreConfig, as_plain, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import ManifestEntry
@@ -25,7 +26,7 @@ from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
 from liquid_llm.losses.signals import WHOLE
-from liquid_llm.models.loading import identify, load_tokenizer
+from liquid_llm.models.loading import LoadedModel, identify, load_tokenizer
 from liquid_llm.provenance import write_provenance
 from liquid_llm.runtime import Choice, StopSignal, choose_device, keep_freed_memory
 from liquid_llm.signal_store.codecs import Codec, get_codec, usual_codec
@@ -34,10 +35,11 @@ from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.sources import SAMPLES, SPELLINGS, WINDOWS
 from liquid_llm.terminal import Stage, setup_logging
-from liquid_llm.wiring.fitting import check_capture_fit, say_fit
+from liquid_llm.wiring.fitting import Fit, check_capture_fit, say_fit
 from liquid_llm.wiring.framing import Speaker, choose_framings, framing_to_record
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs
 from liquid_llm.wiring.repeat import begin_choice, options_to_repeat
+from liquid_llm.wiring.served import find_served, try_served
 from liquid_llm.wiring.teachers import load_online
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
@@ -93,13 +95,19 @@ class _Store(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """What a capture needs beside data and the teacher's weights; ``stores``: by folder."""
+    """What a capture needs beside data and the teacher's weights.
+
+    Attributes:
+        stores: by folder.
+        served: a teacher behind a server, which has answered, and the choices made for it; None: a model here.
+    """
 
     codec: Codec
     device: Choice
     token: str | None
     text: TextTools
     stores: dict[str, _Store]
+    served: tuple[ServedTeacher, dict[str, Choice]] | None
 
 
 def check_capture(config: CaptureConfig, new_layout: str = "pt") -> _Asked:
@@ -118,8 +126,14 @@ def check_capture(config: CaptureConfig, new_layout: str = "pt") -> _Asked:
     token = read_token(config.teacher)
     text = _text_tools(config, teacher_id, token)
     _check_num_ids(asked, text.vocab_size)
-    model = identify(teacher_id, text.hash, token=token)
-    return _Asked(asked, device, token, text, _choose_stores(config, text, asked, model, new_layout))
+    model = find_served(config, text, token)
+    identity = identify(teacher_id, text.hash, token=token) if model is None else model.identity
+    stores = _choose_stores(config, text, asked, identity, new_layout)
+    served = None
+    if model is not None:
+        codecs = [store.codec or asked for store in stores.values()]
+        served = try_served(config, model, text, codecs, torch.device(device.value), token)
+    return _Asked(asked, device, token, text, stores, served)
 
 
 def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
@@ -129,7 +143,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     """
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
-    asked, device_choice, token, text, stores = check_capture(config, new_layout)
+    asked, device_choice, token, text, stores, served = check_capture(config, new_layout)
     device = torch.device(device_choice.value)
     data = prepare_run_data(config.data, lambda type: _is_captured(config, type))
     inputs = _read_inputs(config, text, data.entries, token)
@@ -139,7 +153,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     codecs = _choose_codecs(config, datasets, stores)
     if device.type == "cpu":
         keep_freed_memory()
-    loaded, choices = load_online(teacher_id, config.teacher, device, token)
+    loaded, choices = served or load_online(teacher_id, config.teacher, device, token)
     rank, world_size = read_rank()
     vocab_size = min(text.vocab_size, loaded.vocab_size)
     writers = {}
@@ -156,8 +170,10 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
     largest = max(codecs.values(), key=lambda codec: codec.most_ids, default=asked)
-    fit = check_capture_fit(config, loaded.model, largest, longest, vocab_size)
-    say_fit(fit, device)
+    fit = Fit(None, None, None)  # where a server runs the teacher there is little here
+    if isinstance(loaded, LoadedModel):
+        fit = check_capture_fit(config, loaded.model, largest, longest, vocab_size)
+        say_fit(fit, device)
     windows = sum(int(one.sum()) for one in lengths)
     with StopSignal() as stop:
         score = partial(

@@ -56,7 +56,7 @@ def hidden_states(model: Any, input_ids: Tensor, places: Tensor | None = None) -
         arguments = {"position_ids": places, **extra_arguments(model, places)}
     arguments |= {"input_ids": input_ids}
     with tell_rows(joined=places is not None):
-        if _transforms(model):
+        if not is_body_and_head(model):
             hidden = _head_input(model, arguments)
         else:
             hidden = body_of(model)(**arguments, use_cache=False, return_dict=True)[0]
@@ -69,11 +69,11 @@ def body_of(model: Any) -> Any:
     return model.model if body is model else body  # Llama 4 alone names its body as the multimodal model around it does
 
 
-def _transforms(model: Any) -> bool:
-    """Whether there is more than body and head: BERT's kind has a layer and a norm of its own between them."""
+def is_body_and_head(model: Any) -> bool:
+    """Whether there is nothing but body and head: BERT's kind has a layer and a norm of its own between them."""
     parts = (body_of(model), _head_module(model))
     known = {id(parameter) for part in parts for parameter in part.parameters()}
-    return any(id(parameter) not in known for parameter in model.parameters())
+    return all(id(parameter) in known for parameter in model.parameters())
 
 
 class _Reached(Exception):

@@ -76,8 +76,7 @@ def resolve(model_id: str, *, token: str | None = None) -> Source:
         raise ModelError(
             "a model is loaded from a folder or by its Hugging Face id, and not from a URL",
             got=model_id,
-            remedy="download it first; a teacher behind a server (an API) is not supported: of each token it tells too "
-            "little",
+            remedy="download it first; a teacher behind a server is captured from: liquid capture --teacher_url",
         )
     path = Path(model_id).expanduser()
     if model_id and path.is_file():
@@ -202,6 +201,28 @@ def _hub_source(repo: str, revision: str | None, token: str | None) -> Source:
     # The cache keeps each commit in a folder of that name.
     commit = Path(config).parent.name
     return Source(repo, commit, repo, commit=commit, offline=offline)
+
+
+def fetch(source: Source, file: str, token: str | None) -> Path | None:
+    """One file of a model, fetched if it is on the hub; None where it has no such file.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    if source.commit is None:
+        path = Path(source.place) / file
+        return path if path.is_file() else None
+    from huggingface_hub import errors, hf_hub_download
+
+    offline = source.offline
+    try:
+        return Path(hf_hub_download(source.place, file, revision=source.commit, token=token, local_files_only=offline))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError) and not offline:
+            raise _hub_error(source.place, error, offline=offline) from error
+        return None
+    except (OSError, ValueError) as error:
+        raise _hub_error(source.place, error, offline=offline) from error
 
 
 def _hub_answers(endpoint: str) -> bool:

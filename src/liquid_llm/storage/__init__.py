@@ -39,7 +39,15 @@ from liquid_llm.storage.backends import (
     scheme_of,
     with_backend,
 )
-from liquid_llm.storage.failures import RetryPolicy, describe, failure_types, set_retry_policy
+from liquid_llm.storage.failures import (
+    Cause,
+    RetryPolicy,
+    announce_pause,
+    describe,
+    failure_types,
+    retry_policy,
+    set_retry_policy,
+)
 from liquid_llm.storage.local import (
     TEMPORARY_SUFFIX,
     borrow_folder,
@@ -57,9 +65,11 @@ from liquid_llm.storage.local import (
 __all__ = [
     "TEMPORARY_SUFFIX",
     "TORCH_DAMAGE",
+    "Cause",
     "FileInfo",
     "NoExclusionError",
     "RetryPolicy",
+    "announce_pause",
     "borrow_folder",
     "check_writable",
     "copy",
@@ -82,6 +92,7 @@ __all__ = [
     "read_small",
     "remove",
     "resolve",
+    "retry_policy",
     "set_retry_policy",
     "sha256",
     "start_writeback",

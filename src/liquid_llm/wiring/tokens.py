@@ -1,4 +1,5 @@
-"""The Hugging Face token: from the environment, a file, an object at a URL, or Google Secret Manager. Never logged."""
+"""The Hugging Face token: from the environment, a file, an object at a URL, or Google Secret Manager; and the key of a
+teacher's server, from the environment. Never logged."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from liquid_llm import storage
 from liquid_llm.config import TeacherConfig
 from liquid_llm.errors import StorageError, UsageError
+from liquid_llm.served.client import KEY_VARIABLE
 
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -32,6 +34,15 @@ def read_token(config: TeacherConfig) -> str | None:
     if config.token_secret is not None:
         return _strip(_read_secret(config.token_secret), "--hf_token_secret")
     return next((os.environ[name] for name in _VARIABLES if os.environ.get(name)), None)
+
+
+def read_server_key() -> str | None:
+    """The key of a teacher's server, or None. Raises UsageError for one that is none."""
+    value = os.environ.get(KEY_VARIABLE)
+    key = _strip(value.encode("utf-8", "surrogateescape"), KEY_VARIABLE) if value else None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise UsageError("the key holds characters that no header can have", where=KEY_VARIABLE)
+    return key
 
 
 def _strip(content: bytes, option: str) -> str:

@@ -7,6 +7,12 @@ thing when T is high: the loss can only treat the rest as one bucket, a coarse-g
 
 Sizes at k=64: 274 bytes a position for vocabularies up to 65,536, 338 above.
 
+With the option ``temperature`` the tail's log-partition is kept at that one temperature, and a record can be read at no
+other: the ids' own probabilities would follow at another temperature too, but not what the rest then weighs, which
+depends on where in the tail it lies. At T = 1 that is all that a served teacher tells (k log-probabilities; the rest of
+the mass is what they leave of 1), and twelve bytes a position less. It answers the one-bucket forward KL at T = 1, and
+at any temperature the divergence that asks its teacher at T = 1 and never tempers the rest (``decoupled_topk``).
+
     tail    the vocabulary without the ids that are stored one by one
     edge    the smallest stored logit z_k: the tail's logits lie below it
     f(u)    log sum over the tail of exp(u * (z - z_k)), u = 1/T: what is needed to know all probabilities at T
@@ -59,33 +65,62 @@ class TopKCodec(Codec):
 
     Args:
         k: ids a position; a vocabulary smaller than k is kept whole.
+        temperature: the one that a record can be read at; None: any that the grid covers.
+
+    Attributes:
+        grid: the values of 1/T at which the tail's log-partition is stored.
     """
 
     name = "topk"
     version = 1
-    temperature_range = TEMPERATURE_RANGE
     form = HEAD
 
-    def __init__(self, k: int = 64) -> None:
+    def __init__(self, k: int = 64, temperature: float | None = None) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SignalError("codec 'topk' needs a number of ids", got=k, expected="a positive integer")
         self.k = self.most_ids = k
         self.options: Options = {"k": k}
+        self.grid, self.temperature_range = GRID, TEMPERATURE_RANGE
+        if temperature is not None:
+            self.grid = tuple(u for u in GRID if isinstance(temperature, int | float) and 1 / u == temperature)
+            if not self.grid or isinstance(temperature, bool):
+                expected = ", ".join(f"{1 / u:.17g}" for u in reversed(GRID))
+                raise SignalError("codec 'topk' has no such temperature", got=temperature, expected=expected)
+            self.temperature_range = (float(temperature), float(temperature))
+            self.options = {"k": k, "temperature": float(temperature)}
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
         values, ids = largest(logits, min(self.k, logits.shape[1]))
         top = values[:, :1]
         require_finite(top)
-        gaps = (top - values).clamp_(max=_MAX_GAP)
-        span = gaps[:, -1:]
-        levels = (gaps * (_LEVELS / span.clamp(min=1e-6))).round_()
         tail = tail_log_partition(logits, ids, values[:, -1:].clamp(min=top - _MAX_GAP))
-        return {
-            **_split_ids(ids, logits.shape[1]),
-            "gaps": levels.to(torch.int32).to(torch.uint16),
-            "span": span.squeeze(1).to(torch.float32),
-            "tail": quantise(tail, logits.shape[1]),
-        }
+        if self.grid != GRID:
+            tail = tail[:, [GRID.index(u) for u in self.grid]]
+        return _rows(ids, top - values, tail, logits.shape[1])
+
+    def encode_told(self, ids: Tensor, log_probs: Tensor, vocab_size: int) -> Rows:
+        """Encode what somebody else says of a chunk of positions: the likeliest ids at T = 1, and no logits.
+
+        What the probabilities leave of 1 is the tail's mass. It is a difference of numbers near 1, of float32 mostly:
+        right to about 1e-6, and never more than ids as likely as the last one would have.
+
+        Args:
+            ids: [n, min(k, vocab)] int64, likeliest first.
+            log_probs: [n, min(k, vocab)] float64, theirs, falling.
+
+        Raises:
+            SignalError: the codec keeps more than T = 1, or these are no k ids.
+        """
+        if self.grid != (1.0,):
+            raise SignalError("log-probabilities tell the rest's mass at T = 1 alone", got=dict(self.options))
+        if ids.ndim != 2 or ids.shape != log_probs.shape or ids.shape[1] != min(self.k, vocab_size):
+            shapes = f"{list(ids.shape)} and {list(log_probs.shape)}"
+            raise SignalError("not the codec's ids", got=shapes, expected=f"{min(self.k, vocab_size)} a position")
+        gaps = log_probs[:, :1] - log_probs
+        edge = log_probs[:, -1] + (gaps[:, -1] - _MAX_GAP).clamp_(min=0.0)
+        mass = (1.0 - log_probs.exp().sum(dim=1)).clamp_(min=0.0)
+        most = math.log(max(vocab_size - ids.shape[1], 1))
+        return _rows(ids, gaps, (mass.log() - edge).clamp_(max=most).unsqueeze(1), vocab_size)
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> SparseSignal:
         check_temperature(self, temperature)
@@ -96,14 +131,16 @@ class TopKCodec(Codec):
             raise PayloadError(f"{num} positions, {stop} wanted")
         ids = _join_ids(payload, num, k, vocab_size, slice(start, stop))
         span = require(payload, "span", torch.float32, (num,))[start:stop]
-        levels = require(payload, "tail", torch.uint16, (num, len(GRID)))[start:stop]
+        levels = require(payload, "tail", torch.uint16, (num, len(self.grid)))[start:stop]
 
         scores = stored[start:stop].to(torch.float32) * (span / -(_LEVELS * temperature)).unsqueeze(1)
         head = scores.logsumexp(dim=1)
         if k == vocab_size:
             tail_mass, log_partition = torch.zeros_like(head), head
         else:
-            tail = interpolate(dequantise(levels, vocab_size), temperature) - span / temperature
+            tail = dequantise(levels, vocab_size)
+            tail = tail[:, 0] if self.grid != GRID else interpolate(tail, temperature)
+            tail = tail - span / temperature
             log_partition = torch.logaddexp(head, tail)
             tail_mass = (tail - log_partition).exp_()
         log_probs = scores - log_partition.unsqueeze(1)
@@ -111,6 +148,19 @@ class TopKCodec(Codec):
         return SparseSignal(
             ids, log_probs.exp(), log_probs, tail_mass, mask, temperature, form=HEAD, num_exact=num_exact
         )
+
+
+def _rows(ids: Tensor, gaps: Tensor, tail: Tensor, vocab_size: int) -> Rows:
+    """A chunk's rows: its ids [n, k], how far each lies below the first [n, k], and f [n, of the grid]."""
+    gaps = gaps.clamp(max=_MAX_GAP)
+    span = gaps[:, -1:]
+    levels = (gaps * (_LEVELS / span.clamp(min=1e-6))).round_()
+    return {
+        **_split_ids(ids, vocab_size),
+        "gaps": levels.to(torch.int32).to(torch.uint16),
+        "span": span.squeeze(1).to(torch.float32),
+        "tail": quantise(tail, vocab_size),
+    }
 
 
 def tail_log_partition(logits: Tensor, ids: Tensor, edge: Tensor) -> Tensor:
