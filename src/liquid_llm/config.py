@@ -26,13 +26,14 @@ NOWHERE = "-"  # for a file that a job needs and its memory does not depend on
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """``grad_checkpoint``: yes, no, or ``auto`` until it is decided by what fits."""
+    """``grad_checkpoint``: yes, no, or ``auto`` until it is decided by what fits; ``compile``: or by what gains."""
 
     spec: str
     resume_uri: str | None
     rope_scale: float | None
     grad_checkpoint: bool | str
     precision: str
+    compile: bool | str
     shard: str
     lora_rank: int
     lora_alpha: float | None

@@ -95,6 +95,7 @@ OPTIONS = (
     Option("rope_scale", "float", STUDENT, "rope_scale", None, "RoPE scaling factor of a rotary student", above=0),
     Option("precision", "str", STUDENT, "precision", "auto", "student's arithmetic; auto takes the faster one here", choices=PRECISIONS),
     Option("grad_checkpoint", "auto bool", STUDENT, "grad_checkpoint", AUTO, "recompute activations in the backward pass: less memory, a third more time; auto: only where it would not fit otherwise"),
+    Option("compile", "auto bool", STUDENT, "compile", AUTO, "compile the student's blocks for micro-batches of blocks, whose shape is fixed; auto: on CUDA, where the run is long enough to gain by it (docs/gpu.md)"),
     Option("shard", "str", STUDENT, "shard", "none", "full: each of several processes holds a part of the student's weights, gradients and moments alone (FSDP2): for a student that no GPU holds", choices=SHARDINGS),
     Option("lora_r", "int", STUDENT, "lora_rank", 0, "train an adapter of this rank (LoRA, needs peft) and nothing else of the student, which must have weights (0: train all of it; docs/optimizers.md)", minimum=0),
     Option("lora_alpha", "float", STUDENT, "lora_alpha", None, "the adapter's part is multiplied by lora_alpha / lora_r (default: twice lora_r)", above=0),

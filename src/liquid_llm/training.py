@@ -30,6 +30,7 @@ from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan
 from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal
+from liquid_llm.models.compiled import CompiledBlocks
 from liquid_llm.models.heads import evaluating, hidden_states, output_head
 from liquid_llm.models.lora import without_adapter
 from liquid_llm.passes import PassLimit, SignalOf
@@ -129,11 +130,13 @@ class Student(nn.Module):
         plan: how the loss goes about its work; None takes what suits the device.
 
     Attributes:
+        compiled: the model's blocks, compiled for micro-batches of some shapes; None where they are not.
         is_dealt_out: whether each rank has a part of the weights only (``sharding``); then each backward sums the
             gradients over the ranks itself.
     """
 
     reference: nn.Module | None
+    compiled: CompiledBlocks | None
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class Student(nn.Module):
         self.compute_dtype = compute_dtype
         self.plan = plan
         self.is_dealt_out = False
+        self.compiled = None
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +168,10 @@ class Student(nn.Module):
             output = self._loss(self._states(self.model, batch), batch, signal, objective)
         # What runs before backward is hung onto the loss, which must be no view of another tensor for that.
         return replace(output, loss=output.loss.clone()) if self.is_dealt_out else output
+
+    def passing(self, batch: MicroBatch) -> contextlib.AbstractContextManager[object]:
+        """What forward and backward of a pass over ``batch`` are computed in; all else is computed outside of it."""
+        return contextlib.nullcontext() if self.compiled is None else self.compiled.during(tuple(batch.input_ids.shape))
 
     def states(self, batch: MicroBatch) -> Tensor:
         """Hidden states of the labelled positions [labelled, hidden], in the dtype that products take."""
@@ -204,7 +212,12 @@ class Student(nn.Module):
             raise ValueError("a gamma above zero needs a reference student")
         # One that is the student itself is what its adapter leaves as it was.
         own = self.reference is self.model
-        with evaluating(self.reference), without_adapter(self.model) if own else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.reference))
+            if own:
+                stack.enter_context(without_adapter(self.model))
+            if own and self.compiled is not None:
+                stack.enter_context(self.compiled.during(None))
             return DenseSignal(self._states(self.reference, batch), output_head(self.reference))
 
     def _states(self, model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -349,8 +362,9 @@ class Trainer:
         def compute(part: MicroBatch, positions: slice, signal_of: SignalOf | None) -> ScoredBatch:
             on_device = part.to(self.student.device)
             signal = None if signal_of is None else signal_of(on_device, positions)
-            output: LossOutput = self.student(on_device, signal, values.objective(part.type))
-            (output.loss / drawn.positions).backward()  # type: ignore[no-untyped-call]
+            with self.student.passing(on_device):
+                output: LossOutput = self.student(on_device, signal, values.objective(part.type))
+                (output.loss / drawn.positions).backward()  # type: ignore[no-untyped-call]
             # Its graph is done with; where an adapter is trained, that would keep what the first blocks were given.
             return ScoredBatch(part, replace(output, loss=output.loss.detach()))
 

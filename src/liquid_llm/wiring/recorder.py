@@ -502,6 +502,7 @@ class Recorder:
             "max_pass_tokens": progress.passes.max_tokens,
             "eval_max_pass_tokens": self.parts.evaluator.passes.max_tokens,
             "decided": self.parts.decided,
+            "compiled": self.parts.student.compiled is not None,
             "group_size": self.parts.group_size,
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,

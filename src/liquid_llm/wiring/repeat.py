@@ -72,6 +72,8 @@ def run_options_to_repeat(config: RunConfig, choices: Mapping[str, Choice]) -> d
         settled["tokens_per_step"] = None  # it goes with auto alone
     if config.given.get("grad_checkpoint", AUTO) == AUTO:
         settled["grad_checkpoint"] = config.student.grad_checkpoint
+    if "compile" in choices and config.given.get("compile", AUTO) == AUTO:
+        settled["compile"] = choices["compile"].value == "true"
     return options_to_repeat(config.given, choices, **settled)
 
 
