@@ -24,7 +24,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-wheel check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-kernels test-wheel check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,12 @@ test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Tra
 test-optimizers: $(STAMP)  ## the tests that need torchao and peft, which it installs into .venv
 	$(PIP) install --quiet -c constraints.txt -e '.[lora,torchao]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_optimizers.py tests/unit/models/test_lora.py tests/integration/test_optimizers.py tests/integration/test_lora.py $(ARGS)
+
+# Torch for CUDA brings its own edition of Triton, which stays; torch for the CPU has none, and this one runs there with it.
+test-kernels: $(STAMP)  ## the loss's kernels in Triton's interpreter, and compiled divergences; installs Triton where it is not
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet 'triton==3.7.1'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/losses/test_kernels.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/losses/test_compiled_rows.py $(ARGS)
 
 docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens from there, and needs no network
 	$(PIP) install --quiet -c constraints.txt -e '.[docs]'

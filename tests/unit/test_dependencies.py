@@ -23,6 +23,8 @@ EXTRAS = {
     "trackio": ("track", "trackio"),
     "wandb": ("track", "wandb"),
 }
+# What torch itself brings where it can be of use, and who alone imports it, when it is needed.
+BROUGHT = {"triton": {"liquid_llm.losses.rows.kernels", "liquid_llm.losses.rows.triton_passes"}}
 NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard writes event files with it",
 }
@@ -37,7 +39,11 @@ def declared() -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     found = [one for name, path in module_files().items() for one in imports(name, parse(path), set())]
     modules = {one.name.partition(".")[0] for one in found}
-    foreign = {name for name in modules if name not in OURS and not is_standard_library(name)} - EXTRAS.keys()
+    foreign = (
+        {name for name in modules if name not in OURS and not is_standard_library(name)}
+        - EXTRAS.keys()
+        - BROUGHT.keys()
+    )
     packages = {PACKAGES.get(name, name) for name in foreign}
     assert packages - declared() == set(), "imported and not declared"
     assert declared() - packages - NOT_IMPORTED.keys() == set(), "declared and not imported"
@@ -52,3 +58,22 @@ def test_an_extra_is_declared_and_never_needed_to_import_a_module() -> None:
         used = [one for one in found if one.name.partition(".")[0] == module]
         assert used
         assert not [one for one in used if one.at_import_time]
+
+
+def test_what_torch_brings_is_imported_where_it_is_needed_alone() -> None:
+    for package, owners in BROUGHT.items():
+        of = {
+            name: [
+                one.at_import_time for one in imports(name, parse(path), set()) if one.name.partition(".")[0] == package
+            ]
+            for name, path in module_files().items()
+        }
+        assert {name for name, found in of.items() if found} == owners
+        uses = [
+            (name, one)
+            for name, path in module_files().items()
+            for one in imports(name, parse(path), set(module_files()))
+            if one.name in owners and name not in owners
+        ]
+        assert uses
+        assert not [name for name, one in uses if one.at_import_time]

@@ -1,7 +1,7 @@
 """The distillation loss without a [positions, vocab] tensor: value and gradients chunk of positions by chunk.
 
 chunk: positions whose logits exist at the same time; slice: the few of them whose softmax is computed at once (see
-``_rows``). The value needs every logit once and so do the gradients, hence both are computed in the forward pass while
+``rows``). The value needs every logit once and so do the gradients, hence both are computed in the forward pass while
 a chunk's logits are there, and the backward pass only scales them by ``grad_output``: three products with the
 student's head in all, as in plain training, and one with the teacher's.
 
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from liquid_llm.data.types import IGNORE_INDEX
 from liquid_llm.losses._arguments import check_arguments
-from liquid_llm.losses._rows import RowLoss
 from liquid_llm.losses._sources import DenseSource, LabelledRows, open_source
 from liquid_llm.losses.objective import CROSS_ENTROPY, Objective
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.products import HeadGradient, HeadProducts
+from liquid_llm.losses.rows.opening import open_rows
 from liquid_llm.losses.signals import DenseSignal, LossOutput, OutputHead, Signal
 
 
@@ -195,7 +195,9 @@ def _run_chunks(
     vocab_size = job.head.vocab_size
     teacher = open_source(job.signal, rows, vocab_size, plan, dtype)
     old = None if job.reference is None else DenseSource(job.reference, rows, vocab_size, plan)
-    row_loss = RowLoss(job.head, job.objective, dtype=dtype, with_grad=with_grad, looks=plan.looks)
+    row_loss = open_rows(
+        plan, job.head, job.objective, has_signal=job.signal is not None, dtype=dtype, with_grad=with_grad
+    )
     raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), vocab_size, dtype=dtype)
     values = hidden.new_empty(5, rows.count, dtype=dtype)
     for start in range(0, rows.count, plan.chunk_tokens):
@@ -205,6 +207,10 @@ def _run_chunks(
         for source in (teacher, old):
             if isinstance(source, DenseSource):
                 source.load(start, stop)
+        # The gradient goes where the products take it from, unless a bias wants it as it is.
+        narrow = (
+            student.operand_space(logits) if with_grad and not (head_gradient and head_gradient.with_bias) else None
+        )
         for first in range(start, stop, plan.slice_tokens):
             last = min(first + plan.slice_tokens, stop)
             values[:, first:last] = row_loss(
@@ -212,11 +218,12 @@ def _run_chunks(
                 rows.labels[first:last],
                 None if teacher is None else teacher.slice(first, last),
                 None if old is None else old.slice(first, last),
+                None if narrow is None else narrow[first - start : last - start],
             )
         if not with_grad:
             continue
-        # What were the chunk's logits is now the gradient with respect to them.
-        operand = student.operand(logits)
+        # What were the chunk's logits is now the gradient with respect to them, if it lies nowhere else.
+        operand = student.operand(logits) if narrow is None else narrow
         if hidden_gradient is not None:
             rows.put(student.hidden_gradient(operand), hidden_gradient, start, stop)
         if head_gradient is not None:

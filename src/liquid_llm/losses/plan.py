@@ -7,6 +7,7 @@ have 16 bits: rounded to bfloat16 they put the gradient of a good student 10 to 
     slice      the few of a chunk whose softmax is computed at once: on a CPU as many as stay in a core's cache,
                elsewhere the whole chunk
     product    how two bfloat16 matrices give a float32 one; see ``PRODUCTS``
+    rows       what works out the loss of rows of logits; see ``losses.rows``
     look       to read a result on the host. On a CPU that costs nothing; elsewhere the host waits for the device
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from liquid_llm.losses.rows.choice import EAGER, FORMS, choose_rows
 from liquid_llm.runtime import has_amx
 
 PRODUCTS = {
@@ -43,15 +45,17 @@ class LossPlan:
         product: a key of ``PRODUCTS``; of consequence where hidden states are bfloat16.
         looks: whether the host may read results. Without it, and with every row labelled, neither forward nor backward
             waits for the device, and no shape depends on a value.
+        rows: a form of ``losses.rows``; a loss that it cannot answer gets the eager one.
 
     Raises:
-        ValueError: a size below 1, or a product not in ``PRODUCTS``.
+        ValueError: a size below 1, a product not in ``PRODUCTS``, or no such form of rows.
     """
 
     chunk_tokens: int
     slice_tokens: int
     product: str
     looks: bool
+    rows: str = EAGER
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1 or self.slice_tokens < 1:
@@ -60,6 +64,8 @@ class LossPlan:
             )
         if self.product not in PRODUCTS:
             raise ValueError(f"product must be one of {', '.join(PRODUCTS)}, got {self.product!r}")
+        if self.rows not in FORMS:
+            raise ValueError(f"rows must be one of {', '.join(FORMS)}, got {self.rows!r}")
 
 
 def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None = None) -> LossPlan:
@@ -83,7 +89,7 @@ def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None
             looks=True,
         )
     chunk_tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocab_size))
-    return LossPlan(chunk_tokens, chunk_tokens, choose_product(device), looks=False)
+    return LossPlan(chunk_tokens, chunk_tokens, choose_product(device), looks=False, rows=choose_rows(device).value)
 
 
 def choose_product(device: torch.device | str, *, amx: bool | None = None) -> str:

@@ -78,11 +78,16 @@ class HeadProducts:
 
     def operand(self, gradient: Tensor) -> Tensor:
         """``gradient`` [rows, vocab] in ``dtype`` as its products take it; good until the next is asked for."""
+        space = self.operand_space(gradient)
+        return gradient if space is None else space.copy_(gradient)
+
+    def operand_space(self, gradient: Tensor) -> Tensor | None:
+        """Where an operand of the shape of ``gradient`` is to lie; None where its products take it as it is."""
         if not self._is_mixed:
-            return gradient
+            return None
         if self._narrowed is None or self._narrowed.numel() < gradient.numel():
             self._narrowed = torch.empty_like(gradient, dtype=self.operand_dtype)
-        return self._narrowed[: gradient.shape[0]].copy_(gradient)
+        return self._narrowed[: gradient.shape[0]]
 
     def hidden_gradient(self, gradient: Tensor) -> Tensor:
         """[rows, hidden] in ``dtype`` from an ``operand``: the gradient [rows, vocab] by the raw logits."""
@@ -146,6 +151,7 @@ class HeadGradient:
         parts = 1 if self._is_whole and products.adds_in_place else _ACCUMULATOR_BLOCKS
         self._step = max(1, -(-vocab_size // parts))
         self._with_weight = with_weight
+        self.with_bias = with_bias
         self._whole: Tensor | None = None
         self._parts: list[Tensor] = []
         self._bias = head.weight.new_zeros(vocab_size, dtype=self._dtype) if with_bias else None
@@ -154,7 +160,7 @@ class HeadGradient:
         """Add a chunk.
 
         Args:
-            gradient: [rows, vocab] with respect to the raw logits.
+            gradient: [rows, vocab] with respect to the raw logits; of consequence to a bias alone.
             operand: the same as ``products.operand`` gave it.
             hidden: [rows, hidden] in ``products.operand_dtype``.
         """

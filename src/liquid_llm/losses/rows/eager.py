@@ -63,11 +63,13 @@ class RowLoss:
         labels: Tensor,
         teacher: DenseRows | SparseRows | None = None,
         reference: DenseRows | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
         """Loss, CE, divergence, mean squared distance and entropy of every row [5, rows].
 
         The entropy is -1 in a row without a signal, and everywhere if the objective does not look at it.
-        ``raw`` [rows, vocab] becomes the gradient with respect to itself when one is wanted.
+        ``raw`` [rows, vocab] becomes the gradient with respect to itself when one is wanted, unless ``into`` is given,
+        of any floating dtype, which then becomes that.
         ``labels`` [rows] are all real. ``reference``'s raw logits are overwritten when in the softmax's dtype.
         """
         alpha, gamma = self._objective.alpha, self._objective.gamma
@@ -100,8 +102,9 @@ class RowLoss:
                 logits.mul_(slope)
             elif self._head.scale != 1.0:
                 logits.mul_(self._head.scale)
-            if logits is not raw:
-                raw.copy_(logits)
+            out = raw if into is None else into
+            if logits is not out:
+                out.copy_(logits)
         loss = ce_weight * ce + alpha * self._objective.temperature**2 * kd + gamma * l2
         return torch.stack((loss, ce, kd, l2, entropy))
 
@@ -131,11 +134,14 @@ class RowLoss:
             by_logits *= self._objective.temperature / temperature
             weight = self._masked(teacher, by_logits, 0.0, like=total)
             gradient = SliceGradient(weight, tempered, exps, ce_factor)
-        if isinstance(teacher, SparseRows):
-            kd = self._divergence.sparse(tempered, teacher, gradient)
-        else:
-            kd = self._divergence.dense(tempered, self._teacher_softmax(teacher), gradient)
+        whole = teacher if isinstance(teacher, SparseRows) else self._teacher_softmax(teacher)
+        kd = self._diverge(tempered, whole, gradient)
         return kd if teacher.mask is None else torch.where(teacher.mask, kd, 0.0)
+
+    def _diverge(self, student: Softmax, teacher: Softmax | SparseRows, gradient: SliceGradient | None) -> Tensor:
+        if isinstance(teacher, SparseRows):
+            return self._divergence.sparse(student, teacher, gradient)
+        return self._divergence.dense(student, teacher, gradient)
 
     def _teacher_softmax(self, teacher: DenseRows) -> Softmax:
         logits = self._finish(teacher.raw, teacher.head, "teacher")

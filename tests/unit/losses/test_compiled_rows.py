@@ -1,0 +1,41 @@
+"""What torch's compiler makes of divergences that have no kernels is the eager form; ``make test-kernels`` runs this.
+
+It compiles for the CPU here, which takes half a minute a divergence and a C++ compiler, so it is skipped where Triton
+is not, that is where nothing is ever compiled; and with Triton's interpreter, which torch's compiler does not go with.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.support.distillation import answer, assert_same, fused_loss, make_problem, make_signal
+
+from liquid_llm.losses import LossPlan
+from liquid_llm.losses.rows import compiled
+from liquid_llm.losses.rows.choice import COMPILED
+from liquid_llm.losses.rows.giving_up import given_up
+
+pytest.importorskip("triton", reason="make test-kernels installs Triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("torch's compiler does not go with Triton's interpreter", allow_module_level=True)
+
+
+@pytest.mark.parametrize("divergence", ["jsd:beta=0.3", "reverse_kl"])
+def test_a_compiled_divergence_is_the_eager_one(divergence: str) -> None:
+    """By torch's compiler for the CPU, which is not the one for a GPU; the objective changes and so do the rows."""
+    torch._dynamo.reset()
+    compiled._compile.cache_clear()
+    for rows, alpha in ((6, 0.2), (9, 0.3), (11, 0.4)):
+        problem = make_problem(rows, vocab_size=45, ignored=0, dtype=torch.float32)
+        arguments: dict[str, Any] = {"signal": make_signal("dense", rows, 45, 2.0, dtype=torch.float32)}
+        arguments |= {"alpha": alpha, "temperature": 2.0, "divergence": divergence, "all_labelled": True}
+        plan = LossPlan(16, 16, "mixed", looks=False)
+        expected = answer(fused_loss, problem, plan=plan, **arguments)
+        got = answer(fused_loss, problem, plan=replace(plan, rows=COMPILED), **arguments)
+        assert_same(got, expected, rtol=1e-5, atol=1e-5)
+    assert not given_up
+    assert compiled._compile.cache_info().hits == 2, "or the eager form is compared with itself"
