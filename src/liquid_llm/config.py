@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from liquid_llm.config_checks import capture_problems, parse_schedule, run_problems, toolkit_problems
+from liquid_llm.config_checks import capture_problems, parse_schedule, parse_share, run_problems, toolkit_problems
 from liquid_llm.errors import UsageError
 from liquid_llm.models.lora import LoraSpec
 from liquid_llm.options import ANNEAL, AUTO, AUTO_BATCH, CAPTURE, OPTIONS, PREPARE, TRAIN
@@ -273,6 +273,17 @@ class StoreConfig:
     overwrite: bool
     distilled_share: float
     held_out_tokens: int
+    unit: str | None
+
+    @property
+    def layout(self) -> str | None:
+        """How the records are to lie; None: as they do, or as is usual."""
+        return self.format or (None if self.unit is None else "units")
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Which units are this task's: index and count; None: nobody says."""
+        return None if self.unit is None else parse_share(self.unit)
 
     @property
     def positions(self) -> float | None:

@@ -197,6 +197,7 @@ def capture_problems(config: CaptureConfig) -> list[str]:
         problems.append(
             "--math_logits_dir, --code_logits_dir and --signal TYPE=URI are all missing: say where the signal goes"
         )
+    problems += _unit_problems(config)
     return problems + _served_problems(config) + _token_problems(config.teacher) + toolkit_problems(config.data)
 
 
@@ -233,6 +234,31 @@ def _address_problems(url: str) -> list[str]:
     if "@" in parts.netloc:
         return ["--teacher_url has a name or password in it: give the server's key in LIQUID_TEACHER_API_KEY"]
     return []
+
+
+def _unit_problems(config: CaptureConfig) -> list[str]:
+    store = config.store
+    if store.layout != "units":
+        return [f"--unit goes with --logits_format=units: leave out {store.format}, or --unit"] if store.unit else []
+    problems = [] if store.unit is None else _collect(lambda: parse_share(str(store.unit)))
+    if config.data.dataset_name:
+        problems.append("--unit goes over the files of a manifest: name one with --dataset_manifest")
+    if config.given.get("held_out_tokens"):
+        problems.append(
+            "--held_out_tokens: which samples are held out first is known of the whole text alone, and a unit is a "
+            "part of it: leave it out, or capture without --unit"
+        )
+    return problems
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """``I/N``, the share I of N, counted from 0. Raises UsageError for what is none."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+    share = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not share[0] < share[1]:
+        expected = "I/N with I from 0 to N - 1, such as 0/8 to 7/8 for eight tasks"
+        raise UsageError("no share of the units", where="--unit", got=repr(text), expected=expected)
+    return share
 
 
 def _collect(parse: Callable[[], object]) -> list[str]:

@@ -205,7 +205,8 @@ OPTIONS = (
     Option("trackers", "names", OUTPUT, "trackers", ("tensorboard",), "where metrics go beside metrics.jsonl, comma-separated (none: nowhere else)", choices=tuple(TRACKERS)),
     Option("upload_interval", "float", OUTPUT, "upload_every_seconds", 60.0, "seconds between uploads of metrics while training", above=0),
     # the store written by capture
-    Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt)", faces=(CAPTURE,), choices=("pt", "shards")),
+    Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt); units: shards by data file, see --unit", faces=(CAPTURE,), choices=("pt", "shards", "units")),
+    Option("unit", "str", STORE, "unit", None, "I/N: capture share I of N (from 0) of the units: each data file of the manifest is one, with a completion marker of its own, so that any scheduler's tasks fill a store together (docs/capture.md)", faces=(CAPTURE,)),
     Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=tuple(CODECS)),
     Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4, by default for about 100 bytes a position, 40 in stores of 10 billion positions; sampled: draws, temperature; topk: k)", faces=(CAPTURE,)),
     Option("topk", "int", STORE, "topk", None, "ids kept a position by codec topk (default: 64)", faces=(CAPTURE,), minimum=1),

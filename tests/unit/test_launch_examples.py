@@ -66,6 +66,7 @@ def test_slurm_starts_a_capture_a_member_of_the_array(tmp_path: Path) -> None:
     array = {**ARRAY, "SLURM_ARRAY_TASK_COUNT": "5"}
     (words,) = record([str(SLURM / "capture.sbatch")], tmp_path, "srun", "scontrol", **JOB, **array)
     assert words[:4] == ["srun", "python", "-m", "liquid_llm"]
+    assert "--unit=3/5" in words
     check_liquid(words[4:])
 
 

@@ -60,7 +60,7 @@ class Verifier:
             StorageError: the store cannot be read.
         """
         try:
-            record = self._store.layout.read(sample.sample_id)
+            record = self._store.layout.read(sample.sample_id, sample.shard)
             lookup = self._store.check(sample, record.header.num_tokens)
             status, why = lookup.status, lookup.reason
             if status == "usable":

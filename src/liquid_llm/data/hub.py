@@ -95,6 +95,7 @@ class HubRows:
     """
 
     type = "lm"
+    num_files = 1  # a table, whatever it lies in
 
     def __init__(self, table: Any, columns: Sequence[str], label: str, split_name: str, lines: bool) -> None:
         self._table, self._columns, self._label, self._split, self._lines = table, columns, label, split_name, lines

@@ -10,8 +10,11 @@ be moved or uploaded as it is.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import os
 import posixpath
+import re
 from typing import Any
 
 from liquid_llm import storage
@@ -62,6 +65,22 @@ def entry_files(entry: ManifestEntry) -> list[str]:
             remedy="correct the path or write the files first",
         )
     return files
+
+
+def shard_name(file: str, manifest: str) -> str:
+    """What a data file is called in a store of units: its own name, and a hash of its place.
+
+    The place is that below the manifest's folder where it lies there, so that both may be moved together. The name is
+    safe on any file system and object store.
+    """
+    folder = posixpath.dirname(_absolute(manifest)).rstrip("/") + "/"
+    place = _absolute(file).removeprefix(folder)
+    digest = hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', posixpath.basename(place))[-80:].lstrip('.')}-{digest}"
+
+
+def _absolute(uri: str) -> str:
+    return uri if storage.is_remote(uri) else os.path.abspath(storage.local_path(uri))
 
 
 def _entry(line: bytes, where: str, manifest_uri: str) -> ManifestEntry:

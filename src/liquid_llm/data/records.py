@@ -25,7 +25,7 @@ _FORMATS = ".jsonl, .json, .jsonl.gz, .json.gz, .jsonl.zst, .json.zst or .parque
 _PACKINGS = {"": None, ".gz": "gz", ".zst": "zst"}
 FORMS = (("text",), ("messages",), ("prompt", "completion"))  # of a body; the first that a record has counts
 _NAMES = ("type", "sample_id")
-_LINES_PER_FILE = 1 << 40
+LINES_PER_FILE = 1 << 40  # of several files that are one source: a record's number says which it is of
 
 
 class Body(NamedTuple):
@@ -289,6 +289,7 @@ class RecordFiles:
             if info is None:
                 raise DataError("no such file", where=uri)
         self._size = sum(info.size for info in infos if info is not None)
+        self.num_files = len(uris)
         self.identity: object = [[info.uri, info.size, info.version] for info in infos if info is not None]
 
     @property
@@ -298,8 +299,8 @@ class RecordFiles:
     def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
         for index, file in enumerate(self._files):
             for line, record in file:
-                yield index * _LINES_PER_FILE + line, record
+                yield index * LINES_PER_FILE + line, record
 
     def location(self, number: int) -> str:
-        index, line = divmod(number, _LINES_PER_FILE)
+        index, line = divmod(number, LINES_PER_FILE)
         return self._files[index].location(line) if line else self._files[index].uri

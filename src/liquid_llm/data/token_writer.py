@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm import storage
+from liquid_llm.data.records import LINES_PER_FILE
 from liquid_llm.errors import DataError
 from liquid_llm.parsing import ParseError, parse_json
 from liquid_llm.sources import default_layout
@@ -57,6 +58,7 @@ class DatasetMeta:
         framing: version of how the texts became tokens (``liquid_llm.versions``).
         forms: of the records: ``text``, ``prompt`` (and completion), ``messages``.
         num_unlearnt: records left out because nothing of them is learnt.
+        file_samples: samples of each input file, in the order of the files; of one file nothing is said.
 
     What is as it always was (the first framing, the layout that a type has by itself, texts alone) is not written down:
     a description of such data stays byte for byte what it always was.
@@ -72,15 +74,17 @@ class DatasetMeta:
     layout: str = ""
     forms: Sequence[str] = (TEXT,)
     num_unlearnt: int = 0
+    file_samples: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.layout or default_layout(self.type))
         object.__setattr__(self, "forms", tuple(self.forms))
+        object.__setattr__(self, "file_samples", tuple(self.file_samples))
 
     def plain(self) -> dict[str, Any]:
         """What ``meta.json`` holds."""
         layout = default_layout(self.type)
-        usual = (("framing", 1), ("layout", layout), ("forms", (TEXT,)), ("num_unlearnt", 0))
+        usual = (("framing", 1), ("layout", layout), ("forms", (TEXT,)), ("num_unlearnt", 0), ("file_samples", ()))
         return {name: value for name, value in asdict(self).items() if (name, value) not in usual}
 
 
@@ -155,6 +159,7 @@ class TokenWriter:
         token_dtype: ``<u2`` or ``<u4``.
         location: turns a location number into words.
         framing: version of how the texts became tokens.
+        num_files: that the records are of.
     """
 
     def __init__(
@@ -165,7 +170,9 @@ class TokenWriter:
         location: Callable[[int], str],
         framing: int = 1,
         layout: str = "",
+        num_files: int = 1,
     ) -> None:
+        self._num_files = num_files
         self._framing, self.layout = framing, layout
         self._directory = directory
         self._type = type
@@ -252,6 +259,8 @@ class TokenWriter:
         if repeated.any():
             for name in columns:
                 (self._directory / name).write_bytes(self._read(name)[~repeated].tobytes())
+        file_of = self._read(_LOCATIONS)[~repeated] // LINES_PER_FILE
+        file_samples = np.bincount(file_of, minlength=self._num_files).tolist() if self._num_files > 1 else ()
         (self._directory / _LOCATIONS).unlink()
         if not self._masked:
             (self._directory / FIRST_LEARNT).unlink()
@@ -267,6 +276,7 @@ class TokenWriter:
             self.layout,
             sorted(self._forms),
             self._num_unlearnt,
+            file_samples,
         )
         (self._directory / META).write_text(json.dumps(meta.plain(), indent=1))
         return meta

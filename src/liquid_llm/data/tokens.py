@@ -65,12 +65,19 @@ class TokenDataset:
         learnt: [all tokens] uint8, 1 where a token is learnt, of the same runs; None where all are.
         first_learnt: [samples] int64, the first learnt token that another precedes; None where all are learnt.
         offsets: [samples] int64, where in its document each window begins; None where all are whole samples.
+        shards: the names of the input files, in their order; empty where nobody has asked.
+        shard_of: [samples] int32, the number of each sample's file among them; None where nobody has asked.
     """
 
     offsets: NDArray[np.int64] | None = None
 
     def __init__(
-        self, directory: Path, meta: DatasetMeta, framing: Framing, hashes: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        meta: DatasetMeta,
+        framing: Framing,
+        hashes: Mapping[str, str] | None = None,
+        shards: Sequence[str] = (),
     ) -> None:
         def column(name: str, dtype: str) -> NDArray[Any]:
             # np.asarray drops the memmap class, whose indexing is several times slower
@@ -85,6 +92,11 @@ class TokenDataset:
         masked = LEARNT in meta.sizes
         self.learnt = column(LEARNT, "u1") if masked else None
         self.first_learnt = column(FIRST_LEARNT, "<i8") if masked else None
+        self.shards: Sequence[str] = tuple(shards)
+        counts = meta.file_samples or (len(self.starts),)
+        self.shard_of: NDArray[np.int32] | None = (
+            np.repeat(np.arange(len(counts), dtype=np.int32), counts) if shards else None
+        )
 
     @property
     def type(self) -> str:
@@ -129,7 +141,11 @@ class TokenDataset:
         if self.learnt is not None:
             start = int(self.starts[index])
             learnt = self.learnt[start : start + int(self.lengths[index])].astype(bool)
-        return Sample(self.sample_id(index), self.type, self.input_ids(index), learnt)
+        return Sample(self.sample_id(index), self.type, self.input_ids(index), learnt, self.shard(index))
+
+    def shard(self, index: int) -> str | None:
+        """The name of the input file that a sample is of; None where nobody has asked."""
+        return None if self.shard_of is None else self.shards[self.shard_of[index]]
 
     def learnable(self, window: int) -> TokenDataset:
         """The samples of which something is learnt in their first ``window`` tokens; itself where that is all."""
@@ -146,6 +162,8 @@ class TokenDataset:
         for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
             setattr(view, name, getattr(self, name)[indices])
         view.offsets = None if self.offsets is None else self.offsets[indices]
+        view.shards = self.shards
+        view.shard_of = None if self.shard_of is None else self.shard_of[indices]
         return view
 
     def windows(self, size: int) -> TokenDataset:
@@ -235,11 +253,13 @@ class RecordSource(Protocol):
     Attributes:
         type: of every record.
         identity: plain values that change when the records do.
+        num_files: how many files the records are of; a record's number says which (``records.LINES_PER_FILE``).
         fraction_read: share of the source consumed so far, 0 to 1.
     """
 
     type: str
     identity: object
+    num_files: int
 
     @property
     def fraction_read(self) -> float: ...
@@ -272,6 +292,7 @@ def tokenize(
     layout: str | None = None,
     progress: TellProgress | None = None,
     learning: Learning = USUAL,
+    shards: Sequence[str] = (),
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
@@ -287,6 +308,7 @@ def tokenize(
         layout: ``blocks`` or ``samples``; None: as the type has it by itself.
         progress: told after each chunk.
         learning: what is learnt of records with a prompt or messages.
+        shards: what the source's files are called, where each sample has to know which of them it is of.
 
     Raises:
         DataError: a malformed record or file; two texts under one sample id; no usable record; a conversation that no
@@ -305,8 +327,11 @@ def tokenize(
         for directory in (texts, mixed):
             hashes = read_hashes(directory, say=say) if directory.is_dir() else None
             meta = None if hashes is None else read_meta(directory, framing.version)
-            if meta is not None:
-                return TokenDataset(directory, meta, framing, hashes)
+            if meta is not None and len(shards) > 1 and not meta.file_samples:
+                if say:
+                    _log.info("%s: made again, as it does not say which file each sample is of", directory)
+            elif meta is not None:
+                return TokenDataset(directory, meta, framing, hashes, shards)
         return None
 
     if (dataset := find()) is not None:
@@ -319,7 +344,7 @@ def tokenize(
                 with storage.publish_folder(mixed, alone=True) as fresh:
                     highest = max(framing.end_id, *tokenizer.get_vocab().values())
                     options = ("<u2" if highest < 2**16 else "<u4", source.location, framing.version, layout)
-                    with TokenWriter(fresh, source.type, *options) as writer:
+                    with TokenWriter(fresh, source.type, *options, source.num_files) as writer:
                         _write(writer, source, Encoder(tokenizer, learning), framing, progress)
                         meta = writer.finish()
                 _say_left_out(source.type, meta)
@@ -330,7 +355,7 @@ def tokenize(
                         for path in mixed.iterdir():
                             path.rename(fresh / path.name)
                     mixed.rmdir()
-                dataset = TokenDataset(directory, meta, framing, write_hashes(directory, meta))
+                dataset = TokenDataset(directory, meta, framing, write_hashes(directory, meta), shards)
     return dataset
 
 

@@ -9,9 +9,9 @@ predict.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -89,12 +89,14 @@ class Sample:
         sample_id, type: its record's.
         input_ids: [n] int32, the whole text, never truncated: windows are taken by readers.
         learnt: [n] bool, the tokens that are learnt; None where all are.
+        shard: which file of the manifest it is of (``manifest.shard_name``); None where nobody has asked.
     """
 
     sample_id: str
     type: str
     input_ids: np.ndarray
     learnt: np.ndarray | None = None
+    shard: str | None = None
 
     def learnt_positions(self, window: int) -> NDArray[np.bool_]:
         """Which next-token positions of the first ``window`` tokens are learnt: [min(window, n) - 1] bool."""
@@ -239,3 +241,16 @@ class SampleSource(Protocol):
     def sample_id(self, index: int) -> str: ...
 
     def sample(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class ShardedSource(SampleSource, Protocol):
+    """Samples that can say which data file each is of.
+
+    Attributes:
+        shards: names of the files.
+        shard_of: [samples] int32, the number of each sample's file; None where nobody has asked.
+    """
+
+    shards: Sequence[str]
+    shard_of: NDArray[np.int32] | None

@@ -17,6 +17,7 @@ from liquid_llm import storage
 from liquid_llm.capture.held_out import SHARE, choose_held_out, open_held_out, say_held_out
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.capture.served import ServedTeacher
+from liquid_llm.capture.units import UnitsSummary
 from liquid_llm.config import CaptureConfig, StoreConfig, as_plain, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import ManifestEntry
@@ -83,7 +84,8 @@ def exit_code(summary: CaptureSummary) -> int:
             got=summary.consumers,
             remedy="shorten --seq_len, use a smaller teacher or a larger device, and run the same command again",
         )
-    return DataError.exit_code if summary.failed else 0
+    broken = isinstance(summary, UnitsSummary) and summary.broken
+    return DataError.exit_code if summary.failed or broken else 0
 
 
 class _Store(NamedTuple):
@@ -94,14 +96,16 @@ class _Store(NamedTuple):
     codec: Codec | None
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """What a capture needs beside data and the teacher's weights.
 
     Attributes:
+        model: what the teacher is.
         stores: by folder.
         served: a teacher behind a server, which has answered, and the choices made for it; None: a model here.
     """
 
+    model: ModelIdentity
     codec: Codec
     device: Choice
     token: str | None
@@ -110,7 +114,7 @@ class _Asked(NamedTuple):
     served: tuple[ServedTeacher, dict[str, Choice]] | None
 
 
-def check_capture(config: CaptureConfig, new_layout: str = "pt") -> _Asked:
+def check_capture(config: CaptureConfig, new_layout: str = "pt") -> Asked:
     """Find out, before data is read or a teacher is loaded, what a capture can be refused for without them.
 
     Raises:
@@ -133,7 +137,7 @@ def check_capture(config: CaptureConfig, new_layout: str = "pt") -> _Asked:
     if model is not None:
         codecs = [store.codec or asked for store in stores.values()]
         served = try_served(config, model, text, codecs, torch.device(device.value), token)
-    return _Asked(asked, device, token, text, stores, served)
+    return Asked(identity, asked, device, token, text, stores, served)
 
 
 def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSummary:
@@ -141,11 +145,19 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
 
     What can be refused without the data or the teacher's weights is refused before: both may take long.
     """
+    from liquid_llm.jobs.capture_units import capture_units, is_of_units  # which goes on with what is here
+
+    asked = check_capture(config, new_layout)
+    return capture_units(config, asked) if is_of_units(config, asked) else _capture_at_once(config, asked)
+
+
+def _capture_at_once(config: CaptureConfig, found: Asked) -> CaptureSummary:
+    """Score what is missing of all samples, or of this process's share of them."""
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
-    asked, device_choice, token, text, stores, served = check_capture(config, new_layout)
+    _, asked, device_choice, token, text, stores, served = found
     device = torch.device(device_choice.value)
-    data = prepare_run_data(config.data, lambda type: _is_captured(config, type))
+    data = prepare_run_data(config.data, lambda type: is_captured(config, type))
     inputs = _read_inputs(config, text, data.entries, token)
     datasets: dict[str, list[TokenDataset]] = {}
     for dataset in inputs.everything:
@@ -158,14 +170,14 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
     vocab_size = min(text.vocab_size, loaded.vocab_size)
     writers = {}
     for type in datasets:
-        folder = _folder(config, type)
+        folder = choose_folder(config, type)
         layout, framing = stores[folder].layout, stores[folder].framing
         open_writer = partial(StoreWriter, vocab_size=vocab_size, positions=config.store.positions)
         writers[type] = open_writer(folder, loaded.identity, codecs[folder], layout=layout, framing=framing)
         log.info("%s goes to %s, layout %s", type, folder, layout)
     held_out = _choose_held_out(config, inputs)
     held_out = {type: parts for type, parts in held_out.items() if writers[type].codec.form != WHOLE}
-    judged = {type: stores[_folder(config, type)].framing for type in held_out}
+    judged = {type: stores[choose_folder(config, type)].framing for type in held_out}
     judging = open_held_out({type: writers[type].uri for type in held_out}, judged, loaded.identity, vocab_size)
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
@@ -285,10 +297,10 @@ def _choose_codecs(
 ) -> dict[str, Codec]:
     """The codec of each folder that something is captured into; says of a new one what was chosen, and why."""
     chosen = {}
-    for folder in dict.fromkeys(_folder(config, type) for type in datasets):
+    for folder in dict.fromkeys(choose_folder(config, type) for type in datasets):
         codec = stores[folder].codec
         if codec is None:
-            held = [part for type, parts in datasets.items() if _folder(config, type) == folder for part in parts]
+            held = [part for type, parts in datasets.items() if choose_folder(config, type) == folder for part in parts]
             count = sum(_count_stored(part, config) for part in held)
             codec = codec_of(config.store, count)
             settings = ", ".join(f"{name} {value}" for name, value in codec.options.items())
@@ -353,11 +365,9 @@ def _read_settings(text: str) -> dict[str, int | float]:
 
 def _read_inputs(config: CaptureConfig, text: TextTools, entries: Sequence[ManifestEntry], token: str | None) -> Inputs:
     for type in [entry.type for entry in entries] or ["lm"]:
-        _folder(config, type)
+        choose_folder(config, type)
 
-    def layout_of(type: str) -> str:
-        return WINDOWS if config.source(type).layout == WINDOWS else SAMPLES
-
+    layout_of = partial(find_layout, config)
     with Stage("tokenise", unit="tokens", total=None) as stage:
 
         def progress(_: float, tokens: int) -> None:
@@ -368,7 +378,12 @@ def _read_inputs(config: CaptureConfig, text: TextTools, entries: Sequence[Manif
         return read_manifest_inputs(config.data, text, entries, layout_of, progress=progress)
 
 
-def _is_captured(config: CaptureConfig, type: str) -> bool:
+def find_layout(config: CaptureConfig, type: str) -> str:
+    """How the texts of a type are cut."""
+    return WINDOWS if config.source(type).layout == WINDOWS else SAMPLES
+
+
+def is_captured(config: CaptureConfig, type: str) -> bool:
     """Whether a type's signal is stored: where a place for it is named, and by itself for every type but plain text."""
     source = config.source(type)
     return source.store is not None if source.teacher is not None else type != "lm"
@@ -377,13 +392,13 @@ def _is_captured(config: CaptureConfig, type: str) -> bool:
 def _choose_layout(config: CaptureConfig, folder: str, identity: SignalIdentity, new_layout: str) -> str:
     """The layout of a store. Raises SignalError where one is there that is not of this identity."""
     there = present_layout(folder)
-    layout = config.store.format or there or new_layout
+    layout = config.store.layout or there or new_layout
     if there is not None:
         require_own(folder, identity, layout)
     return layout
 
 
-def _folder(config: CaptureConfig, type: str) -> str:
+def choose_folder(config: CaptureConfig, type: str) -> str:
     """Where a type's signal goes. Raises UsageError where nothing says so."""
     folder = config.source(type).store
     if folder is None:

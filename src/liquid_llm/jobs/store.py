@@ -37,7 +37,7 @@ from liquid_llm.sources import default_layout
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.framing import stored_framing
-from liquid_llm.wiring.inputs import read_manifest_inputs
+from liquid_llm.wiring.inputs import is_of_units, read_manifest_inputs
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.teachers import load_online, name_in_store
 from liquid_llm.wiring.tokenizers import TextTools
@@ -188,7 +188,12 @@ def _verify(
     entries = find_run_data(config.data, partial(_may_hold, store)).entries
     with Stage("tokenise", unit="tokens", total=None) as stage:
         inputs = read_manifest_inputs(
-            config.data, text, entries, _layout_of, progress=lambda _, tokens: stage.advance(tokens)
+            config.data,
+            text,
+            entries,
+            _layout_of,
+            progress=lambda _, tokens: stage.advance(tokens),
+            by_file=lambda type: is_of_units(store.uri),
         )
     coverage = _coverage(store, inputs.everything)
     chosen = list(_choose(store, inputs.everything, samples, config.seed))
@@ -225,7 +230,9 @@ def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str,
     for dataset in datasets:
         row = found.setdefault(dataset.type, {"samples": 0, "with_record": 0})
         row["samples"] += len(dataset)
-        row["with_record"] += sum(store.has(dataset.sample_id(index)) for index in range(len(dataset)))
+        row["with_record"] += sum(
+            store.has(dataset.sample_id(index), dataset.shard(index)) for index in range(len(dataset))
+        )
     return found
 
 
@@ -239,7 +246,7 @@ def _choose(
             return
         number = int(ends.searchsorted(row, side="right"))
         dataset, index = datasets[number], row - (int(ends[number]) - len(datasets[number]))
-        if store.has(dataset.sample_id(index)):
+        if store.has(dataset.sample_id(index), dataset.shard(index)):
             count -= 1
             yield dataset, index
 

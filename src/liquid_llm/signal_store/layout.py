@@ -62,11 +62,23 @@ class Layout(Protocol):
         """Number of samples that have a record, complete or not."""
         ...
 
-    def has(self, sample_id: str) -> bool:
-        """Whether there is something for the sample, without asking storage."""
+    def is_empty(self) -> bool:
+        """Whether there is nothing at all."""
         ...
 
-    def read(self, sample_id: str) -> Record:
+    def counts(self) -> dict[str, int]:
+        """How much there is, as far as that is known without a look into every part; for provenance."""
+        ...
+
+    def has(self, sample_id: str, shard: str | None = None) -> bool:
+        """Whether there is something for the sample, without asking storage (but see ``units``).
+
+        Args:
+            shard: the data file that the sample is of, by which a store of units finds it.
+        """
+        ...
+
+    def read(self, sample_id: str, shard: str | None = None) -> Record:
         """The sample's record. Raises RecordError or StorageError."""
         ...
 

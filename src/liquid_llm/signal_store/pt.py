@@ -60,13 +60,19 @@ class PtLayout:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def has(self, sample_id: str) -> bool:
+    def is_empty(self) -> bool:
+        return not self._sizes
+
+    def counts(self) -> dict[str, int]:
+        return {"records": len(self)}
+
+    def has(self, sample_id: str, shard: str | None = None) -> bool:
         return file_name(sample_id) in self._sizes
 
     def problems(self) -> list[str]:
         return []
 
-    def read(self, sample_id: str) -> Record:
+    def read(self, sample_id: str, shard: str | None = None) -> Record:
         return from_bytes(storage.read_bytes(storage.join(self._uri, file_name(sample_id))))
 
     def records(self) -> Iterator[Found]:

@@ -27,7 +27,13 @@ from liquid_llm.errors import SignalError
 from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, Payload, PayloadError, StoredSignal, get_codec
-from liquid_llm.signal_store.description import STORE_FILE, read_store_file, require_own, write_store_file
+from liquid_llm.signal_store.description import (
+    STORE_FILE,
+    present_layout,
+    read_store_file,
+    require_own,
+    write_store_file,
+)
 from liquid_llm.signal_store.layout import Layout
 from liquid_llm.signal_store.pt import PtLayout, is_record_file
 from liquid_llm.signal_store.records import (
@@ -47,6 +53,7 @@ from liquid_llm.signal_store.shards.file import is_shard
 from liquid_llm.signal_store.shards.folder import ShardsLayout
 from liquid_llm.signal_store.shards.remote import ShardCache
 from liquid_llm.signal_store.shards.writer import PART_SECONDS, SHARD_BYTES
+from liquid_llm.signal_store.units import UnitsLayout, unit_folder
 from liquid_llm.storage import FileInfo
 
 log = logging.getLogger(__name__)
@@ -54,6 +61,7 @@ log = logging.getLogger(__name__)
 LAYOUTS: dict[str, Callable[[str, Iterable[FileInfo], ShardCache | None], Layout]] = {
     "pt": lambda uri, infos, cache: PtLayout(uri, infos),
     "shards": ShardsLayout,
+    "units": UnitsLayout,
 }
 # "capture again" is said where that helps, and what costs less before it.
 COPY_OR_CAPTURE = "copy it again from where it is whole, or capture again: the same command makes what is damaged anew"
@@ -100,9 +108,18 @@ class StoreReader:
     def __len__(self) -> int:
         return len(self.layout)
 
-    def has(self, sample_id: str) -> bool:
-        """Whether there is a record of that name; whether it is usable only ``check`` knows."""
-        return self.layout.has(sample_id)
+    def has(self, sample_id: str, shard: str | None = None) -> bool:
+        """Whether there is a record of that name; whether it is usable only ``check`` knows.
+
+        Args:
+            shard: the data file that the sample is of; without it a store of units looks into all of them.
+        """
+        return self.layout.has(sample_id, shard)
+
+    @property
+    def complete_units(self) -> frozenset[str] | None:
+        """Of a store of units, the data files whose signal is complete; None of any other."""
+        return self.layout.complete if isinstance(self.layout, UnitsLayout) else None
 
     def check(self, sample: Sample, window: int) -> Lookup:
         """Whether the first ``window`` tokens of ``sample`` have a usable record, without decoding it."""
@@ -141,7 +158,7 @@ class StoreReader:
 
     def describe(self) -> dict[str, Any]:
         """What the store is, as plain values for provenance."""
-        about = {"uri": self.uri, "layout": self.layout.name, "records": len(self), "versions": dict(self.versions)}
+        about = {"uri": self.uri, "layout": self.layout.name, **self.layout.counts(), "versions": dict(self.versions)}
         return {**about, **self.identity.plain()}
 
     def close(self) -> None:
@@ -151,10 +168,11 @@ class StoreReader:
         self.layout.close()
 
     def _find(self, sample: Sample, window: int) -> Record | Lookup:
-        if not self.layout.has(sample.sample_id):
-            return Lookup("missing", f"no record in {self.uri}", _OF_THIS)
+        if not self.layout.has(sample.sample_id, sample.shard):
+            where = self.uri if self.complete_units is None or sample.shard is None else f"{self.uri}: {sample.shard}"
+            return Lookup("missing", f"no record in {where}", _OF_THIS)
         try:
-            record = self.layout.read(sample.sample_id)
+            record = self.layout.read(sample.sample_id, sample.shard)
         except RecordMissingError as error:
             return Lookup("missing", str(error), COPY_OR_CAPTURE)
         except RecordError as error:
@@ -169,7 +187,8 @@ class StoreWriter:
     Args:
         uri: the folder; made when missing.
         vocab_size: entries given to the codec.
-        layout: ``pt`` or ``shards``.
+        layout: ``pt`` or ``shards``; ``units`` with a ``unit``.
+        unit: the data file whose records these are, in a store of units.
         framing: of the samples; None adds to a store from before it was said.
         positions: the share of each record's positions that is kept; None: all.
         versions: that the records of a new store were made with, this release's if None.
@@ -193,18 +212,20 @@ class StoreWriter:
         versions: Mapping[str, int] | None = None,
         shard_bytes: int = SHARD_BYTES,
         part_seconds: float = PART_SECONDS,
+        unit: str | None = None,
     ) -> None:
         self.uri = uri
         self.codec = codec
         self.identity = SignalIdentity.of(codec, teacher, vocab_size, framing, positions)
-        infos = storage.list_files(uri)
-        names = {info.name for info in infos}
+        folder = uri if unit is None else unit_folder(uri, unit)
+        infos = storage.list_files(folder)
+        names = {info.name for info in infos} if unit is None else set()
         if STORE_FILE in names or storage.exists(storage.join(uri, STORE_FILE)):
             require_own(uri, self.identity, layout)
         else:
             _refuse_foreign_files(uri, names)
             write_store_file(uri, self.identity, layout, versions)
-        self._layout = LAYOUTS[layout](uri, infos, None)
+        self._layout = LAYOUTS[layout if unit is None else ShardsLayout.name](folder, infos, None)
         self._writer = self._layout.writer(self.identity, shard_bytes=shard_bytes, part_seconds=part_seconds)
 
     def has(self, sample_id: str) -> bool:
@@ -286,8 +307,9 @@ def open_store(
             written by a newer program.
         StorageError: the folder cannot be read.
     """
-    infos = storage.list_files(uri)
-    names = {info.name for info in infos}
+    of_units = present_layout(uri) == UnitsLayout.name  # such a folder is not listed: it may hold millions of files
+    infos = [] if of_units else storage.list_files(uri)
+    names = {STORE_FILE} if of_units else {info.name for info in infos}
     if STORE_FILE not in names:
         inside = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{STORE_FILE}"))
         if inside:
@@ -325,7 +347,7 @@ def open_store(
         )
     layout = LAYOUTS[layout_name](uri, infos, cache)
     problems = layout.problems()
-    if not len(layout):
+    if layout.is_empty():
         got = "; ".join(problems) or None
         raise SignalError("the signal store has no record", where=uri, got=got, remedy=f"capture first: {_CAPTURE}")
     for problem in problems:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from liquid_llm import storage
-from liquid_llm.data.types import MicroBatch, Sample, SampleSource
+from liquid_llm.data.types import MicroBatch, Sample, SampleSource, ShardedSource
 from liquid_llm.errors import SignalError
 from liquid_llm.signal_store.description import HELD_OUT, STORE_FILE
 from liquid_llm.signal_store.shards.remote import ShardCache
@@ -80,8 +80,13 @@ class StoredTeacher(Teacher):
 
     def coverage(self, datasets: Sequence[SampleSource], window: int, *, every: bool = False) -> Coverage:
         """All names are compared with the store's listing; some of the records found are read, spread over the data,
-        and the others only as long as none has proved usable.
+        and the others only as long as none has proved usable. Of a store of units the samples of complete units count
+        as listed, and none but some spread over them are looked for.
         """
+        sharded = [one for one in datasets if isinstance(one, ShardedSource) and one.shard_of is not None]
+        if self.store.complete_units is not None and not every and len(sharded) == len(datasets):
+            places, num_samples, num_listed = _spread_over_units(sharded, self.store.complete_units)
+            return self._look_at([places], window, num_samples, num_listed)
         names = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
         listed = [(dataset, index) for dataset, index in names if self.store.has(dataset.sample_id(index))]
         if every:
@@ -91,6 +96,12 @@ class StoredTeacher(Teacher):
             rest = [one for place, one in enumerate(listed) if place not in spread]
             portions = [[listed[place] for place in sorted(spread)]]
             portions += [rest[start : start + _SPREAD] for start in range(0, len(rest), _SPREAD)]
+        return self._look_at(portions, window, len(names), len(listed))
+
+    def _look_at(
+        self, portions: Sequence[Sequence[tuple[SampleSource, int]]], window: int, num_samples: int, num_listed: int
+    ) -> Coverage:
+        """Read portion by portion until a record proves usable; what there is to be said of all samples."""
 
         def check(place: tuple[SampleSource, int]) -> tuple[Sample, Lookup]:
             sample = place[0].sample(place[1])
@@ -111,7 +122,7 @@ class StoredTeacher(Teacher):
                         )
                         remedies.setdefault(lookup.status, lookup.remedy)
         total = statuses.total()
-        return Coverage(self.store.uri, len(names), len(listed), total, dict(statuses), examples, remedies)
+        return Coverage(self.store.uri, num_samples, num_listed, total, dict(statuses), examples, remedies)
 
     def close(self) -> None:
         """Close the store and say how often its records served."""
@@ -142,6 +153,26 @@ class StoredTeacher(Teacher):
                 lookup.status,
                 lookup.reason,
             )
+
+
+def _spread_over_units(
+    datasets: Sequence[ShardedSource], complete: frozenset[str]
+) -> tuple[list[tuple[SampleSource, int]], int, int]:
+    """A few samples spread over units, those that are complete where there are any, without a look at each sample.
+
+    Returns:
+        the samples, the number of all, and of those whose unit is complete.
+    """
+    candidates: list[tuple[SampleSource, int]] = []
+    of_all = of_complete = 0
+    for dataset in datasets:
+        inside = np.isin(np.asarray(dataset.shard_of), [n for n, name in enumerate(dataset.shards) if name in complete])
+        of_all += len(dataset)
+        of_complete += int(inside.sum())
+        found = np.flatnonzero(inside) if inside.any() else np.arange(len(dataset))
+        chosen = found[np.linspace(0, len(found) - 1, min(_SPREAD, len(found))).astype(int)]
+        candidates += [(dataset, int(index)) for index in chosen]
+    return candidates, of_all, of_complete
 
 
 def open_stored(uri: str, setup: TeacherSetup) -> StoredTeacher:

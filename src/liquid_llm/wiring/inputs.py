@@ -11,11 +11,13 @@ from pathlib import Path
 from liquid_llm.config import DataConfig
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.loader import WeightedDataset, validation_batches
-from liquid_llm.data.manifest import entry_files
+from liquid_llm.data.manifest import entry_files, shard_name
 from liquid_llm.data.token_writer import MESSAGES, TEXT
 from liquid_llm.data.tokens import TellProgress, TokenDataset, build_token_dataset, split
 from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
+from liquid_llm.signal_store.description import present_layout
+from liquid_llm.signal_store.units import UnitsLayout
 from liquid_llm.sources import WINDOWS, default_layout, order_types
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.tokenizers import TextTools
@@ -84,6 +86,11 @@ class Inputs:
         return rows
 
 
+def is_of_units(store: str | None) -> bool:
+    """Whether a store finds its records by the data file that a sample is of."""
+    return store is not None and present_layout(store) == UnitsLayout.name
+
+
 def token_cache(config: DataConfig) -> Path:
     """Where tokenised data is kept between runs."""
     return Path(config.cache_dir) if config.cache_dir else cache_dir() / "data"
@@ -96,8 +103,12 @@ def read_manifest_inputs(
     layout_of: Callable[[str], str] = default_layout,
     *,
     progress: TellProgress | None = None,
+    by_file: Callable[[str], bool] = lambda type: False,
 ) -> Inputs:
     """Tokenise (or open) every manifest entry in the layout of its type, and hold out the validation share.
+
+    Args:
+        by_file: whether the samples of a type have to know which file they are of.
 
     Raises:
         DataError: a shard or a record cannot be used.
@@ -106,8 +117,9 @@ def read_manifest_inputs(
     unlearnt: dict[str, int] = {}
     validation: dict[str, list[TokenDataset]] = {type: [] for type in order_types(entry.type for entry in entries)}
     for entry in entries:
+        files = entry_files(entry)
         dataset = build_token_dataset(
-            entry_files(entry),
+            files,
             entry.type,
             text.tokenizer,
             text.hash,
@@ -116,6 +128,7 @@ def read_manifest_inputs(
             layout=_kept_as(layout_of(entry.type)),
             progress=progress,
             learning=text.learning,
+            shards=[shard_name(file, str(config.manifest)) for file in files] if by_file(entry.type) else (),
         )
         layout = layout_of(entry.type)
         seen = sys.maxsize if layout == WINDOWS else min(config.seq_len, config.block_size)

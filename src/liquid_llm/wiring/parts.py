@@ -52,7 +52,7 @@ from liquid_llm.wiring.course import (
     say_jumps,
 )
 from liquid_llm.wiring.fitting import settle
-from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
+from liquid_llm.wiring.inputs import Inputs, is_of_units, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.repeat import begin_choice
@@ -303,7 +303,12 @@ def read_inputs(
             inputs = read_dataset_inputs(config.data, text, layout, token=token, progress=progress)
         else:
             inputs = read_manifest_inputs(
-                config.data, text, entries, lambda type: config.source(type).layout, progress=progress
+                config.data,
+                text,
+                entries,
+                lambda type: config.source(type).layout,
+                progress=progress,
+                by_file=lambda type: is_of_units(config.source(type).store),
             )
     for type, row in inputs.readiness().items():
         shown = {name: count for name, count in row.items() if training or not name.startswith("train")}

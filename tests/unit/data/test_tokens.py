@@ -280,6 +280,7 @@ class Fixed:
     type: str = "lm"
     identity: object = ["file", 3]
     fraction_read = 1.0
+    num_files = 1
 
     def __iter__(self) -> Iterator[tuple[int, TextRecord]]:
         return enumerate(TextRecord(text, "lm", text) for text in ("one two", "three four"))

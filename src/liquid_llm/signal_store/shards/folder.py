@@ -403,13 +403,19 @@ class ShardsLayout:
     def superseded(self) -> int:
         return self.listing.index.superseded
 
-    def has(self, sample_id: str) -> bool:
+    def is_empty(self) -> bool:
+        return not len(self)
+
+    def counts(self) -> dict[str, int]:
+        return {"records": len(self)}
+
+    def has(self, sample_id: str, shard: str | None = None) -> bool:
         return self.listing.index.find(sample_key(sample_id)) is not None
 
     def problems(self) -> list[str]:
         return self.listing.problems()
 
-    def read(self, sample_id: str) -> Record:
+    def read(self, sample_id: str, shard: str | None = None) -> Record:
         left = _PACKED
         while True:
             listing = self.listing  # another thread may replace it at any moment

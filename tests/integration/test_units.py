@@ -1,0 +1,195 @@
+"""Capture unit by unit through the real commands: tasks that share the data files, are killed, come again, meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import texts
+from tests.support.gcs import Bucket
+from tests.support.processes import launch, wait
+from tests.support.tiny import Tiny, build
+
+from liquid_llm.capture import job
+from liquid_llm.cli.main import main
+
+pytestmark = pytest.mark.slow
+CAPTURE = "stage1_hybrid.precompute_hybrid_logits"
+FILES, ROWS = 5, 8
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A world whose maths lies in five files behind a pattern, and whose code in one that is named."""
+    made = build(tmp_path_factory.mktemp("units"))
+    rng = random.Random(5)
+    (made.root / "math").mkdir()
+    for number in range(FILES):
+        rows = [
+            {"text": texts.word_problem(rng), "type": "math_tool", "sample_id": f"m{number}-{n}"} for n in range(ROWS)
+        ]
+        (made.root / "math" / f"part-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made.draw_from(
+        {"path": "math/*.jsonl", "type": "math_tool", "weight": 1.0},
+        {"path": "code.jsonl", "type": "code", "weight": 1.0},
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def filled(tiny: Tiny) -> Path:
+    """Stores that two tasks have filled, one after the other."""
+    for index in range(2):
+        assert main(["capture", *words(tiny, tiny.root / "filled", unit=f"{index}/2")]) == 0
+    return tiny.root / "filled"
+
+
+@pytest.fixture
+def folder(filled: Path, tmp_path: Path) -> Path:
+    """A copy of the filled stores."""
+    shutil.copytree(filled, tmp_path / "stores")
+    return tmp_path / "stores"
+
+
+def words(tiny: Tiny, stores: Path | str, **options: object) -> list[str]:
+    folders = {"math_logits_dir": f"{stores}/math", "code_logits_dir": f"{stores}/code"}
+    return tiny.capture_words(**folders, **options)
+
+
+def run(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["capture", *argv]) == code
+    summary: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return summary
+
+
+def units(summary: dict[str, Any]) -> tuple[int, int, int, int]:
+    return (summary["units"], summary["units_complete"], summary["units_skipped"], summary["units_of_all"])
+
+
+def stats(capsys: pytest.CaptureFixture[str], store: Path | str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["store", "stats", str(store), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_tasks_share_the_files_and_skip_what_is_complete(tiny, folder, capsys) -> None:
+    assert sorted(path.name.rpartition("-")[0] for path in (folder / "math" / "units").iterdir()) == [
+        f"part-{number}.jsonl" for number in range(FILES)
+    ], "each signal shard is called as its data shard"
+    assert units(run(capsys, words(tiny, folder, unit="0/4"))) == (2, 2, 2, 6)
+    assert units(run(capsys, words(tiny, folder, unit="7/9"))) == (0, 0, 0, 6)
+    assert not list((tiny.root / "tokens" / "units").glob("[!.]*")), "no tokens stay behind"
+    found = stats(capsys, folder / "math")
+    assert (found["units"], found["units_planned"], found["types"]["math_tool"]["records"]) == (5, 5, 40)
+    assert found["superseded"] == found["unreadable"] == 0
+    argv = [str(folder / "math"), f"--teacher={tiny.teacher}", f"--manifest={tiny.manifest}", "--seq_len=64"]
+    assert main(["store", "verify", *argv, "--samples=6"]) == 0
+
+
+def test_what_has_changed_or_was_lost_is_done_again_and_nothing_else(tiny, folder, capsys) -> None:
+    data = tiny.root / "math" / "part-1.jsonl"
+    before = data.read_text()
+    try:
+        rows = before.splitlines()
+        rows[3] = json.dumps({"text": "another text altogether", "type": "math_tool", "sample_id": "m1-3"})
+        data.write_text("\n".join(rows) + "\n")
+        next((folder / "math" / "units").glob("part-3*/shard-*")).unlink()
+        summary = run(capsys, words(tiny, folder, unit="0/1"))
+        assert units(summary) == (6, 6, 4, 6)
+        assert (summary["written"], summary["skipped"]) == (1 + ROWS, ROWS - 1), "records that still hold are kept"
+    finally:
+        data.write_text(before)
+
+
+def test_a_file_that_cannot_be_used_keeps_no_other_from_being_captured(tiny, folder, capsys) -> None:
+    shutil.rmtree(folder / "math")
+    data = tiny.root / "math" / "part-2.jsonl"
+    before = data.read_text()
+    try:
+        data.write_text("no record\n")
+        summary = run(capsys, words(tiny, folder, unit="0/1"), code=3)
+        assert units(summary) == (6, 5, 1, 6)
+        assert [name[:12] for name in summary["broken"]] == ["part-2.jsonl"]
+    finally:
+        data.write_text(before)
+    assert units(run(capsys, words(tiny, folder))) == (6, 6, 5, 6), "a store of units goes on as one"
+
+
+def at_the_second_batch(act) -> None:
+    score, calls = job.score, []
+
+    def broken(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            act()
+        return score(*given)
+
+    job.score = broken
+
+
+def be_killed() -> None:
+    at_the_second_batch(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def be_asked_to_stop() -> None:
+    at_the_second_batch(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize(("fault", "code"), [(be_killed, -9), (be_asked_to_stop, 75)])
+def test_half_a_unit_is_no_unit_and_is_gone_on_with(tiny, tmp_path, capsys, fault, code) -> None:
+    argv = words(tiny, tmp_path, unit="5/6", batch_size=1)  # the 40 samples of code
+    ranks = launch(CAPTURE, argv, tmp_path / "said", 1, fault=(0, fault))
+    assert wait(ranks) == [code], ranks[0].said
+    assert not list((tmp_path / "code").glob("done/*"))
+    summary = run(capsys, argv)
+    assert units(summary) == (1, 1, 0, 6)
+    assert summary["written"] + summary["skipped"] == 40
+    if code == 75:
+        assert summary["skipped"] > 0, "what was begun is written"
+
+
+def test_two_tasks_may_do_the_same_unit_at_once(tiny, tmp_path, capsys) -> None:
+    argv = words(tiny, tmp_path, unit="1/2", logits_format="units")
+    caches = [f"--data_cache={tmp_path}/tokens-{n}" for n in range(2)]  # two machines: no lock between them
+    ranks = [launch(CAPTURE, [*argv, cache], tmp_path / f"said-{n}", 1)[0] for n, cache in enumerate(caches)]
+    assert wait(ranks) == [0, 0]
+    assert units(run(capsys, argv)) == (3, 3, 3, 6)
+    found = stats(capsys, tmp_path / "math")
+    assert (found["types"]["math_tool"]["records"] - found["superseded"], found["unreadable"]) == (2 * ROWS, 0)
+
+
+def test_training_reads_units_by_the_file_of_each_sample_from_a_bucket(tiny, gcs: Bucket, tmp_path, capsys) -> None:
+    stores = f"{gcs.uri}/signal"
+    assert units(run(capsys, words(tiny, stores, unit="0/1"))) == (6, 6, 0, 6)
+    asked = {"math_logits_dir": f"{stores}/math", "code_logits_dir": f"{stores}/code", "lm_teacher_id": None}
+    assert main(["train", *tiny.train_words(tmp_path / "run", **asked, max_steps=3, eval_every=0, save_every=0)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kd_coverage"] for row in rows if row["kind"] == "train"] == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ({"unit": "4/4"}, 2, "from 0 to N - 1"),
+        ({"unit": "half"}, 2, "no share of the units"),
+        ({"unit": "0/1", "logits_format": "pt"}, 2, "--unit goes with"),
+        ({"unit": "0/1", "held_out_tokens": 10}, 2, "known of the whole text alone"),
+        ({"logits_format": "shards"}, 3, "another layout"),
+        ({"math_logits_dir": "{other}"}, 2, "not both"),
+    ],
+)
+def test_mistakes_are_one_message(tiny, filled, tmp_path, capsys, options, code, said) -> None:
+    given = {name: str(value).format(other=tmp_path / "other") for name, value in options.items()}
+    argv = [*words(tiny, filled), *(f"--{name}={value}" for name, value in given.items())]
+    assert main(["capture", *argv]) == code
+    message = capsys.readouterr().err
+    assert said in message
+    assert "Traceback" not in message
