@@ -16,6 +16,7 @@ LONGER: dict[str, str] = {}
 # Modules of ``jobs`` and ``wiring`` without a unit test: what they do shows in whole commands alone, in these tests.
 WALKED = {
     "jobs/capture": "integration/test_hybrid_run.py",
+    "jobs/capture_units": "integration/test_units.py",
     "jobs/compare": "integration/test_compare.py",
     "jobs/difference_table": "integration/test_evaluate.py",
     "jobs/run_result": "unit/test_summary.py",
