@@ -1,4 +1,4 @@
-"""Part 4: the loss beside what others would use instead, where their packages are there: time and peak memory.
+"""Part 4: loss and step beside what others would use instead, where their packages are there: time and peak memory.
 
 All get the same hidden states, heads and labels, in bfloat16 on a GPU. "KD" is the divergence alone, "CE" the
 cross-entropy alone, "KD+CE" both in one pass. Out of memory is a result.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from benchmarks.gpu import rivals
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.memory import set_cap
 from benchmarks.gpu.shapes import (
@@ -80,6 +81,8 @@ def run(context: Context) -> None:
         with context.attempt(name, seconds=35.0 if " compiled" in name and context.on_gpu else 2.5):
             _one(context, data, name, loss, first)
             data.hidden.grad = data.weight.grad = None
+    del data
+    rivals.run(context)
 
 
 def _one(context: Context, data: Inputs, name: str, loss: Callable[[Inputs], Tensor], first: dict[str, float]) -> None:

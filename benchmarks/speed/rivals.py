@@ -69,7 +69,13 @@ def run(name: str, setting: Setting, turns: Turns) -> None:
                 control.should_training_stop = True
             self.clock = Clock()
 
-    arguments = _arguments(name, setting)
+    arguments = training_arguments(
+        f"{setting.folder}/{name}",
+        batch_size=setting.batch_size,
+        bf16=setting.precision == "bfloat16",
+        on_cpu=setting.device == "cpu",
+        liger=name == "trainer-liger",
+    )
     given = {"train_dataset": rows, "data_collator": collate, "callbacks": [TakeTurns()]}
     if name == "trl":
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -86,11 +92,11 @@ def run(name: str, setting: Setting, turns: Turns) -> None:
         Trainer(student, TrainingArguments(**arguments), **given).train()
 
 
-def _arguments(name: str, setting: Setting) -> dict[str, Any]:
+def training_arguments(folder: str, *, batch_size: int, bf16: bool, on_cpu: bool, liger: bool) -> dict[str, Any]:
     """The same optimizer, clipping, batches and precision; nothing evaluated, written or reported."""
     return {
-        "output_dir": f"{setting.folder}/{name}",
-        "per_device_train_batch_size": setting.batch_size,
+        "output_dir": folder,
+        "per_device_train_batch_size": batch_size,
         "train_sampling_strategy": "sequential",
         "num_train_epochs": 1000,
         "learning_rate": LR,
@@ -99,9 +105,9 @@ def _arguments(name: str, setting: Setting) -> dict[str, Any]:
         "adam_beta1": BETAS[0],
         "adam_beta2": BETAS[1],
         "max_grad_norm": CLIP,
-        "bf16": setting.precision == "bfloat16",
-        "use_cpu": setting.device == "cpu",
-        "use_liger_kernel": name == "trainer-liger",
+        "bf16": bf16,
+        "use_cpu": on_cpu,
+        "use_liger_kernel": liger,
         "logging_steps": 10**9,
         "save_strategy": "no",
         "report_to": "none",
