@@ -30,6 +30,7 @@ OTHERS = {
     *("rdzv_backend", "rdzv_endpoint", "shutdown_timeout", "signals_to_handle", "array", "nodes", "region"),
     *("display_name", "model", "model_args", "target", "no_deps", "help", "version", "config", "no_index", "option"),
     *("rounds", "millions", "passes"),
+    *("max_logprobs", "hf_overrides", "speculative_config", "kv_transfer_config"),
 }  # fmt: skip
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _FACES = {

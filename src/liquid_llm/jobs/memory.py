@@ -130,6 +130,12 @@ def _training(config: RunConfig, card: Card, price: object, ranks: int) -> _Foun
 def _capture(config: CaptureConfig, card: Card) -> _Found:
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
+    if config.served.url is not None:
+        raise UsageError(
+            "a teacher behind a server takes the server's memory and little here",
+            where=f"--teacher_url={config.served.url}",
+            remedy="leave --teacher_url out to see what a capture with the model itself takes",
+        )
     teacher = open_shape(teacher_id, _dtype(config.teacher.precision, card), read_token(config.teacher))
     codec = codec_of(config.store)
     shape = CaptureShape(

@@ -30,7 +30,7 @@ _CHOSEN = {  # choice -> option
 _PATHS = """
     resume_gcs_uri teacher_name lm_teacher_id mc_teacher_id math_logits_dir code_logits_dir hf_token_file
     fa_wheel_gcs dataset_name dataset_manifest data_cache datasets_yaml prep_toolkit_zip_uri prep_extract_dir
-    chat_template sample_prompts
+    chat_template sample_prompts hidden_states_dir
 """
 _WORDS = {"chat_template": ("chatml",)}  # never paths, whatever lies there
 

@@ -105,9 +105,12 @@ def try_served(
     if folder is None:
         for codec in codecs:
             if codec.temperature_range != (1.0, 1.0):
-                told = "a server's log-probabilities tell the rest's mass at T = 1 alone"
-                remedy = "leave the temperature out of --codec_options"
-                raise UsageError(told, where="--codec_options", got=dict(codec.options), remedy=remedy)
+                raise UsageError(
+                    "a server's log-probabilities tell the rest's mass at T = 1 alone",
+                    where="--codec_options",
+                    got=dict(codec.options),
+                    remedy="leave the temperature out of --codec_options",
+                )
         k = min(max(codec.most_ids for codec in codecs), model.vocab_size)
         model = _try_log_probs(model, ids, k)[0]
         teacher = ServedTeacher(model, k)

@@ -122,7 +122,9 @@ def test_topk_bytes_a_position(vocab: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", [FullCodec(), TopKCodec(8), TailCodec(), SampledCodec(20, 2.0)], ids=lambda codec: codec.name
+    "codec",
+    [FullCodec(), TopKCodec(8), TopKCodec(8, 2.0), TailCodec(), SampledCodec(20, 2.0)],
+    ids=lambda codec: codec.name,
 )
 class TestEveryCodec:
     def test_chunks_do_not_matter(self, codec: Codec) -> None:
