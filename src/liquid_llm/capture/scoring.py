@@ -1,9 +1,11 @@
-"""Samples through the teacher and the codec: hidden states of a batch, logits of a chunk, rows of a sample."""
+"""Samples through the teacher and the codec: hidden states of a batch, logits and rows of a chunk, rows of a sample."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -11,12 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from liquid_llm.capture.fetching import Fetcher
 from liquid_llm.capture.plan import Window
+from liquid_llm.data.types import to_device
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.plan import choose_product
 from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import OutputHead
 from liquid_llm.signal_store.codecs import Codec, Rows
+from liquid_llm.signal_store.codecs.base import SPILT, TOP, Run, require_finite
+
+log = logging.getLogger(__name__)
 
 # Float32 logits that exist at the same time. Elsewhere than on a CPU more rows share one reading of the head.
 _CPU_CHUNK_BYTES, _CHUNK_BYTES = 64 * 2**20, 512 * 2**20
@@ -50,7 +57,9 @@ class Scratch:
         self._device = device
         self._memory = torch.empty(0, 0)
         self._products: HeadProducts | None = None
+        self._fetcher: Fetcher | None = None
         self._halvings = 0
+        self._has_spilt = False
 
     def rows(self, vocab_size: int, device: torch.device | str) -> int:
         """Most positions in a chunk."""
@@ -80,6 +89,20 @@ class Scratch:
             products = self._products = HeadProducts(head, hidden.dtype, choose_product(device))
         return products.logits(hidden, self._memory[: hidden.shape[0]])
 
+    def fetcher(self, device: torch.device) -> Fetcher:
+        """What brings rows from ``device`` to the host."""
+        if self._fetcher is None:
+            self._fetcher = Fetcher(device)
+        return self._fetcher
+
+    def say_spilt(self) -> None:
+        """Log, once, that positions are encoded a second time."""
+        if not self._has_spilt:
+            log.info(
+                "some positions have more likely ids than there is room for: their chunk is encoded again, more slowly"
+            )
+        self._has_spilt = True
+
 
 def score(
     teacher: HasStates,
@@ -91,7 +114,8 @@ def score(
     """The encoded rows of each sample of a batch, or why it has none, and which positions they are of.
 
     A row is of a position that is learnt; of the others no logits are formed. One forward pass, logits chunk by chunk;
-    where positions are chosen they are formed twice, for what the teacher's entropies are and for what is kept.
+    where positions are chosen they are formed twice, for what the teacher's entropies are and for what is kept. The
+    rows of a chunk are encoded together, whatever samples they are of, and waited for while the next chunk's are made.
 
     Args:
         batch: samples of near-equal length.
@@ -103,9 +127,7 @@ def score(
         RuntimeError, IndexError: the teacher or a codec failed; samples already yielded are finished.
     """
     vocab_size = teacher.head.vocab_size
-    input_ids: list[np.ndarray] = []
-    good: list[Window] = []
-    places: list[NDArray[np.bool_]] = []  # the learnt positions
+    good: list[_Sample] = []
     for window in batch:
         sample = window.sample()
         ids = sample.input_ids[: window.num_tokens]
@@ -115,82 +137,148 @@ def score(
             error = SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
             yield window, error, _NOWHERE
         else:
-            good.append(window)
-            input_ids.append(ids)
-            places.append(sample.learnt_positions(window.num_tokens))
+            good.append(_Sample(window, ids, sample.learnt_positions(window.num_tokens), codecs[window.type]))
     if not good:
         return
+    good.sort(key=lambda one: one.kind)  # those of one codec together
     with torch.inference_mode():
-        hidden = teacher.hidden(padded_ids(input_ids))
-        encoders = [_Encoder(window, codecs[window.type]) for window in good]
-        for number, window in enumerate(good):
-            kept = count(window, int(places[number].sum()))
-            if kept < places[number].sum():
-                where = np.flatnonzero(places[number])
-                entropies = _entropies(teacher.head, _at(hidden[number], places[number]), scratch)
-                surest_last = entropies.sort(descending=True, stable=True).indices[:kept]
-                places[number] = np.isin(np.arange(len(places[number])), where[surest_last.cpu().numpy()])
-        states = [_at(hidden[number], where) for number, where in enumerate(places)]
-        num_rows = [len(one) for one in states]
-        for chunk in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
-            rows = torch.cat([states[number][start:stop] for number, start, stop in chunk])
-            parts = torch.split(scratch.logits(teacher.head, rows), [stop - start for _, start, stop in chunk])
-            for (number, _, stop), part in zip(chunk, parts, strict=True):
-                encoders[number].add(part)
-                if stop == num_rows[number]:
-                    yield good[number], encoders[number].result(), places[number]
+        hidden = teacher.hidden(to_device(padded_ids([one.input_ids for one in good]), teacher.device))
+        states = _States(hidden)
+        kept = [count(one.window, one.num_rows) for one in good]
+        if any(most < one.num_rows for most, one in zip(kept, good, strict=True)):
+            _keep_least_sure(teacher.head, states, good, kept, scratch)
+        states.choose(good)
+        num_rows = [one.num_rows for one in good]
+        before: _Chunk | None = None
+        for runs in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
+            taken = states.take(sum(stop - start for _, start, stop in runs))
+            chunk = _Chunk(teacher.head, taken, good, runs, scratch)
+            if before is not None:
+                yield from before.finish()
+            before = chunk
+        if before is not None:
+            yield from before.finish()
 
 
 _NOWHERE = np.zeros(0, dtype=bool)
 
 
-def _at(hidden: Tensor, places: NDArray[np.bool_]) -> Tensor:
-    """The states [time, hidden] at the positions that are True."""
-    if places.all():
-        return hidden[: len(places)]
-    return hidden.index_select(0, torch.from_numpy(np.flatnonzero(places)).to(hidden.device))
+class _Sample:
+    """A sample under way: what is scored of it, and the rows that are there."""
 
-
-def _entropies(head: OutputHead, states: Tensor, scratch: Scratch) -> Tensor:
-    """The teacher's entropy at each position [positions], nats, at T = 1."""
-    found = [states.new_empty(0, dtype=torch.float32)]
-    for part in torch.split(states, scratch.rows(head.vocab_size, states.device)):
-        logits = scratch.logits(head, part)
-        totals = logits.logsumexp(dim=1)
-        found.append(totals - torch.linalg.vecdot(torch.softmax(logits, dim=1), logits))
-    return torch.cat(found)
-
-
-class _Encoder:
-    """Collects the rows of one sample."""
-
-    def __init__(self, window: Window, codec: Codec) -> None:
-        self._codec = codec
-        self._seed = record_seed(window.sample_id)
-        self._num_rows = 0
+    def __init__(self, window: Window, input_ids: NDArray[np.int32], places: NDArray[np.bool_], codec: Codec) -> None:
+        self.window, self.input_ids, self.places, self.codec = window, input_ids, places, codec
+        self.kind = (codec.name, codec.version, sorted(codec.options.items()))
+        self.seed = record_seed(window.sample_id)
+        self._added = 0
         self._parts: list[Rows] = []
         self._error: SignalError | None = None
 
-    def add(self, logits: Tensor) -> None:
-        if self._error is not None:
-            return
-        try:
-            rows = self._codec.encode(logits, self._seed, self._num_rows)
-        except SignalError as error:
-            self._error = error
-        else:
-            self._parts.append({name: tensor.cpu() for name, tensor in rows.items()})
-            self._num_rows += logits.shape[0]
+    @property
+    def num_rows(self) -> int:
+        return int(self.places.sum())
 
-    def result(self) -> Rows | SignalError:
+    def add(self, rows: Rows) -> None:
+        """The next rows, with their largest logits."""
+        try:
+            require_finite(rows[TOP][:, None], self._added)
+        except SignalError as error:
+            self._error = self._error or error
+        self._added += len(rows[TOP])
+        self._parts.append({name: tensor for name, tensor in rows.items() if name != TOP})
+
+    def outcome(self) -> Scored:
         if self._error is not None:
-            return self._error
-        first = self._parts[0]
-        return (
-            first
-            if len(self._parts) == 1
-            else {name: torch.cat([part[name] for part in self._parts]) for name in first}
-        )
+            return self.window, self._error, self.places
+        first, *rest = self._parts
+        whole = {name: torch.cat([part[name] for part in self._parts]) for name in first} if rest else first
+        return self.window, whole, self.places
+
+
+class _States:
+    """Hidden states [batch, time, hidden] of a batch, by position."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self._rows, self._time = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[1]
+        self._taken = 0
+
+    def choose(self, samples: Sequence[_Sample]) -> None:
+        """Let the next to be taken be those of the samples' places, one sample after the other."""
+        where = [number * self._time + np.flatnonzero(one.places) for number, one in enumerate(samples)]
+        self._where, self._taken = to_device(torch.from_numpy(np.concatenate(where)), self._rows.device), 0
+
+    def take(self, count: int) -> Tensor:
+        """The next states [count, hidden]."""
+        self._taken += count
+        return self._rows.index_select(0, self._where[self._taken - count : self._taken])
+
+
+class _Chunk:
+    """Positions whose logits exist at the same time: encoded, and on their way to the host.
+
+    Args:
+        states: of its positions, [positions, hidden].
+        runs: sample, first and end of its rows there, one after the other.
+    """
+
+    def __init__(
+        self,
+        head: OutputHead,
+        states: Tensor,
+        samples: Sequence[_Sample],
+        runs: Sequence[tuple[int, int, int]],
+        scratch: Scratch,
+    ) -> None:
+        self._head, self._states, self._scratch = head, states, scratch
+        parts = [(samples[number], start, stop) for number, start, stop in runs]
+        self._groups = [list(group) for _, group in groupby(parts, key=lambda part: part[0].kind)]
+        self._fetch = scratch.fetcher(states.device).start(list(self._encode()))
+
+    def _encode(self, exhaustive: bool = False) -> Iterator[Rows]:
+        """The rows of each group of positions that are of one codec."""
+        logits, at = self._scratch.logits(self._head, self._states), 0
+        for group in self._groups:
+            runs = [Run(sample.seed, start, stop - start) for sample, start, stop in group]
+            begin, at = at, at + sum(run.count for run in runs)
+            yield group[0][0].codec.encode_runs(logits[begin:at], runs, exhaustive)
+
+    def finish(self) -> Iterator[Scored]:
+        """Wait for the rows and give each sample its own; what came of those that are whole then."""
+        found = self._fetch.result()
+        if any(bool(rows[SPILT].any()) for rows in found if SPILT in rows):
+            self._scratch.say_spilt()
+            found = [{name: tensor.cpu() for name, tensor in rows.items()} for rows in self._encode(exhaustive=True)]
+        for group, rows in zip(self._groups, found, strict=True):
+            at = 0
+            for sample, start, stop in group:
+                part = slice(at, at + stop - start)
+                sample.add({name: tensor[part] for name, tensor in rows.items() if name != SPILT})
+                at = part.stop
+                if stop == sample.num_rows:
+                    yield sample.outcome()
+
+
+def _keep_least_sure(
+    head: OutputHead, states: _States, samples: Sequence[_Sample], kept: Sequence[int], scratch: Scratch
+) -> None:
+    """Leave of each sample's places those where the teacher's entropy is largest, as many as are kept."""
+    states.choose(samples)
+    counts = [int(one.places.sum()) for one in samples]
+    most_rows = scratch.rows(head.vocab_size, head.weight.device)
+    found = [torch.empty(0, device=head.weight.device)]
+    for start in range(0, sum(counts), most_rows):
+        found.append(_entropies(scratch.logits(head, states.take(min(most_rows, sum(counts) - start)))))
+    entropies = torch.cat(found).cpu()
+    for sample, most, of_sample in zip(samples, kept, torch.split(entropies, counts), strict=True):
+        surest_last = of_sample.sort(descending=True, stable=True).indices[:most]
+        where = np.flatnonzero(sample.places)[surest_last.numpy()]
+        sample.places = np.isin(np.arange(len(sample.places)), where)
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """The entropy of each row [positions], nats, at T = 1."""
+    mean: Tensor = torch.linalg.vecdot(torch.softmax(logits, dim=1), logits)
+    return logits.logsumexp(dim=1) - mean
 
 
 def record_seed(sample_id: str) -> int:

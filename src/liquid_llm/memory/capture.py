@@ -10,7 +10,9 @@ import functools
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from liquid_llm.capture.fetching import side_by_side
 from liquid_llm.capture.scoring import Scratch, chunk_rows
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.fake import build, fake_tensors
@@ -18,7 +20,7 @@ from liquid_llm.memory.prediction import BATCH, CODEC, LOSS, TEACHER, TEACHER_WO
 from liquid_llm.memory.shapes import BatchShape, CaptureShape
 from liquid_llm.memory.training import combine, make_batch, online_teacher, take_peaks
 from liquid_llm.signal_store.codecs import Codec, get_codec
-from liquid_llm.signal_store.codecs.base import encode_as_on
+from liquid_llm.signal_store.codecs.base import Run, encode_as_on
 
 # Of the logits encoded to see what the encoder takes. No codec has a scratch buffer of fixed size for more rows.
 _MEASURED_BYTES = (68 * 2**20, 100 * 2**20)
@@ -34,8 +36,7 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
     options = tuple(sorted(get_codec(shape.codec, options=shape.options).options.items()))
     batch = BatchShape(shape.rows, shape.time)
     chunk = min(chunk_rows(shape.vocab_size, shape.device), max(1, shape.rows * (shape.time - 1)))
-    encoded_rows = min(chunk, max(1, shape.time - 1))  # of one sample at a time
-    encoder_bytes, num_rows = encoder_cost(shape.codec, options, encoded_rows, shape.vocab_size, shape.device)
+    encoder_bytes, num_rows = encoder_cost(shape.codec, options, chunk, shape.vocab_size, shape.device)
     counter = StorageCounter()
     with fake_tensors():
         model = build(shape.teacher)
@@ -58,8 +59,14 @@ def work_out_capture(shape: CaptureShape) -> MemoryPrediction:
             found.append(take_peaks(counter, batch))
             del encoded
     words = f"{shape.rows} x {shape.time} tokens"
-    measured = f"the encoder {shape.codec!r} was measured on {num_rows} rows of {encoded_rows}"
+    measured = f"the encoder {shape.codec!r} was measured on {num_rows} rows of {chunk}"
     return replace(combine(found, rest_bytes, shape.device, measured), peak_batch=words)
+
+
+def encode_for_the_host(codec: Codec, logits: Tensor, device: str) -> object:
+    """What capture makes of a chunk of logits on ``device``: its rows, and their bytes in one tensor to be copied."""
+    rows = codec.encode_runs(logits, [Run(0, 0, logits.shape[0])])
+    return rows if torch.device(device).type == "cpu" else (rows, side_by_side(list(rows.values())))
 
 
 @functools.cache
@@ -86,5 +93,5 @@ def _measure(codec: Codec, rows: int, vocab_size: int, device: str) -> int:
         codec.encode(logits[:1].clone(), 0, 0)  # what is kept for ever, such as tables, is made now
         counter.hold([logits], LOSS)
         with counter, counter.stage("encode", CODEC):
-            codec.encode(logits, 0, 0)
+            encode_for_the_host(codec, logits, device)
     return counter.peak.get(CODEC, 0)

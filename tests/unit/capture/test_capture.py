@@ -30,6 +30,7 @@ from liquid_llm.losses.products import HeadProducts
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.signal_store.codecs import Codec, Rows
+from liquid_llm.signal_store.codecs.base import TOP, Run
 from liquid_llm.signal_store.codecs.full import FullCodec
 from liquid_llm.signal_store.codecs.sampled import SampledCodec
 from liquid_llm.signal_store.codecs.tail import TailCodec
@@ -399,8 +400,9 @@ def test_many_near_equal_samples_share_batches() -> None:
 class DrawCodec(TopKCodec):
     """A codec that draws a random number a row, as sampling codecs do."""
 
-    def encode(self, logits: torch.Tensor, seed: int, start: int) -> Rows:
-        return {"draw": torch.arange(start, start + logits.shape[0]) + seed % 1_000_003}
+    def encode_runs(self, logits: torch.Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
+        draws = [torch.arange(run.start, run.start + run.count) + run.seed % 1_000_003 for run in runs]
+        return {"draw": torch.cat(draws), TOP: logits.amax(dim=1)}
 
 
 def drawn(teacher: LoadedModel, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from liquid_llm.signal_store.codecs import Payload, PayloadError, get_codec, usu
 from liquid_llm.signal_store.codecs.tail import TailCodec
 from liquid_llm.signal_store.codecs.tail import _partition as partition_of
 from liquid_llm.signal_store.codecs.tail.bits import BitsError, BitWriter
+from liquid_llm.signal_store.codecs.tail.chosen import EXACT_PRICE, MOST_EXACT, most_draws
 from liquid_llm.signal_store.codecs.tail.draws import (
     DRAW_STEP,
     DRAW_TURN,
@@ -35,7 +36,6 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     window_starts,
 )
 from liquid_llm.signal_store.codecs.tail.payload import Levels, Values, read_levels, write_levels
-from liquid_llm.signal_store.codecs.tail.rows import EXACT_PRICE, MOST_EXACT, encode_rows, most_draws
 
 STORED_TEMPERATURES = (2 / 3, 1.0, 4 / 3, 2.0, 4.0)
 DRAWS = Draws(40, 24, 8)
@@ -230,7 +230,7 @@ def test_what_is_kept(vocab: int, rows: int, seed: int, spread: float) -> None:
 
 @given(vocab=st.integers(1, 400), rows=st.integers(0, 5), seed=st.integers(0, 2**62), spread=st.floats(0.0, 6.0))
 def test_all_integers_survive(vocab: int, rows: int, seed: int, spread: float) -> None:
-    encoded = encode_rows(random_logits(rows, vocab, seed=seed % 997, spread=spread), seed, 0, DRAWS)
+    encoded = CODEC.encode(random_logits(rows, vocab, seed=seed % 997, spread=spread), seed, 0)
     payload = CODEC.pack(encoded)
     if rows == 0:
         assert payload["bytes"].numel() == 0

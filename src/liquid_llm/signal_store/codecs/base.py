@@ -1,5 +1,6 @@
 """How one position's teacher distribution is turned into few bytes and back.
 
+    run       positions that follow each other in one record
     rows      what ``encode`` makes of a chunk of logits: tensors whose first dimension is the position
     payload   what is stored for one sample: ``pack`` of its rows, where entropy coding may change the shapes
     decode    payload -> the signal of a run of positions at one temperature
@@ -11,13 +12,16 @@ A codec is a value: its name, version and options are stored with each record an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from liquid_llm.errors import SignalError
@@ -27,6 +31,27 @@ Rows: TypeAlias = dict[str, Tensor]
 Payload: TypeAlias = dict[str, Tensor]
 Options: TypeAlias = Mapping[str, int | float | str]
 StoredSignal: TypeAlias = LogitsSignal | SparseSignal
+
+TOP = "top"
+"""The rows' largest logits [n] float32; where one is not finite, nothing else of its row means anything."""
+SPILT = "spilt"
+"""Rows [n] bool that took more room than was set aside for them; nothing else of them means anything. Codecs whose rows
+always fit leave it out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows that follow each other in a chunk and in their record.
+
+    Attributes:
+        seed: of the record, at least 0 and below 2**63.
+        start: position of the first row in its record.
+        count: rows.
+    """
+
+    seed: int
+    start: int
+    count: int
 
 
 class PayloadError(ValueError):
@@ -57,16 +82,33 @@ class Codec(Protocol):
         return {}
 
     def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
-        """Encode a chunk.
-
-        Args:
-            logits: [n, vocab] float32 on any device, n >= 0; may be overwritten.
-            seed: of the record the rows belong to, at least 0 and below 2**63.
-            start: position of the first row in its record. A codec that draws takes its random numbers from these two
-                alone: a record depends neither on its neighbours in the batch nor on how it was cut into chunks.
+        """Encode a chunk of one record: [n, vocab], as ``encode_runs``.
 
         Raises:
             SignalError: a row holds NaN or plus infinity. Minus infinity (a masked token) is a probability of zero.
+        """
+        runs = [Run(seed, start, logits.shape[0])]
+        rows = self.encode_runs(logits, runs)
+        if SPILT in rows and bool(rows.pop(SPILT).any()):
+            rows = self.encode_runs(logits, runs, exhaustive=True)
+        require_finite(rows.pop(TOP)[:, None])
+        return rows
+
+    def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
+        """Encode a chunk that holds rows of many records.
+
+        On an accelerator nothing is waited for, unless ``exhaustive``. No row depends on another.
+
+        Args:
+            logits: [n, vocab] float32 on any device, n >= 0; may be overwritten by a codec whose rows always fit.
+            runs: which records its rows are of, one run after the other. A codec that draws takes its random numbers
+                from these alone: a record depends neither on its neighbours in the batch nor on how it was cut into
+                chunks.
+            exhaustive: take what room there must be, at the price of waiting for the device.
+
+        Returns:
+            the codec's rows, ``TOP``, and ``SPILT`` where rows may not have fitted; on the device of ``logits`` or on
+            the CPU.
         """
         ...
 
@@ -112,22 +154,31 @@ def lagrange_weights(points: tuple[float, ...], at: float) -> tuple[float, ...]:
     return tuple(math.prod((at - other) / (point - other) for other in points if other != point) for point in points)
 
 
+def rows_of_runs(runs: Sequence[Run]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Of each row of a chunk the seed of its record and its position there."""
+    counts = np.array([run.count for run in runs], np.int64)
+    begins = np.array([run.start for run in runs], np.int64) - (np.cumsum(counts) - counts)
+    seeds = np.repeat(np.array([run.seed for run in runs], np.uint64), counts)
+    return seeds, np.arange(seeds.size) + np.repeat(begins, counts)
+
+
 def row_maximum(logits: Tensor) -> Tensor:
-    """Largest logit of each row, [n, 1]. Raises SignalError where a row has none: NaN, plus infinity, all masked."""
-    top = logits.amax(dim=1, keepdim=True) if logits.shape[0] else logits.new_zeros(0, 1)
-    require_finite(top)
-    return top
+    """Largest logit of each row, [n, 1]: NaN where the row holds one."""
+    return logits.amax(dim=1, keepdim=True) if logits.shape[0] else logits.new_zeros(0, 1)
 
 
-def require_finite(top: Tensor) -> None:
-    """As ``row_maximum``, for rows whose largest logits [n, 1] are known: a NaN counts as larger than anything."""
+def require_finite(top: Tensor, start: int = 0) -> None:
+    """Raise SignalError where a row has no largest logit, of these [n, 1]: NaN, plus infinity, or all masked.
+
+    ``start`` is the position of the first, for the message.
+    """
     bad = ~torch.isfinite(top)
     if bool(bad.any()):
-        position = int(bad.nonzero()[0, 0])
+        row = int(bad.nonzero()[0, 0])
         raise SignalError(
             "the teacher's logits are not finite",
-            where=f"row {position}",
-            got=float(top[position]),
+            where=f"row {start + row}",
+            got=float(top[row]),
             remedy="load the teacher in float32 or bfloat16, or leave this sample out",
         )
 

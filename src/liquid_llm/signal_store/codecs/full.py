@@ -8,17 +8,20 @@ against 1.3e-4 for bfloat16 of plain logits and 5e-5 for bfloat16 of shifted one
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from liquid_llm.losses.signals import WHOLE, LogitsSignal
 from liquid_llm.signal_store.codecs.base import (
+    TOP,
     Codec,
     Options,
     Payload,
     PayloadError,
     Rows,
+    Run,
     check_temperature,
     require,
     row_maximum,
@@ -39,9 +42,10 @@ class FullCodec(Codec):
     def __init__(self) -> None:
         self.options: Options = {}
 
-    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
-        shifted = logits.sub_(row_maximum(logits)).clamp_(min=_LOWEST)
-        return {"logits": shifted.to(torch.float16)}
+    def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
+        top = row_maximum(logits)
+        shifted = logits.sub_(top).clamp_(min=_LOWEST)
+        return {"logits": shifted.to(torch.float16), TOP: top.squeeze(1)}
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> LogitsSignal:
         check_temperature(self, temperature)

@@ -8,25 +8,32 @@ Only the temperature of the capture can be read. The plain form of the idea, to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from liquid_llm.data.types import to_device
 from liquid_llm.errors import SignalError
 from liquid_llm.losses.signals import DRAWS, SparseSignal
 from liquid_llm.signal_store.codecs.base import (
+    TOP,
     Codec,
     Options,
     Payload,
     PayloadError,
     Rows,
+    Run,
     check_temperature,
+    cuts_for_cache,
     require,
     row_maximum,
+    rows_of_runs,
 )
-from liquid_llm.signal_store.codecs.tail.draws import uniforms
+from liquid_llm.signal_store.codecs.tail.draws import uniforms_of
 
-_BLOCK_BYTES = 2**25
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**25, 2**27
 
 
 class SampledCodec(Codec):
@@ -51,18 +58,19 @@ class SampledCodec(Codec):
         self.options: Options = {"draws": draws, "temperature": self.temperature}
         self.temperature_range = (self.temperature, self.temperature)
 
-    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
+    def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
         n, vocab_size = logits.shape
         top = row_maximum(logits)
-        numbers = torch.from_numpy(uniforms(seed, start, n, self.draws)).to(logits.device)
+        numbers = to_device(torch.from_numpy(uniforms_of(*rows_of_runs(runs), self.draws)), logits.device)
         ids = torch.empty(n, self.draws, dtype=torch.int64, device=logits.device)
-        block = max(1, _BLOCK_BYTES // (8 * vocab_size))
+        block = max(1, (_BLOCK_BYTES if cuts_for_cache(logits.device) else _GPU_BLOCK_BYTES) // (8 * vocab_size))
         for begin in range(0, n, block):
             rows = slice(begin, begin + block)
             running = ((logits[rows] - top[rows]) / self.temperature).exp_().cumsum(1, dtype=torch.float64)
             ids[rows] = torch.searchsorted(running, numbers[rows] * running[:, -1:], right=True)
         # A number that rounds up to the whole sum would fall behind the last id.
-        return {"ids": ids.clamp_(max=vocab_size - 1).sort(dim=1).values.to(torch.int32)}
+        ids = ids.clamp_(max=vocab_size - 1).sort(dim=1).values.to(torch.int32)
+        return {"ids": ids, TOP: top.squeeze(1)}
 
     def pack(self, rows: Rows) -> Payload:
         ids = rows["ids"].numpy()

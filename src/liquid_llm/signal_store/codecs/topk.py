@@ -28,6 +28,7 @@ largest and mean for T in 1..4: 0.0024 and 0.00014 for the tail behind 64 ids. Q
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,16 +37,17 @@ from liquid_llm.errors import SignalError
 from liquid_llm.losses.largest import largest
 from liquid_llm.losses.signals import HEAD, SparseSignal
 from liquid_llm.signal_store.codecs.base import (
+    TOP,
     Codec,
     Options,
     Payload,
     PayloadError,
     Rows,
+    Run,
     check_temperature,
     cuts_for_cache,
     lagrange_weights,
     require,
-    require_finite,
 )
 
 GRID: tuple[float, ...] = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of u = 1/T; T from 4 down to 2/3
@@ -89,14 +91,13 @@ class TopKCodec(Codec):
             self.temperature_range = (float(temperature), float(temperature))
             self.options = {"k": k, "temperature": float(temperature)}
 
-    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
+    def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
         values, ids = largest(logits, min(self.k, logits.shape[1]))
         top = values[:, :1]
-        require_finite(top)
         tail = tail_log_partition(logits, ids, values[:, -1:].clamp(min=top - _MAX_GAP))
         if self.grid != GRID:
-            tail = tail[:, [GRID.index(u) for u in self.grid]]
-        return _rows(ids, top - values, tail, logits.shape[1])
+            tail = torch.stack([tail[:, GRID.index(u)] for u in self.grid], dim=1)
+        return {**_rows(ids, top - values, tail, logits.shape[1]), TOP: top.squeeze(1)}
 
     def encode_told(self, ids: Tensor, log_probs: Tensor, vocab_size: int) -> Rows:
         """Encode what somebody else says of a chunk of positions: the likeliest ids at T = 1, and no logits.

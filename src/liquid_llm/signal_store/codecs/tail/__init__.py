@@ -28,6 +28,7 @@ they are of; a store of version 1 is read as it was, and goes on in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -41,11 +42,13 @@ from liquid_llm.signal_store.codecs.base import (
     Payload,
     PayloadError,
     Rows,
+    Run,
     check_temperature,
     lagrange_weights,
     require,
 )
 from liquid_llm.signal_store.codecs.tail.bits import BitsError
+from liquid_llm.signal_store.codecs.tail.chosen import MOST_EXACT, most_draws
 from liquid_llm.signal_store.codecs.tail.draws import (
     BASE_TEMPERATURE,
     DRAW_STEP,
@@ -60,7 +63,7 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     dither_shift,
 )
 from liquid_llm.signal_store.codecs.tail.payload import Levels, Values, read_levels, write_levels
-from liquid_llm.signal_store.codecs.tail.rows import MOST_EXACT, encode_rows, most_draws
+from liquid_llm.signal_store.codecs.tail.rows import encode_rows
 
 _MOST_DRAWS = 1024
 _LARGE_STORE = 10_000_000_000  # positions, from which on bytes count more than draws
@@ -103,8 +106,8 @@ class TailCodec(Codec):
         """A store of up to a terabyte takes about 100 bytes a position, a larger one 40."""
         return _MANY_DRAWS if num_positions < _LARGE_STORE else {}
 
-    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
-        return encode_rows(logits, seed, start, self._draws)
+    def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
+        return encode_rows(logits, runs, self._draws, exhaustive)
 
     def pack(self, rows: Rows) -> Payload:
         columns = {name: tensor.numpy() for name, tensor in rows.items()}

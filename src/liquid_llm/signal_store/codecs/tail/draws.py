@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -165,17 +166,60 @@ def device_tables(vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor
     return sequence.to(device), log_share[sequence].to(device), log_share.to(device)
 
 
+class Steps(NamedTuple):
+    """Numbers of the format as tensors of a device: a copy from the host in every call would be waited for.
+
+    Attributes:
+        exponents: [nodes, 1] float64, ``NODES``; ``nodes``: [nodes] float32, the same.
+        squares: [5] float32, what the logarithms of sums of powers are multiplied by, some of which are roots of them.
+        gains: [nodes, most] float64, log of the ``dither_gain`` of each exact id, the likeliest first.
+        head: [1, most] float64, the steps that exact ids' levels are rounded by.
+        log_slots: [window] float32, log of each slot.
+        counting: [window] int64, the slots themselves.
+    """
+
+    exponents: Tensor
+    nodes: Tensor
+    squares: Tensor
+    gains: Tensor
+    head: Tensor
+    log_slots: Tensor
+    counting: Tensor
+
+
+@lru_cache(maxsize=8)
+def device_steps(most_exact: int, window: int, device: torch.device) -> Steps:
+    """The ``Steps`` of ``most_exact`` exact ids and a window, on ``device``."""
+    head = np.full((1, most_exact), HEAD_STEP)
+    head[0, 0] = TOP_STEP
+    gains = [[math.log(dither_gain(exponent, step)) for step in head[0]] for exponent in NODES]
+    counting = torch.arange(window)
+    return Steps(
+        torch.tensor(NODES, dtype=torch.float64)[:, None].to(device),
+        torch.tensor(NODES).to(device),
+        torch.tensor([1.0, 2.0, 2.0, 2.0, 1.0]).to(device),
+        torch.tensor(gains, dtype=torch.float64).to(device),
+        torch.from_numpy(head).to(device),
+        torch.log(counting).to(device),
+        counting.to(device),
+    )
+
+
 NUM_STREAMS = 6  # random numbers a position: the shift of arrival times, and five dithers
 
 
-def uniforms(seed: int, start: int, count: int, streams: int = NUM_STREAMS) -> NDArray[np.float64]:
-    """[count, streams] numbers in [0, 1) for positions ``start`` and on of the record with this ``seed``.
+def uniforms(seed: int, start: int, count: int, streams: int = NUM_STREAMS) -> Floats:
+    """[count, streams] numbers in [0, 1) for positions ``start`` and on of the record with this ``seed``."""
+    return uniforms_of(*_of_one(seed, start, count), streams)
+
+
+def uniforms_of(seeds: NDArray[np.uint64], positions: Ints, streams: int = NUM_STREAMS) -> Floats:
+    """[n, streams] numbers in [0, 1) for rows of which each has its record's seed [n] and its position there [n].
 
     Splitmix64 (Steele, Lea and Flood 2014) of a counter, 53 bits each.
     """
-    counter = np.arange(1 + start * streams, 1 + (start + count) * streams, dtype=np.uint64)
-    numbers: NDArray[np.float64] = _mixed(seed, counter).astype(np.float64) * 2.0**-53
-    return numbers.reshape(count, streams)
+    counter = (positions[:, None] * streams + np.arange(1, 1 + streams)).astype(np.uint64)
+    return np.asarray(_mixed(seeds[:, None], counter).astype(np.float64) * 2.0**-53)
 
 
 def node_dithers(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -184,19 +228,28 @@ def node_dithers(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([three, (three[:, 2:] + NODE_TURN) % 1.0], axis=1)
 
 
-def window_starts(seed: int, start: int, count: int, known: Candidates) -> NDArray[np.int64]:
-    """Where the windows of positions ``start`` and on begin in the sequence [count].
+def window_starts(seed: int, start: int, count: int, known: Candidates) -> Ints:
+    """Where the windows of positions ``start`` and on of the record with this ``seed`` begin in the sequence [count].
 
     The first is random; the others follow it by equal turns of the circle of cells. The positions of a record so look
     at different ids, and their sampling errors cancel a little where gradients are summed over positions.
     """
+    return window_starts_of(*_of_one(seed, start, count), known)
+
+
+def window_starts_of(seeds: NDArray[np.uint64], positions: Ints, known: Candidates) -> Ints:
+    """As ``window_starts``, for rows of which each has its record's seed [n] and its position there [n]."""
     mask = known.total_cells - 1
-    first = int(_mixed(seed, np.zeros(1, np.uint64))[0]) & mask
-    return (first + np.arange(start, start + count, dtype=np.int64) * known.stride) & mask
+    first = _mixed(seeds, np.zeros(1, np.uint64)).astype(np.int64) & mask
+    return np.asarray((first + positions * known.stride) & mask)
 
 
-def _mixed(seed: int, counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = np.full(1, seed & (2**64 - 1), np.uint64) + counter * np.uint64(0x9E3779B97F4A7C15)
+def _of_one(seed: int, start: int, count: int) -> tuple[NDArray[np.uint64], Ints]:
+    return np.full(count, seed & (2**64 - 1), np.uint64), np.arange(start, start + count, dtype=np.int64)
+
+
+def _mixed(seeds: NDArray[np.uint64], counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = seeds + counter * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray((state ^ (state >> np.uint64(31))) >> np.uint64(11))

@@ -1,0 +1,213 @@
+"""Which ids of a position are stored exactly and which entries of its window are drawn, in as much room as they take.
+
+How many there are is read from the device, which is waited for. ``room`` does the same in room of a fixed size; the
+formulas are here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from liquid_llm.signal_store.codecs.base import cuts_for_cache
+from liquid_llm.signal_store.codecs.tail.draws import (
+    DRAW_STEP,
+    DRAW_TURN,
+    Candidates,
+    Draws,
+    device_steps,
+    device_tables,
+)
+
+MOST_EXACT = 64  # ids that a position may store exactly
+EXACT_PRICE = 1.8  # bits of an exact id over bits of a draw
+RUN = 64  # ids whose largest logit is known together
+_LEAST_BASE = -120.0  # of a masked token: far too small to be drawn, and finite
+_BLOCK_BYTES = 2**20  # for each thread
+
+Lines = list[tuple[float, Tensor]]
+
+
+def most_draws(draws: Draws) -> int:
+    """Slots for draws in a row: their mean is at most the sum of the three, and far less in practice."""
+    return 64 + 2 * math.ceil(draws.at_1 + draws.at_2 + draws.at_4)
+
+
+# ------------------------------------------------------------------------------------------------------------- formulas
+
+
+def lines_of(partition: Tensor, draws: Draws) -> Lines:
+    """Slope, and constant [n, 1], of the three lines in l whose maximum is the log-intensity."""
+    at_1, at_2, at_4 = draws.logs
+    return [
+        (1.0, torch.full_like(partition[:, :1], at_2)),
+        (2.0, at_1 - partition[:, 1:2]),
+        (0.5, at_4 - partition[:, 0:1]),
+    ]
+
+
+def least_logit(shift: Tensor, lines: Lines, known: Candidates) -> Tensor:
+    """The logit [n, 1] that an id must exceed to be worth storing exactly."""
+    least = min(known.least_share * known.window, EXACT_PRICE / 2)
+    least = math.log(math.sqrt(least * (EXACT_PRICE - least)))  # no id of a lower log-intensity is worth it
+    bound = torch.stack([(least - constant) / slope for slope, constant in lines]).amin(dim=0)
+    return 2 * (bound + shift)
+
+
+def is_worth(values: Tensor, shift: Tensor, lines: Lines, log_share: Tensor, window: int) -> Tensor:
+    """Whether ids are worth storing exactly.
+
+    An id of intensity i, accepted i' = min(i, share * window) times on average, adds i^2 / i' to the variance (in units
+    of 1 / draws^2) and costs i' draws, each of which would lower the variance by 1 elsewhere. It is stored exactly
+    where that exceeds the price.
+
+    Args:
+        values: logits of the ids, of any shape.
+        shift, lines: of their positions, so that they fit ``values``.
+        log_share: log prior of the ids, of the same shape.
+    """
+    base = values / 2 - shift
+    intensity = torch.stack([slope * base + constant for slope, constant in lines]).amax(dim=0).exp()
+    accepted = torch.minimum(intensity, log_share.exp() * window)
+    return intensity * intensity / accepted + accepted > EXACT_PRICE
+
+
+def draw_level(
+    logits: Tensor, slot: Tensor, shift: Tensor, lines: Lines, numbers: Tensor, log_share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The level of each entry of a window, and whether it is accepted.
+
+    An entry of a window is accepted when its intensity over its share exceeds its arrival time, its slot plus the
+    position's shift: for a random window and shift that happens ``intensity`` times on average.
+
+    Args:
+        logits, slot, log_share: of the entries, of any shape.
+        shift, lines: of their positions, so that they fit; ``numbers`` [..., 6] likewise.
+    """
+    dither = (numbers[..., 5] + slot * DRAW_TURN).remainder_(1.0)
+    base = (logits / 2 - shift).double().clamp_(min=_LEAST_BASE)
+    level = torch.floor(base / DRAW_STEP + dither)
+    rounded = (level + 0.5 - dither) * DRAW_STEP
+    intensity = torch.stack([slope * rounded + constant for slope, constant in lines]).amax(dim=0)
+    arrival_time = slot + 1.0 - numbers[..., 0]
+    return level, intensity - log_share > torch.log(arrival_time)
+
+
+def shortfall(proposed: Tensor, shift: Tensor, lines: Lines, offsets: Tensor, known: Candidates) -> Tensor:
+    """By how much every entry of the windows [n, window] at least fails to be drawn: below 0 for the few that may be.
+
+    A bound that takes few operations.
+    """
+    device = proposed.device
+    shares = device_tables(known.num_cells.size, device)[1].unfold(0, known.window, 1)
+    base = torch.sub(proposed, 2 * shift).mul_(0.5)
+    needed = shares[offsets].add_(device_steps(MOST_EXACT, known.window, device).log_slots)
+    short, other = torch.empty_like(base).fill_(math.inf), torch.empty_like(base)
+    for slope, constant in lines:
+        # Rounding adds at most half a step, float32 far less than the hundredth more.
+        most = (constant + slope * (DRAW_STEP / 2 + 0.01)).float()
+        torch.minimum(short, torch.sub(needed, base, alpha=slope, out=other).sub_(most), out=short)
+    return short
+
+
+# ------------------------------------------------------------------------------------------------- as many as there are
+
+
+def exact_ids(
+    logits: Tensor, peaks: Tensor, shift: Tensor, whole: Tensor, draws: Draws, known: Candidates
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Logits [n, k] and ids of what is stored exactly, likeliest first, and which of the k columns a row uses.
+
+    A position that has no id worth storing stores its likeliest. No row takes more room than there is: None.
+    """
+    n, device = logits.shape[0], logits.device
+    lines = lines_of(whole, draws)
+    row, column = _above(logits, peaks, least_logit(shift, lines, known))
+    value = logits[row, column]
+    log_share = device_tables(known.num_cells.size, device)[2]
+    of_rows = [(slope, constant[row, 0]) for slope, constant in lines]
+    exact = is_worth(value, shift[row, 0], of_rows, log_share[column], known.window)
+    row, column, value = row[exact], column[exact], value[exact]
+    counts = torch.bincount(row, minlength=n)
+    width = max(1, int(counts.max())) if n else 1
+    _, (values, ids) = pad(n, width, row, (value, column), (-math.inf, 0))
+    none = (counts == 0).nonzero().squeeze(1)
+    if none.numel():
+        values[none, 0], ids[none, 0] = logits[none].max(dim=1)
+    values, order = values.topk(min(width, MOST_EXACT), dim=1)
+    return values, ids.gather(1, order), values > -math.inf, None
+
+
+def accepted(
+    proposed: Tensor,
+    shift: Tensor,
+    lines: Lines,
+    numbers: Tensor,
+    offsets: Tensor,
+    exact: Tensor,
+    known: Candidates,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Draws of each row [n], their slots and levels [n, width]; None as above. Ids stored exactly are not drawn."""
+    sequence, log_share, _ = device_tables(known.num_cells.size, proposed.device)
+    row, slot = _possible(proposed, shift, lines, offsets, known)
+    entry = offsets[row] + slot
+    of_rows = [(slope, constant[row, 0]) for slope, constant in lines]
+    level, taken = draw_level(proposed[row, slot], slot, shift[row, 0], of_rows, numbers[row], log_share[entry])
+    row, slot, level, entry = row[taken], slot[taken], level[taken], entry[taken]
+    drawn = (exact[row] != sequence[entry, None]).all(dim=1)
+    counts, (slots, levels) = pad(proposed.shape[0], width, row[drawn], (slot[drawn], level[drawn]))
+    return counts, slots, levels, None
+
+
+def pad(
+    n: int, width: int, row: Tensor, columns: tuple[Tensor, Tensor], fill: tuple[float, float] = (0, 0)
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Values ordered by ``row`` as rows [n, width] of equal length, and their counts; what does not fit is left out."""
+    counts = torch.bincount(row, minlength=n)
+    place = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
+    fits = place < width
+    row, place = row[fits], place[fits]
+    first, second = (column.new_full((n, width), value) for column, value in zip(columns, fill, strict=True))
+    first[row, place] = columns[0][fits]
+    second[row, place] = columns[1][fits]
+    return counts.clamp(max=width), (first, second)
+
+
+def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the logits above ``bound`` [n, 1]: few, so only the runs that have one are looked at."""
+    row, run = (peaks > bound).nonzero(as_tuple=True)
+    columns = run[:, None] * RUN + torch.arange(RUN, device=logits.device)
+    inside = columns < logits.shape[1]
+    values = logits[row[:, None], columns.clamp_(max=logits.shape[1] - 1)]
+    which, place = ((values > bound[row]) & inside).nonzero(as_tuple=True)
+    return row[which], columns[which, place]
+
+
+def _possible(
+    proposed: Tensor, shift: Tensor, lines: Lines, offsets: Tensor, known: Candidates
+) -> tuple[Tensor, Tensor]:
+    """Row and slot of the few entries of all windows that may be drawn."""
+    found = []
+    for rows in blocks_of(proposed.shape[0], proposed.device, 16 * known.window):
+        of_rows = [(slope, constant[rows]) for slope, constant in lines]
+        short = shortfall(proposed[rows], shift[rows], of_rows, offsets[rows], known)
+        found.append(_negative(short) + rows.start * known.window)
+    places = torch.cat(found)
+    return places // known.window, places % known.window
+
+
+def _negative(values: Tensor) -> Tensor:
+    """Flat places of the values below zero; on CPUs by numpy, which is five times quicker where they are few."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
+    return (values < 0).flatten().nonzero().squeeze(1)
+
+
+def blocks_of(n: int, device: torch.device, row_bytes: int) -> list[slice]:
+    """Runs of rows that stay in a processor's cache; one run elsewhere. At least one, which may be empty."""
+    block = max(1, torch.get_num_threads() * _BLOCK_BYTES // row_bytes) if cuts_for_cache(device) else max(n, 1)
+    return [slice(begin, min(begin + block, n)) for begin in range(0, max(n, 1), block)]
