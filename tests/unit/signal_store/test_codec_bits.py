@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from liquid_llm.signal_store.codecs.tail.bits import MAX_WIDTH, BitReader, BitsError, BitWriter
+from liquid_llm.signal_store.codecs.tail.bits import MAX_WIDTH, BitReader, BitsError, BitWriter, _likely_parameters
 
 Ints = NDArray[np.int64]
 COUNTS = st.lists(st.integers(0, 300), max_size=60)
@@ -55,6 +55,15 @@ def test_numbers(values: list[int]) -> None:
 def test_unary(values: list[int]) -> None:
     column = array(values)
     check(lambda out: out.unary(column), lambda source: source.unary(column.size), column)
+
+
+@given(groups=st.lists(COUNTS.filter(len), min_size=1, max_size=3), factor=st.sampled_from([1, 3, 50, 3000]))
+def test_the_best_rice_parameter_is_among_the_likely(groups: list[list[int]], factor: int) -> None:
+    columns = [array(values) * factor for values in groups]
+    likely = _likely_parameters(np.array([one.sum() for one in columns]), np.array([one.size for one in columns]))
+    for column in columns:
+        assert int(np.argmin([(column >> k).sum() + column.size * k for k in range(16)])) in likely
+    assert len(likely) < 16
 
 
 @given(values=COUNTS, factor=st.sampled_from([1, 50, 3000]))

@@ -138,11 +138,11 @@ class TailCodec(Codec):
         levels, values = stored
         exponent = BASE_TEMPERATURE / temperature
         partition = _partition(levels, values, exponent)
-        head_log = exponent * values.head_base - partition[values.head_rows]
+        head_log = exponent * values.head_base - np.repeat(partition, levels.head_counts)
         head_weight = np.exp(head_log) / values.of_head(dither_gain, exponent)
         base = values.draw_base(levels.draw_levels)
-        draw_log = exponent * base - partition[values.draw_rows]
-        wanted = np.exp(self._draws.log_intensity(base, values.partition[values.draw_rows]))
+        draw_log = exponent * base - np.repeat(partition, levels.draw_counts)
+        wanted = np.exp(self._draws.log_intensity(base, values.of_draws(values.partition)))
         accepted = np.minimum(wanted, values.draw_share * candidates(vocab_size).window)  # times on average
         draw_weight = np.exp(draw_log) / (accepted * dither_gain(exponent, DRAW_STEP))
         # The divergence is weights times log-probabilities: a rounding that raises the one raises the other.

@@ -14,6 +14,9 @@ at a byte.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,13 +45,13 @@ class BitWriter:
 
     def fixed(self, values: Ints, widths: Ints | int) -> None:
         """``values[i]`` in ``widths[i]`` bits, lowest first."""
-        if isinstance(widths, int):
-            bits = (values[:, None] >> np.arange(widths)) & 1
-            self._append(bits.astype(np.uint8).ravel())
+        widest = widths if isinstance(widths, int) else int(widths.max(initial=0))
+        if widest == 0:
             return
-        starts = np.cumsum(widths) - widths
-        within = np.arange(int(widths.sum())) - np.repeat(starts, widths)
-        self._append(((np.repeat(values, widths) >> within) & 1).astype(np.uint8))
+        room = np.dtype("u1" if widest <= 8 else "<u2" if widest <= 16 else "<u4")
+        bits = np.unpackbits(values.astype(room)[:, None].view(np.uint8), axis=1, bitorder="little")
+        used = bits[:, :widths] if isinstance(widths, int) else bits[np.arange(bits.shape[1]) < widths[:, None]]
+        self._append(used.ravel())
 
     def unary(self, values: Ints) -> None:
         ends = np.cumsum(values + 1)
@@ -59,8 +62,8 @@ class BitWriter:
 
     def rice(self, values: Ints) -> None:
         """Non-negative values, with the k that makes the column shortest."""
-        parameters = np.arange(_MAX_RICE + 1)
-        k = int(np.argmin((values >> parameters[:, None]).sum(axis=1) + values.size * parameters))
+        parameters = _likely_parameters(values.sum(keepdims=True), np.array([values.size]))
+        k = parameters[int(np.argmin([(values >> k).sum() + values.size * k for k in parameters]))]
         self.number(k)
         self.unary(values >> k)
         self.fixed(values & ((1 << k) - 1), k)
@@ -68,10 +71,10 @@ class BitWriter:
     def rice_by(self, values: Ints, groups: Ints, num_groups: int) -> None:
         """A Rice column with one k for each of ``num_groups`` groups of values, which the reader can tell apart."""
         counts = np.bincount(groups, minlength=num_groups)
-        sizes = [
-            np.bincount(groups, weights=values >> k, minlength=num_groups) + counts * k for k in range(_MAX_RICE + 1)
-        ]
-        ks = np.argmin(sizes, axis=0)
+        sums = np.bincount(groups, weights=values, minlength=num_groups)
+        parameters = _likely_parameters(sums, counts)
+        sizes = [np.bincount(groups, weights=values >> k, minlength=num_groups) + counts * k for k in parameters]
+        ks = np.where(counts > 0, np.argmin(sizes, axis=0) + parameters[0], 0)
         self.fixed(ks, 4)
         k = ks[groups]
         self.unary(values >> k)
@@ -110,6 +113,18 @@ class BitWriter:
 
     def _append(self, bits: Bytes) -> None:
         self._parts.append(np.packbits(bits, bitorder="little").tobytes())
+
+
+def _likely_parameters(sums: NDArray[Any], counts: Ints) -> range:
+    """The k among which the best Rice parameter is, of each group of ``counts`` values that add up to ``sums``.
+
+    One more bit a value pays as long as sum ceil((v >> k) / 2) exceeds the number of values. By the bounds of ``ceil``
+    it pays while 2**k is below a third of the mean, and not once 2**k has reached the mean.
+    """
+    means = sums[counts > 0] / counts[counts > 0]
+    highest = math.ceil(math.log2(max(1.0, means.max(initial=0.0)))) + 1  # one more for the rounding of logarithms
+    lowest = math.floor(math.log2(max(1.0, means.min(initial=math.inf) / 3))) if means.size else 0
+    return range(min(lowest, _MAX_RICE), min(highest, _MAX_RICE) + 1)
 
 
 class BitReader:
@@ -162,7 +177,7 @@ class BitReader:
             raise BitsError("a column ends too early")
         bits = np.unpackbits(self._data[self._at : self._at + size], bitorder="little")
         self._at += size
-        ends = np.flatnonzero(bits)
+        ends = np.flatnonzero(bits.view(bool))
         if ends.size != count:
             raise BitsError(f"{ends.size} values in a column of {count}")
         values: Ints = ends.copy()

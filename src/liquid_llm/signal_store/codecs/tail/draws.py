@@ -76,7 +76,8 @@ class Draws:
         return at_1, at_2, at_4
 
     def log_intensity(self, base: Floats, partition: Floats) -> Floats:
-        """Log of the intensity of ids with log-probability ``base`` [m]; ``partition`` [m, nodes]: F at ``NODES``."""
+        """Log of the intensity of ids with log-probability ``base`` [m]; ``partition`` [m, nodes]: F at the first two
+        of ``NODES``, or at more."""
         at_1, at_2, at_4 = self.logs
         return np.maximum(
             np.maximum(base + at_2, 2.0 * base + (at_1 - partition[:, 1])), 0.5 * base + (at_4 - partition[:, 0])

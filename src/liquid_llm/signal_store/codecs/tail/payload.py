@@ -93,7 +93,7 @@ class Values:
         self.head_starts = np.cumsum(levels.head_counts) - levels.head_counts
         steps = np.full(self.head_rows.size, HEAD_STEP)
         steps[self.head_starts] = TOP_STEP
-        self.head_base = undither(levels.head_levels, self._numbers[self.head_rows, 1], steps)
+        self.head_base = undither(levels.head_levels, np.repeat(self._numbers[:, 1], levels.head_counts), steps)
         nodes = levels.partition.shape[1]
         self.partition = undither(levels.partition, node_dithers(self._numbers)[:, :nodes], PARTITION_STEP)
         for column, exponent in enumerate(NODES[:nodes]):
@@ -101,9 +101,11 @@ class Values:
         self.draw_rows = np.repeat(every, levels.draw_counts)
         self._slots = levels.draw_slots
         starts = window_starts(levels.seed, 0, n, known)
-        self.draw_ids = known.sequence[starts[self.draw_rows] + self._slots].astype(np.int64)
+        self._counts = levels.draw_counts
+        self.draw_ids = known.sequence[np.repeat(starts, self._counts) + self._slots].astype(np.int64)
         self.draw_share = known.share[self.draw_ids]
-        self._draw_dither = (self._numbers[self.draw_rows, 5] + self._slots * DRAW_TURN) % 1.0
+        dither = np.repeat(self._numbers[:, 5], self._counts) + self._slots * DRAW_TURN
+        self._draw_dither = dither - np.floor(dither)
 
     def head_sum(self, exponent: float) -> Floats:
         """log of the exact ids' part of sum exp(exponent * l) [n]."""
@@ -116,14 +118,18 @@ class Values:
         found[self.head_starts] = function(exponent, TOP_STEP)
         return found
 
+    def of_draws(self, partition: Floats) -> Floats:
+        """For every draw what ``partition`` [n, nodes] has of its position, as far as an intensity asks for it."""
+        return np.repeat(partition[:, :2], self._counts, axis=0)
+
     def draw_base(self, levels: Ints) -> Floats:
         """l of every draw."""
         return undither(levels, self._draw_dither, DRAW_STEP)
 
     def least_levels(self, draws: Draws) -> Ints:
         """The least level with which an id is drawn from its slot, for every draw."""
-        log_intensity = np.log((self._slots + 1.0 - self._numbers[self.draw_rows, 0]) * self.draw_share)
-        base = draws.base_of(log_intensity, self.partition[self.draw_rows])
+        arrival_time = self._slots + 1.0 - np.repeat(self._numbers[:, 0], self._counts)
+        base = draws.base_of(np.log(arrival_time * self.draw_share), self.of_draws(self.partition))
         least: Ints = np.floor(base / DRAW_STEP - 0.5 + self._draw_dither).astype(np.int64) + 1
         return least
 
