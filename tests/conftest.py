@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gc
+import getpass
 import logging
 import os
 import random
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from hypothesis import settings
 from tests.support.accelerator import Accelerator, install
+from tests.support.costs import Costs
 from tests.support.gcs import Bucket, FakeGcs, running_server
 from tests.support.processes import end_all
 from tests.support.tiny import end_started
@@ -42,7 +46,28 @@ def pytest_configure(config: pytest.Config) -> None:
     unsupported = "ignore:You are using a non-supported Python version:FutureWarning"
     config.addinivalue_line("filterwarnings", unsupported)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` would have no run hear it
+    config.pluginmanager.register(Costs())
+    if not hasattr(config, "workerinput"):
+        _begin_a_folder_of_our_own()
     install()  # before any backward pass: autograd has a queue only for devices that are there when it is first used
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What torch, transformers and the tests are made of lives to the end: no collection looks at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+# What a test kills leaves its temporary folders behind: gigabytes in a day. They lie in one, which goes at the end.
+def _begin_a_folder_of_our_own() -> None:
+    """For temporary files of the tests and of what they start; pytest's own folders and torch's cache stay outside."""
+    outside = tempfile.gettempdir()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/torchinductor_{getpass.getuser()}")
+    folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="liquid-tests-")
+    tempfile.tempdir = None
+    # After multiprocessing has removed its own folder, which lies in this one.
+    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

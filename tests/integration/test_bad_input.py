@@ -2,10 +2,9 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import pytest
+from tests.support import forked
 from tests.support.models import tiny_model
 from tests.support.tiny import VOCAB_SIZE, Tiny, build
 from tests.support.tokenizers import tiny_tokenizer
@@ -186,7 +185,7 @@ def test_a_full_disk_is_one_message_and_leaves_no_half_checkpoint(captured, tmp_
         "from liquid_llm.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
     words = captured.train_words(tmp_path, max_steps=6, save_every=2, eval_every=0)
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=240)
+    done = forked.run(["-c", code, *words])
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr.splitlines()[-1]

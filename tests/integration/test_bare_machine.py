@@ -1,18 +1,20 @@
 """A machine that has torch and transformers but not every dependency: local JSONL and a model folder need no more.
 
-The packages are not removed: in a process of its own the path finder does not see them.
+The packages are not removed: in a process of its own, which has none of this project yet, the path finder does not see
+them.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.support import forked
 from tests.support.gguf_files import write_gguf
 from tests.support.models import tiny_model
+from tests.support.servers import LIBRARIES
 from tests.support.tiny import Tiny
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -26,6 +28,8 @@ class Without(importlib.machinery.PathFinder):
     def find_spec(cls, name, path=None, target=None):
         return None if name.partition(".")[0] in {ABSENT!r} else super().find_spec(name, path, target)
 
+for name in [name for name in sys.modules if name.partition(".")[0] in {ABSENT!r}]:
+    del sys.modules[name]  # the server that this is forked from has what other libraries load
 sys.meta_path[:] = [Without if one is importlib.machinery.PathFinder else one for one in sys.meta_path]
 from liquid_llm.cli.main import main
 code = main(sys.argv[1:])
@@ -36,7 +40,7 @@ sys.exit(f"imported: {{present}}" if present else code)
 
 def bare(words: list[str]) -> subprocess.CompletedProcess[str]:
     """``liquid WORDS`` where the packages are absent."""
-    return subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, timeout=240)
+    return forked.run(["-c", BARE, *words], server=LIBRARIES)
 
 
 def assert_done(done: subprocess.CompletedProcess[str]) -> None:
@@ -48,7 +52,7 @@ def test_the_finder_hides_them() -> None:
         f"\ntry:\n    import {name}\n    sys.exit('{name} is there')\nexcept ImportError:\n    pass\n"
         for name in ABSENT
     )
-    assert_done(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60))
+    assert_done(forked.run(["-c", script], server=LIBRARIES))
 
 
 def test_help() -> None:

@@ -3,13 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.forked import Forked
 from tests.support.tiny import Tiny, build, run, start
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint, read_sidecar
@@ -49,7 +48,7 @@ def wait_for(condition, process, seconds=120):
         if condition():
             return
         assert process.poll() is None, "it ended before the moment to kill it: " + (process.stderr.read() or "")
-        time.sleep(0)  # a checkpoint of so small a model is written in milliseconds
+        time.sleep(0.0005)  # a checkpoint of so small a model is written in milliseconds
     raise AssertionError("the moment to kill never came")
 
 
@@ -92,10 +91,9 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
-def start_on_a_slow_disk(words: list[str]) -> subprocess.Popen[str]:
+def start_on_a_slow_disk(words: list[str]) -> Forked:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SLOW_DISK, *words]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return Forked(["-c", SLOW_DISK, *words], env=environment, stdout=False)
 
 
 def steps_taken_while_it_is_written(run_dir: Path, step: int) -> bool:

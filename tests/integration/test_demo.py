@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def test_the_demo_runs_every_stage_and_shows_its_result(tmp_path, capsys):
     tiny = build(tmp_path / "tiny", teacher_steps=150)
     base = tmp_path / "demo"
-    words = ["demo", "--dir", str(base), "--teacher", str(tiny.teacher), "--scale", "0.2"]
+    words = ["demo", "--dir", str(base), "--teacher", str(tiny.teacher), "--scale", "0.1"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     runs = {name: base / "runs" / name for name in ("plain", "distilled")}

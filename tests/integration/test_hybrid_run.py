@@ -1,11 +1,11 @@
 """The main job by its real command lines on small real models: capture, hybrid training, what a run leaves behind."""
 
 import json
-import subprocess
-import sys
 import weakref
 
 import pytest
+from tests.support import forked
+from tests.support.servers import LIBRARIES
 from tests.support.tiny import Tiny, build, run
 
 from liquid_llm.cli.main import main
@@ -99,7 +99,7 @@ def test_the_student_opens_in_a_fresh_process_and_generates(finished):
         "i = t('Question: Ada', return_tensors='pt', add_special_tokens=False)\n"
         "print(m.generate(**i, max_new_tokens=8, do_sample=False, pad_token_id=0).shape[1] > i['input_ids'].shape[1])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(finished / "student")], capture_output=True, text=True)
+    done = forked.run(["-c", code, str(finished / "student")], server=LIBRARIES)
     assert done.stdout.strip() == "True", done.stderr
 
 

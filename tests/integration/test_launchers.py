@@ -92,7 +92,7 @@ def test_a_capture_that_is_asked_to_stop_says_so_and_goes_on_later(captured: Tin
     process = start(CAPTURE, words)
     while not files(tmp_path, "math/*.pt") and not files(tmp_path, "code/*.pt"):
         assert process.poll() is None
-        time.sleep(0)
+        time.sleep(0.0005)
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err

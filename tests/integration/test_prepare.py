@@ -8,8 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.support import readme, texts
+from tests.support.forked import Forked
 from tests.support.gcs import Bucket
 from tests.support.raw_inputs import RAW, jsonl, zipped
 from tests.support.tiny import Tiny, build, files
@@ -123,10 +122,10 @@ def test_a_killed_command_is_run_again_and_ends_with_the_same_shards(
     prepare(capsys, clean)
     catalog = str(tmp_path / "killed.yaml")
     Path(catalog).write_text(yaml.safe_dump({"a": {**one, "out": "killed"}}))
-    words = [sys.executable, "-m", "liquid_llm.cli.main", "prepare", f"--datasets_yaml={catalog}"]
+    words = ["-m", "liquid_llm.cli.main", "prepare", f"--datasets_yaml={catalog}"]
     kills = 0
     for shards_at_least in (1, 4, 9):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Forked(words, stdout=False, stderr=False)
         while process.poll() is None and len(files(tmp_path / "killed", "a-*")) < shards_at_least:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -403,7 +402,7 @@ time.sleep(600)
 def test_a_toolkit_ends_with_the_command_that_runs_it(strange: str, tmp_path: Path) -> None:
     script = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + ' ')\ntime.sleep(600)\n"
     words = [f"--datasets_yaml={strange}", *toolkit_zip(tmp_path / "t.zip", prepare_py=script)]
-    process = subprocess.Popen([sys.executable, "-m", "liquid_llm.cli.main", "prepare", *words], stderr=subprocess.PIPE)
+    process = Forked(["-m", "liquid_llm.cli.main", "prepare", *words], stdout=False)
     deadline = time.monotonic() + 60
     while not ((tmp_path / "pid").exists() and " " in (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
 import yaml
+from tests.support.forked import Forked
 from tests.support.tiny import build, files
 
 from liquid_llm.cli.main import main
@@ -93,13 +92,8 @@ def assert_same(folder, finished):
 
 def begin(asked, folder):
     """The same command as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "liquid_llm", *words(asked, folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return Forked(["-m", "liquid_llm", *words(asked, folder)], env=environment, stdout=False)
 
 
 def wait_for(folder, pattern):

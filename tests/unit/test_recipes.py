@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.support import forked
 from tests.support.recipes import EXAMPLES, PAGE, Recipe, apply, read_recipes
+from tests.support.servers import LIBRARIES
 from tests.support.sources import REPOSITORY, imports, parse
 from tests.support.teachers import IDENTITY, batch_of, make_samples, random_logits
 from tests.support.tiny import VOCAB_SIZE, Tiny, build
@@ -89,14 +90,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def liquid(sources: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "liquid_llm", *words],
-        env={**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return forked.run(["-m", "liquid_llm", *words], env=environment, server=LIBRARIES)
 
 
 def test_the_options_of_the_copy_list_what_was_added(extended: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from tests.support import forked
 
 from liquid_llm import runtime
 from liquid_llm.errors import UsageError
@@ -259,7 +260,7 @@ with StopSignal() as stop:
     os.kill(pid, int(sys.argv[1]))
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stop.requested)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, timeout=280)
+    done = forked.run(["-c", code, str(int(number))])
     assert (done.stdout, done.stderr) == (f"{int(status)} False\n", "")
 
 

@@ -6,14 +6,13 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import pytest
-from tests.support import capture_process, killed_writers
+from tests.support import capture_process, forked, killed_writers
+from tests.support.forked import Forked
 from tests.support.teachers import ListSource, make_samples, tiny_teacher
 
 from liquid_llm.capture.job import CaptureSummary, capture
@@ -21,13 +20,13 @@ from liquid_llm.signal_store.records import Record
 from liquid_llm.signal_store.store import open_store
 
 ROOT = Path(capture_process.__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
-def job(folder: Path, count: int, pause: float, *share: int) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", capture_process.__name__, str(folder), str(count), str(pause), *map(str, share)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+def job(folder: Path, count: int, pause: float, *share: int) -> Iterator[Forked]:
+    words = ["-m", capture_process.__name__, str(folder), str(count), str(pause), *map(str, share)]
+    process = Forked(words, cwd=ROOT, env=ENVIRONMENT, stderr=False)
     try:
         yield process
     finally:
@@ -112,9 +111,7 @@ def test_ranks_killed_and_restarted_with_another_world_size(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_writers_of_shards_killed_at_any_moment(tmp_path: Path) -> None:
     """What was published stays, nothing half-written shows, and a sample written by several has one record."""
-    command = [sys.executable, "-m", killed_writers.__name__, str(tmp_path), "40"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = forked.run(["-m", killed_writers.__name__, str(tmp_path), "40"], cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["kills"] == 80

@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import crashing_saves
+from tests.support import crashing_saves, forked
 from tests.support.checkpoints import metadata_of, state_of, trained_model
+from tests.support.forked import Forked
 from tests.support.limits import largest_file
 
 from liquid_llm import storage
@@ -442,7 +440,7 @@ def check_after_crash(folder: Path, least: int) -> int:
 
 
 def script(*arguments: str) -> list[str]:
-    return [sys.executable, str(Path(crashing_saves.__file__)), *arguments]
+    return [str(Path(crashing_saves.__file__)), *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -459,9 +457,7 @@ def quick_path() -> Iterator[Path]:
 
 
 def test_killed_before_every_single_file_system_call(quick_path: Path) -> None:
-    output = subprocess.run(
-        script("points", str(quick_path)), env=environment(), capture_output=True, text=True, check=True
-    )
+    output = forked.run(script("points", str(quick_path)), env=environment(), check=True)
     results = [json.loads(line) for line in output.stdout.splitlines()]
     assert len(results) > 100
     for one in results:
@@ -470,14 +466,7 @@ def test_killed_before_every_single_file_system_call(quick_path: Path) -> None:
 
 def test_killed_at_random_moments(quick_path: Path) -> None:
     rounds = 25
-    process = subprocess.Popen(
-        script("random", str(quick_path), str(rounds)),
-        env=environment() | {"PYTHONHASHSEED": str(random.randrange(1000))},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    with Forked(script("random", str(quick_path), str(rounds)), env=environment(), stdin=True, stderr=False) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         acknowledged, killed = 0, 0

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from tests.support import forked
 
 from liquid_llm.cli.main import guard, main
 from liquid_llm.errors import StorageError
@@ -72,7 +73,7 @@ def job():
     raise KeyError("http://me:s3cr3tPassw0rd@host/x and hf_planted0123456789abcdefXYZ")
 guard(job)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    done = forked.run(["-c", code])
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "KeyError: 'http://***@host/x and ***'" in done.stderr
@@ -96,7 +97,7 @@ def job():
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 print(guard(job))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    done = forked.run(["-c", code])
     assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM}\n", "")
 
 

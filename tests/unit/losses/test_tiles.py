@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support import forked
 
 HERE = Path(__file__).parent
 
@@ -44,7 +45,5 @@ def test_tiles_are_at_work() -> None:
     )
     for newest, expected in (("DEFAULT", 64.0), ("AVX512_CORE_BF16", 64 * (1 + 2**-12) ** 2)):
         environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": newest}
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        )
+        done = forked.run(["-c", script], env=environment, check=True)
         assert float(done.stdout) == pytest.approx(expected, rel=1e-7)

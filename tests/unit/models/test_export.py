@@ -1,10 +1,10 @@
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.support import forked
+from tests.support.servers import LIBRARIES
 from tests.support.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,15 +32,8 @@ def test_a_saved_student_opens_and_generates_in_a_fresh_process(preset, tmp_path
     fit_positions(student, 64, rope_scale=2.0)
     folder = save_student(student, tokenizer, tmp_path / "run" / "student")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-    )
+    words = ["-c", FRESH_PROCESS, str(folder)]
+    done = forked.run(words, cwd=tmp_path, env=environment | {"HF_HUB_OFFLINE": "1"}, server=LIBRARIES)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids

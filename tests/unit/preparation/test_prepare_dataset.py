@@ -6,8 +6,6 @@ import gzip
 import itertools
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support import killed_preparations, raw_inputs
+from tests.support import forked, killed_preparations, raw_inputs
 from tests.support.raw_inputs import RAW, jsonl
 
 from liquid_llm.data.manifest import read_manifest
@@ -265,8 +263,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_shards(tmp_pat
     put(tmp_path, **{f"{n}_jsonl": jsonl([*ROWS[n * 9 : n * 9 + 12], "bad"]) for n in range(2)})
     run(replace(dataset, out=str(new)))
     words = [str(tmp_path / "datasets.yaml"), str(old), str(new)]
-    script = [sys.executable, "-m", "tests.support.killed_preparations"]
-    done = subprocess.run([*script, *words], capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run(["-m", "tests.support.killed_preparations", *words])
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads(done.stdout)
     assert seen["points"] > 20

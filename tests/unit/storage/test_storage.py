@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support import forked
 from tests.support.faults import CUT, DROP, LOST, RESET, SHORT, SLOW, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket, free_port, put_packed, running_server
 from tests.support.limits import largest_file
@@ -596,7 +597,7 @@ def test_gcsfs_is_told_not_to_ask_for_grpc_only_with_an_emulator(gcs: Bucket) ->
         f"print(storage.read_bytes({gcs.uri + '/x'!r}), os.environ.get(name))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    run = forked.run(["-c", code], check=True, env=environment)
     assert run.stdout.splitlines() == ["None", "b'1' false"]
     assert run.stderr == ""
 
@@ -615,7 +616,7 @@ if pid == 0:
 assert os.waitpid(pid, 0)[1] == 0
 print(storage.read_bytes(uri + '/y'))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    run = forked.run(["-c", code], check=True)
     assert run.stdout.strip() == "b'parent and child'"
 
 
@@ -629,7 +630,7 @@ try:
 except StorageError as error:
     print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    run = forked.run(["-c", code], check=True)
     assert run.stdout.count("\n") == 1
     assert run.stderr == ""
 

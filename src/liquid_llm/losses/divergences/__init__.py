@@ -217,7 +217,7 @@ def get_divergence(spec: str, temperature: float = 1.0) -> Divergence:
     """
     name, options = read_spec(spec)
     made: Callable[..., Divergence] = registry.load(registry.DIVERGENCES, name)
-    known = list(inspect.signature(made).parameters)
+    known = list(inspect.signature(made).parameters) if options else []
     for option in options:
         if option not in known:
             takes = f"only {', '.join(known)}" if known else "none"
