@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.py"
@@ -20,8 +20,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it would meas
 
 def hold(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A session; tests are few, because `make test` runs them all beside this."""
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=out.parent)
+    return begin(SCRIPT, "--out", str(out), *words)
+
+
+def begin(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Its parts are processes of their own that have the libraries already."""
+    place = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    return forked.run(["-m", "tests.support.forked_session", str(script), *words], env=place, timeout=280)
 
 
 def rows_of(out: Path) -> list[dict[str, object]]:
@@ -67,8 +72,7 @@ def test_a_part_that_hangs_or_dies_takes_no_other_with_it(tmp_path: Path) -> Non
         "import os\ndef run(context):\n    context.ran('two')\n    os.kill(os.getpid(), 9)\n"
     )
     (copy / "timing.py").write_text("def run(context):\n    context.ran('three')\n")
-    command = [sys.executable, str(script), "--out", str(tmp_path / "out"), "--parts", "ceilings,memory,timing"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    done = begin(script, "--out", str(tmp_path / "out"), "--parts", "ceilings,memory,timing")
     assert done.returncode == 0, done.stderr[-3000:]
     found = [(row["name"], row["status"]) for row in rows_of(tmp_path / "out") if row["part"] != "session"]
     broken = [("the part itself", "failed")]
@@ -78,11 +82,6 @@ def test_a_part_that_hangs_or_dies_takes_no_other_with_it(tmp_path: Path) -> Non
     assert "killed after" in text
     assert "LOOK AT ceilings: the part itself" in text
     assert "ended with status -9" in text
-
-
-def environment() -> dict[str, str]:
-    """Where the copied session finds the project."""
-    return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from tests.support.servers import EVERYTHING
 
@@ -169,7 +169,16 @@ def _be_a_program(words: list[str], env: dict[str, str], cwd: str, *streams: _Se
         received = stream.received()
         os.dup2(received, number)
         os.close(received)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
+    become(words, env, cwd)
+
+
+def become(words: list[str], env: Mapping[str, str], cwd: str) -> NoReturn:
+    """Make this process, which nobody else needs any more, that of a program; 0, 1 and 2 are its streams already."""
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(0, closefd=False),
+        os.fdopen(1, "w", closefd=False),
+        os.fdopen(2, "w", errors="backslashreplace", closefd=False),
+    )
     os.environ.clear()
     os.environ.update(env)
     time.tzset()
