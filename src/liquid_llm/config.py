@@ -67,6 +67,7 @@ class TeacherConfig:
     fa_wheel_uri: str | None
     fa_wheel_sha256: str | None
     shard: str
+    stream: bool
 
     @property
     def is_dealt_out(self) -> bool:

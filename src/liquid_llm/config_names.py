@@ -23,7 +23,8 @@ _UNCOUNTED = """
     num_workers data_cache prepare_data datasets_yaml prep_toolkit_zip_uri prep_toolkit_sha256 prep_extract_dir
     prep_timeout_s hf_token_file hf_token_uri hf_token_secret fa_wheel_gcs fa_wheel_sha256 device dry_run price_per_hour
     grad_checkpoint compile eval_every teacher_name lm_teacher_id hybrid teacher_mode math_logits_dir code_logits_dir
-    shard teacher_shard teacher_ranks eval_measures eval_teacher eval_answers answer_tokens sample_prompts sample_tokens
+    shard teacher_shard teacher_ranks teacher_stream eval_measures eval_teacher eval_answers answer_tokens
+    sample_prompts sample_tokens
 """
 
 

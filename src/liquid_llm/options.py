@@ -112,6 +112,7 @@ OPTIONS = (
     Option("signal", "sources", TEACHER, "sources.teacher", None, "teacher signal by type, TYPE=URI of its store, TYPE=online:MODEL or TYPE=none; several times or comma-separated", faces=EVERY),
     Option("teacher_precision", "str", TEACHER, "precision", "auto", "teacher's arithmetic; auto takes the faster one here", faces=EVERY, choices=PRECISIONS),
     Option("teacher_shard", "str", TEACHER, "shard", "none", "full: each of several processes holds a part of the online teacher's blocks alone, for a teacher that no GPU holds beside the student", choices=SHARDINGS),
+    Option("teacher_stream", "bool", TEACHER, "stream", False, "form the teacher's signal on a stream of its own, beside the student's forward pass, for the memory of a teacher's pass more (docs/gpu.md)"),
     Option("teacher_ranks", "int", TEACHER, "ranks", 0, "of several processes the last so many hold the online teachers alone, and the others train without room for them; 0: each has its own (docs/scaling.md)", minimum=0),
     Option("hf_token_file", "str", TEACHER, "token_file", None, "file with a Hugging Face token (else HF_TOKEN)", faces=EVERY),
     Option("hf_token_uri", "str", TEACHER, "token_uri", None, "URL of an object with a Hugging Face token", faces=EVERY),

@@ -38,6 +38,7 @@ from liquid_llm.schedules import StepSchedules, StepValues
 from liquid_llm.selection import PositionSelection
 from liquid_llm.sharding import make_whole
 from liquid_llm.step_sums import Tally, make_step_sums
+from liquid_llm.streams import SideStream
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -158,14 +159,20 @@ class Student(nn.Module):
         """Where the model is, and what is computed with it."""
         return next(self.model.parameters()).device
 
-    def forward(self, batch: MicroBatch, signal: Signal | None, objective: Objective) -> LossOutput:
+    def forward(
+        self, batch: MicroBatch, signal: Signal | Callable[[], Signal | None] | None, objective: Objective
+    ) -> LossOutput:
         """The summed loss of a micro-batch; see ``losses/reference.py`` for the terms.
+
+        Args:
+            signal: the teacher's, or what gives it once the student's own states are on their way.
 
         Raises:
             ValueError: a gamma above zero without a reference student.
         """
         with self._arithmetic():
-            output = self._loss(self._states(self.model, batch), batch, signal, objective)
+            hidden = self._states(self.model, batch)
+            output = self._loss(hidden, batch, signal() if callable(signal) else signal, objective)
         # What runs before backward is hung onto the loss, which must be no view of another tensor for that.
         return replace(output, loss=output.loss.clone()) if self.is_dealt_out else output
 
@@ -267,6 +274,7 @@ class Trainer:
         consumers: says what takes most of the device's memory, for the message that it does not suffice.
         names: the sample ids of a micro-batch by its number among those of all ranks, for the message of one that is
             no number.
+        teacher_stream: where a signal is formed, beside the student's forward pass; None: before it.
     """
 
     student: Student
@@ -283,6 +291,7 @@ class Trainer:
     saving: Callable[[], bool] = lambda: False
     consumers: Callable[[], str] = lambda: ""
     names: Callable[[int], Sequence[str]] = lambda number: ()
+    teacher_stream: SideStream | None = None
 
     def __post_init__(self) -> None:
         if self.grad_accum % self.engine.world_size:
@@ -361,9 +370,15 @@ class Trainer:
 
         def compute(part: MicroBatch, positions: slice, signal_of: SignalOf | None) -> ScoredBatch:
             on_device = part.to(self.student.device)
-            signal = None if signal_of is None else signal_of(on_device, positions)
+            objective = values.objective(part.type)
             with self.student.passing(on_device):
-                output: LossOutput = self.student(on_device, signal, values.objective(part.type))
+                output: LossOutput
+                if signal_of is None or self.teacher_stream is None:
+                    signal = None if signal_of is None else signal_of(on_device, positions)
+                    output = self.student(on_device, signal, objective)
+                else:
+                    with self.teacher_stream.beside(lambda: signal_of(on_device, positions)) as take:
+                        output = self.student(on_device, take, objective)
                 (output.loss / drawn.positions).backward()  # type: ignore[no-untyped-call]
             # Its graph is done with; where an adapter is trained, that would keep what the first blocks were given.
             return ScoredBatch(part, replace(output, loss=output.loss.detach()))

@@ -231,6 +231,29 @@ def test_a_step_waits_for_the_device_once(accelerator, tiny, tmp_path, monkeypat
     assert max(read) < 100, "bytes a step"
 
 
+def test_a_teacher_on_a_stream_of_its_own_gives_the_same_run(accelerator, tiny, tmp_path):
+    """Online and stored; what one stream has made the other uses behind a wait, or this device refuses it."""
+    given = {"grad_accum": 2, "grad_checkpoint": "true", "max_steps": 3}
+    runs = []
+    for stream in ("false", "true"):
+        used = accelerator.streams.ticks
+        runs.append(train(tiny, tmp_path / stream, NAME, teacher_stream=stream, **given))
+        beside = sum(accelerator.streams.ticks.values()) - sum(used.values()) - accelerator.streams.ticks[0] + used[0]
+        assert (beside > 0) == (stream == "true")
+    rows = [[without_timings(row) for row in read_metrics(run)] for run in runs]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "words"), [("cpu", {}, "one thing after another"), (NAME, {"teach": False}, "no teacher")]
+)
+def test_a_stream_that_could_do_nothing_is_refused(tiny, tmp_path, capsys, device, given, words):
+    kind = {} if given else KINDS["online"]
+    options = {**(no_teacher(tiny) if given else {}), **kind, "teacher_stream": "true", "max_steps": 1}
+    assert main(["train", *tiny.train_words(tmp_path, **{**SHORT, **options}), f"--device={device}"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_it_says_on_the_cpu(tiny, tmp_path, capsys):
     said = []
     for device in DEVICES:

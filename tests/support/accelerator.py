@@ -11,13 +11,14 @@ by the CPU's kernels, so numbers equal the CPU's; everything else is as on CUDA:
 - the device can be lost at a given launch; from then on everything on it fails (:meth:`Accelerator.lost_after`)
 - autocast has CUDA's lists of operations, ``torch.mm`` has ``out_dtype``, ``torch.pretend`` has what ``torch.cuda`` has
 - pinned memory, and copies from and to it that the host does not wait for
+- streams: everything is done in order, at once, but what one stream has written another may use only behind a wait
 
 How: torch keeps a dispatch key for backends outside of it (PrivateUse1). A tensor is carried over by DLPack, whose
 capsule says "CPU" or "extension device" in one field; an operation without a kernel of its own comes to one fallback,
 which carries its arguments over, runs it and carries the result back. Operations that torch composes of others are
 composed here too.
 
-Not pretended: streams (everything is done in order, at once), kernels' own numerics and times, the allocator's rounding
+Not pretended: that streams run beside each other, kernels' own numerics and times, the allocator's rounding
 and fragmentation, autocast's cache of cast weights, fused attention with a mask (it is composed of products),
 ``torch.Generator`` of the device (its random numbers are the CPU's), ``torch.empty(..., pin_memory=True)``, more than
 one device. A 0-dimensional CPU tensor is taken everywhere, where CUDA takes it in elementwise operations only.
@@ -39,6 +40,7 @@ import torch
 from tests.support import accelerator_rules as rules
 from tests.support.accelerator_log import Event, Log, site
 from tests.support.accelerator_memory import Memory
+from tests.support.accelerator_streams import Streams, torch_names
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -58,6 +60,7 @@ class Accelerator:
     def __init__(self) -> None:
         self.device = torch.device(NAME, 0)
         self.memory = Memory()
+        self.streams = Streams()
         self._logs: list[Log] = []
         self._launches_left: int | None = None
 
@@ -104,6 +107,7 @@ class Accelerator:
     def adopt(self, tensor: Tensor) -> Tensor:
         """A freshly made CPU tensor as one of the device, its memory counted from now until it is freed."""
         self.memory.take(tensor.untyped_storage())
+        self.streams.make(tensor.untyped_storage())
         return _carry(tensor, _DLPACK_EXTENSION)
 
     def holds(self, value: object) -> bool:
@@ -184,6 +188,9 @@ def _run(accelerator: Accelerator, compute: Callable[..., Any], operation: Any, 
     _require_same_device(operation, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
     name, args = operation._schema.name.removeprefix("aten::"), _with_tensors(operation, args)
     accelerator.note("launch", name)
+    used = [one for one in tree_leaves((args, kwargs)) if accelerator.holds(one)]
+    outs = [kwargs.get(key) if isinstance(key, str) else args[key] for key in schema.returns if key is not None]
+    accelerator.streams.launch(used, [one for one in tree_leaves(outs) if accelerator.holds(one)])
     if (why := rules.wait_of(name, args)) is not None:
         accelerator.note("wait", why)
     if isinstance(kwargs.get("out"), Tensor) and kwargs["out"].numel() == 0:
@@ -217,6 +224,8 @@ def _copy(accelerator: Accelerator, source: Tensor, target: Tensor, non_blocking
             accelerator.note("wait", "copy to the host")
     else:
         accelerator.note("launch", "copy_")
+    there = [one for one in (source, target) if accelerator.holds(one)]
+    accelerator.streams.launch(there, there[-1:] if accelerator.holds(target) else [])
     on_host(target).copy_(on_host(source))
     return target
 
@@ -245,6 +254,7 @@ def _read(accelerator: Accelerator, self: Tensor) -> Any:
     """``Tensor.item``."""
     accelerator.note("to_host", "item", self.element_size())
     accelerator.note("wait", "item")
+    accelerator.streams.launch([self], [])
     return torch.ops.aten._local_scalar_dense(on_host(self))
 
 
@@ -333,6 +343,7 @@ class _Module:
         self.get_rng_state = lambda device=None: torch.get_rng_state()
         self.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
         self.device = lambda device=None: contextlib.nullcontext()
+        vars(self).update(torch_names(accelerator.streams))
 
     def synchronize(self, device: Any = None) -> None:
         self._accelerator.note("wait", "synchronize")

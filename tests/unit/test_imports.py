@@ -49,6 +49,7 @@ LAYERS = (
         "sharding",
         "optimizers",
         "step_sums",
+        "streams",
         "unread",
         "verbosity",
         "weight_files",

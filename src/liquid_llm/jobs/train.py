@@ -37,7 +37,7 @@ from liquid_llm.storage.lease import Lease, LeaseLost
 from liquid_llm.terminal import Stage, brief, setup_logging
 from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
-from liquid_llm.wiring.compiling import compile_parts
+from liquid_llm.wiring.compiling import compile_parts, give_stream
 from liquid_llm.wiring.exports import STUDENT, keep_tokenizer, save_with_card
 from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
@@ -266,7 +266,7 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
     parts = build_parts(basis, start, data.entries, engine)
     fit = check_fit(parts.config, parts)
     say_fit(fit, parts.device)
-    parts = compile_parts(parts, start)
+    parts = compile_parts(give_stream(parts), start)
     parts.evaluator.consumers = fit.largest
     if output is not None:
         output.log.open(output.place.run_dir)  # not before everything that can fail has not
@@ -325,6 +325,7 @@ def _make_trainer(config: RunConfig, parts: Parts, feed: BatchFeed, fit: Fit, ho
         hooks=hooks,
         consumers=fit.largest,
         names=parts.stream.names,
+        teacher_stream=parts.teacher_stream,
     )
 
 
@@ -403,7 +404,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
             basis = build_basis(config, start, engine)
             parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
             fit = check_fit(parts.config, parts)
-            return compile_parts(parts, start), fit
+            return compile_parts(give_stream(parts), start), fit
 
         parts, fit = engine.together(prepare)
         config = parts.config

@@ -83,6 +83,7 @@ class TrainingShape:
         teacher: the online teacher, or None.
         teacher_pass_tokens: most padded tokens of one of its passes, or None.
         teacher_elsewhere: ranks of its own hold it, and its output head alone is here.
+        teacher_beside: its passes are made on a stream of their own, whose memory nothing else uses.
         reference: a frozen copy of the student is there for the keep-old-logits term.
         grad_checkpoint: activations are recomputed in the backward pass.
         accumulates: a step has several micro-batches, so that gradients exist while a loss is computed.
@@ -103,6 +104,7 @@ class TrainingShape:
     teacher: ModelShape | None = None
     teacher_pass_tokens: int | None = None
     teacher_elsewhere: bool = False
+    teacher_beside: bool = False
     reference: bool = False
     grad_checkpoint: bool = False
     accumulates: bool = False

@@ -126,6 +126,7 @@ class _Job:
     def __init__(self, shape: TrainingShape) -> None:
         self._accumulates, self._vocab_size, self._ranks = shape.accumulates, shape.vocab_size, shape.ranks
         self._measures, self._teacher_elsewhere = shape.measures, shape.teacher_elsewhere
+        self._teacher_beside = shape.teacher_beside
         self._objective = Objective(_ALPHA, shape.temperature, _GAMMA if shape.reference else 0.0)
         self._counter = StorageCounter()
         student = self._build(shape, STUDENT, ACTIVATIONS).train()
@@ -193,6 +194,7 @@ class _Job:
             if self._accumulates:
                 self._zero_gradients()
             signal = self._signal(batch, shape, self._objective.temperature, "teacher")
+            kept = self._work_kept(shape)
             with self._counter.stage("forward and loss", LOSS):
                 if self._dealt_out is not None:
                     self._dealt_out.gather_rest()
@@ -205,7 +207,7 @@ class _Job:
                     self._dealt_out.end()
                 self._sum_over_ranks()
             self._update()
-            del batch, signal, output
+            del batch, signal, output, kept
         return take_peaks(self._counter, shape)
 
     def evaluate(self, shape: BatchShape) -> Peaks:
@@ -253,6 +255,13 @@ class _Job:
             return dense
         with self._counter.stage(stage, SIGNAL):
             return stored_signal(shape, batch.num_positions, self._vocab_size, temperature)
+
+    def _work_kept(self, shape: BatchShape) -> Tensor | None:
+        """What the teacher's pass took and has given back, where that stays its stream's: no other work has it."""
+        if not self._teacher_beside or shape.signal != "dense" or self._teacher_elsewhere:
+            return None
+        with self._counter.stage("teacher", TEACHER_WORK):
+            return torch.empty(max(0, self._counter.stages["teacher"] - self._counter.total), dtype=torch.uint8)
 
     def _sum_over_ranks(self) -> None:
         """What ranks that have whole gradients take to sum them: a bucket, as those before it stand for gradients."""

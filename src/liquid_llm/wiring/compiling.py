@@ -1,4 +1,5 @@
-"""Whether the student's blocks are compiled (``--compile``), and doing it, with a trial before the first step."""
+"""How the device is kept busy: whether the student's blocks are compiled (``--compile``), and doing it, with a trial
+before the first step; and the teacher's stream (``--teacher_stream``)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from liquid_llm.errors import ModelError, UsageError, first_line
 from liquid_llm.models.compiled import INDUCTOR, CompiledBlocks
 from liquid_llm.models.heads import blocks_of
 from liquid_llm.runtime import Choice
+from liquid_llm.streams import SideStream, has_streams
 from liquid_llm.training import Student
 from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import Start
@@ -107,6 +109,31 @@ def _no_gain(case: Circumstances) -> str | None:
 def _why(case: Circumstances) -> str:
     shapes = " and ".join(f"{rows} x {time}" for rows, time in sorted(case.shapes))
     return f"fewer launches for each of {case.micro_batches} micro-batches; blocks of {shapes} tokens have one shape"
+
+
+def give_stream(parts: Parts) -> Parts:
+    """The parts with a stream for the teacher, where one is asked for.
+
+    Raises:
+        UsageError: there is nothing that it could do.
+    """
+    teacher = parts.config.teacher
+    if not teacher.stream:
+        return parts
+    obstacle = None
+    if not has_streams(parts.device):
+        obstacle = f"{parts.device.type} does one thing after another"
+    elif not len(parts.teachers.router):
+        obstacle = "no teacher is asked while training"
+    elif teacher.is_dealt_out:
+        obstacle = "--teacher_shard=full: a teacher that is dealt out is asked by all ranks in one order"
+    if obstacle is not None:
+        raise UsageError(
+            "the teacher cannot have a stream of its own", where="--teacher_stream", got=obstacle, remedy="leave it out"
+        )
+    log.info("the teacher's signal is formed on a stream of its own, beside the student's forward pass: requested")
+    choices = {**parts.choices, "teacher_stream": Choice("true", "requested")}
+    return replace(parts, teacher_stream=SideStream(parts.device), choices=choices)
 
 
 def compile_parts(parts: Parts, start: Start) -> Parts:

@@ -40,6 +40,7 @@ from liquid_llm.runtime import (
 from liquid_llm.schedules import StepSchedules
 from liquid_llm.selection import PositionSelection
 from liquid_llm.sources import BLOCKS, FIRST_TYPES, order_types
+from liquid_llm.streams import SideStream
 from liquid_llm.teachers.router import TeacherRouter
 from liquid_llm.terminal import Stage
 from liquid_llm.training import Progress, SkippedSteps, Student
@@ -105,6 +106,7 @@ class Parts(Basis):
     Attributes:
         group_size: micro-batches of a group in the order of the data; see ``TrainingStream``.
         order: what the order of the run is a function of, for checkpoints; see ``course``.
+        teacher_stream: see ``Trainer``.
     """
 
     built: BuiltStudent
@@ -121,6 +123,7 @@ class Parts(Basis):
     order: dict[str, Any]
     progress: Progress
     accumulator: StepAccumulator
+    teacher_stream: SideStream | None = None
 
 
 def build_basis(config: RunConfig, start: Start, engine: Engine) -> Basis:

@@ -169,6 +169,7 @@ def shape_of(
         teacher=models.teacher,
         teacher_pass_tokens=None if device == "cpu" or config.teacher.is_dealt_out else PASS_TOKENS,
         teacher_elsewhere=config.teacher.ranks > 0,
+        teacher_beside=config.teacher.stream,
         ranks=models.ranks,
         student_dealt_out=config.student.is_dealt_out,
         teacher_dealt_out=config.teacher.is_dealt_out,
