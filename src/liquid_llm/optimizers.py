@@ -54,7 +54,8 @@ def build_optimizer(
     ]
     if kind == ADAMW8BIT:
         return AdamW8Bit(groups, lr=lr, betas=betas)
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    # None and not False: of other devices torch knows where a whole list goes through one kernel.
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
     return adamw if kind == ADAMW else MuonAndAdamW(hidden, adamw, lr=lr, weight_decay=weight_decay)
 
 

@@ -190,6 +190,8 @@ def _run(accelerator: Accelerator, compute: Callable[..., Any], operation: Any, 
     accelerator.note("launch", name)
     used = [one for one in tree_leaves((args, kwargs)) if accelerator.holds(one)]
     outs = [kwargs.get(key) if isinstance(key, str) else args[key] for key in schema.returns if key is not None]
+    if not schema.returns and name.endswith("_"):
+        outs.append(args[0])  # a list, written in place
     accelerator.streams.launch(used, [one for one in tree_leaves(outs) if accelerator.holds(one)])
     if (why := rules.wait_of(name, args)) is not None:
         accelerator.note("wait", why)

@@ -60,10 +60,17 @@ def _convolution_backward(
     return torch.ops.aten.convolution_backward(grad, source, weight, sizes, *shape, mask)
 
 
+# What torch does to many tensors at once. CUDA has a kernel for a list of them, where other devices go through it.
+_FOREACH = (
+    *("norm.Scalar", "mul_.Tensor", "mul_.Scalar", "mul.Tensor", "add_.Scalar", "add_.List", "sub_.List", "copy_"),
+    *("zero_", "lerp_.Scalar", "addcmul_.Scalar", "sqrt", "div_.ScalarList", "div_.List", "addcdiv_.ScalarList"),
+)
+
 # Operations that the device has as CUDA has them, and what computes them on the CPU; None: the CPU's operation of the
 # same name, which torch would otherwise compose of smaller ones.
 SUBSTITUTES: dict[str, Callable[..., Any] | None] = {
     **{name: functools.partial(mixed_product, multiply) for name, multiply in MIXED.items()},
+    **{f"_foreach_{name}": None for name in _FOREACH},
     "native_layer_norm": None,
     "native_layer_norm_backward": None,
     "convolution_overrideable": torch.ops.aten.convolution.default,
