@@ -67,7 +67,10 @@ class Child:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._printed.close()
+        for pipe in (self._process.stdin, self._process.stdout, self._printed):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # what was not read is not flushed
+                pipe.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
