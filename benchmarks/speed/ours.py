@@ -20,7 +20,7 @@ from liquid_llm.optimizers import build_optimizer
 from liquid_llm.passes import SignalOf
 from liquid_llm.runtime import keep_freed_memory
 from liquid_llm.schedules import Constant, StepSchedules
-from liquid_llm.signal_store.codecs import get_codec
+from liquid_llm.signal_store.codecs import usual_codec
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.training import Progress, Student, Trainer
 
@@ -41,7 +41,7 @@ class Ours:
         self.teacher = OnlineTeacher(loaded, self.vocab_size)
         self._ids = setting.token_ids()
         self._as_they_come, self._own = setting.batches(), setting.own_batches()
-        self._codec = get_codec(CODEC)
+        self._codec = usual_codec(CODEC, num_positions=1)  # as a small store has it
         self._payloads = self._capture()
         self._at: dict[str, int] = {}
         self._batch = self._collate(self._as_they_come[0])
