@@ -130,6 +130,8 @@ def test_the_pause_that_is_asked_for_is_kept_and_can_be_given_up(world: VllmServ
     thread.start()
     while not world.seen:
         time.sleep(0.001)
+    thread.join(0.2)
+    assert thread.is_alive(), "it waits for as long as it was told to"
     server.give_up()
     thread.join(30)
     assert raised

@@ -32,16 +32,16 @@ def test_the_last_layer_of_a_file_that_is_named_by_another_machine(tmp_path: Pat
 
 
 def test_a_file_is_waited_for_until_it_is_unlocked(tmp_path: Path) -> None:
-    path, whole = tmp_path / "a.safetensors", save(tensors())
+    path = tmp_path / "a.safetensors"
     with open(tmp_path / "a.safetensors.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path.write_bytes(b"\0" * len(whole))
+        save_file(tensors(hidden_states=STATES * 0), path)  # of its size already, and not written yet
         found: list[torch.Tensor] = []
         thread = threading.Thread(target=lambda: found.append(read_states(tmp_path, path.name, IDS, 4)))
         thread.start()
         thread.join(0.1)
         assert not found
-        path.write_bytes(whole)
+        path.write_bytes(save(tensors()))
     thread.join(30)
     assert torch.equal(found[0], STATES[:, 1])
 
