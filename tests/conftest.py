@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import getpass
 import logging
 import os
 import random
@@ -63,7 +62,7 @@ def _begin_a_folder_of_our_own() -> None:
     """For temporary files of the tests and of what they start; pytest's own folders and torch's cache stay outside."""
     outside = tempfile.gettempdir()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/torchinductor_{getpass.getuser()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/liquid-tests-torchinductor")
     folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="liquid-tests-")
     tempfile.tempdir = None
     # After multiprocessing has removed its own folder, which lies in this one.
