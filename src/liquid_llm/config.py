@@ -68,11 +68,17 @@ class TeacherConfig:
     fa_wheel_sha256: str | None
     shard: str
     stream: bool
+    quantize: str
 
     @property
     def is_dealt_out(self) -> bool:
         """Whether each of several processes holds a part of an online teacher alone."""
         return self.shard == "full"
+
+    @property
+    def quantisation(self) -> str | None:
+        """What is done to the weights of a teacher that is opened here; None: nothing."""
+        return None if self.quantize == "none" else self.quantize
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,14 @@ def _sharding_problems(config: RunConfig) -> list[str]:
     problems = []
     if config.teacher.is_dealt_out and not config.asked_online:
         problems.append("--teacher_shard=full: no online teacher is asked in this run; leave it out, or name one")
-    return problems
+    return problems + _quantise_problems(config.teacher)
+
+
+def _quantise_problems(teacher: TeacherConfig) -> list[str]:
+    if teacher.quantisation is None or importlib.util.find_spec("torchao") is not None:
+        return []
+    given = f"--teacher_quantize={teacher.quantize}"
+    return [f"{given}: the package torchao is not installed: pip install 'liquid-llm[quantize]'"]
 
 
 def _optimizer_problems(config: RunConfig) -> list[str]:
@@ -198,7 +205,8 @@ def capture_problems(config: CaptureConfig) -> list[str]:
             "--math_logits_dir, --code_logits_dir and --signal TYPE=URI are all missing: say where the signal goes"
         )
     problems += _unit_problems(config)
-    return problems + _served_problems(config) + _token_problems(config.teacher) + toolkit_problems(config.data)
+    problems += _quantise_problems(config.teacher) + _served_problems(config)
+    return problems + _token_problems(config.teacher) + toolkit_problems(config.data)
 
 
 def _served_problems(config: CaptureConfig) -> list[str]:
@@ -207,6 +215,8 @@ def _served_problems(config: CaptureConfig) -> list[str]:
         names = ("served_model", "served_as", "served_requests", "hidden_states_dir")
         return [f"--{name} goes with --teacher_url, the server that it is about" for name in names if name in given]
     problems = []
+    if config.teacher.quantisation is not None:
+        problems.append("--teacher_quantize is for a teacher that is opened here; how the server's is: --served_as")
     problems += _address_problems(served.url)
     if served.words is not None and not re.fullmatch(r"[\w.+=/@ -]+(,[\w.+=/@ -]+)*", served.words):
         problems.append(f"--served_as takes words separated by commas, such as bfloat16,awq; got {served.words!r}")

@@ -209,7 +209,7 @@ def load_torchao() -> tuple[tuple[Any, Any], dict[bool, tuple[float, ...]]]:
     """torchao's moments of 8 bits and its update of one parameter; what the codes of a moment with and without a sign
     stand for, which cannot be worked out once tensors are pretended.
     """
-    with _quiet_torchao():
+    with quiet_torchao():
         from torchao.optim.adam import single_param_adam
         from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
 
@@ -217,7 +217,7 @@ def load_torchao() -> tuple[tuple[Any, Any], dict[bool, tuple[float, ...]]]:
 
 
 @contextmanager
-def _quiet_torchao() -> Iterator[None]:
+def quiet_torchao() -> Iterator[None]:
     """What it says of kernels that it was not built with, and that nothing here asks for, is not said."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [one.level for one in loggers]

@@ -38,6 +38,7 @@ AUTO = "auto"
 AUTO_BATCH = 0  # what stands for it in the configuration, until a batch is chosen
 SHARDINGS = ("none", "full")
 PRECISIONS = ("auto", "bfloat16", "float32")
+QUANTISATIONS = ("none", "int8")
 ALL_LINEAR = "all-linear"
 ADAMW, ADAMW8BIT, MUON = OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
@@ -111,6 +112,7 @@ OPTIONS = (
     Option("code_logits_dir", "str", TEACHER, "code_dir", None, "folder or URL of the stored code signal", faces=(TRAIN, CAPTURE)),
     Option("signal", "sources", TEACHER, "sources.teacher", None, "teacher signal by type, TYPE=URI of its store, TYPE=online:MODEL or TYPE=none; several times or comma-separated", faces=EVERY),
     Option("teacher_precision", "str", TEACHER, "precision", "auto", "teacher's arithmetic; auto takes the faster one here", faces=EVERY, choices=PRECISIONS),
+    Option("teacher_quantize", "str", TEACHER, "quantize", "none", "int8: the linear maps of an online teacher in 8 bits (needs torchao), for half of their memory in bfloat16; another teacher to a store (docs/teachers.md)", faces=EVERY, choices=QUANTISATIONS),
     Option("teacher_shard", "str", TEACHER, "shard", "none", "full: each of several processes holds a part of the online teacher's blocks alone, for a teacher that no GPU holds beside the student", choices=SHARDINGS),
     Option("teacher_stream", "bool", TEACHER, "stream", False, "form the teacher's signal on a stream of its own, beside the student's forward pass, for the memory of a teacher's pass more (docs/gpu.md)"),
     Option("teacher_ranks", "int", TEACHER, "ranks", 0, "of several processes the last so many hold the online teachers alone, and the others train without room for them; 0: each has its own (docs/scaling.md)", minimum=0),

@@ -113,4 +113,5 @@ def test_no_name_of_an_extra_goes() -> None:
     block = PYPROJECT.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     assert set(re.findall(r"^([\w-]+) = \[", block, re.M)) >= {
         *("s3", "azure", "track", "eval", "lm-eval", "gguf", "lora", "torchao", "notebook", "docs", "fuzz", "dev"),
+        "quantize",
     }

@@ -46,9 +46,9 @@ _OWN = (
     Option("json", "str", OUTPUT, "json", None, _JSON),
 )
 _SHARED = """
-    precision signal teacher_precision hf_token_file hf_token_uri hf_token_secret dataset_name dataset_config
-    dataset_manifest block_size seq_len batch_size document_mask val_fraction begin_token num_workers data_cache learn
-    chat_template eval_ctx_lens eval_tokens device
+    precision signal teacher_precision teacher_quantize hf_token_file hf_token_uri hf_token_secret dataset_name
+    dataset_config dataset_manifest block_size seq_len batch_size document_mask val_fraction begin_token num_workers
+    data_cache learn chat_template eval_ctx_lens eval_tokens device
 """
 
 

@@ -48,8 +48,8 @@ _TAKEN = {
 """Options of training that a study sets itself, and the one of its own to give in their place."""
 
 _SHARED_WITH_CAPTURE = """
-    mc_teacher_id teacher_precision hf_token_file hf_token_uri hf_token_secret dataset_manifest seq_len begin_token
-    num_workers data_cache learn chat_template device
+    mc_teacher_id teacher_precision teacher_quantize hf_token_file hf_token_uri hf_token_secret dataset_manifest seq_len
+    begin_token num_workers data_cache learn chat_template device
 """
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ from liquid_llm.wiring.framing import Speaker, choose_framings, framing_to_recor
 from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs
 from liquid_llm.wiring.repeat import begin_choice, options_to_repeat
 from liquid_llm.wiring.served import find_served, try_served
-from liquid_llm.wiring.teachers import load_online
+from liquid_llm.wiring.teachers import check_quantised, load_online
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
 
@@ -131,7 +130,11 @@ def check_capture(config: CaptureConfig, new_layout: str = "pt") -> Asked:
     text = _text_tools(config, teacher_id, token)
     _check_num_ids(asked, text.vocab_size)
     model = find_served(config, text, token)
-    identity = identify(teacher_id, text.hash, token=token) if model is None else model.identity
+    if model is None:
+        check_quantised(teacher_id, config.teacher, device, token)
+        identity = identify(teacher_id, text.hash, token=token, quantise=config.teacher.quantisation)
+    else:
+        identity = model.identity
     stores = _choose_stores(config, text, asked, identity, new_layout)
     served = None
     if model is not None:
@@ -261,7 +264,7 @@ def _write_provenance(
             readiness={"types": inputs.readiness(), **data.readiness},
             datasets=describe_datasets(config.data, data),
             choices={name: vars(choice) for name, choice in choices.items()},
-            extra={"teacher": asdict(teacher)},
+            extra={"teacher": teacher.plain()},
         )
 
 

@@ -136,7 +136,8 @@ def _capture(config: CaptureConfig, card: Card) -> _Found:
             where=f"--teacher_url={config.served.url}",
             remedy="leave --teacher_url out to see what a capture with the model itself takes",
         )
-    teacher = open_shape(teacher_id, _dtype(config.teacher.precision, card), read_token(config.teacher))
+    asked = config.teacher
+    teacher = open_shape(teacher_id, _dtype(asked.precision, card), read_token(asked), asked.quantisation)
     codec = codec_of(config.store)
     shape = CaptureShape(
         teacher=teacher,

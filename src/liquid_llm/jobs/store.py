@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -199,7 +199,8 @@ def _verify(
     chosen = list(_choose(store, inputs.everything, samples, config.seed))
     if not chosen:
         raise SignalError("no sample of the manifest has a record", where=store.uri, got=config.data.manifest)
-    loaded, _ = load_online(teacher_id, config.teacher, torch.device(choose_device(config.device).value), token)
+    asked = replace(config.teacher, quantize=store.identity.quantisation or "none")  # scored as it was
+    loaded, _ = load_online(teacher_id, asked, torch.device(choose_device(config.device).value), token)
     _require(store, "teacher revision", store.identity.teacher_revision, loaded.identity.revision)
     vocab_size = min(text.vocab_size, loaded.vocab_size)
     _require(store, "vocabulary size", store.identity.vocab_size, vocab_size)

@@ -41,6 +41,7 @@ def run_teacher(config: RunConfig, link: TeacherLink, device: torch.device) -> N
             precision=config.teacher.precision,
             attention=partial(choose_attention_of, config.teacher),
             token=token,
+            quantise=config.teacher.quantisation,
         )
         teacher = open_online(spec.removeprefix(ONLINE), setup)
         if wanted["documents"]:

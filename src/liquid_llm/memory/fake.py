@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from liquid_llm.errors import ModelError
 from liquid_llm.memory.shapes import ModelShape
 from liquid_llm.models.loading import as_model_error, quiet_transformers
+from liquid_llm.models.quantised import pretend_quantised
 from liquid_llm.runtime import torch_dtype
 
 # What torch documents to run in float32 under autocast on CUDA, as far as language models use it.
@@ -109,6 +110,8 @@ def build(shape: ModelShape) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=None, dtype=torch_dtype(shape.dtype), trust_remote_code=False
         )
+        if shape.quantisation is not None:
+            pretend_quantised(model)
     return model.eval()
 
 

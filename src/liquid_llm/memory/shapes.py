@@ -24,17 +24,19 @@ class ModelShape:
     Attributes:
         config: a transformers configuration as ``to_dict`` gives it; ``model_type`` names the architecture.
         dtype: name of the weights' dtype.
+        quantisation: what is done to them (``int8``), or None.
     """
 
     config: Mapping[str, Any]
     dtype: str = "float32"
+    quantisation: str | None = None
 
     @staticmethod
-    def of(config: Any, dtype: str | torch.dtype = "float32") -> ModelShape:
+    def of(config: Any, dtype: str | torch.dtype = "float32", quantisation: str | None = None) -> ModelShape:
         """That of a transformers configuration."""
         name = str(dtype).removeprefix("torch.")
         torch_dtype(name)
-        return ModelShape({**config.to_dict(), "model_type": config.model_type}, name)
+        return ModelShape({**config.to_dict(), "model_type": config.model_type}, name, quantisation)
 
 
 @dataclass(frozen=True)

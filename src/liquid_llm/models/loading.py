@@ -27,6 +27,7 @@ from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.folder import WRAPPERS, check_folder, refuse_quantised
 from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
 from liquid_llm.models.heads import check_causality, check_output_head
+from liquid_llm.models.quantised import check_own, keep_plainly, load_options, quantise_plain, require_torchao
 from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve, write_origin
 from liquid_llm.models.tokenizers import tokenizer_hash
 
@@ -67,14 +68,16 @@ def load_tokenizer(model_id: str, *, token: str | None = None) -> Any:
     return _open_tokenizer(resolve(model_id, token=token), model_id, token)
 
 
-def identify(model_id: str, hash_of_tokenizer: str, *, token: str | None = None) -> ModelIdentity:
+def identify(
+    model_id: str, hash_of_tokenizer: str, *, token: str | None = None, quantise: str | None = None
+) -> ModelIdentity:
     """Which model ``model_id`` is, before its weights are loaded; the hash is that of its own tokenizer.
 
     Raises:
         ModelError: not found or not reachable.
     """
     source = resolve(model_id, token=token)
-    return ModelIdentity(source.id, source.revision, hash_of_tokenizer)
+    return ModelIdentity(source.id, source.revision, hash_of_tokenizer, quantise)
 
 
 def load_teacher(
@@ -84,16 +87,23 @@ def load_teacher(
     device: str | torch.device,
     attention: str = "sdpa",
     token: str | None = None,
+    quantise: str | None = None,
 ) -> LoadedModel:
     """Open a model with its tokenizer, in evaluation mode and with every parameter frozen.
+
+    Args:
+        quantise: ``int8`` keeps its linear maps in 8 bits (``models.quantised``).
 
     Raises:
         ModelError: not found, not reachable, damaged, incomplete, or of an architecture that cannot be distilled.
     """
     source = resolve(model_id, token=token)
     tokenizer = _open_tokenizer(source, model_id, token)
-    model = open_weights(source, model_id, dtype=dtype, device=device, attention=attention, token=token)
-    with as_model_error(model_id, CANNOT_RUN), quiet_transformers():
+    model = open_weights(
+        source, model_id, dtype=dtype, device=device, attention=attention, token=token, quantise=quantise
+    )
+    problem = CANNOT_RUN if quantise is None else f"it cannot be computed with its linear maps in {quantise}"
+    with as_model_error(model_id, problem), quiet_transformers():
         check_causality(model)
         check_output_head(model)
     vocab_size, num_tokens = model.get_output_embeddings().weight.shape[0], len(tokenizer)
@@ -105,7 +115,7 @@ def load_teacher(
             expected=f"at most {vocab_size}",
         )
     model.requires_grad_(False)
-    return LoadedModel(model, tokenizer, ModelIdentity(source.id, source.revision, tokenizer_hash(tokenizer)))
+    return LoadedModel(model, tokenizer, ModelIdentity(source.id, source.revision, tokenizer_hash(tokenizer), quantise))
 
 
 def unpack(model_id: str, folder: str | Path, dtype: torch.dtype) -> Path:
@@ -152,15 +162,22 @@ def open_weights(
     attention: str,
     token: str | None = None,
     config: Any = None,
+    quantise: str | None = None,
 ) -> Any:
     """The causal language model at ``source``, in evaluation mode; ``config`` replaces the one beside the weights.
 
     Raises:
         ModelError: it cannot be opened, or some of its weights are missing.
+        UsageError: it is quantised, and what that needs is not here; or ``quantise`` cannot be had.
     """
     from transformers import AutoModelForCausalLM
 
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else a thread asks the hub to convert what is a .bin
+    if quantise is not None:
+        require_torchao(f"--teacher_quantize={quantise}")
+    if source.gguf_file is None and config is None:
+        config = open_config(source, model_id, token)
+    check_own(config, model_id, device, quantise)
     _refuse_bombs(source, model_id)
     names = {}
     if source.gguf_file is None and source.commit is None and check_folder(Path(source.place), model_id):
@@ -168,19 +185,25 @@ def open_weights(
     with as_model_error(model_id, "the model cannot be opened"), quiet_transformers():
         if source.gguf_file is not None:
             model, report = gguf_model(source, dtype=dtype, attention=choose_attention(attention))
+            if quantise is not None:
+                quantise_plain(model)
+                keep_plainly(model)
             model.to(device)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.place,
-                config=open_config(source, model_id, token) if config is None else config,
+                config=config,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=choose_attention(attention),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, in words
                 **names,
+                **load_options(quantise),
                 **source.load_arguments(token),
             )
+            if quantise is not None:
+                keep_plainly(model)
     _check_loaded(model, report, model_id)
     return model.eval()
 

@@ -58,6 +58,7 @@ def taught_by(run: RunData) -> dict[str, Taught]:
         if not isinstance(one, Mapping):
             continue
         teacher, revision = one.get("id") or one.get("teacher_id"), one.get("revision") or one.get("teacher_revision")
+        revision = f"{revision}+{one['quantisation']}" if one.get("quantisation") else revision  # another teacher
         codec, options = one.get("codec"), one.get("codec_options")
         types = one.get("types")
         said = None if codec is None else _with_options(str(codec), options)

@@ -18,7 +18,9 @@ from liquid_llm.versions import CURRENT, FRAMING, find_newer, read_versions
 STORE_FILE = "store.json"
 # A store in the store: some samples that training holds out, in a codec that says nearly all, for evaluation alone.
 HELD_OUT = "held_out"
-STORE_VERSION = 3  # 1 had no versions, which stands for the first of each; 2 no framing; all are read
+STORE_VERSION = (
+    4  # 1 had no versions, which stands for the first of each; 2 no framing; 3 no quantisation; all are read
+)
 
 
 class StoreFile(NamedTuple):
@@ -34,12 +36,15 @@ def write_store_file(
 ) -> None:
     """Publish the file in folder ``uri``; ``versions`` are those of the records to come, this release's if None.
 
-    The file of an identity that names no framing is written as format 2 was, so that earlier releases read it.
+    The file of an identity that names no quantisation, or no framing, is written as format 3 or 2 was, so that earlier
+    releases read it.
     """
     numerics = (CURRENT if versions is None else versions).get("numerics", 1)
     # Nothing in a store depends on order; a framing that is named is not that of the first version.
     kept = {"framing": 1 if identity.framing is None else FRAMING, "numerics": numerics}
-    version = STORE_VERSION if identity.framing is not None else 2
+    version = 2 if identity.framing is None else 3
+    if identity.quantisation is not None:
+        version = STORE_VERSION
     contents = {"format_version": version, "layout": layout, **identity.plain(), "versions": kept}
     storage.write_bytes(storage.join(uri, STORE_FILE), json.dumps(contents, indent=1).encode())
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,11 @@ WHOLE_VERSION = 2  # of a record with a row for every position: written as it al
 PREFIX_TOKENS = 64
 WHOLE_BYTES, MARK_BYTES = 8, 4
 _FRAMING = ("begin_id", "end_id")
-_WORDS = {"positions": ("share of positions (--kd_positions)", 1.0), "begin id": ("begin token", "none")}
+_WORDS = {
+    "positions": ("share of positions (--kd_positions)", 1.0),
+    "begin id": ("begin token", "none"),
+    "quantisation": ("quantisation of the teacher (--teacher_quantize)", "none"),
+}
 """What a message calls a field of an identity, and what None stands for in it."""
 
 
@@ -61,6 +65,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "codec_options": _are_options,
     "begin_id": lambda value: value is None or _is_number(value),
     "end_id": lambda value: value is None or _is_number(value),
+    "quantisation": lambda value: value is None or isinstance(value, str),
     "positions": lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
 }
 
@@ -76,6 +81,7 @@ class SignalIdentity:
         begin_id, end_id: the tokens around each text, see ``framing``; both None in stores from before they were said.
         positions: the share of each record's learnt positions that has a row, those where the teacher is least sure;
             None: all.
+        quantisation: what capture did to the teacher's weights (``int8``); None: nothing.
     """
 
     teacher_id: str
@@ -88,6 +94,7 @@ class SignalIdentity:
     begin_id: int | None = None
     end_id: int | None = None
     positions: float | None = None
+    quantisation: str | None = None
 
     def __post_init__(self) -> None:
         """Raises TypeError where a field is not what its annotation says: they are read from files of others."""
@@ -97,8 +104,10 @@ class SignalIdentity:
 
     @property
     def teacher(self) -> str:
-        """Name and revision in one word."""
-        return f"{self.teacher_id}@{self.teacher_revision[:12]}"
+        """Name, revision and what was done to its weights, in one word."""
+        return (
+            f"{self.teacher_id}@{self.teacher_revision[:12]}{f'+{self.quantisation}' * (self.quantisation is not None)}"
+        )
 
     @property
     def framing(self) -> Framing | None:
@@ -106,9 +115,10 @@ class SignalIdentity:
         return None if self.end_id is None else Framing(self.begin_id, self.end_id)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values; an identity without framing or chosen positions is written as it always was."""
+        """Plain values; an identity without framing, chosen positions or quantisation is written as it always was."""
         values = asdict(self)
-        left_out = {*(_FRAMING if self.end_id is None else ()), *(("positions",) if self.positions is None else ())}
+        left_out = {*(_FRAMING if self.end_id is None else ())}
+        left_out |= {name for name in ("positions", "quantisation") if values[name] is None}
         return {name: value for name, value in values.items() if name not in left_out}
 
     def num_chosen(self, num_learnt: int) -> int:
@@ -136,7 +146,8 @@ class SignalIdentity:
         options = dict(codec.options)
         model = (teacher.id, teacher.revision, teacher.tokenizer_hash)
         begin_id, end_id = (None, None) if framing is None else (framing.begin_id, framing.end_id)
-        return cls(*model, vocab_size, codec.name, codec.version, options, begin_id, end_id, positions)
+        made = cls(*model, vocab_size, codec.name, codec.version, options, begin_id, end_id, positions)
+        return replace(made, quantisation=teacher.quantisation)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.models.heads import blocks_of, body_of, hidden_states, output_head
 from liquid_llm.models.loading import LoadedModel, load_teacher
 from liquid_llm.models.positions import max_positions
+from liquid_llm.models.quantised import explain
 from liquid_llm.runtime import Choice, choose_dtype, torch_dtype
 from liquid_llm.sharding import deal_out_frozen
 from liquid_llm.teachers.teacher import Prepared, Teacher, TeacherSetup
@@ -91,7 +92,8 @@ class OnlineTeacher(Teacher):
 
     def describe(self) -> dict[str, Any]:
         """Which model it is."""
-        return {"id": self.identity.id, "revision": self.identity.revision}
+        told = self.identity.plain()
+        return {name: told[name] for name in ("id", "revision", "quantisation") if name in told}
 
     def own_loss(self, batch: MicroBatch, signal: Signal) -> float:
         """Of the same hidden states that ``signal`` was made of."""
@@ -136,6 +138,7 @@ def load_online(
     attention: Callable[[torch.device, str], Choice],
     token: str | None,
     place: torch.device | None = None,
+    quantise: str | None = None,
 ) -> tuple[LoadedModel, dict[str, Choice]]:
     """A model in inference mode on ``device``, and the choices made for it; see ``TeacherSetup`` for the arguments.
 
@@ -144,16 +147,29 @@ def load_online(
 
     Raises:
         ModelError: it cannot be opened.
+        UsageError: it is quantised or is to be, and what that needs is not here.
     """
     dtype = choose_dtype(precision, device.type)
     place = place or device
     kernel = attention(place, dtype.value)  # it is tried where it lies
     log.info("teacher %s in %s (%s), attention %s (%s)", model_id, *vars(dtype).values(), *vars(kernel).values())
-    loaded = load_teacher(model_id, dtype=torch_dtype(dtype.value), device=place, attention=kernel.value, token=token)
+    loaded = load_teacher(
+        model_id,
+        dtype=torch_dtype(dtype.value),
+        device=place,
+        attention=kernel.value,
+        token=token,
+        quantise=quantise,
+    )
     used = loaded.model.config._attn_implementation
     if used != kernel.value:  # transformers has no other for Gemma 2, whose scores are capped
         kernel = Choice(used, f"{loaded.model.config.model_type} has no {kernel.value}")
-    return loaded, {"teacher_dtype": dtype, "attention": kernel}
+    choices = {"teacher_dtype": dtype, "attention": kernel}
+    narrow = explain(loaded.model, quantise, dtype.value)
+    if narrow is not None:
+        choices["teacher_quantisation"] = narrow
+        log.info("teacher %s quantised: %s (%s)", model_id, *vars(narrow).values())
+    return loaded, choices
 
 
 def require_context(limit: int | None, context: int, model_id: str, where: str) -> None:
@@ -176,7 +192,8 @@ def open_online(model_id: str, setup: TeacherSetup) -> OnlineTeacher:
         UsageError: it cannot see so long a context.
     """
     place = torch.device("cpu") if setup.dealt_out else setup.device
-    loaded, choices = load_online(model_id, setup.precision, setup.device, setup.attention, setup.token, place)
+    asked = (setup.precision, setup.device, setup.attention, setup.token, place, setup.quantise)
+    loaded, choices = load_online(model_id, *asked)
     require_context(max_positions(loaded.model), setup.context, model_id, "--block_size or --eval_ctx_lens")
     vocab_size = min(setup.vocab_size, loaded.vocab_size)
     max_tokens = None if setup.device.type == "cpu" else PASS_TOKENS

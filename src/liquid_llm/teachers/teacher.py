@@ -42,6 +42,7 @@ class TeacherSetup:
         stored_id: the teacher whose signal a store must hold; None takes any.
         strict: ``--hybrid_strict``.
         deterministic: the same bits every time on a GPU too.
+        quantise: what is done to a model's weights (``int8``), or None.
         dealt_out: a model is going to be dealt out among the ranks (``Teacher.deal_out``); until then the host has it.
         cache: folder for what is fetched.
     """
@@ -59,6 +60,7 @@ class TeacherSetup:
     strict: bool = False
     deterministic: bool = False
     dealt_out: bool = False
+    quantise: str | None = None
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ from liquid_llm.schedules import StepSchedules, WarmupCosine
 log = logging.getLogger(__name__)
 
 _SAME = 1e-6  # relative difference of two values of a schedule that are one
-_OPTIONS = ("seed", "val_fraction", "grad_accum", "batch_size", "seq_len")
+_OPTIONS = ("seed", "val_fraction", "grad_accum", "batch_size", "seq_len", "teacher_quantize")
 _OF_THE_LENGTH = ("batch_size", "seq_len")  # chosen anew with another context length, which is said by itself
 
 
 def order_of(config: RunConfig, sources: Iterable[tuple[TokenDataset, float]], reference: str | None) -> dict[str, Any]:
-    """What the order of a run depends on, as plain values.
+    """What the order of a run depends on, and which teacher its signal is of, as plain values.
 
     Args:
         sources: what is drawn from, before anything of it is held out, with its weight.
@@ -57,6 +57,7 @@ def order_of(config: RunConfig, sources: Iterable[tuple[TokenDataset, float]], r
         "grad_accum": config.optimizer.grad_accum,
         "batch_size": config.data.batch_size,
         "seq_len": config.data.seq_len,
+        "teacher_quantize": config.teacher.quantize,
         "reference": reference,
     }
 

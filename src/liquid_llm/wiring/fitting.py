@@ -283,7 +283,8 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
         dtype = choose_dtype(config.teacher.precision, device.type).value
         teacher_shape, _ = open_teachers(config, dtype, parts.token)
     else:
-        teacher_shape = None if teacher is None else ModelShape.of(teacher.config, next(teacher.parameters()).dtype)
+        narrow = config.teacher.quantisation
+        teacher_shape = None if teacher is None else ModelShape.of(teacher.config, _dtype_of(teacher), narrow)
     models = Models(
         ModelShape.of(parts.built.model.config),
         teacher_shape,
@@ -312,7 +313,7 @@ def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest
     # Samples shorter than a window are more in a batch: padded tokens are what is limited.
     time = max(2, min(config.data.seq_len, longest))
     shape = CaptureShape(
-        teacher=ModelShape.of(teacher.config, held.dtype),
+        teacher=ModelShape.of(teacher.config, _dtype_of(teacher), config.teacher.quantisation),
         rows=max(1, config.data.batch_size * config.data.seq_len // time),
         time=time,
         vocab_size=vocab_size,
@@ -358,6 +359,12 @@ def say_fit(fit: Fit, device: torch.device) -> None:
 
 def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    """Of the weights that are no whole numbers."""
+    dtype: torch.dtype = next(model.get_input_embeddings().parameters()).dtype
+    return dtype
 
 
 def _size(model: Any) -> int:

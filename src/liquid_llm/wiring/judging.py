@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 # What of a run's options says which texts it held out, how a model sees them, and who taught them.
 _OF_RUN = """
     hybrid hybrid_strict teacher_mode teacher_name lm_teacher_id mc_teacher_id math_logits_dir code_logits_dir sources
-    teacher_precision precision dataset_name dataset_config dataset_manifest datasets_yaml data_cache block_size seq_len
-    batch_size document_mask val_fraction begin_token learn chat_template eval_ctx_lens eval_tokens divergence
-    kd_temperature T temp_schedule
+    teacher_precision teacher_quantize precision dataset_name dataset_config dataset_manifest datasets_yaml data_cache
+    block_size seq_len batch_size document_mask val_fraction begin_token learn chat_template eval_ctx_lens eval_tokens
+    divergence kd_temperature T temp_schedule
 """
 _DATA = ("dataset_manifest", "dataset_name", "records")
 

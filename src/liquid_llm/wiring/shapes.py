@@ -88,7 +88,7 @@ def open_teachers(config: RunConfig, dtype: str, token: str | None, ranks: int =
     Raises:
         ModelError: one of them cannot be read.
     """
-    teachers = [open_shape(model_id, dtype, token) for model_id in config.asked_online]
+    teachers = [open_shape(model_id, dtype, token, config.teacher.quantisation) for model_id in config.asked_online]
     if len(teachers) < 2:
         return next(iter(teachers), None), 0
     if config.teacher.ranks:
@@ -97,11 +97,11 @@ def open_teachers(config: RunConfig, dtype: str, token: str | None, ranks: int =
     return teachers[sizes.index(max(sizes))], (sum(sizes) - max(sizes)) // (ranks if config.teacher.is_dealt_out else 1)
 
 
-def open_shape(model_id: str, dtype: str, token: str | None) -> ModelShape:
+def open_shape(model_id: str, dtype: str, token: str | None, quantisation: str | None = None) -> ModelShape:
     """A model from its configuration: that of its id, or a ``.json`` file itself."""
     if model_id.endswith(".json"):
-        return ModelShape.of(file_config(model_id), dtype)
-    return ModelShape.of(open_config(resolve(model_id, token=token), model_id, token), dtype)
+        return ModelShape.of(file_config(model_id), dtype, quantisation)
+    return ModelShape.of(open_config(resolve(model_id, token=token), model_id, token), dtype, quantisation)
 
 
 def with_positions(student: Any, config: RunConfig) -> Any:

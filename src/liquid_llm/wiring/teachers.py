@@ -21,9 +21,10 @@ from liquid_llm.losses.divergences import check_form, get_divergence
 from liquid_llm.models.heads import check_documents
 from liquid_llm.models.loading import LoadedModel, open_config
 from liquid_llm.models.positions import configured_positions
+from liquid_llm.models.quantised import check_own
 from liquid_llm.models.sources import PACKAGE_PREFIX, resolve, spell_package
 from liquid_llm.registry import TEACHERS, load
-from liquid_llm.runtime import Choice, choose_attention
+from liquid_llm.runtime import Choice, choose_attention, choose_device
 from liquid_llm.sources import NONE, SPELLINGS, WINDOWS
 from liquid_llm.teachers import online
 from liquid_llm.teachers.remote import RemoteTeacher
@@ -77,6 +78,7 @@ class RunTeachers:
             type: {
                 "teacher": one.get("id") or one.get("teacher_id"),
                 "revision": one.get("revision") or one.get("teacher_revision"),
+                **({"quantisation": one["quantisation"]} if one.get("quantisation") else {}),
                 "codec": one.get("codec"),
                 "codec_options": one.get("codec_options"),
             }
@@ -105,7 +107,8 @@ def load_online(
     model_id: str, teacher: TeacherConfig, device: torch.device, token: str | None
 ) -> tuple[LoadedModel, dict[str, Choice]]:
     """A teacher in inference mode, and the choices made for it."""
-    return online.load_online(model_id, teacher.precision, device, partial(choose_attention_of, teacher), token)
+    attention = partial(choose_attention_of, teacher)
+    return online.load_online(model_id, teacher.precision, device, attention, token, quantise=teacher.quantisation)
 
 
 def choose_attention_of(teacher: TeacherConfig, device: torch.device, dtype: str) -> Choice:
@@ -130,12 +133,25 @@ def check_teachers(config: RunConfig, token: str | None) -> None:
         source = resolve(model_id, token=token)
         if source.gguf_file is not None:
             continue  # a packed file's configuration takes seconds to read
-        limit = configured_positions(open_config(source, model_id, token))
+        found = open_config(source, model_id, token)
+        check_own(found, model_id, choose_device(config.device).value, config.teacher.quantisation)
+        limit = configured_positions(found)
         longest = config.longest_context
         block = config.data.block_size
         lengths = ",".join(map(str, config.evaluation.context_lengths))
         where = f"--block_size={block}" if longest == block else f"--eval_ctx_lens={lengths}"
         online.require_context(limit, longest, model_id, where)
+
+
+def check_quantised(model_id: str, teacher: TeacherConfig, device: Choice, token: str | None) -> None:
+    """Refuse a teacher that comes quantised and cannot be opened here, from its configuration alone.
+
+    Raises:
+        LiquidError: as ``load_online``, which comes after the data.
+    """
+    source = resolve(model_id, token=token)
+    if source.gguf_file is None:
+        check_own(open_config(source, model_id, token), model_id, device.value, teacher.quantisation)
 
 
 def _nothing_to_hold(config: RunConfig) -> UsageError:
@@ -179,6 +195,7 @@ def make_teachers(
         strict=config.teacher.hybrid_strict,
         deterministic=config.deterministic,
         dealt_out=config.teacher.is_dealt_out,
+        quantise=config.teacher.quantisation,
     )
     specs = _asked_specs(config, inputs.types)
     keys = {type: (spec, _stored_id(config, type)) for type, spec in specs.items()}
@@ -197,6 +214,8 @@ def make_teachers(
     _say_coverage(config, coverage)
     if config.objective.distilled_share < 1.0 and not router:
         log.warning("--kd_positions changes nothing here: no teacher is asked")
+    if config.teacher.quantisation is not None and not any(spec.startswith(ONLINE) for spec in specs.values()):
+        log.warning("--teacher_quantize changes nothing here: no online teacher is asked")
     judges = {type: judge for type in router if (judge := _judge(type, router[type], inputs, config)) is not None}
     made_all = RunTeachers(router, coverage, _identities(specs, router), judges)
     for type in router:
