@@ -329,7 +329,7 @@ def test_a_damaged_store_file(folder: Path, contents: bytes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4}, "written by a newer program; got format 4; expected at most 3"),
+        ({"format_version": 5}, "written by a newer program; got format 5; expected at most 4"),
         ({"versions": {"framing": 9}}, r"another way; got framing 9 \(known: at most 2\)\. Install a newer"),
         ({"layout": "tape"}, "a layout that this program does not know; got 'tape'"),
         ({"codec": "zip"}, "unknown codec"),
