@@ -48,9 +48,9 @@ test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Tra
 	$(PIP) install --quiet -e '.[track]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_trackers.py $(ARGS)
 
-test-optimizers: $(STAMP)  ## the tests that need torchao and peft, which it installs into .venv
-	$(PIP) install --quiet -c constraints.txt -e '.[lora,torchao]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_optimizers.py tests/unit/models/test_lora.py tests/integration/test_optimizers.py tests/integration/test_lora.py $(ARGS)
+test-optimizers: $(STAMP)  ## the tests that need torchao (optimizers, teachers in 8 bits) and peft, which it installs into .venv
+	$(PIP) install --quiet -c constraints.txt -e '.[lora,torchao,quantize]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_optimizers.py tests/unit/models/test_lora.py tests/integration/test_optimizers.py tests/integration/test_lora.py tests/unit/models/test_quantised.py tests/integration/test_quantised_teachers.py $(ARGS)
 
 # Torch for CUDA brings its own edition of Triton, which stays; torch for the CPU has none, and this one runs there with it.
 test-kernels: $(STAMP)  ## the loss's kernels in Triton's interpreter, and compiled divergences; installs Triton where it is not
