@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from liquid_llm.models.lora import LoraSpec
+from liquid_llm.models.quantised import counted_as
 from liquid_llm.runtime import torch_dtype
 
 SignalKind = Literal["none", "dense", "sparse", "logits"]
@@ -36,7 +37,8 @@ class ModelShape:
         """That of a transformers configuration."""
         name = str(dtype).removeprefix("torch.")
         torch_dtype(name)
-        return ModelShape({**config.to_dict(), "model_type": config.model_type}, name, quantisation)
+        narrow = quantisation or counted_as(config)
+        return ModelShape({**config.to_dict(), "model_type": config.model_type}, name, narrow)
 
 
 @dataclass(frozen=True)

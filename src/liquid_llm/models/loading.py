@@ -27,7 +27,14 @@ from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.folder import WRAPPERS, check_folder, refuse_quantised
 from liquid_llm.models.gguf import gguf_model, gguf_tokenizer
 from liquid_llm.models.heads import check_causality, check_output_head
-from liquid_llm.models.quantised import check_own, keep_plainly, load_options, quantise_plain, require_torchao
+from liquid_llm.models.quantised import (
+    check_own,
+    keep_own_plainly,
+    keep_plainly,
+    load_options,
+    quantise_plain,
+    require_torchao,
+)
 from liquid_llm.models.sources import Source, holds_origin, read_origin, resolve, write_origin
 from liquid_llm.models.tokenizers import tokenizer_hash
 
@@ -104,6 +111,7 @@ def load_teacher(
     )
     problem = CANNOT_RUN if quantise is None else f"it cannot be computed with its linear maps in {quantise}"
     with as_model_error(model_id, problem), quiet_transformers():
+        keep_own_plainly(model)
         check_causality(model)
         check_output_head(model)
     vocab_size, num_tokens = model.get_output_embeddings().weight.shape[0], len(tokenizer)

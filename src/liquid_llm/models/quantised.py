@@ -13,6 +13,7 @@ the latter).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -106,6 +107,80 @@ def keep_plainly(model: Any) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # it is a plain model of such modules now
     model.hf_quantizer = None
+
+
+def keep_own_plainly(model: Any) -> None:
+    """The same for a checkpoint that came quantised, as far as its maps are whole numbers of 8 bits with a scale a row.
+
+    Of compressed-tensors the other maps are written out: it would do so in the first pass of the whole model, which is
+    not what is asked here, and a map that is still packed has no weight. Activations that such a checkpoint would have
+    rounded too (W8A8) are left as they are where its maps are kept. Those of bitsandbytes and others stay theirs.
+    """
+    method = own_quantisation(model.config)
+    if method == "bitsandbytes":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each product which dtype it takes
+    if method == "torchao":
+        for name, module in list(model.named_modules()):
+            weight: Any = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear) and type(weight).__name__ == "Int8Tensor" and _is_weight_only(weight):
+                _replace(model, name, Int8Linear(weight.qdata, weight.scale.float().reshape(-1, 1), module.bias))
+    elif method == "compressed-tensors":
+        for name, module in list(model.named_modules()):
+            scheme = getattr(module, "quantization_scheme", None)
+            if isinstance(module, nn.Linear) and scheme is not None and _is_row_wise(scheme.weights):
+                _replace(model, name, Int8Linear(_whole_numbers(module), _scale_of(module), module.bias))
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+
+
+def _is_weight_only(weight: Any) -> bool:
+    plain = weight.act_quant_kwargs is None and weight.act_quant_scale is None and weight.act_pre_scale is None
+    centred = weight.zero_point is None or not bool(weight.zero_point.any())
+    return plain and centred and weight.scale.numel() == weight.qdata.shape[0]
+
+
+def _is_row_wise(weights: Any) -> bool:
+    """Of a scheme of compressed-tensors: whole numbers of 8 bits around 0, a scale a row."""
+    if weights is None:
+        return False
+    strategy = getattr(weights.strategy, "value", weights.strategy)
+    kind = getattr(weights.type, "value", weights.type)
+    return bool((weights.num_bits, kind, weights.symmetric, strategy) == (8, "int", True, "channel"))
+
+
+def _whole_numbers(module: Any) -> Tensor:
+    packed = getattr(module, "weight_packed", None)
+    if packed is None:
+        numbers: Tensor = module.weight.data
+        return numbers
+    # Four to a word of 32 bits, the first in the lowest bits, each 128 too large.
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=packed.device)
+    bytes_of = ((packed.data.unsqueeze(-1) >> shifts) & 0xFF).flatten(1)[:, : module.in_features]
+    whole: Tensor = (bytes_of - 128).to(torch.int8)
+    return whole
+
+
+def _scale_of(module: Any) -> Tensor:
+    scale: Tensor = module.weight_scale.data
+    return scale.float().reshape(-1, 1)
+
+
+def counted_as(config: Any) -> str | None:
+    """As what a checkpoint's own quantisation is counted: ``int8``; or None, as if there were none, which is the most
+    that it can take (a method of 4 bits takes less).
+    """
+    values = getattr(config, "quantization_config", None)
+    if not values:
+        return None
+    values = values if isinstance(values, Mapping) else values.to_dict()
+    method = own_quantisation(config)
+    if method == "compressed-tensors":
+        groups = [one.get("weights") or {} for one in (values.get("config_groups") or {}).values()]
+        wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+        return INT8 if groups and all(wanted.items() <= one.items() for one in groups) else None
+    if method == "torchao":
+        return INT8 if "Int8WeightOnlyConfig" in str(values.get("quant_type")) else None
+    return INT8 if values.get("load_in_8bit") else None
 
 
 def pretend_quantised(model: Any) -> None:
@@ -204,6 +279,18 @@ def check_own(config: Any, where: str, device: str | torch.device, quantise: str
             where=where,
             got=f"--device={torch.device(device).type}",
             remedy="use the model that it was made from, which --teacher_quantize=int8 makes small",
+        )
+
+
+def require_whole(config: Any, where: str) -> None:
+    """Raise ModelError where what is to be a student, or to give it weights, comes quantised."""
+    method = own_quantisation(config)
+    if method is not None:
+        raise ModelError(
+            "a student is trained, and the weights of this model are quantised",
+            where=where,
+            got=f"{method}, as its config.json says",
+            remedy="name the model that it was made from",
         )
 
 

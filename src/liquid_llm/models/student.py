@@ -39,6 +39,7 @@ from liquid_llm.models.loading import (
     require_layers,
 )
 from liquid_llm.models.positions import fit_positions
+from liquid_llm.models.quantised import require_whole
 from liquid_llm.models.sources import Source, resolve
 from liquid_llm.models.spec import StudentSpec, parse_student
 
@@ -264,6 +265,7 @@ def _student_source(spec: str, token: str | None) -> Source:
 def _from_weights(spec: str, vocab_size: int, bos_id: int, eos_id: int, token: str | None) -> Any:
     source = _student_source(spec, token)
     config = open_config(source, spec, token)
+    require_whole(config, spec)
     prepare_config(config, bos_id, eos_id)
     model = open_weights(source, spec, dtype=torch.float32, device="cpu", attention="sdpa", token=token, config=config)
     prepare_config(model.config, bos_id, eos_id)

@@ -18,6 +18,7 @@ from liquid_llm.models.cut_weights import cut_weights
 from liquid_llm.models.embedding import take_embedding
 from liquid_llm.models.importance import Text
 from liquid_llm.models.loading import open_weights, quiet_transformers
+from liquid_llm.models.quantised import require_whole
 from liquid_llm.models.sources import Source
 from liquid_llm.models.spec import StudentSpec, parse_student
 from liquid_llm.models.student import finish_student, from_configuration, open_taken_config, prepare_config
@@ -90,6 +91,7 @@ def _open_teacher(asked: StudentSpec, source: Source, config: Any, device: torch
     dtype = torch.float32
     if device.type != "cpu" and source.gguf_file is None and own in (torch.bfloat16, torch.float16):
         dtype = own
+    require_whole(config, asked.teacher)
     model = open_weights(source, asked.teacher, dtype=dtype, device=device, attention="sdpa", token=token)
     with quiet_transformers():
         if model.get_output_embeddings() is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.support.models import tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -18,7 +20,8 @@ from liquid_llm.memory.shapes import ModelShape
 from liquid_llm.models import quantised
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.loading import identify, load_teacher
-from liquid_llm.models.quantised import Int8Linear, check_own, explain, own_quantisation
+from liquid_llm.models.quantised import Int8Linear, check_own, explain, own_quantisation, require_whole
+from liquid_llm.optimizers import quiet_torchao
 
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="comes with the extra quantize")
 FAMILIES = ("llama", "lfm2", "gptj", "mixtral")  # tied head; convolutions; head of its own with a bias; experts
@@ -143,3 +146,74 @@ def test_the_package_is_asked_for_before_the_weights_are_read(folders, monkeypat
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'liquid-llm\[quantize\]'"):
         open_teacher(folders["llama"], quantise="int8")
+
+
+def test_a_student_is_never_of_quantised_weights():
+    with pytest.raises(ModelError, match="a student is trained"):
+        require_whole(with_config("awq"), "a model")
+    require_whole(SimpleNamespace(), "a plain model")
+
+
+def as_compressed_tensors(folder: Path, to: Path, form: str) -> None:
+    """The checkpoint in ``folder`` as compressed-tensors writes one in 8 bits: whole numbers, or packed in words."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    found = load_file(to / "model.safetensors")
+    for name in [one for one in found if one.endswith("_proj.weight")]:
+        weight, stem = found.pop(name), name.removesuffix(".weight")
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        numbers = (weight / scale).round().to(torch.int8)
+        found[f"{stem}.weight_scale"] = scale
+        if form == "int-quantized":
+            found[name] = numbers
+            continue
+        words = (numbers.numpy().astype("int16") + 128).astype("uint8").view("<i4")
+        found |= {f"{stem}.weight_packed": torch.from_numpy(words), f"{stem}.weight_shape": torch.tensor(weight.shape)}
+    save_file(found, to / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    rounded = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "format": form}
+    group |= {"input_activations": rounded} if form == "int-quantized" else {}
+    config = json.loads((to / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (to / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="needs the package compressed-tensors")
+@pytest.mark.parametrize("form", ["int-quantized", "pack-quantized"])
+def test_a_checkpoint_of_compressed_tensors_opens_and_stays_in_8_bits(folders, tmp_path, form):
+    as_compressed_tensors(folders["llama"], tmp_path, form)
+    plain, narrow = open_teacher(folders["llama"]), open_teacher(tmp_path)
+    maps = {key: one for key, one in narrow.model.named_modules() if isinstance(one, Int8Linear)}
+    assert len(maps) == 14
+    for key, one in maps.items():
+        written, was = one.weight * one.scale, plain.model.get_submodule(key).weight
+        assert torch.all((written - was).abs() <= one.scale * 0.5001)
+    assert narrow.identity.revision != plain.identity.revision
+    real = sum(one.nbytes for one in narrow.model.parameters())
+    assert weight_bytes(ModelShape.of(narrow.model.config, torch.float32)) == real
+    choice = explain(narrow.model, None, "float32")
+    assert choice is not None
+    assert choice.value == "compressed-tensors"
+
+
+@needs_torchao
+def test_a_checkpoint_of_torchao_opens_and_stays_in_8_bits(folders, tmp_path):
+    with quiet_torchao():
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import AutoModelForCausalLM, TorchAoConfig
+
+        asked = TorchAoConfig(Int8WeightOnlyConfig())
+        made = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32, quantization_config=asked)
+    made.save_pretrained(tmp_path)
+    tiny_tokenizer(512).save_pretrained(tmp_path)
+    own, ours = open_teacher(tmp_path).model, open_teacher(folders["llama"], quantise="int8").model
+    assert own.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in own.state_dict().items())
+    shape = ModelShape.of(own.config, torch.float32)
+    assert weight_bytes(shape) == sum(one.nbytes for one in own.parameters())
