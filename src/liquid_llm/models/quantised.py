@@ -94,7 +94,7 @@ def quantise_plain(model: Any) -> None:
     with quiet_torchao():
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        chosen = dict(_quantisable(model))
+        chosen = dict(linear_maps(model))
         quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in chosen)
 
 
@@ -103,7 +103,7 @@ def keep_plainly(model: Any) -> None:
     for name, module in list(model.named_modules()):
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear) and hasattr(weight, "qdata"):
-            _replace(model, name, Int8Linear(weight.qdata, weight.scale.float().reshape(-1, 1), module.bias))
+            replace_module(model, name, Int8Linear(weight.qdata, weight.scale.float().reshape(-1, 1), module.bias))
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # it is a plain model of such modules now
     model.hf_quantizer = None
@@ -123,12 +123,12 @@ def keep_own_plainly(model: Any) -> None:
         for name, module in list(model.named_modules()):
             weight: Any = getattr(module, "weight", None)
             if isinstance(module, nn.Linear) and type(weight).__name__ == "Int8Tensor" and _is_weight_only(weight):
-                _replace(model, name, Int8Linear(weight.qdata, weight.scale.float().reshape(-1, 1), module.bias))
+                replace_module(model, name, Int8Linear(weight.qdata, weight.scale.float().reshape(-1, 1), module.bias))
     elif method == "compressed-tensors":
         for name, module in list(model.named_modules()):
             scheme = getattr(module, "quantization_scheme", None)
             if isinstance(module, nn.Linear) and scheme is not None and _is_row_wise(scheme.weights):
-                _replace(model, name, Int8Linear(_whole_numbers(module), _scale_of(module), module.bias))
+                replace_module(model, name, Int8Linear(_whole_numbers(module), _scale_of(module), module.bias))
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
 
@@ -185,13 +185,13 @@ def counted_as(config: Any) -> str | None:
 
 def pretend_quantised(model: Any) -> None:
     """The same of a model on tensors without memory, and without torchao."""
-    for name, module in list(_quantisable(model)):
+    for name, module in list(linear_maps(model)):
         weight = torch.empty_like(module.weight, dtype=torch.int8)
         scale = torch.empty(weight.shape[0], 1, dtype=torch.float32)
-        _replace(model, name, Int8Linear(weight, scale, module.bias))
+        replace_module(model, name, Int8Linear(weight, scale, module.bias))
 
 
-def _quantisable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+def linear_maps(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     """The linear maps that are quantised, by name: those that transformers takes by itself."""
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -202,7 +202,8 @@ def _quantisable(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where the module of that dotted name is."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
