@@ -24,7 +24,13 @@ EXTRAS = {
     "wandb": ("track", "wandb"),
 }
 # What torch itself brings where it can be of use, and who alone imports it, when it is needed.
-BROUGHT = {"triton": {"liquid_llm.losses.rows.kernels", "liquid_llm.losses.rows.triton_passes"}}
+BROUGHT = {
+    "triton": {
+        "liquid_llm.losses.rows.kernels",
+        "liquid_llm.losses.rows.triton_passes",
+        "liquid_llm.signal_store.codecs.tail.kernels",
+    }
+}
 NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard writes event files with it",
 }

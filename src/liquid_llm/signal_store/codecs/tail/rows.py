@@ -16,7 +16,7 @@ from torch import Tensor
 from liquid_llm.data.types import to_device
 from liquid_llm.signal_store.codecs.base import SPILT, TOP, Rows, Run, cuts_for_cache, row_maximum, rows_of_runs
 from liquid_llm.signal_store.codecs.tail import chosen, room
-from liquid_llm.signal_store.codecs.tail.chosen import MOST_EXACT, RUN, blocks_of, lines_of, most_draws
+from liquid_llm.signal_store.codecs.tail.chosen import MOST_EXACT, lines_of, most_draws
 from liquid_llm.signal_store.codecs.tail.draws import (
     PARTITION_STEP,
     Candidates,
@@ -28,6 +28,7 @@ from liquid_llm.signal_store.codecs.tail.draws import (
     uniforms_of,
     window_starts_of,
 )
+from liquid_llm.signal_store.codecs.tail.scanning import scan
 
 
 def encode_rows(logits: Tensor, runs: Sequence[Run], draws: Draws, exhaustive: bool = False) -> Rows:
@@ -93,40 +94,23 @@ def _random_numbers(
 
 
 def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All that needs every logit, block by block: a block is read from memory once and then found in the cache.
+    """All that needs every logit.
 
     Returns:
-        the largest logit of every run of ``RUN`` ids [n, runs], the last run may be shorter; F at ``NODES`` [n, 4];
+        the largest logit of every run of ``RUN`` ids [n, runs]; F at ``NODES`` [n, 4];
         log sum exp((z - top) / 2) [n, 1]; the logits in each position's window [n, window].
     """
     n, vocab_size = logits.shape
     sequence = device_tables(vocab_size, logits.device)[0].unfold(0, known.window, 1)
-    even = vocab_size // RUN * RUN
-    peaks = logits.new_empty(n, -(-vocab_size // RUN))
     proposed = logits.new_empty(n, known.window)
-    sums = logits.new_empty(n, 5)
-    blocks = blocks_of(n, logits.device, 4 * vocab_size)
-    powers = logits.new_empty(2, blocks[0].stop - blocks[0].start, vocab_size)
-    for rows in blocks:
-        block, total = logits[rows], sums[rows]
-        runs = block[:, :even].view(block.shape[0], even // RUN, RUN)
-        torch.amax(runs, dim=2, out=peaks[rows, : even // RUN])
-        if even < vocab_size:
-            torch.amax(block[:, even:], dim=1, out=peaks[rows, -1])
-        torch.gather(block, 1, sequence[offsets[rows]], out=proposed[rows])
-        one, two = powers[:, : block.shape[0]]  # exp(z / 4) and its powers
-        torch.add(peaks[rows].amax(dim=1, keepdim=True) * -0.25, block, alpha=0.25, out=one).exp_()
-        torch.sum(one, dim=1, out=total[:, 0])
-        torch.linalg.vector_norm(one, dim=1, out=total[:, 1])
-        torch.mul(one, one, out=two)
-        torch.linalg.vector_norm(two, dim=1, out=total[:, 2])
-        torch.linalg.vector_norm(two.mul_(one), dim=1, out=total[:, 3])
-        torch.sum(two, dim=1, out=total[:, 4])
-    steps = device_steps(MOST_EXACT, known.window, logits.device)
-    logs = sums.log_() * steps.squares
+
+    def propose(rows: slice) -> None:
+        torch.gather(logits[rows], 1, sequence[offsets[rows]], out=proposed[rows])
+
+    peaks, logs = scan(logits, known, propose)
     log_sum = logs[:, 1:2]
-    whole = torch.cat([logs[:, :1], logs[:, 2:]], dim=1) - log_sum * steps.nodes
-    return peaks, whole, log_sum, proposed
+    nodes = device_steps(MOST_EXACT, known.window, logits.device).nodes
+    return peaks, torch.cat([logs[:, :1], logs[:, 2:]], dim=1) - log_sum * nodes, log_sum, proposed
 
 
 def _widen(columns: Tensor) -> Tensor:
