@@ -34,6 +34,7 @@ from liquid_llm.signal_store.codecs.base import (
 from liquid_llm.signal_store.codecs.tail.draws import uniforms_of
 
 _BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**25, 2**27
+_RUN = 64  # ids that are summed first
 
 
 class SampledCodec(Codec):
@@ -66,11 +67,9 @@ class SampledCodec(Codec):
         block = max(1, (_BLOCK_BYTES if cuts_for_cache(logits.device) else _GPU_BLOCK_BYTES) // (8 * vocab_size))
         for begin in range(0, n, block):
             rows = slice(begin, begin + block)
-            running = ((logits[rows] - top[rows]) / self.temperature).exp_().cumsum(1, dtype=torch.float64)
-            ids[rows] = torch.searchsorted(running, numbers[rows] * running[:, -1:], right=True)
-        # A number that rounds up to the whole sum would fall behind the last id.
-        ids = ids.clamp_(max=vocab_size - 1).sort(dim=1).values.to(torch.int32)
-        return {"ids": ids, TOP: top.squeeze(1)}
+            powers = torch.sub(logits[rows], top[rows]).div_(self.temperature).exp_()
+            ids[rows] = _find(powers, numbers[rows])
+        return {"ids": ids.sort(dim=1).values.to(torch.int32), TOP: top.squeeze(1)}
 
     def pack(self, rows: Rows) -> Payload:
         ids = rows["ids"].numpy()
@@ -116,3 +115,20 @@ class SampledCodec(Codec):
     @property
     def _count_bits(self) -> int:
         return (self.draws - 1).bit_length()
+
+
+def _find(powers: Tensor, numbers: Tensor) -> Tensor:
+    """The id at which the running sum of ``powers`` [n, vocab] first exceeds each of ``numbers`` times the whole sum.
+
+    Sums are float64: first of runs of ids, then inside the few runs that a number falls into.
+    """
+    vocab_size = powers.shape[1]
+    powers = torch.nn.functional.pad(powers, (0, -vocab_size % _RUN))
+    runs = powers.unflatten(1, (-1, _RUN))
+    running = torch.nn.functional.pad(runs.sum(dim=2, dtype=torch.float64).cumsum(dim=1), (1, 0))
+    wanted = numbers * running[:, -1:]
+    # A number that rounds up to the whole sum would fall behind the last run, or the last id.
+    run = torch.searchsorted(running[:, 1:].contiguous(), wanted, right=True).clamp_(max=runs.shape[1] - 1)
+    inside = runs.gather(1, run[:, :, None].expand(-1, -1, _RUN)).cumsum(dim=2, dtype=torch.float64)
+    place = (inside + running.gather(1, run)[:, :, None] <= wanted[:, :, None]).sum(dim=2)
+    return (run * _RUN + place.clamp_(max=_RUN - 1)).clamp_(max=vocab_size - 1)
