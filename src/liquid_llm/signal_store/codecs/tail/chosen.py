@@ -158,9 +158,17 @@ def accepted(
     of_rows = [(slope, constant[row, 0]) for slope, constant in lines]
     level, taken = draw_level(proposed[row, slot], slot, shift[row, 0], of_rows, numbers[row], log_share[entry])
     row, slot, level, entry = row[taken], slot[taken], level[taken], entry[taken]
-    drawn = (exact[row] != sequence[entry, None]).all(dim=1)
+    drawn = ~_among(row, sequence[entry], exact, known.num_cells.size)
     counts, (slots, levels) = pad(proposed.shape[0], width, row[drawn], (slot[drawn], level[drawn]))
     return counts, slots, levels, None
+
+
+def _among(row: Tensor, ids: Tensor, exact: Tensor, vocab_size: int) -> Tensor:
+    """Whether ``ids`` [m] are among the exact ids [n, k] (-1: none) of their rows, of which each has one at least."""
+    of_row, column = (exact >= 0).nonzero(as_tuple=True)
+    there = (of_row * vocab_size + exact[of_row, column]).sort().values
+    wanted = row * vocab_size + ids
+    return there[torch.searchsorted(there, wanted).clamp_(max=there.numel() - 1)] == wanted
 
 
 def pad(
