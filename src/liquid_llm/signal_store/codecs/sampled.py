@@ -124,7 +124,7 @@ def _find(powers: Tensor, numbers: Tensor) -> Tensor:
     """
     vocab_size = powers.shape[1]
     powers = torch.nn.functional.pad(powers, (0, -vocab_size % _RUN))
-    runs = powers.unflatten(1, (-1, _RUN))
+    runs = powers.view(powers.shape[0], powers.shape[1] // _RUN, _RUN)
     running = torch.nn.functional.pad(runs.sum(dim=2, dtype=torch.float64).cumsum(dim=1), (1, 0))
     wanted = numbers * running[:, -1:]
     # A number that rounds up to the whole sum would fall behind the last run, or the last id.
