@@ -45,7 +45,7 @@ PARTS = (
     Part("correctness", 110, "tests/gpu on the device"),
     Part("ceilings", 20, "versions; copies and products as fast as the device can"),
     Part("memory", 95, "what training takes under a cap of 22 GiB, against what was predicted"),
-    Part("timing", 75, "steps of the reference's shape and what they consist of"),
+    Part("timing", 84, "steps of the reference's shape and what they consist of"),
     Part("others", 60, "the loss beside TRL's, Liger's and the plain one"),
     Part("capturing", 65, "an 8B teacher: bare, with its head, with encoding"),
     Part("checkpointing", 24, "how long a checkpoint stops training, by part"),

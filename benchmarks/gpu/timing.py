@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from benchmarks.gpu import stepping
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.shapes import (
     ALPHA,
@@ -38,6 +39,7 @@ from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.quantised import Int8Linear, linear_maps, replace_module
 from liquid_llm.models.student import enable_gradient_checkpointing
+from liquid_llm.training import Trainer
 
 CHUNK_MIB = (96, 256, 512, 1024)
 FLOOR = "operations at the measured bf16 rate"
@@ -51,6 +53,7 @@ def run(context: Context) -> None:
     bench.pieces()
     bench.chunks()
     bench.profile()
+    stepping.measure(bench)
 
 
 class Bench:
@@ -128,8 +131,11 @@ class Bench:
         self.ratio("stored / CE only", "step, stored", ["step, CE only"])
 
     def step(self, signal_of: Any, plan: Any = None) -> Callable[[], object]:
-        job = trainer(self.student, endless(self.batch, signal_of), self.dtype, optimizer=self.optimizer, plan=plan)
-        return job.step
+        return self.trainer(signal_of, plan).step
+
+    def trainer(self, signal_of: Any, plan: Any = None) -> Trainer:
+        """A trainer of the student, on the one batch."""
+        return trainer(self.student, endless(self.batch, signal_of), self.dtype, optimizer=self.optimizer, plan=plan)
 
     def pieces(self) -> None:
         head = output_head(self.student)

@@ -1,8 +1,7 @@
 """How many kernels a step launches, counted on the pretend accelerator: no more than when this was written.
 
-A launch costs the host some 5 to 10 us, so a student of small layers waits for it and not for the card. Students of two
-layers in bfloat16, a teacher of two; the loss in its eager form, in one chunk. The second micro-batch of a step costs
-what the first does without clipping and update.
+A launch costs the host tens of microseconds in eager code, so a student of small layers waits for it and not for the
+card. Students of two layers in bfloat16, a teacher of two; the loss in its eager form, in one chunk.
 """
 
 from __future__ import annotations
