@@ -28,9 +28,10 @@ def test_what_is_made_beside_is_used_behind_a_wait(device: torch.device) -> None
 
 
 def test_memory_of_both_streams_is_safe_after_an_error(device: torch.device) -> None:
-    side, base = SideStream(device), torch.ones(4, device=device)
-    with pytest.raises(ValueError, match="of the student"), side.beside(lambda: base * 2):
+    side, held = SideStream(device), [torch.ones(4, device=device)]
+    with pytest.raises(ValueError, match="of the student"), side.beside(lambda: held[0] * 2):
         raise ValueError("of the student")
+    held.clear()
     assert torch.zeros(4, device=device).sum() == 0
 
 

@@ -221,6 +221,18 @@ def test_gradients_are_told_apart_where_they_came_to_be_in_the_step_that_is_coun
     assert 0.6 * found.consumers[STUDENT] < found.consumers[GRADIENTS] <= found.consumers[STUDENT]
 
 
+def test_what_a_teacher_on_a_stream_of_its_own_took_stays_taken() -> None:
+    """Its pass costs nothing at its own peak, and all of it at another's: nothing else has its stream's memory."""
+    usual = shape_of("llama-test", replace(DENSE, rows=8), teacher=TEACHER)
+    beside = replace(usual, teacher_beside=True)
+    found, kept = (memory.training.work_out_training(one) for one in (usual, beside))
+    work = found.stages["teacher"] - found.rest_bytes
+    assert kept.stages["teacher"] == found.stages["teacher"]
+    assert 0 < kept.stages["backward"] - found.stages["backward"] <= work
+    assert found.peak_stage != "teacher"
+    assert kept.peak_bytes > found.peak_bytes
+
+
 def test_a_teacher_in_passes_takes_less_and_is_counted_right() -> None:
     teacher = preset("llama-test", hidden_size=256, intermediate_size=4096)
     whole = shape_of("llama-test", BatchShape(9, 128, "dense"), teacher=teacher, grad_checkpoint=True)
