@@ -8,6 +8,7 @@ from itertools import product
 import torch
 from benchmarks.gpu.shapes import SLOTS, TEMPERATURE, Scale, compute_dtype, student_config, teacher_config
 
+from liquid_llm.losses.rows.choice import expect_rows
 from liquid_llm.memory.shapes import BatchShape, CaptureShape, ModelShape, TrainingShape
 
 # Peak GiB at the reference's shape of an earlier version, with a loss chunk of 96 MiB; for orientation.
@@ -57,6 +58,7 @@ def training_shape(case: Case, scale: Scale, device: torch.device) -> TrainingSh
         grad_checkpoint=case.checkpointed,
         temperature=TEMPERATURE,
         device=device.type,
+        loss_rows=expect_rows(device.type),
     )
 
 

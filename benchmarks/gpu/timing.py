@@ -6,6 +6,7 @@ for an H100 stands in the notes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,9 +33,13 @@ from benchmarks.gpu.timing_tools import at_rate, matrix_parameters, rate, second
 from torch import Tensor
 
 from liquid_llm.device import prepare_allocator
+from liquid_llm.losses._sources import DenseRows
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import choose_plan
+from liquid_llm.losses.products import HeadProducts
+from liquid_llm.losses.rows.choice import COMPILED, EAGER, TRITON, choose_rows, kernel_error
+from liquid_llm.losses.rows.two_passes import TwoPassRows
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.models.heads import hidden_states, output_head
 from liquid_llm.models.quantised import Int8Linear, linear_maps, replace_module
@@ -51,6 +56,7 @@ def run(context: Context) -> None:
     bench.steps()
     bench.narrow_teacher()
     bench.pieces()
+    bench.forms()
     bench.chunks()
     bench.profile()
     stepping.measure(bench)
@@ -191,7 +197,14 @@ class Bench:
         return rows.to(self.dtype).requires_grad_()
 
     def loss(
-        self, hidden: Tensor, head: OutputHead, signal: Signal | None, *, grad: bool = True, plan: Any = None
+        self,
+        hidden: Tensor,
+        head: OutputHead,
+        signal: Signal | None,
+        *,
+        grad: bool = True,
+        plan: Any = None,
+        divergence: str = "forward_kl",
     ) -> Callable[[], None]:
         """The fused loss of the batch's positions, forward and backward."""
 
@@ -202,7 +215,7 @@ class Bench:
                     head,
                     self.batch.targets,
                     signal=signal,
-                    objective=Objective(ALPHA, TEMPERATURE),
+                    objective=Objective(ALPHA, TEMPERATURE, divergence=divergence),
                     plan=plan,
                     all_labelled=True,
                 ).loss
@@ -212,23 +225,71 @@ class Bench:
 
         return work
 
-    def _products(self, hidden: Tensor, head: OutputHead, signal: DenseSignal) -> Callable[[], None]:
-        """The same products in the same chunks and nothing else: two sets of logits, two gradients."""
-        chunk = choose_plan(self.device, self.scale.vocab_size).chunk_tokens
-        states, weight = hidden.detach(), head.weight.detach().to(self.dtype)
-        teacher_states, teacher_weight = signal.hidden, signal.head.weight
-        gradient = torch.zeros_like(head.weight)
+    def _products(self, hidden: Tensor, head: OutputHead, signal: DenseSignal | None) -> Callable[[], None]:
+        """The loss's own products in its own chunks and nothing else: logits of one or two heads, two gradients."""
+        plan = choose_plan(self.device, self.scale.vocab_size)
+        chunk = min(plan.chunk_tokens, hidden.shape[0])
+        student = HeadProducts(OutputHead(head.weight.detach()), self.dtype, plan.product)
+        raw = torch.empty(chunk, self.scale.vocab_size, device=self.device)
+        operand = student.operand(raw.zero_())
+        teacher = None if signal is None else HeadProducts(signal.head, signal.hidden.dtype, plan.product)
+        states, weight_gradient = hidden.detach(), torch.zeros_like(head.weight, dtype=torch.float32)
 
         def work() -> None:
             for start in range(0, states.shape[0], chunk):
                 part = states[start : start + chunk]
-                logits = wide_product(part, weight.t())
-                wide_product(teacher_states[start : start + chunk], teacher_weight.t())
-                narrow = logits.to(self.dtype)
-                wide_product(narrow, weight)
-                gradient.add_(wide_product(narrow.t(), part))
+                rows = part.shape[0]
+                student.raw_logits(part, raw[:rows])
+                if teacher is not None and signal is not None:
+                    teacher.raw_logits(signal.hidden[start : start + chunk], raw[:rows])
+                student.hidden_gradient(operand[:rows])
+                student.head_gradient(operand[:rows], part, weight_gradient, add=True)
 
         return work
+
+    def forms(self) -> None:
+        """The loss by each form of row arithmetic, in each size of chunk, beside its products; blocks of kernels."""
+        head, hidden, dense = output_head(self.student), self._states(), self.teacher.signal(self.batch)
+        usual = choose_plan(self.device, self.scale.vocab_size)
+        chosen = choose_rows(self.device)
+        reason = {"reason": chosen.reason} if self.context.on_gpu else {}
+        if chosen.value == TRITON:
+            for vocab_size in (10_000, self.scale.vocab_size):
+                error = kernel_error(self.device, vocab_size)
+                self.context.row(f"kernels against plain torch, {vocab_size} entries", error, "relative")
+        signals = (("online T=2", dense, dense), ("stored T=2", self.sparse, None), ("CE only", None, None))
+        for words, signal, taught in signals:
+            products = f"products of the loss, {words}"
+            self.time(products, self._products(hidden, head, taught))
+            for form, size in itertools.product((EAGER, TRITON), (256, 512, 1024)):
+                name = f"loss, {words}, {form}, chunk {size} MiB"
+                if form == TRITON and chosen.value != TRITON:
+                    self.context.skip(name, **reason)
+                    continue
+                plan = choose_plan(self.device, self.scale.vocab_size, chunk_bytes=size << 20)
+                self.time(name, self.loss(hidden, head, signal, plan=replace(plan, rows=form)))
+                self.ratio(f"{name} / its products", name, [products], "aim: 1.5")
+        for form in (EAGER, COMPILED) if chosen.value == TRITON else (EAGER,):
+            plan = replace(usual, rows=form)
+            self.time(f"loss, online, jsd, {form}", self.loss(hidden, head, dense, plan=plan, divergence="jsd"))
+        for measured, filled in itertools.product((4096, 8192, 16384), (2048, 4096, 8192)):
+            name = f"rows of a chunk by kernels, blocks {measured} and {filled}"
+            if chosen.value != TRITON:
+                self.context.skip(name, **reason)
+                continue
+            self.time(name, self._kernel_rows(usual.chunk_tokens, measured, filled))
+
+    def _kernel_rows(self, rows: int, measured: int, filled: int) -> Callable[[], object]:
+        """Kernels alone, on a chunk of logits."""
+        from liquid_llm.losses.rows.triton_passes import TritonPasses
+
+        raw, teacher = (torch.randn(rows, self.scale.vocab_size, device=self.device) for _ in range(2))
+        out = torch.empty_like(raw, dtype=self.dtype)
+        head = OutputHead(raw[:1].t())
+        passes = TritonPasses(measured, filled)
+        two = TwoPassRows(head, Objective(ALPHA, TEMPERATURE), passes, with_grad=True)
+        labels = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return lambda: two(raw, labels, DenseRows(teacher, None, None), into=out)
 
     def chunks(self) -> None:
         usual = choose_plan(self.device, self.scale.vocab_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from liquid_llm.models.student import PRESETS, student_config
 from liquid_llm.parsing import parse_json
 from liquid_llm.runtime import Choice, choose_device, choose_dtype
 from liquid_llm.terminal import print_facts, setup_logging
-from liquid_llm.wiring.fitting import Fit, judge, judge_capture, resolve_auto
+from liquid_llm.wiring.fitting import LOSS_CHUNK, Fit, choose_chunk, judge, judge_capture, resolve_auto
 from liquid_llm.wiring.shapes import Models, nominal_shape, open_shape, open_teachers, stored_codec, with_positions
 from liquid_llm.wiring.sharding import require_several
 from liquid_llm.wiring.tokens import read_token
@@ -119,7 +119,11 @@ def _training(config: RunConfig, card: Card, price: object, ranks: int) -> _Foun
     models = Models(student, teacher, compute_dtype, vocab_size, stored_codec(config), held_bytes, ranks)
     free = card.bytes - held_bytes
     settled, choices = resolve_auto(config, models, free, card.kind, ranks=ranks)
-    fit = judge(settled, nominal_shape(settled, models, card.kind), free)
+    shape = nominal_shape(settled, models, card.kind)
+    if card.kind != "cpu":
+        choices[LOSS_CHUNK] = choose_chunk(shape, free)
+        shape = replace(shape, chunk_bytes=int(choices[LOSS_CHUNK].value) << 20)
+    fit = judge(settled, shape, free)
     notes = []
     if price is not None:
         notes.append("the cost follows from the speed, which only a run on the card says: --dry_run --price_per_hour")

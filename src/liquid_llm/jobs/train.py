@@ -39,7 +39,7 @@ from liquid_llm.trackers import open_trackers
 from liquid_llm.training import Trainer
 from liquid_llm.wiring.compiling import compile_parts, give_stream
 from liquid_llm.wiring.exports import STUDENT, keep_tokenizer, save_with_card
-from liquid_llm.wiring.fitting import Fit, check_fit, say_fit
+from liquid_llm.wiring.fitting import Fit, check_fit, say_fit, settle_loss
 from liquid_llm.wiring.mirrors import Mirrors, send_what_is_lacking
 from liquid_llm.wiring.parts import BatchFeed, Parts, build_basis, build_parts
 from liquid_llm.wiring.places import Place, resolve_place, try_places
@@ -264,6 +264,7 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
     basis = build_basis(config, start, engine)
     data = engine.host_first(lambda: prepare_run_data(config.data))
     parts = build_parts(basis, start, data.entries, engine)
+    settle_loss(parts.config, parts, start)
     fit = check_fit(parts.config, parts)
     say_fit(fit, parts.device)
     parts = compile_parts(give_stream(parts), start)
@@ -403,6 +404,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
         def prepare() -> tuple[Parts, Fit]:
             basis = build_basis(config, start, engine)
             parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
+            settle_loss(parts.config, parts, start)
             fit = check_fit(parts.config, parts)
             return compile_parts(give_stream(parts), start), fit
 

@@ -30,7 +30,9 @@ PRODUCTS = {
 }
 
 _CPU_CHUNK_BYTES = 96 << 20  # of one chunk's logits in float32
-_CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = (1024 << 20, 512 << 20, 256 << 20)
+"""Of a chunk elsewhere, the largest first: the larger, the less often both heads are read. The last is usual."""
+
 _MIN_CHUNK_TOKENS, _MAX_CPU_CHUNK_TOKENS = 16, 384  # a CPU's products are no faster on more rows
 _SLICE_ELEMENTS = 1 << 20  # 4 MiB of float32
 
@@ -68,17 +70,20 @@ class LossPlan:
             raise ValueError(f"rows must be one of {', '.join(FORMS)}, got {self.rows!r}")
 
 
-def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None = None) -> LossPlan:
+def choose_plan(
+    device: torch.device | str, vocab_size: int, *, amx: bool | None = None, chunk_bytes: int = CHUNK_BYTES[-1]
+) -> LossPlan:
     """The plan for logits of ``vocab_size`` on ``device``.
 
-    A chunk's logits take at most 96 MiB in float32 on a CPU and 256 MiB elsewhere (about six such buffers exist at the
-    same time), but for a minimum of 16 positions. Apple's GPU has no product with another result type, so operands are
-    widened there as on a CPU.
+    A chunk's logits take at most 96 MiB in float32 on a CPU and ``chunk_bytes`` elsewhere (about six such buffers exist
+    at the same time in the eager form, two and a half with kernels), but for a minimum of 16 positions. Apple's GPU has
+    no product with another result type, so operands are widened there as on a CPU.
 
     Args:
         device: where hidden states and heads lie.
         vocab_size: of the student.
         amx: whether the CPU has bfloat16 tiles; None looks.
+        chunk_bytes: of one of ``CHUNK_BYTES``, where there is memory for more than usual.
     """
     if torch.device(device).type == "cpu":
         fitting = max(_MIN_CHUNK_TOKENS, _CPU_CHUNK_BYTES // (4 * vocab_size))
@@ -88,7 +93,7 @@ def choose_plan(device: torch.device | str, vocab_size: int, *, amx: bool | None
             product=choose_product(device, amx=amx),
             looks=True,
         )
-    chunk_tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * vocab_size))
+    chunk_tokens = max(_MIN_CHUNK_TOKENS, chunk_bytes // (4 * vocab_size))
     return LossPlan(chunk_tokens, chunk_tokens, choose_product(device), looks=False, rows=choose_rows(device).value)
 
 

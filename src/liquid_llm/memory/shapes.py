@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from liquid_llm.losses.plan import CHUNK_BYTES
+from liquid_llm.losses.rows.choice import EAGER
 from liquid_llm.models.lora import LoraSpec
 from liquid_llm.models.quantised import counted_as
 from liquid_llm.runtime import torch_dtype
@@ -98,6 +100,8 @@ class TrainingShape:
         optimizer: its kind; decides what moments there are.
         measures: evaluation gives agreement, overlap and calibration too, which forms logits of its own.
         device: ``cpu``, or the kind of accelerator; decides how the loss goes about it.
+        chunk_bytes: of a chunk's logits on an accelerator.
+        loss_rows: the form of row arithmetic that the device has; see ``losses.rows``.
     """
 
     student: ModelShape
@@ -120,6 +124,8 @@ class TrainingShape:
     optimizer: str = "adamw"
     measures: bool = False
     device: str = "cuda"
+    chunk_bytes: int = CHUNK_BYTES[-1]
+    loss_rows: str = EAGER
 
     def with_rows(self, most: int, rows: int) -> TrainingShape:
         """The same with micro-batches of ``rows`` where they had ``most``: all are cut or grow in proportion."""

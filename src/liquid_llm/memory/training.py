@@ -19,7 +19,8 @@ from liquid_llm.evaluation.measures import compare
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.fused import fused_loss
 from liquid_llm.losses.objective import Objective
-from liquid_llm.losses.plan import LossPlan, choose_plan
+from liquid_llm.losses.plan import CHUNK_BYTES, LossPlan, choose_plan
+from liquid_llm.losses.rows.choice import EAGER, MEMORY, TRITON
 from liquid_llm.losses.signals import DenseSignal, LogitsSignal, Signal, SparseSignal
 from liquid_llm.memory.counter import StorageCounter
 from liquid_llm.memory.dealt_out import DealtOut
@@ -69,9 +70,10 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
     return combine(found, job.rest_bytes, shape.device)
 
 
-def loss_plan(device: str, vocab_size: int) -> LossPlan:
+def loss_plan(shape: TrainingShape, vocab_size: int, chunk_bytes: int = CHUNK_BYTES[-1]) -> LossPlan:
     """How the loss goes about it on the device meant, without looking at results: fake tensors have none."""
-    return replace(choose_plan(device, vocab_size), looks=False)
+    rows = MEMORY if shape.loss_rows == TRITON else EAGER
+    return replace(choose_plan(shape.device, vocab_size, chunk_bytes=chunk_bytes), looks=False, rows=rows)
 
 
 def online_teacher(model: nn.Module, vocab_size: int, pass_tokens: int | None = None) -> OnlineTeacher:
@@ -136,7 +138,8 @@ class _Job:
         if shape.reference:
             own = shape.lora is not None
             reference = student if own else self._build(shape, REFERENCE, REFERENCE).requires_grad_(False)
-        plan = loss_plan(shape.device, output_head(student).vocab_size)
+        plan = loss_plan(shape, output_head(student).vocab_size, shape.chunk_bytes)
+        self._usual_plan = loss_plan(shape, output_head(student).vocab_size)  # of what is measured beside the loss
         self._student = Student(student, torch_dtype(shape.compute_dtype), reference, plan=plan)
         self._teacher = None
         if shape.teacher is not None:
@@ -226,10 +229,10 @@ class _Job:
                 if self._measures:
                     # Of a sparse signal's positions some have a rest, which asks for values; its ids take little.
                     whole = None if isinstance(signal, SparseSignal) else signal
-                    compare([(hidden, self._student.head)], batch.targets, whole, plan=self._student.plan)
+                    compare([(hidden, self._student.head)], batch.targets, whole, plan=self._usual_plan)
                 del hidden
                 if isinstance(signal, DenseSignal):
-                    fused_loss(signal.hidden, signal.head, batch.targets, plan=self._student.plan, all_labelled=True)
+                    fused_loss(signal.hidden, signal.head, batch.targets, plan=self._usual_plan, all_labelled=True)
             del batch, signal
             if self._dealt_out is not None:
                 self._dealt_out.end()

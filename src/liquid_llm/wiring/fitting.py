@@ -19,6 +19,8 @@ from liquid_llm.config import CaptureConfig, RunConfig
 from liquid_llm.distributed import Engine
 from liquid_llm.errors import ModelError, UsageError
 from liquid_llm.formatting import format_bytes
+from liquid_llm.losses.plan import CHUNK_BYTES, choose_plan
+from liquid_llm.losses.rows.choice import choose_rows
 from liquid_llm.memory import MOST_TOKENS, predict_capture, predict_training
 from liquid_llm.memory.free import available_bytes
 from liquid_llm.memory.prediction import MemoryPrediction
@@ -46,6 +48,10 @@ log = logging.getLogger(__name__)
 
 # What models raise on tensors without values; that a run's memory cannot be worked out is no reason to end the run.
 UNPREDICTABLE = (ModelError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError, LookupError)
+
+
+LOSS_CHUNK = "loss_chunk_mib"
+_LEFT_FREE = 0.1  # a larger chunk saves a few percent of a step, which is not worth a pass that runs out of memory
 
 
 @dataclass(frozen=True)
@@ -271,8 +277,8 @@ def _choose_batch(
 # ----------------------------------------------------------------------------------------------------------- the check
 
 
-def check_fit(config: RunConfig, parts: Parts) -> Fit:
-    """Work out the memory of the run's real shapes and compare it with what its device can give.
+def _real_shape(config: RunConfig, parts: Parts) -> tuple[TrainingShape, int | None]:
+    """The run's real shapes, and what its device can give.
 
     Called when the models are on the device: what they take is part of both sides of the comparison.
     """
@@ -301,10 +307,57 @@ def check_fit(config: RunConfig, parts: Parts) -> Fit:
     here = [model for model in held if model is not None and next(model.parameters()).device.type == device.type]
     taken = sum(map(_size, here)) + parts.teachers.head_bytes
     available = available_bytes(device, taken)
+    chunk = parts.decided.get(LOSS_CHUNK)
+    return shape if chunk is None else replace(shape, chunk_bytes=int(chunk) << 20), available
+
+
+def check_fit(config: RunConfig, parts: Parts) -> Fit:
+    """Work out the memory of the run's real shapes and compare it with what its device can give."""
+    shape, available = _real_shape(config, parts)
     try:
         return judge(config, shape, available)
     except UNPREDICTABLE as error:
         return Fit(None, available, None, _in_words(error))
+
+
+def settle_loss(config: RunConfig, parts: Parts, start: Start) -> None:
+    """Decide how the loss goes about it on an accelerator, once the models are on it; said, and kept with the run.
+
+    A run that goes on keeps its chunk, so that its sums are taken in the same order. The main rank decides for all.
+    """
+    device = parts.device
+    if device.type == "cpu":
+        return
+    metadata = start.origin.metadata
+    before = metadata.run.get("decided") if start.goes_on and metadata is not None else None
+
+    def decide() -> tuple[str, str]:
+        if before and LOSS_CHUNK in before:
+            return str(before[LOSS_CHUNK]), "as the run began"
+        choice = choose_chunk(*_real_shape(config, parts))
+        return choice.value, choice.reason
+
+    chunk, rows = Choice(*parts.engine.share(decide)), choose_rows(device)
+    log.info("logits of the loss in chunks of %s MiB: %s", chunk.value, chunk.reason)
+    log.info("rows of the loss %s: %s", rows.value, rows.reason)
+    parts.decided[LOSS_CHUNK] = int(chunk.value)
+    parts.choices.update({LOSS_CHUNK: chunk, "loss_rows": rows})
+    parts.student.plan = choose_plan(device, parts.student.head.vocab_size, chunk_bytes=int(chunk.value) << 20)
+
+
+def choose_chunk(shape: TrainingShape, available: int | None) -> Choice:
+    """MiB of a chunk of the loss's logits: the most with which a tenth of what is free stays so."""
+    usual = CHUNK_BYTES[-1]
+    if available is None:
+        return Choice(str(usual >> 20), "what is free is not known")
+    for size in CHUNK_BYTES[:-1]:
+        try:
+            needed = predict_training(replace(shape, chunk_bytes=size)).needed_bytes
+        except UNPREDICTABLE as error:
+            return Choice(str(usual >> 20), f"what it takes is not known: {_in_words(error)}")
+        if needed <= available * (1.0 - _LEFT_FREE):
+            return Choice(str(size >> 20), f"it fits: {format_bytes(needed)} of {format_bytes(available)}")
+    return Choice(str(usual >> 20), f"more leaves too little free of {format_bytes(available)}")
 
 
 def check_capture_fit(config: CaptureConfig, teacher: Any, codec: Codec, longest: int, vocab_size: int) -> Fit:

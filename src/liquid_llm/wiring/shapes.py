@@ -16,6 +16,7 @@ import torch
 
 from liquid_llm.config import RunConfig
 from liquid_llm.errors import LiquidError
+from liquid_llm.losses.rows.choice import expect_rows
 from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.memory.shapes import BatchShape, ModelShape, SignalKind, TrainingShape
 from liquid_llm.models.loading import open_config
@@ -182,6 +183,7 @@ def shape_of(
         optimizer=config.optimizer.kind,
         measures=config.evaluation.measures,
         device=device,
+        loss_rows=expect_rows(device),
     )
 
 

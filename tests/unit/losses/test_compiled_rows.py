@@ -19,6 +19,9 @@ from liquid_llm.losses.rows import compiled
 from liquid_llm.losses.rows.choice import COMPILED
 from liquid_llm.losses.rows.giving_up import given_up
 
+# Warnings are what torch says to itself while it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore:::torch.*", "ignore::DeprecationWarning")
+
 pytest.importorskip("triton", reason="make test-kernels installs Triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("torch's compiler does not go with Triton's interpreter", allow_module_level=True)

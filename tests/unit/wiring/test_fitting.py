@@ -11,21 +11,23 @@ from tests.support.memory import VOCAB_SIZE, preset, real_model
 
 from liquid_llm.config import RunConfig, build_run_config
 from liquid_llm.errors import ModelError, UsageError
+from liquid_llm.losses.plan import CHUNK_BYTES
 from liquid_llm.memory import predict_training
 from liquid_llm.memory.prediction import MemoryPrediction
-from liquid_llm.memory.shapes import ModelShape, TrainingShape
+from liquid_llm.memory.shapes import BatchShape, ModelShape, TrainingShape
 from liquid_llm.models.student import build_student, student_config
 from liquid_llm.options import ANNEAL, TRAIN
 from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.description import write_store_file
 from liquid_llm.signal_store.records import SignalIdentity
 from liquid_llm.wiring import fitting
-from liquid_llm.wiring.fitting import Fit, decisions, judge, resolve_auto
+from liquid_llm.wiring.fitting import Fit, choose_chunk, decisions, judge, resolve_auto
 from liquid_llm.wiring.shapes import Models, nominal_shape, stored_batch, stored_codec, with_positions
 
 GIB = 2**30
 # Deep enough for checkpointing to save something.
 STUDENT = preset("llama-test", num_hidden_layers=6)
+LONG = BatchShape(1024, 1024)  # enough positions for the largest chunk of so small a vocabulary
 MODELS = Models(STUDENT, preset("llama-test"), "float32", VOCAB_SIZE)
 
 
@@ -225,3 +227,21 @@ def test_the_line_says_yes_no_or_not_known(without: int) -> None:
     assert unknown.largest() == ""
     assert unknown.as_dict() == {"obstacle": "because", "available_bytes": GIB, "verdict": None}
     assert yes.as_dict()["verdict"]["fits"] is True
+
+
+# --------------------------------------------------------------------------------------------------- chunk of the loss
+
+
+def test_the_chunk_of_the_loss_is_the_largest_that_leaves_a_tenth_free() -> None:
+    """Kernels take fewer buffers than torch's own operations, which the model of memory knows."""
+    shape = replace(nominal_shape(config(), replace(MODELS, vocab_size=VOCAB_SIZE), "cuda"), batches=(LONG,))
+    sizes = {size: predict_training(replace(shape, chunk_bytes=size)).needed_bytes for size in CHUNK_BYTES}
+    assert sizes[CHUNK_BYTES[0]] > sizes[CHUNK_BYTES[1]] > sizes[CHUNK_BYTES[2]]
+    eager = predict_training(replace(shape, chunk_bytes=CHUNK_BYTES[0], loss_rows="eager"))
+    assert eager.needed_bytes > sizes[CHUNK_BYTES[0]]
+    for size in CHUNK_BYTES[:2]:
+        assert choose_chunk(shape, sizes[size] * 10 // 9 + 10).value == str(size >> 20)
+    for free in (sizes[CHUNK_BYTES[1]], None):
+        choice = choose_chunk(shape, free)
+        assert choice.value == "256"
+        assert choice.reason

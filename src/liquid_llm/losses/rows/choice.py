@@ -34,6 +34,13 @@ def choose_rows(device: torch.device | str) -> Choice:
     return _try_kernels(device)
 
 
+def expect_rows(device_type: str) -> str:
+    """The form that a device of this kind has, as far as this machine can tell; where it has none, as a rule."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return TRITON
+    return choose_rows(device_type).value
+
+
 @functools.cache
 def _try_kernels(device: torch.device) -> Choice:
     if importlib.util.find_spec("triton") is None:
