@@ -70,10 +70,10 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
     return combine(found, job.rest_bytes, shape.device)
 
 
-def loss_plan(shape: TrainingShape, vocab_size: int, chunk_bytes: int = CHUNK_BYTES[-1]) -> LossPlan:
+def loss_plan(device: str, vocab_size: int, chunk_bytes: int = CHUNK_BYTES[-1], loss_rows: str = EAGER) -> LossPlan:
     """How the loss goes about it on the device meant, without looking at results: fake tensors have none."""
-    rows = MEMORY if shape.loss_rows == TRITON else EAGER
-    return replace(choose_plan(shape.device, vocab_size, chunk_bytes=chunk_bytes), looks=False, rows=rows)
+    rows = MEMORY if loss_rows == TRITON else EAGER
+    return replace(choose_plan(device, vocab_size, chunk_bytes=chunk_bytes), looks=False, rows=rows)
 
 
 def online_teacher(model: nn.Module, vocab_size: int, pass_tokens: int | None = None) -> OnlineTeacher:
@@ -138,8 +138,10 @@ class _Job:
         if shape.reference:
             own = shape.lora is not None
             reference = student if own else self._build(shape, REFERENCE, REFERENCE).requires_grad_(False)
-        plan = loss_plan(shape, output_head(student).vocab_size, shape.chunk_bytes)
-        self._usual_plan = loss_plan(shape, output_head(student).vocab_size)  # of what is measured beside the loss
+        own_vocab = output_head(student).vocab_size
+        plan = loss_plan(shape.device, own_vocab, shape.chunk_bytes, shape.loss_rows)
+        # Of what is measured beside the loss.
+        self._usual_plan = loss_plan(shape.device, own_vocab, loss_rows=shape.loss_rows)
         self._student = Student(student, torch_dtype(shape.compute_dtype), reference, plan=plan)
         self._teacher = None
         if shape.teacher is not None:
