@@ -92,6 +92,7 @@ class DataConfig:
     block_size: int
     seq_len: int
     draw_group: int | None
+    order: str
     document_mask: bool
     val_fraction: float
     manifest: str | None

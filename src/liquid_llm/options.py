@@ -136,6 +136,7 @@ OPTIONS = (
     Option("batch_size", "auto int", DATA, "batch_size", 8, "micro-batch size in blocks: batch_size x block_size tokens; auto: the most that fits, with --tokens_per_step", minimum=1),
     Option("batch_size", "int", DATA, "batch_size", 4, "samples scored at once: batch_size x seq_len tokens", faces=(CAPTURE,), minimum=1),
     Option("draw_group", "int", DATA, "draw_group", None, "micro-batches in a row that are drawn from one dataset, so that processes do the same kind of work at a time (default: their number when the run begins)", minimum=1),
+    Option("order", "str", DATA, "order", AUTO, "shards: data files come in a random order, and the texts of a few are shuffled together, so that a store in a bucket is read file by file; whole: all texts of a type are; auto: shards for types whose store is one of units behind a URL", choices=(AUTO, "whole", "shards")),
     Option("document_mask", "bool", DATA, "document_mask", False, "keep the documents of a block apart: each is to student and teacher as if it stood alone"),
     Option("val_fraction", "float", DATA, "val_fraction", 0.05, "share of a manifest's samples held out, by hash of the id", faces=(TRAIN,), face_defaults={CAPTURE: 0.0}, minimum=0),
     Option("begin_token", "str", DATA, "begin_token", "auto", "the token before each text: auto as the teacher expects it, or as the store or checkpoint has it; always; never", faces=EVERY, choices=("auto", "always", "never")),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-ORDER = 2
+ORDER = 3
 FRAMING = 2
 NUMERICS = 2
 
@@ -50,6 +50,14 @@ CHANGES = (
         2,
         "several ranks draw the type of a micro-batch for as many in a row as there are ranks (it was drawn for each)",
         "a run of one process, and what was begun with release 0.1.0, still draws it for each",
+        kept=True,
+    ),
+    Change(
+        "order",
+        3,
+        "texts of a type may be shuffled a few data files at a time (--order=shards; by itself where their signal is a "
+        "store of units behind a URL)",
+        "--order=whole, and whatever was begun without it, shuffles them as a whole",
         kept=True,
     ),
     Change(

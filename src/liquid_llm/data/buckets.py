@@ -14,11 +14,13 @@ a division.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.data.sampling import keyed_bits, keyed_permutation
+from liquid_llm.data.two_levels import Windows
 
 MAX_PADDING = 0.05
 _MAX_RANGES = 512  # a histogram with more distinct lengths is coarsened, by under 1 % for windows up to 16k tokens
@@ -52,6 +54,98 @@ class BucketPlan:
         longest = np.zeros(int(self.bucket_of.max()) + 1, dtype=np.int64)
         np.maximum.at(longest, self.bucket_of, windows)
         return longest[np.sort(self.bucket_of)[self.bounds[:-1]]]
+
+
+class WholePlan:
+    """Micro-batches of samples that are shuffled as a whole in each epoch.
+
+    Args:
+        windows: [samples] lengths in tokens.
+        key: of the order, the seed first.
+
+    Attributes:
+        num_micro_batches: in one epoch.
+    """
+
+    def __init__(
+        self, windows: NDArray[np.int64], batch_size: int, block_size: int, key: tuple[int | str, ...]
+    ) -> None:
+        self._plan = plan_buckets(windows, batch_size, block_size)
+        self._longest = self._plan.longest(windows)
+        self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
+        self.num_micro_batches = self._plan.num_micro_batches
+
+    def shapes(self) -> set[tuple[int, int]]:
+        """Rows, and the most tokens a row, that every micro-batch can have."""
+        rows = np.diff(self._plan.bounds)
+        return set(zip(rows.tolist(), self._longest.tolist(), strict=True))
+
+    def samples(self, index: int) -> NDArray[np.int64]:
+        """The samples of the ``index``-th micro-batch since the beginning, across epochs."""
+        epoch, within = divmod(index, self.num_micro_batches)
+        samples, micro_batches = self._order(epoch)
+        number = micro_batches[within]
+        return samples[self._plan.bounds[number] : self._plan.bounds[number + 1]]
+
+
+class WindowedPlan:
+    """Micro-batches that hold samples of one window each, see ``two_levels``.
+
+    The ranges of lengths are those of all samples, so that a window's micro-batches are counted without a look at
+    others, and alike in each epoch.
+
+    Args:
+        windows: [samples] lengths in tokens, in the order of ``parts``' shards.
+        parts: which samples are shuffled together.
+        key: of the order, the seed first.
+
+    Attributes:
+        num_micro_batches: in one epoch.
+    """
+
+    def __init__(
+        self, windows: NDArray[np.int64], batch_size: int, block_size: int, parts: Windows, key: tuple[int | str, ...]
+    ) -> None:
+        plan = plan_buckets(windows, batch_size, block_size)
+        self._lengths, self._parts, self._key = windows, parts, key
+        self._edges = np.zeros(int(plan.bucket_of.max()) + 1, dtype=np.int64)
+        np.maximum.at(self._edges, plan.bucket_of, windows)
+        self._rows = np.maximum(1, batch_size * block_size // self._edges)
+        self._counts = np.array([len(self._cuts(window)[1]) for window in range(len(parts))], dtype=np.int64)
+        self.num_micro_batches = int(self._counts.sum())
+        self._shuffled = lru_cache(maxsize=4)(self._shuffle)
+
+    def shapes(self) -> set[tuple[int, int]]:
+        """Rows, and the most tokens a row, that every micro-batch can have."""
+        found = set()
+        for window in range(len(self._parts)):
+            bounds, of_batch = self._cuts(window)
+            found |= set(zip(np.diff(bounds).tolist(), self._edges[of_batch].tolist(), strict=True))
+        return found
+
+    def samples(self, index: int) -> NDArray[np.int64]:
+        """The samples of the ``index``-th micro-batch since the beginning, across epochs."""
+        epoch, within = divmod(index, self.num_micro_batches)
+        window, number = self._parts.find(epoch, within, self._counts)
+        samples, micro_batches, bounds = self._shuffled(epoch, window)
+        chosen = micro_batches[number]
+        return samples[bounds[chosen] : bounds[chosen + 1]]
+
+    def _buckets(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._edges, self._lengths[items])
+
+    def _cuts(self, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where a window's micro-batches begin in its samples sorted by bucket, [n + 1]; the bucket of each, [n]."""
+        held = np.bincount(self._buckets(self._parts.items(window)), minlength=len(self._edges))
+        pieces = -(-held // self._rows)
+        return _cut_evenly(held, pieces), np.repeat(np.arange(len(held)), pieces)
+
+    def _shuffle(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """A window's samples by bucket and shuffled inside it, the order of its micro-batches, and their bounds."""
+        items, key = self._parts.items(window), (*self._key, epoch, window)
+        order = np.lexsort((keyed_bits(len(items), "samples", *key), self._buckets(items)))
+        bounds, _ = self._cuts(window)
+        return items[order], keyed_permutation(len(bounds) - 1, "micro-batches", *key), bounds
 
 
 def plan_buckets(
@@ -138,7 +232,11 @@ def _bounds(
     lengths: NDArray[np.int64], counts: NDArray[np.int64], budget_tokens: int, cuts: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Each bucket cut into its micro-batches as evenly as whole samples allow."""
-    samples, pieces = _bucket_sizes(lengths, counts, budget_tokens, cuts)
+    return _cut_evenly(*_bucket_sizes(lengths, counts, budget_tokens, cuts))
+
+
+def _cut_evenly(samples: NDArray[np.int64], pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[micro_batches + 1] where each begins, of buckets of so many samples cut into so many pieces."""
     begin = np.concatenate(([0], np.cumsum(samples)))
     parts = [begin[n] + np.arange(pieces[n]) * samples[n] // pieces[n] for n in range(len(samples)) if samples[n]]
     return np.concatenate([*parts, begin[-1:]])

@@ -12,20 +12,24 @@ over it is an epoch in an order of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from liquid_llm.data.blocks import TokenStream
-from liquid_llm.data.buckets import plan_buckets
+from liquid_llm.data.buckets import WholePlan, WindowedPlan, plan_buckets
 from liquid_llm.data.sampling import WeightedDraws, keyed_permutation
 from liquid_llm.data.tokens import TokenDataset
+from liquid_llm.data.two_levels import Shards, Windows
 from liquid_llm.data.types import IGNORE_INDEX, Documents, MicroBatch, Sample
 from liquid_llm.errors import DataError
+
+NO_WINDOWS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class TrainingStream:
         document_mask: the documents of a block are kept apart, see ``read_blocks``.
         rank: this process's number among ``world_size``.
         group_size: micro-batches of a group; part of the order, like the seed.
+        window_tokens: type -> tokens that are shuffled together, see ``two_levels``; other types are as a whole.
 
     Attributes:
         orders: for each dataset, how its material is cut: see ``BlockOrder`` and ``SampleOrder``.
@@ -71,6 +76,7 @@ class TrainingStream:
         rank: int = 0,
         world_size: int = 1,
         group_size: int = 1,
+        window_tokens: Mapping[str, int] = NO_WINDOWS,
     ) -> None:
         if block_size < 2 or batch_size < 1 or group_size < 1 or not 0 <= rank < world_size:
             sizes = f"{block_size=} below 2, {batch_size=} or {group_size=} below 1"
@@ -79,11 +85,11 @@ class TrainingStream:
             raise DataError("there is nothing to train on", remedy="add an entry to the manifest")
         self.orders: list[BlockOrder | SampleOrder] = []
         for number, part in enumerate(mixture):
-            key = (seed, number)
+            key, together = (seed, number), window_tokens.get(part.dataset.type)
             if part.dataset.layout == "blocks":
-                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key, document_mask))
+                self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key, document_mask, together))
             else:
-                self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens))
+                self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens, together))
         self._draws = WeightedDraws([part.weight for part in mixture], seed)
         self._rank = rank
         self._world_size = world_size
@@ -126,6 +132,7 @@ class BlockOrder:
         batch_size: int,
         key: tuple[int, ...],
         document_mask: bool = False,
+        window_tokens: int | None = None,
     ) -> None:
         self._document_mask = document_mask
         self._type = dataset.type
@@ -144,7 +151,7 @@ class BlockOrder:
         if not self.num_blocks:
             remedy = "use a larger --block_size, or --learn=all"
             raise DataError(f"nothing is learnt in any full block of the {dataset.type} text", remedy=remedy)
-        self._permutation = lru_cache(maxsize=2)(partial(keyed_permutation, self.num_blocks, "blocks", *key))
+        self._place = _shuffle_blocks(self.num_blocks, block_size, key, window_tokens)
         self.num_micro_batches = -(-self.num_blocks // batch_size)
 
     def shapes(self) -> set[tuple[int, int]]:
@@ -164,8 +171,30 @@ class BlockOrder:
         starts = []
         for number in range(index * self._batch_size, (index + 1) * self._batch_size):
             epoch, within = divmod(number, self.num_blocks)
-            starts.append(int(self._blocks[self._permutation(epoch)[within]]) * self._block_size)
+            starts.append(int(self._blocks[self._place(epoch, within)]) * self._block_size)
         return [(start, self._block_size) for start in starts]
+
+
+def _shuffle_blocks(
+    num_blocks: int, block_size: int, key: tuple[int, ...], window_tokens: int | None
+) -> Callable[[int, int], int]:
+    """Epoch and place in it -> which block comes there; shuffled as a whole, or in windows of so many tokens."""
+    if window_tokens is None:
+        whole = lru_cache(maxsize=2)(partial(keyed_permutation, num_blocks, "blocks", *key))
+        return lambda epoch, within: int(whole(epoch)[within])
+    windows = Windows(Shards.of(np.full(num_blocks, block_size), None, window_tokens), key, window_tokens)
+    counts = np.array([len(windows.items(number)) for number in range(len(windows))])
+
+    @lru_cache(maxsize=4)
+    def shuffle(epoch: int, window: int) -> NDArray[np.int64]:
+        items = windows.items(window)
+        return items[keyed_permutation(len(items), "blocks", *key, epoch, window)]
+
+    def place(epoch: int, within: int) -> int:
+        window, number = windows.find(epoch, within, counts)
+        return int(shuffle(epoch, window)[number])
+
+    return place
 
 
 class SampleOrder:
@@ -182,6 +211,7 @@ class SampleOrder:
         batch_size: int,
         key: tuple[int, ...],
         sample_tokens: int | None = None,
+        window_tokens: int | None = None,
     ) -> None:
         if not len(dataset):
             raise DataError(
@@ -195,29 +225,25 @@ class SampleOrder:
                 remedy="use a larger --block_size or --seq_len, or --learn=all",
             )
         windows = np.minimum(dataset.lengths, self._window)
-        self._plan = plan_buckets(windows, batch_size, block_size)
-        self._order = lru_cache(maxsize=2)(partial(self._plan.order, *key))
+        self._plan: WholePlan | WindowedPlan
+        if window_tokens is None:
+            self._plan = WholePlan(windows, batch_size, block_size, key)
+        else:
+            parts = Windows(Shards.of(windows, dataset.shard_of, window_tokens), key, window_tokens)
+            self._plan = WindowedPlan(windows, batch_size, block_size, parts, key)
         self.num_micro_batches = self._plan.num_micro_batches
-        self._longest = self._plan.longest(windows)
 
     def shapes(self) -> set[tuple[int, int]]:
         """Rows, and the most tokens a row, that every micro-batch can have."""
-        rows = np.diff(self._plan.bounds)
-        return set(zip(rows.tolist(), self._longest.tolist(), strict=True))
+        return self._plan.shapes()
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
-        return _whole_samples(self._dataset, self._indices(index), self._window)
+        return _whole_samples(self._dataset, self._plan.samples(index), self._window)
 
     def names(self, index: int) -> list[str]:
         """The sample ids of its samples, in their order there."""
-        return [self._dataset.sample_id(int(one)) for one in self._indices(index)]
-
-    def _indices(self, index: int) -> NDArray[np.int64]:
-        epoch, within = divmod(index, self.num_micro_batches)
-        samples, micro_batches = self._order(epoch)
-        number = micro_batches[within]
-        return samples[self._plan.bounds[number] : self._plan.bounds[number + 1]]
+        return [self._dataset.sample_id(int(one)) for one in self._plan.samples(index)]
 
 
 def validation_batches(

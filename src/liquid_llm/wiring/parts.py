@@ -53,8 +53,9 @@ from liquid_llm.wiring.course import (
     say_jumps,
 )
 from liquid_llm.wiring.fitting import settle
-from liquid_llm.wiring.inputs import Inputs, is_of_units, read_dataset_inputs, read_manifest_inputs, validation_sets
+from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
+from liquid_llm.wiring.order import choose_windows, needs_files
 from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
@@ -104,7 +105,8 @@ class Parts(Basis):
     """What a training job is made of; see each class.
 
     Attributes:
-        group_size: micro-batches of a group in the order of the data; see ``TrainingStream``.
+        group_size, windows: of the order of the data: micro-batches of a group, and by type the tokens that are
+            shuffled together; see ``TrainingStream``.
         order: what the order of the run is a function of, for checkpoints; see ``course``.
         teacher_stream: see ``Trainer``.
     """
@@ -120,6 +122,7 @@ class Parts(Basis):
     speech: Speech
     stream: TrainingStream
     group_size: int
+    windows: dict[str, int]
     order: dict[str, Any]
     progress: Progress
     accumulator: StepAccumulator
@@ -182,10 +185,11 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
     group_size = choose_group(config, start, engine.world_size)
-    stream = _make_stream(config, inputs, engine, group_size)
+    windows, ordered = choose_windows(config, start, inputs.types)
+    stream = _make_stream(config, inputs, engine, group_size, windows)
     built = basis.built
     if built is None:
-        calibration = calibration_text(_make_stream(config, inputs, Engine(), group_size))
+        calibration = calibration_text(_make_stream(config, inputs, Engine(), group_size, windows))
         built = make_student(config, start, basis.text, _place(config, basis.device), basis.token, calibration)
     if text.framings.student != basis.text.framings.student:
         name_tokens(built.model, text.framings.student)
@@ -203,7 +207,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         log.warning("%s", remark)
     optimizer = make_optimizer(config, built.model)
     parts = Parts(
-        **{**vars(basis), "text": text, "built": built, "choices": {**basis.choices, **teachers.choices}},
+        **{**vars(basis), "text": text, "built": built, "choices": {**basis.choices, **teachers.choices, **ordered}},
         engine=engine,
         inputs=inputs,
         teachers=teachers,
@@ -213,6 +217,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         evaluator=_make_evaluator(config, inputs, text, teachers, engine),
         stream=stream,
         group_size=group_size,
+        windows=windows,
         order=order,
         speech=make_speech(config.evaluation, basis.prompts, text, inputs.validation, engine, config.seed),
         progress=Progress(
@@ -248,7 +253,9 @@ def _make_evaluator(
     )
 
 
-def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: int) -> TrainingStream:
+def _make_stream(
+    config: RunConfig, inputs: Inputs, engine: Engine, group_size: int, windows: Mapping[str, int]
+) -> TrainingStream:
     return TrainingStream(
         inputs.mixture,
         block_size=config.data.block_size,
@@ -259,6 +266,7 @@ def _make_stream(config: RunConfig, inputs: Inputs, engine: Engine, group_size: 
         rank=engine.rank,
         world_size=engine.world_size,
         group_size=group_size,
+        window_tokens=windows,
     )
 
 
@@ -311,7 +319,7 @@ def read_inputs(
                 entries,
                 lambda type: config.source(type).layout,
                 progress=progress,
-                by_file=lambda type: is_of_units(config.source(type).store),
+                by_file=partial(needs_files, config),
             )
     for type, row in inputs.readiness().items():
         shown = {name: count for name, count in row.items() if training or not name.startswith("train")}

@@ -35,6 +35,7 @@ from liquid_llm.terminal import Stage, brief
 from liquid_llm.training import StepResult
 from liquid_llm.versions import CURRENT
 from liquid_llm.wiring.course import course_of
+from liquid_llm.wiring.order import order_version
 from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import describe_metadata
 
@@ -488,7 +489,7 @@ class Recorder:
             best_val_loss=progress.best_val_loss,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             run=process_masker().urls(self._run_values()),
-            versions={**CURRENT, "order": 1 if self.parts.group_size == 1 else CURRENT["order"]},
+            versions={**CURRENT, "order": order_version(self.parts.group_size, self.parts.windows)},
         )
 
     def _run_values(self) -> dict[str, Any]:
@@ -504,6 +505,7 @@ class Recorder:
             "decided": self.parts.decided,
             "compiled": self.parts.student.compiled is not None,
             "group_size": self.parts.group_size,
+            **({"window_tokens": self.parts.windows} if self.parts.windows else {}),
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
             "course": course_of(config),

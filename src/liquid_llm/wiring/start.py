@@ -111,6 +111,12 @@ class Start:
         metadata = self.origin.metadata
         return int(metadata.run.get("group_size", 1)) if self.goes_on and metadata is not None else None
 
+    @property
+    def window_tokens(self) -> dict[str, int] | None:
+        """Type -> tokens that are shuffled together, where the order of a run goes on."""
+        metadata = self.origin.metadata
+        return dict(metadata.run.get("window_tokens", {})) if self.goes_on and metadata is not None else None
+
     def plain(self) -> dict[str, Any]:
         """As values and tensors that ``of_plain`` reads on another rank."""
         origin, folder = self.origin, self.origin.tokenizer_folder

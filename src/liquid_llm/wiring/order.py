@@ -1,0 +1,63 @@
+"""In which order a run sees its texts: shuffled as a whole, or data file by data file (``data.two_levels``)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from liquid_llm import storage
+from liquid_llm.config import RunConfig
+from liquid_llm.data.two_levels import WINDOW_TOKENS
+from liquid_llm.errors import UsageError
+from liquid_llm.options import AUTO
+from liquid_llm.runtime import Choice
+from liquid_llm.versions import CURRENT
+from liquid_llm.wiring.inputs import is_of_units
+from liquid_llm.wiring.start import Start
+
+log = logging.getLogger(__name__)
+
+WHOLE, SHARDS = "whole", "shards"
+
+
+def choose_windows(config: RunConfig, start: Start, types: Sequence[str]) -> tuple[dict[str, int], dict[str, Choice]]:
+    """Type -> tokens that are shuffled together, of types that are not shuffled as a whole; and why.
+
+    A run that goes on keeps its order; what was begun before there was another one is shuffled as a whole.
+
+    Raises:
+        UsageError: another order was asked for than the run so far has.
+    """
+    kept, asked = start.window_tokens, config.data.order
+    if kept is not None:
+        has = SHARDS if kept else WHOLE
+        if asked not in (AUTO, has) or (asked == SHARDS and set(types) - kept.keys()):
+            raise UsageError(
+                "the run so far has seen its texts in another order",
+                where=f"--order={asked}",
+                got=f"order {has} in {start.origin.description}",
+                remedy="leave the option out; another order is another run: start with --restart for that",
+            )
+        return dict(kept), {"order": Choice(has, "as the run so far")} if kept else {}
+    if asked != AUTO:
+        return dict.fromkeys(types, WINDOW_TOKENS) if asked == SHARDS else {}, {"order": Choice(asked, "as asked")}
+    far = [type for type in types if _is_read_by_file(config.source(type).store)]
+    if not far:
+        return {}, {}
+    choice = Choice(SHARDS, f"of {', '.join(far)}: a store of units behind a URL is read file by file")
+    log.info("order %s %s", choice.value, choice.reason)
+    return dict.fromkeys(far, WINDOW_TOKENS), {"order": choice}
+
+
+def order_version(group_size: int, windows: Mapping[str, int]) -> int:
+    """The version of what an order is, for checkpoints: 1 where all is as it always was."""
+    return CURRENT["order"] if windows else 1 if group_size == 1 else 2
+
+
+def needs_files(config: RunConfig, type: str) -> bool:
+    """Whether the samples of a type have to know which data file they are of."""
+    return config.data.order == SHARDS or is_of_units(config.source(type).store)
+
+
+def _is_read_by_file(store: str | None) -> bool:
+    return store is not None and storage.is_remote(store) and is_of_units(store)
