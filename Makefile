@@ -27,7 +27,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-kernels test-wheel lint-image cold-install check bench gpu soak mutants fuzz format clean FORCE
+.PHONY: help demo docs test test-clients test-lm-eval test-trackers test-optimizers test-kernels test-ray test-wheel lint-image cold-install check bench gpu soak mutants fuzz format clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,10 @@ test-clients: $(STAMP)  ## the tests that open a student with llama.cpp and PEFT
 	$(PIP) install --quiet -e '.[gguf,lora]' xllamacpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_clients.py $(ARGS)
 
+test-ray: $(STAMP)  ## the test that captures on Ray Data, which it installs into .venv
+	$(PIP) install --quiet 'ray[data]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_ray.py $(ARGS)
+
 # Beside the package itself, in an environment of its own that is thrown away: .venv gets the linter alone.
 test-wheel: lint-image cold-install  ## build the wheel, install it into an empty environment, run the demo there, lint what makes the image
 
@@ -94,7 +98,8 @@ SMALL_save := --millions 1 10 --rounds 2
 SMALL_scaling := --rounds 2
 SMALL_speed := --rounds 1 --capture-rounds 0
 SMALL_store := --samples 100000 --records 500 --reads 500 --rounds 1 --texts 4
-bench: $(STAMP)  ## run the benchmarks at small size, each prints a table; bench-NAME runs one, whole: capture codec codec-train data growth loss noise retention save scaling speed store
+SMALL_units := --small
+bench: $(STAMP)  ## run the benchmarks at small size, each prints a table; bench-NAME runs one, whole: capture codec codec-train data growth loss noise retention save scaling speed store units
 	@set -e; $(foreach file,$(filter-out $(LONG),$(wildcard benchmarks/bench_*.py)),\
 	  echo "== $(file)"; $(BIN)/python $(file) $(SMALL_$(patsubst bench_%,%,$(basename $(notdir $(file)))));)
 

@@ -5,6 +5,7 @@ used, so that ``import liquid_llm`` brings in neither torch nor anything else.
 
     distill        one training run from a mapping or a YAML file of options
     losses         the distillation loss, for a training loop of one's own
+    open_capture   the data files of a capture, one by one, for a scheduler of one's own
     open_store     the records of a signal store: tensors, arrays, pandas
     codecs         how logits become few bytes and come back
     errors         what goes wrong, by kind; ``LiquidError`` is all of it
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from liquid_llm import errors as errors
     from liquid_llm import losses as losses
+    from liquid_llm.api import Capture as Capture
     from liquid_llm.api import Run as Run
     from liquid_llm.api import distill as distill
+    from liquid_llm.api import open_capture as open_capture
     from liquid_llm.errors import LiquidError as LiquidError
     from liquid_llm.signal_store import codecs as codecs
     from liquid_llm.signal_store.reading import Store as Store
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Capture",
     "LiquidError",
     "Run",
     "Store",
@@ -37,10 +41,12 @@ __all__ = [
     "distill",
     "errors",
     "losses",
+    "open_capture",
     "open_store",
 ]
 
 _HOMES = {  # name -> the module it lies in; of a module itself, "" after the colon
+    "Capture": "liquid_llm.api:Capture",
     "LiquidError": "liquid_llm.errors:LiquidError",
     "Run": "liquid_llm.api:Run",
     "Store": "liquid_llm.signal_store.reading:Store",
@@ -49,6 +55,7 @@ _HOMES = {  # name -> the module it lies in; of a module itself, "" after the co
     "distill": "liquid_llm.api:distill",
     "errors": "liquid_llm.errors:",
     "losses": "liquid_llm.losses:",
+    "open_capture": "liquid_llm.api:open_capture",
     "open_store": "liquid_llm.signal_store.reading:open_store",
 }
 

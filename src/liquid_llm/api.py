@@ -1,7 +1,8 @@
-"""Training from a program: options in, a finished run out, and the process as it was before.
+"""Training and capture from a program: options in, a finished run or a unit's signal out.
 
-options   those of ``liquid train`` and ``liquid anneal``, by their names; docs/options says what each means
+options   those of ``liquid train``, ``anneal`` and ``capture``, by their names; docs/options says what each means
 run       the folder that a training job has written, and what it came to
+unit      a data file of a manifest, whose signal is captured, and marked as complete, by itself
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from liquid_llm.cli.parse import expand_dates, load_yaml, read_options
 from liquid_llm.errors import LiquidError, UsageError
 from liquid_llm.masking import process_masker
-from liquid_llm.options import TRAINING, options_of
+from liquid_llm.options import CAPTURE, TRAINING, options_of
 
 if TYPE_CHECKING:
+    from liquid_llm.jobs.capture_units import UnitCapture
     from liquid_llm.wiring.places import Place
 
 Command = Literal["train", "anneal"]
@@ -110,6 +112,62 @@ def distill(config: Mapping[str, object] | str | os.PathLike[str], *, command: C
             )
         place = places[0]
         return Run(place.run_dir, place.shown, summarise(read_run(place.run_dir)))
+
+
+class Capture:
+    """The units of a capture, each captured when somebody asks for it; made by ``open_capture``.
+
+    Whoever schedules them may be anything that can call a function: docs/capture.md says what a unit is, and
+    ``examples/capture_ray.py`` has Ray do it. One process takes one unit at a time and keeps the teacher.
+    """
+
+    def __init__(self, job: UnitCapture) -> None:
+        self._job = job
+
+    def units(self) -> Iterator[dict[str, Any]]:
+        """All units of the manifest, in their order.
+
+        Returns:
+            Plain values: ``number``, ``type``, ``file``, ``name`` in a store, and ``where`` the manifest names it.
+
+        Raises:
+            DataError: a pattern of the manifest matches no file.
+            StorageError: a place cannot be asked.
+        """
+        return (asdict(unit) for unit in self._job.units())
+
+    def run(self, unit: Mapping[str, Any]) -> dict[str, Any]:
+        """Capture a unit unless it is complete; the teacher is loaded for the first that is not.
+
+        Returns:
+            What ``liquid capture`` says at its end (``written``, ``skipped``, ``failures``, ``tokens``, ``seconds`` and
+            so on), whether the unit is ``complete`` now, and ``was_complete`` before.
+
+        Raises:
+            DataError: its file is not there, or cannot be used: others can.
+            LiquidError: any other problem a user can cause.
+        """
+        from liquid_llm.capture.units import Unit
+
+        with _in_words():
+            summary, was_complete = self._job.run(Unit(**unit))
+        complete = not (summary.failures or summary.interrupted)
+        return {**summary.as_dict(), "complete": complete, "was_complete": was_complete}
+
+
+def open_capture(config: Mapping[str, object] | str | os.PathLike[str]) -> Capture:
+    """The units of a capture into stores of units. Nothing is loaded or written yet; loggers are left as they are.
+
+    Args:
+        config: options of ``liquid capture`` by name, or the path of a YAML file of them.
+
+    Raises:
+        UsageError: options that cannot work; ``unit``, as whoever calls ``run`` says which it is.
+        LiquidError: a store of another teacher, codec or layout, a teacher that cannot be found, and the like.
+    """
+    from liquid_llm.jobs.capture_units import open_units
+
+    return Capture(open_units(_read(config, CAPTURE)))
 
 
 def _read(config: Mapping[str, object] | str | os.PathLike[str], command: str) -> dict[str, object]:

@@ -251,6 +251,8 @@ def _unit_problems(config: CaptureConfig) -> list[str]:
     if store.layout != "units":
         return [f"--unit goes with --logits_format=units: leave out {store.format}, or --unit"] if store.unit else []
     problems = [] if store.unit is None else _collect(lambda: parse_share(str(store.unit)))
+    if not problems and (store.share or (0, 1))[1] > 1 and config.data.prepare == "force":
+        problems.append("--prepare_data=force: several tasks cannot prepare anew at once: run liquid prepare first")
     if config.data.dataset_name:
         problems.append("--unit goes over the files of a manifest: name one with --dataset_manifest")
     if config.given.get("held_out_tokens"):

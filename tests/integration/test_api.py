@@ -280,7 +280,7 @@ def test_what_the_page_shows_runs(scored: Tiny) -> None:
     """Its blocks in their order, in a folder where the places they name are; only sizes are small."""
     page = (REPOSITORY / "docs" / "api.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     small = {'"liquid-16m"': repr(str(scored.student)), '"max_steps": 200': '"max_steps": 2', "256": "32"}
     for usual, less in small.items():
         assert usual in blocks[0]
@@ -297,4 +297,5 @@ def test_what_the_page_shows_runs(scored: Tiny) -> None:
     assert known["student"].lm_head.weight.grad is not None
     assert known["record"].sample_id == "math_tool-7"
     assert len(known["table"]) > 100
+    assert len(list(Path("runs/units/done").iterdir())) == 1
     assert known["encoded"].nbytes > 0

@@ -16,8 +16,11 @@ from tests.support.gcs import Bucket
 from tests.support.processes import launch, wait
 from tests.support.tiny import Tiny, build
 
+import liquid_llm
 from liquid_llm.capture import job
 from liquid_llm.cli.main import main
+from liquid_llm.errors import DataError, UsageError
+from liquid_llm.metrics import read_metrics, without_timings
 
 pytestmark = pytest.mark.slow
 CAPTURE = "stage1_hybrid.precompute_hybrid_logits"
@@ -86,7 +89,7 @@ def test_tasks_share_the_files_and_skip_what_is_complete(tiny, folder, capsys) -
     ], "each signal shard is called as its data shard"
     assert units(run(capsys, words(tiny, folder, unit="0/4"))) == (2, 2, 2, 6)
     assert units(run(capsys, words(tiny, folder, unit="7/9"))) == (0, 0, 0, 6)
-    assert not list((tiny.root / "tokens" / "units").glob("[!.]*")), "no tokens stay behind"
+    assert not list((tiny.root / "tokens" / "units").iterdir()), "no tokens stay behind"
     found = stats(capsys, folder / "math")
     assert (found["units"], found["units_planned"], found["types"]["math_tool"]["records"]) == (5, 5, 40)
     assert found["superseded"] == found["unreadable"] == 0
@@ -166,13 +169,45 @@ def test_two_tasks_may_do_the_same_unit_at_once(tiny, tmp_path, capsys) -> None:
     assert (found["types"]["math_tool"]["records"] - found["superseded"], found["unreadable"]) == (2 * ROWS, 0)
 
 
+def train_rows(folder: Path) -> list[dict[str, Any]]:
+    return [without_timings(row) for row in read_metrics(folder) if row["kind"] == "train"]
+
+
 def test_training_reads_units_by_the_file_of_each_sample_from_a_bucket(tiny, gcs: Bucket, tmp_path, capsys) -> None:
     stores = f"{gcs.uri}/signal"
     assert units(run(capsys, words(tiny, stores, unit="0/1"))) == (6, 6, 0, 6)
     asked = {"math_logits_dir": f"{stores}/math", "code_logits_dir": f"{stores}/code", "lm_teacher_id": None}
-    assert main(["train", *tiny.train_words(tmp_path / "run", **asked, max_steps=3, eval_every=0, save_every=0)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["kd_coverage"] for row in rows if row["kind"] == "train"] == [1.0] * 3
+    argv = ["train", *tiny.train_words(tmp_path / "run", **asked, max_steps=4, eval_every=0, save_every=2)]
+    assert main(argv) == 0
+    folder = tmp_path / "run" / "run"
+    whole = train_rows(folder)
+    assert [row["kd_coverage"] for row in whole] == [1.0] * 4
+    kept = json.loads((folder / "step-00000002.meta.json").read_text())
+    assert (sorted(kept["run"]["window_tokens"]), kept["versions"]["order"]) == (["code", "math_tool"], 3)
+    for path in folder.glob("*.pt*"):  # as it was after step 2
+        if not path.name.startswith("step-00000002"):
+            path.unlink()
+    capsys.readouterr()
+    assert main([*argv, "--order=whole"]) == 2
+    assert "has seen its texts in another order" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert train_rows(folder) == whole, "to the bit"
+
+
+def test_units_run_one_by_one_from_a_program(tiny, tmp_path) -> None:
+    folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
+    given = {"mc_teacher_id": tiny.teacher, "dataset_manifest": tiny.manifest, "seq_len": 64, **folders}
+    opened = liquid_llm.open_capture({**given, "data_cache": tmp_path / "tokens"})
+    rows = list(opened.units())
+    assert [row["number"] for row in rows] == list(range(6))
+    assert not (tmp_path / "math").exists(), "nothing is begun before it is asked for"
+    first, again = opened.run(rows[2]), opened.run(json.loads(json.dumps(rows[2])))
+    assert (first["written"], first["complete"], first["was_complete"]) == (ROWS, True, False)
+    assert (again["written"], again["complete"], again["was_complete"]) == (0, True, True)
+    with pytest.raises(DataError, match="no such file"):
+        opened.run({**rows[1], "file": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(UsageError, match="says which"):
+        liquid_llm.open_capture({**given, "unit": "0/1"})
 
 
 @pytest.mark.parametrize(
@@ -182,6 +217,7 @@ def test_training_reads_units_by_the_file_of_each_sample_from_a_bucket(tiny, gcs
         ({"unit": "half"}, 2, "no share of the units"),
         ({"unit": "0/1", "logits_format": "pt"}, 2, "--unit goes with"),
         ({"unit": "0/1", "held_out_tokens": 10}, 2, "known of the whole text alone"),
+        ({"unit": "0/2", "prepare_data": "force"}, 2, "cannot prepare anew at once"),
         ({"logits_format": "shards"}, 3, "another layout"),
         ({"math_logits_dir": "{other}"}, 2, "not both"),
     ],

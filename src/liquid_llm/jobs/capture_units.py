@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -19,12 +19,12 @@ from liquid_llm import storage
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.capture.served import ServedTeacher
 from liquid_llm.capture.units import Unit, UnitsSummary, claim, fingerprint, list_units
-from liquid_llm.config import CaptureConfig, as_plain
+from liquid_llm.config import CaptureConfig, as_plain, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, UsageError
-from liquid_llm.jobs.capture import Asked, choose_folder, find_layout, is_captured
+from liquid_llm.jobs.capture import Asked, check_capture, choose_folder, find_layout, is_captured
 from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.provenance import write_provenance
@@ -137,21 +137,21 @@ class UnitCapture:
         cache = token_cache(self._config.data) / "units"
         with storage.translate_errors(cache, writing=True):
             cache.mkdir(parents=True, exist_ok=True)
-            # Two tasks of one machine that are given the same unit: the second waits and finds it complete.
-            with storage.locked(
-                cache / f".{unit.name}.lock", on_wait=lambda who: log.info("%s: process %s is at it", unit.name, who)
-            ):
-                why = why_to_do(folder, unit.name, known)
-                if not why and not self._config.store.overwrite:
-                    return CaptureSummary(), True
-                log.info("%s: captured, as %s", unit.name, why or "--overwrite says")
-                try:
-                    summary = self._capture(unit, folder, str(cache / unit.name))
-                finally:
-                    shutil.rmtree(cache / unit.name, ignore_errors=True)
+        # Two tasks of one machine that are given the same unit: the second waits and finds it complete.
+        lock = cache / f".{unit.name}.lock"
+        with storage.locked(lock, on_wait=lambda who: log.info("%s: process %s is at it", unit.name, who)):
+            why = why_to_do(folder, unit.name, known)
+            if not why and not self._config.store.overwrite:
+                return CaptureSummary(), True
+            log.info("%s: captured, as %s", unit.name, why or "--overwrite says")
+            try:
+                summary = self._capture(unit, folder, str(cache / unit.name))
                 if not (summary.interrupted or summary.failures):
                     write_marker(folder, unit.name, known, source)
-                return summary, False
+            finally:
+                shutil.rmtree(cache / unit.name, ignore_errors=True)
+                lock.unlink(missing_ok=True)  # whoever waits for it finds that out
+        return summary, False
 
     def _capture(self, unit: Unit, folder: str, cache: str) -> CaptureSummary:
         config, asked = self._config, self._asked
@@ -207,6 +207,21 @@ class UnitCapture:
             [codec.name, codec.version, dict(codec.options), config.store.positions],
             None if framing is None else asdict(framing),
         ]
+
+
+def open_units(given: Mapping[str, object]) -> UnitCapture:
+    """Units for whoever schedules them.
+
+    Args:
+        given: option name -> value.
+
+    Raises:
+        LiquidError: what ``check_capture`` finds; a manifest that cannot be read is found when units are listed.
+    """
+    if given.get("unit") is not None:
+        raise UsageError("whoever asks for a unit says which", where="unit", got=given["unit"], remedy="leave it out")
+    config = build_capture_config({"logits_format": UnitsLayout.name, **given})
+    return UnitCapture(config, check_capture(config))
 
 
 def capture_units(config: CaptureConfig, asked: Asked) -> UnitsSummary:

@@ -96,7 +96,7 @@ def read_marker(uri: str, unit: str) -> Marker | None:
         counts = {str(name): int(count) for name, count in values["counts"].items()}
         files = {str(name): int(size) for name, size in values["files"].items()}
         return Marker(str(values["fingerprint"]), dict(values["input"]), counts, files)
-    except (ParseError, KeyError, TypeError, ValueError, AttributeError):
+    except (ParseError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
@@ -123,7 +123,7 @@ def read_plan(uri: str) -> int | None:
     place = storage.join(uri, _PLAN)
     try:
         return int(parse_json(storage.read_small(place))["units"]) if storage.exists(place) else None
-    except (ParseError, KeyError, TypeError, ValueError):
+    except (ParseError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

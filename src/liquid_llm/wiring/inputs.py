@@ -116,6 +116,7 @@ def read_manifest_inputs(
     mixture, everything = [], []
     unlearnt: dict[str, int] = {}
     validation: dict[str, list[TokenDataset]] = {type: [] for type in order_types(entry.type for entry in entries)}
+    told = {type: by_file(type) for type in validation}  # asked once a type: it may be a request
     for entry in entries:
         files = entry_files(entry)
         dataset = build_token_dataset(
@@ -128,7 +129,7 @@ def read_manifest_inputs(
             layout=_kept_as(layout_of(entry.type)),
             progress=progress,
             learning=text.learning,
-            shards=[shard_name(file, str(config.manifest)) for file in files] if by_file(entry.type) else (),
+            shards=[shard_name(file, str(config.manifest)) for file in files] if told[entry.type] else (),
         )
         layout = layout_of(entry.type)
         seen = sys.maxsize if layout == WINDOWS else min(config.seq_len, config.block_size)

@@ -1,0 +1,180 @@
+"""What units cost as a corpus grows to a billion samples: claimed by a task, opened for training, put in order.
+
+    python benchmarks/bench_units.py                     up to 50,000 data files of 20,000 samples each; some minutes
+    python benchmarks/bench_units.py --small
+
+Each figure is of a process of its own: seconds of the processor, and megabytes at the peak above those of the imports.
+
+claim     a task finds its five units of a manifest that lists all files, or that has one pattern for all
+open      a store with a marker for each file, and after a record of each of 100 units has been read
+order     a micro-batch far into an epoch is found: shuffled as a whole, and a few files at a time. What a run knows of
+          each sample anyway (its length and file) is there before
+The files of the corpus are empty and their records are simulated: names and markers are true, and 100 units of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+SAMPLES = 20_000  # a data file
+READ = 100  # units that are read
+TOKENS = 500  # a sample, on average
+
+
+def megabytes(name: str = "VmHWM") -> float:
+    """Memory of this process so far: at its peak, or (``VmRSS``) now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+def measure(work: Callable[[], object]) -> dict[str, object]:
+    """Seconds of the processor and megabytes that ``work`` takes in this process, and what it gives."""
+    before, started = megabytes("VmRSS"), time.process_time()
+    found = work()
+    return {"seconds": time.process_time() - started, "megabytes": max(0.0, megabytes() - before), "found": found}
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def claim_units(folder: str, manifest: str, count: int) -> dict[str, object]:
+    from liquid_llm.capture.units import claim, list_units
+    from liquid_llm.data.manifest import read_manifest
+
+    place = str(Path(folder) / manifest)
+
+    def work() -> int:
+        return claim(list_units(read_manifest(place), place), (3, max(1, count // 5)))[1]
+
+    return measure(work)
+
+
+def open_units(folder: str, read: int) -> dict[str, object]:
+    from liquid_llm.data.types import Sample
+    from liquid_llm.signal_store.store import open_store
+
+    ids = np.arange(2, 20, dtype=np.int32)
+
+    def work() -> int:
+        store = open_store(str(Path(folder) / "store"))
+        for number in range(read):
+            found = store.get(Sample(f"s{number}", "lm", ids, None, name_of(number)), 1024, 2.0)
+            assert found.status == "usable", found
+        return store.layout.num_open  # type: ignore[attr-defined]
+
+    return measure(work)
+
+
+def find_in_order(count: int, way: str) -> dict[str, object]:
+    from liquid_llm.data.buckets import WholePlan, WindowedPlan
+    from liquid_llm.data.two_levels import WINDOW_TOKENS, Shards, Windows
+
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(np.log(TOKENS * 0.8), 0.6, count).astype(np.int64) + 2, 1024)
+    files = np.arange(count, dtype=np.int32) // SAMPLES
+
+    def work() -> int:
+        plan: WholePlan | WindowedPlan
+        if way == "whole":
+            plan = WholePlan(lengths, 8, 1024, (1, 0))
+        else:
+            plan = WindowedPlan(lengths, 8, 1024, Windows(Shards.of(lengths, files, WINDOW_TOKENS), (1, 0)), (1, 0))
+        plan.samples(3 * plan.num_micro_batches // 2)
+        return plan.num_micro_batches
+
+    return measure(work)
+
+
+PARTS: dict[str, Callable[..., dict[str, object]]] = {
+    "claim": claim_units,
+    "open": open_units,
+    "order": find_in_order,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the world
+
+
+def name_of(number: int) -> str:
+    return f"part-{number:06d}.jsonl-000000000000"
+
+
+def make_world(folder: Path, count: int) -> None:
+    """Empty data files with two manifests, and a store with a marker for each of which a few have records."""
+    from liquid_llm.identity import ModelIdentity
+    from liquid_llm.signal_store.codecs import get_codec
+    from liquid_llm.signal_store.store import StoreWriter
+
+    (folder / "data").mkdir()
+    for number in range(count):
+        (folder / "data" / f"part-{number:06d}.jsonl").touch()
+    lines = [{"path": f"data/part-{number:06d}.jsonl", "type": "lm"} for number in range(count)]
+    (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "pattern.jsonl").write_text(json.dumps({"path": "data/*.jsonl", "type": "lm"}))
+    import torch
+
+    from liquid_llm.data.types import Sample
+
+    codec = get_codec("topk", options={"k": 4})
+    rows = codec.pack(codec.encode(torch.randn(17, 300), 1, 0))
+    for number in range(min(READ, count)):
+        identity = ModelIdentity("org/teacher", "commit", "tokenizer")
+        writer = StoreWriter(
+            str(folder / "store"), identity, codec, vocab_size=300, layout="units", unit=name_of(number)
+        )
+        writer.write(Sample(f"s{number}", "lm", np.arange(2, 20, dtype=np.int32)), 18, rows)
+        writer.finish()
+    (folder / "store" / "done").mkdir()
+    for number in range(count):
+        (folder / "store" / "done" / f"{name_of(number)}.json").touch()
+
+
+def in_a_process(part: str, *arguments: object) -> dict[str, object]:
+    words = [sys.executable, __file__, "--part", part, json.dumps(arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def show(name: str, found: dict[str, object], more: str = "") -> None:
+    print(f"  {name:<34} {found['seconds']:8.2f} s {found['megabytes']:9.1f} MB  {more}".rstrip(), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="up to 500 data files, and a million samples in order")
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.part:
+        print(json.dumps(PARTS[asked.part[0]](*json.loads(asked.part[1]))))
+        return
+    print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}")
+    for count in (100, 500) if asked.small else (500, 5_000, 50_000):
+        print(f"{count:,} data files, {count * SAMPLES:,} samples")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            make_world(folder, count)
+            show("claim, a line for each", in_a_process("claim", name, "lines.jsonl", count))
+            show("claim, one pattern", in_a_process("claim", name, "pattern.jsonl", count))
+            show("open", in_a_process("open", name, 0))
+            found = in_a_process("open", name, READ)
+            show(f"open, {READ} units read", found, f"{found['found']} open at the end")
+    for count in (100_000, 1_000_000) if asked.small else (100_000, 1_000_000, 10_000_000):
+        print(f"order of {count:,} samples in {-(-count // SAMPLES)} files")
+        for way in ("whole", "shards"):
+            found = in_a_process("order", count, way)
+            show(way, found, f"{found['found']:,} micro-batches")
+
+
+if __name__ == "__main__":
+    main()
