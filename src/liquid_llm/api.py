@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from liquid_llm.cli.parse import expand_dates, load_yaml, read_options
 from liquid_llm.errors import LiquidError, UsageError
 from liquid_llm.masking import process_masker
-from liquid_llm.options import CAPTURE, TRAINING, options_of
+from liquid_llm.options import TRAINING, options_of
 
 if TYPE_CHECKING:
     from liquid_llm.jobs.capture_units import UnitCapture
@@ -167,7 +167,7 @@ def open_capture(config: Mapping[str, object] | str | os.PathLike[str]) -> Captu
     """
     from liquid_llm.jobs.capture_units import open_units
 
-    return Capture(open_units(_read(config, CAPTURE)))
+    return Capture(open_units(_read(config, "capture")))
 
 
 def _read(config: Mapping[str, object] | str | os.PathLike[str], command: str) -> dict[str, object]:
