@@ -18,8 +18,11 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         [f"{UNIT}/test_schedules.py", f"{UNIT}/test_training.py", "tests/golden/test_example_schedules.py"],
     ),
     "order": (
-        [f"{CODE}/data/{name}.py" for name in ("sampling", "blocks", "buckets", "loader")],
-        [f"{UNIT}/data/test_{name}.py" for name in ("sampling", "blocks", "buckets", "loader", "prefetch")],
+        [f"{CODE}/data/{name}.py" for name in ("sampling", "blocks", "buckets", "two_levels", "loader")],
+        [
+            f"{UNIT}/data/test_{name}.py"
+            for name in ("sampling", "blocks", "buckets", "two_levels", "loader", "prefetch")
+        ],
     ),
     "records": (
         [f"{CODE}/signal_store/records.py"],
