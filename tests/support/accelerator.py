@@ -60,7 +60,7 @@ class Accelerator:
     def __init__(self) -> None:
         self.device = torch.device(NAME, 0)
         self.memory = Memory()
-        self.streams = Streams()
+        self.streams = Streams(lambda: self.note("wait", "an event"))
         self._logs: list[Log] = []
         self._launches_left: int | None = None
 

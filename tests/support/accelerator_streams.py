@@ -15,7 +15,7 @@ import contextlib
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,21 @@ class Stream:
         self._streams.wait(self.number, other.number)
 
 
+class Event:
+    """As ``torch.cuda.Event``: a moment of a stream that the host can wait for."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams, self._moment = streams, (MAIN, 0)
+
+    def record(self, stream: Stream) -> None:
+        """Be what ``stream`` has until now."""
+        self._moment = stream.number, self._streams.ticks[stream.number]
+
+    def synchronize(self) -> None:
+        """Let the host wait: whatever is launched later, on any stream, comes after."""
+        self._streams.wait_for(*self._moment)
+
+
 class _Use:
     """What is known of a piece of memory."""
 
@@ -46,7 +61,8 @@ class _Use:
 class Streams:
     """The streams of the device, and who may use what."""
 
-    def __init__(self) -> None:
+    def __init__(self, note_wait: Callable[[], None] = lambda: None) -> None:
+        self.note_wait = note_wait
         self._ticks: Counter[int] = Counter()
         self._waited: Counter[tuple[int, int]] = Counter()
         self._uses: dict[int, _Use] = {}
@@ -84,6 +100,14 @@ class Streams:
                 if one != waiting:
                     seen = max(self._waited[waiting, one], self._waited[other, one])
                     self._waited[waiting, one] = seen
+
+    def wait_for(self, other: int, tick: int) -> None:
+        """The host has waited for stream ``other`` up to ``tick``, and so have all streams from now on."""
+        self.note_wait()
+        with self._lock:
+            for waiting in range(self._count + 1):
+                if waiting != other:
+                    self._waited[waiting, other] = max(self._waited[waiting, other], tick)
 
     def launch(self, tensors: Iterable[Tensor], written: Iterable[Tensor]) -> None:
         """An operation on the current stream, on these tensors, of which it writes some."""
@@ -135,4 +159,9 @@ def torch_names(streams: Streams) -> dict[str, Any]:
     def current_stream(device: torch.device | None = None) -> Stream:
         return main if streams.current == MAIN else Stream(streams, streams.current)
 
-    return {"Stream": lambda device=None: streams.new(), "stream": streams.on, "current_stream": current_stream}
+    return {
+        "Stream": lambda device=None: streams.new(),
+        "Event": lambda: Event(streams),
+        "stream": streams.on,
+        "current_stream": current_stream,
+    }

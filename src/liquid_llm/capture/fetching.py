@@ -26,22 +26,33 @@ class Fetcher:
     def __init__(self, device: torch.device) -> None:
         module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._module = module
-        self._stream = module.Stream(device) if hasattr(module, "Stream") else None
+        self._stream = module.Stream(device=device) if hasattr(module, "Stream") else None
+        self._under_way: list[Fetch] = []
 
     def start(self, found: Sequence[Rows]) -> Fetch:
         """Begin to copy; ``found`` is to be let go of."""
+        self._under_way = [one for one in self._under_way if not one.has_arrived]
+        if len(self._under_way) > 1:  # the last chunk's is; others were begun for a batch that failed
+            self.settle()
         there = [tensor for rows in found for tensor in rows.values() if tensor.device.type != "cpu"]
         if not there:
-            return Fetch(found, None, None)
+            return Fetch(found)
         packed = side_by_side(there)
         if self._stream is None:
-            return Fetch(found, packed.to("cpu", non_blocking=True), self._module.synchronize)
+            return Fetch(found, packed, packed.to("cpu", non_blocking=True), self._module.synchronize)
         self._stream.wait_stream(self._module.current_stream(packed.device))
         with self._module.stream(self._stream):
             host = packed.to("cpu", non_blocking=True)
-            arrived = self._stream.record_event()
-        packed.record_stream(self._stream)
-        return Fetch(found, host, arrived.synchronize)
+            arrived = self._module.Event()
+            arrived.record(self._stream)
+        self._under_way.append(Fetch(found, packed, host, arrived.synchronize))
+        return self._under_way[-1]
+
+    def settle(self) -> None:
+        """Wait for all that is under way, and hold none of it."""
+        for one in self._under_way:
+            one.wait()
+        self._under_way.clear()
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
@@ -51,16 +62,33 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Fetch:
-    """Rows under way; see ``Fetcher.start``."""
+    """Rows under way; see ``Fetcher.start``. What is copied is held until it has arrived: its memory is not free."""
 
-    def __init__(self, found: Sequence[Rows], host: Tensor | None, wait: Callable[[], object] | None) -> None:
+    def __init__(
+        self,
+        found: Sequence[Rows],
+        packed: Tensor | None = None,
+        host: Tensor | None = None,
+        wait: Callable[[], object] = lambda: None,
+    ) -> None:
         self._found = [{name: _Form.of(tensor) for name, tensor in rows.items()} for rows in found]
-        self._host, self._wait = host, wait
+        self._packed, self._host, self._wait = packed, host, wait
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether it has been waited for."""
+        return self._packed is None
+
+    def wait(self) -> None:
+        """Wait until the rows are there."""
+        if self._packed is not None:
+            self._wait()
+            self._packed = None
 
     def result(self) -> list[Rows]:
         """The rows, on the CPU; waits until they are there. To be asked once."""
-        if self._host is not None and self._wait is not None:
-            self._wait()
+        self.wait()
+        if self._host is not None:
             at = 0
             forms = [form for rows in self._found for form in rows.values() if form.tensor is None]
             for form in sorted(forms, key=lambda form: -form.dtype.itemsize):

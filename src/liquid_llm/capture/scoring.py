@@ -71,6 +71,8 @@ class Scratch:
         Records do not depend on how they are cut into chunks.
         """
         self._memory, self._products = torch.empty(0, 0), None
+        if self._fetcher is not None:
+            self._fetcher.settle()
         if self.rows(head.vocab_size, device) <= _FEWEST_CHUNK_ROWS:
             return False
         self._halvings += 1
