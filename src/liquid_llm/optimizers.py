@@ -33,18 +33,26 @@ _PIECE = 2**20  # values updated at a time: what is worked out meanwhile takes s
 
 
 def build_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], kind: str = ADAMW
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    kind: str = ADAMW,
+    device_type: str | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the parameters that ``model`` trains, with decay on matrices only.
 
-    Norms, biases and every other one-dimensional parameter are not decayed. AdamW's ``fused`` is used where the device
-    has it.
+    Norms, biases and every other one-dimensional parameter are not decayed. AdamW's ``fused`` is used on CPUs and CUDA,
+    and on other devices its list kernels, where torch has those.
 
     Args:
         kind: ``adamw``, ``adamw8bit`` (needs the package torchao) or ``muon``.
+        device_type: of the device whose way is gone; None is that of the parameters.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    fused = bool(trained) and trained[0].device.type in ("cpu", "cuda")
+    device_type = device_type or (trained[0].device.type if trained else "")
+    fused = device_type in ("cpu", "cuda")
     hidden = _hidden_matrices(model) if kind == MUON else []
     known = {id(p) for p in hidden}
     others = [p for p in trained if id(p) not in known]
@@ -54,9 +62,15 @@ def build_optimizer(
     ]
     if kind == ADAMW8BIT:
         return AdamW8Bit(groups, lr=lr, betas=betas)
-    # None and not False: of other devices torch knows where a whole list goes through one kernel.
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
+    # Said, and not left to torch to choose, so that what is predicted without the device is what a run does there.
+    lists = not fused and device_type in _foreach_devices()
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, foreach=lists)
     return adamw if kind == ADAMW else MuonAndAdamW(hidden, adamw, lr=lr, weight_decay=weight_decay)
+
+
+def _foreach_devices() -> list[str]:
+    """Kinds of devices that take a whole list of tensors through one kernel."""
+    return list(torch.utils._foreach_utils._get_foreach_kernels_supported_devices())
 
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

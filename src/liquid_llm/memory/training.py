@@ -158,7 +158,8 @@ class _Job:
         if reference is not None and reference is not student:
             self._own_part(reference, shape, REFERENCE)
         held = student if self._dealt_out is None else nn.ParameterList(self._dealt_out.parts)
-        self._optimizer = build_optimizer(held, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95), kind=shape.optimizer)
+        asked: dict[str, Any] = {"kind": shape.optimizer, "device_type": torch.device(shape.device).type}
+        self._optimizer = build_optimizer(held, lr=_LR, weight_decay=0.1, betas=(0.9, 0.95), **asked)
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for parameter in self._parameters if self._dealt_out is None else ():
             parameter.register_post_accumulate_grad_hook(lambda one: self._counter.hold([one.grad], GRADIENTS))
