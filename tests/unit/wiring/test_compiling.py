@@ -132,7 +132,8 @@ def test_a_reference_that_is_the_student_itself_is_asked_in_between() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "lfm2", "gpt2"])
 def test_the_same_by_the_code_generator(family: str) -> None:
-    model = tiny_model(family, 64).train()
+    dropout = ("resid_pdrop", "embd_pdrop", "attn_pdrop") if family == "gpt2" else ()  # of which a run has none
+    model = tiny_model(family, 64, **dict.fromkeys(dropout, 0.0)).train()
     assert_same_student(Student(copy.deepcopy(model), torch.float32), compiled(model, backend=INDUCTOR), 1e-4)
 
 
