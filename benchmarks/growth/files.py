@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.bench_save import make_state, metadata
 
 from liquid_llm.checkpoint.store import CheckpointStore
+from liquid_llm.data.buckets import WholePlan
 from liquid_llm.data.loader import SampleOrder, TrainingStream, WeightedDataset
 from liquid_llm.data.token_writer import COLUMNS, FORMAT_VERSION, DatasetMeta
 from liquid_llm.data.tokens import TokenDataset, split
@@ -92,7 +93,9 @@ def held_bytes(stream: TrainingStream) -> int:
     """Arrays that a stream keeps: its plan, and the order of an epoch."""
     (order,) = stream.orders
     assert isinstance(order, SampleOrder)
-    arrays = [order._plan.bucket_of, order._plan.bounds, *order._order(0)]
+    plan = order._plan
+    assert isinstance(plan, WholePlan)
+    arrays = [plan._plan.bucket_of, plan._plan.bounds, *plan._order(0)]
     return sum(array.nbytes for array in arrays)
 
 

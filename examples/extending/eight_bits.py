@@ -8,17 +8,20 @@ tokens would still be 1 % of the mass. Any temperature can be read.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from liquid_llm.losses.signals import WHOLE, LogitsSignal
 from liquid_llm.signal_store.codecs.base import (
+    TOP,
     Codec,
     Options,
     Payload,
     PayloadError,
     Rows,
+    Run,
     check_temperature,
     require,
     row_maximum,
@@ -40,9 +43,10 @@ class EightBitsCodec(Codec):
     def __init__(self) -> None:
         self.options: Options = {}
 
-    def encode(self, logits: Tensor, seed: int, start: int) -> Rows:
-        below = row_maximum(logits).sub(logits).clamp_(max=RANGE)
-        return {"levels": below.div_(_STEP).round_().to(torch.uint8)}
+    def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
+        top = row_maximum(logits)
+        below = top.sub(logits).clamp_(max=RANGE)
+        return {"levels": below.div_(_STEP).round_().to(torch.uint8), TOP: top.squeeze(1)}
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> LogitsSignal:
         check_temperature(self, temperature)

@@ -24,6 +24,7 @@ OTHERS = {
     "torchrun": {"nproc-per-node", "nnodes", "rdzv-endpoint"},
     "accelerate": {"multi_gpu"},
     "hf": {"revision"},
+    "vLLM": {"logprobs-mode", "max-logprobs"},
     "git": {"porcelain", "untracked-files"},
     "a preparation toolkit": {"out"},
 }

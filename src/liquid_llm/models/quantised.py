@@ -272,7 +272,7 @@ def check_own(config: Any, where: str, device: str | torch.device, quantise: str
             f"the model is quantised ({method}), and the package that opens it is not installed",
             where=where,
             got=f"no {module}",
-            remedy=f"install it (pip install {package}), or use the model that it was made from",
+            remedy=f"install {package} with pip, or use the model that it was made from",
         )
     if method in _NEEDS_GPU and torch.device(device).type == "cpu":
         raise UsageError(

@@ -11,7 +11,6 @@ is where the server's folder is seen from here.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from liquid_llm.errors import StorageError
+from liquid_llm.parsing import parse_json
 from liquid_llm.served.client import Abandoned
 from liquid_llm.served.protocol import BadAnswer
 
@@ -119,7 +119,11 @@ def _is_whole(path: Path, most_bytes: int) -> bool:
         with open(path, "rb", opener=_open_plain) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 0 < length <= min(size, _MOST_HEADER_BYTES) else {}
+            header = (
+                parse_json(file.read(length), most=_MOST_HEADER_BYTES)
+                if 0 < length <= min(size, _MOST_HEADER_BYTES)
+                else {}
+            )
             ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return False

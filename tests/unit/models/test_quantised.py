@@ -117,7 +117,7 @@ def test_a_checkpoint_that_comes_quantised_is_refused_where_its_package_is_not(m
         "awq": "gptqmodel",
         "gptq": "gptqmodel",
     }.items():
-        with pytest.raises(UsageError, match=f"pip install {package}"):
+        with pytest.raises(UsageError, match=f"nstall {package} with pip"):
             check_own(with_config(method), "a model", "cuda")
     old = {"quantization_config": {"load_in_8bit": True}}
     assert own_quantisation(old) == "bitsandbytes"
@@ -140,7 +140,7 @@ def test_the_package_is_asked_for_before_the_weights_are_read(folders, monkeypat
     made = {"quant_method": "compressed-tensors", "config_groups": {}, "format": "int-quantized"}
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": made}))
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install compressed-tensors"):
+    with pytest.raises(UsageError, match="nstall compressed-tensors with pip"):
         open_teacher(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
