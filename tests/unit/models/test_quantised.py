@@ -117,7 +117,7 @@ def test_a_checkpoint_that_comes_quantised_is_refused_where_its_package_is_not(m
         "awq": "gptqmodel",
         "gptq": "gptqmodel",
     }.items():
-        with pytest.raises(UsageError, match=f"nstall {package} with pip"):
+        with pytest.raises(UsageError, match=f"nstall {package}( optimum)? with pip"):
             check_own(with_config(method), "a model", "cuda")
     old = {"quantization_config": {"load_in_8bit": True}}
     assert own_quantisation(old) == "bitsandbytes"
