@@ -10,7 +10,8 @@ import pytest
 from tests.support import servers
 
 # Of one test and the fixtures that it is the first to ask for. Twice what the dearest takes on a busy machine: what
-# comes here has grown by more than chance. `make soak` is for longer ones.
+# comes here has grown by more than chance, and `make soak` is for it. It is said, and no test fails for it: a slower
+# machine is no mistake.
 LIMIT_SECONDS = 60
 SHOWN = 10
 _NAME = "processor seconds"
@@ -32,7 +33,7 @@ def _of_server(pid: int) -> float:
 
 
 class Costs:
-    """A plugin: the dearest tests stand at the end of what pytest says, and one beyond the limit fails."""
+    """A plugin: the dearest tests stand at the end of what pytest says, and those beyond the limit are named."""
 
     def __init__(self) -> None:
         self.of_tests: dict[str, float] = {}
@@ -45,10 +46,7 @@ class Costs:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
         result = yield
-        seconds = spent() - item.stash[_BEGUN]
-        item.user_properties.append((_NAME, seconds))
-        if seconds > LIMIT_SECONDS and item.get_closest_marker("soak") is None:
-            pytest.fail(f"{seconds:.0f} s of the processor, {LIMIT_SECONDS} at most: make it smaller, or mark it soak")
+        item.user_properties.append((_NAME, spent() - item.stash[_BEGUN]))
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -62,4 +60,6 @@ class Costs:
         total = sum(self.of_tests.values())
         terminalreporter.write_line(f"{total:.0f} s of the processor in {len(self.of_tests)} tests; the dearest:")
         for name, seconds in dearest:
-            terminalreporter.write_line(f"{seconds:7.1f} s  {name}")
+            too_dear = seconds > LIMIT_SECONDS
+            said = f"  more than {LIMIT_SECONDS} s: make it smaller, or mark it soak" if too_dear else ""
+            terminalreporter.write_line(f"{seconds:7.1f} s  {name}{said}", yellow=too_dear)
