@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -156,17 +155,16 @@ def compile_parts(parts: Parts, start: Start) -> Parts:
 
 
 def _circumstances(parts: Parts, start: Start) -> Circumstances:
-    config, metadata = parts.config, start.origin.metadata
+    config = parts.config
     shapes = {shape for order in parts.stream.orders if isinstance(order, BlockOrder) for shape in order.shapes()}
     steps = max(0, config.optimizer.steps - parts.progress.step)
-    before: Any = metadata.run.get("compiled") if start.goes_on and metadata is not None else None
     return Circumstances(
         device=parts.device,
         shapes=shapes,
         micro_batches=steps * config.optimizer.grad_accum // parts.engine.world_size,
         deterministic=config.deterministic,
         dealt_out=config.student.is_dealt_out,
-        before=before,
+        before=(start.run_so_far or {}).get("compiled"),
     )
 
 

@@ -328,8 +328,7 @@ def settle_loss(config: RunConfig, parts: Parts, start: Start) -> None:
     device = parts.device
     if device.type == "cpu":
         return
-    metadata = start.origin.metadata
-    before = metadata.run.get("decided") if start.goes_on and metadata is not None else None
+    before = (start.run_so_far or {}).get("decided")
 
     def decide() -> tuple[str, str]:
         if before and LOSS_CHUNK in before:

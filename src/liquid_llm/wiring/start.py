@@ -59,6 +59,11 @@ class Start:
         """The step training goes on from."""
         return self.origin.metadata.step if self.goes_on and self.origin.metadata is not None else 0
 
+    @property
+    def run_so_far(self) -> Mapping[str, Any] | None:
+        """What a checkpoint says of the run that goes on; None where none does."""
+        return self.origin.metadata.run if self.goes_on and self.origin.metadata is not None else None
+
     def in_words(self) -> str:
         """What is gone on with, as a sentence."""
         if self.kind == "fresh":
@@ -108,14 +113,12 @@ class Start:
     @property
     def group_size(self) -> int | None:
         """Micro-batches in a row that are drawn from one dataset, where the order of a run goes on."""
-        metadata = self.origin.metadata
-        return int(metadata.run.get("group_size", 1)) if self.goes_on and metadata is not None else None
+        return None if self.run_so_far is None else int(self.run_so_far.get("group_size", 1))
 
     @property
     def window_tokens(self) -> dict[str, int] | None:
         """Type -> tokens that are shuffled together, where the order of a run goes on."""
-        metadata = self.origin.metadata
-        return dict(metadata.run.get("window_tokens", {})) if self.goes_on and metadata is not None else None
+        return None if self.run_so_far is None else dict(self.run_so_far.get("window_tokens", {}))
 
     def plain(self) -> dict[str, Any]:
         """As values and tensors that ``of_plain`` reads on another rank."""
