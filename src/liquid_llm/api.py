@@ -151,8 +151,7 @@ class Capture:
 
         with _in_words():
             summary, was_complete = self._job.run(Unit(**unit))
-        complete = not (summary.failures or summary.interrupted)
-        return {**summary.as_dict(), "complete": complete, "was_complete": was_complete}
+        return {**summary.as_dict(), "complete": summary.is_whole, "was_complete": was_complete}
 
 
 def open_capture(config: Mapping[str, object] | str | os.PathLike[str]) -> Capture:

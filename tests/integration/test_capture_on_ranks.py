@@ -5,10 +5,10 @@ import os
 import signal
 
 import pytest
+from tests.support.dying import at_batch
 from tests.support.processes import launch, wait
 from tests.support.tiny import Tiny, build
 
-from liquid_llm.capture import job
 from liquid_llm.cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -20,31 +20,19 @@ def world(tmp_path_factory) -> Tiny:
     return build(tmp_path_factory.mktemp("tiny"))
 
 
-def at_the_third_batch(act) -> None:
-    score, calls = job.score, []
-
-    def broken(*given):
-        calls.append(1)
-        if len(calls) == 3:
-            act()
-        return score(*given)
-
-    job.score = broken
-
-
 def lose_the_device() -> None:
     def act() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    at_the_third_batch(act)
+    at_batch(3, act)
 
 
 def be_asked_to_stop() -> None:
-    at_the_third_batch(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_batch(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def be_killed() -> None:
-    at_the_third_batch(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    at_batch(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.mark.parametrize(("fault", "code"), [(lose_the_device, 6), (be_asked_to_stop, 75), (be_killed, -9)])

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from tests.support import texts
+from tests.support.dying import at_batch
 from tests.support.gcs import Bucket
 from tests.support.processes import launch, wait
 from tests.support.tiny import Tiny, build
 
 import liquid_llm
-from liquid_llm.capture import job
 from liquid_llm.cli.main import main
 from liquid_llm.errors import DataError, UsageError
 from liquid_llm.metrics import read_metrics, without_timings
@@ -126,24 +126,12 @@ def test_a_file_that_cannot_be_used_keeps_no_other_from_being_captured(tiny, fol
     assert units(run(capsys, words(tiny, folder))) == (6, 6, 5, 6), "a store of units goes on as one"
 
 
-def at_the_second_batch(act) -> None:
-    score, calls = job.score, []
-
-    def broken(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            act()
-        return score(*given)
-
-    job.score = broken
-
-
 def be_killed() -> None:
-    at_the_second_batch(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    at_batch(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def be_asked_to_stop() -> None:
-    at_the_second_batch(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_batch(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.mark.parametrize(("fault", "code"), [(be_killed, -9), (be_asked_to_stop, 75)])

@@ -1,4 +1,4 @@
-"""Ending a process at a chosen file-system call, as a kill at that moment would."""
+"""Ending a process at a chosen file-system call, as a kill at that moment would, or at a chosen batch of a capture."""
 
 from __future__ import annotations
 
@@ -23,3 +23,19 @@ def die_before_call(number: int, calls: Sequence[str], die: Callable[[], object]
 
     for name in calls:
         setattr(os, name, counted(getattr(os, name)))
+
+
+def at_batch(number: int, act: Callable[[], object]) -> None:
+    """Have ``act`` called right before the ``number``-th batch of a capture, from now on, is scored."""
+    from liquid_llm.capture import scoring  # and with it torch, which the others do not need
+
+    score, done = scoring.score, 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == number:
+            act()
+        return score(*given)
+
+    scoring.score = counted

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.signal_store.codecs import Rows
+from liquid_llm.streams import has_streams
 
 
 class Fetcher:
@@ -26,7 +27,7 @@ class Fetcher:
     def __init__(self, device: torch.device) -> None:
         module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._module = module
-        self._stream = module.Stream(device=device) if hasattr(module, "Stream") else None
+        self._stream = module.Stream(device=device) if has_streams(device) else None
         self._under_way: list[Fetch] = []
 
     def start(self, found: Sequence[Rows]) -> Fetch:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.capture.plan import Window, batches, plan
-from liquid_llm.capture.scoring import Scored, Scratch, score
+from liquid_llm.capture.scoring import LocalTeacher, Scratch
 from liquid_llm.capture.served import ServedTeacher, Stopped
 from liquid_llm.data.types import SampleSource
 from liquid_llm.device import is_lost, is_out_of_memory, release_memory
 from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.models.positions import max_positions
-from liquid_llm.signal_store.codecs import Codec, Rows
+from liquid_llm.signal_store.codecs import Rows
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.teachers.online import OnlineTeacher, require_context
 
@@ -93,6 +93,11 @@ class CaptureSummary:
     def tokens_per_second(self) -> float | None:
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was to be captured is there."""
+        return not (self.interrupted or self.failures)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the summary line, the first failures only."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "consumers"}
@@ -145,7 +150,7 @@ def capture(
     limit = teacher.max_tokens if isinstance(teacher, ServedTeacher) else max_positions(teacher.model)
     require_context(limit, seq_len, teacher.identity.id, "--seq_len")
     (vocab_size,) = {writer.identity.vocab_size for writer in writers.values()}
-    asked = teacher if isinstance(teacher, ServedTeacher) else OnlineTeacher(teacher, vocab_size)
+    asked = teacher if isinstance(teacher, ServedTeacher) else LocalTeacher(OnlineTeacher(teacher, vocab_size))
     with ThreadPoolExecutor(num_workers, "capture") as threads:
         job = _Job(asked, writers, threads, progress or (lambda tokens: None))
         found = plan(datasets, writers, seq_len, overwrite=overwrite, share=(rank, world_size), threads=threads)
@@ -166,7 +171,7 @@ class _Job:
 
     def __init__(
         self,
-        teacher: OnlineTeacher | ServedTeacher,
+        teacher: LocalTeacher | ServedTeacher,
         writers: Mapping[str, StoreWriter],
         threads: ThreadPoolExecutor,
         progress: Callable[[int], None],
@@ -185,10 +190,9 @@ class _Job:
 
     def run(self, work: Sequence[Sequence[Window]], stopping: Callable[[], bool]) -> None:
         """Score all batches and wait for the last record to be written."""
-        asked = self._teacher.ahead(work, stopping) if isinstance(self._teacher, ServedTeacher) else work
         whole = False
         try:
-            for batch in asked:
+            for batch in self._teacher.ahead(work, stopping):
                 if stopping():
                     self.summary.interrupted = True
                     break
@@ -198,8 +202,7 @@ class _Job:
         except Stopped:
             self.summary.interrupted = True
         finally:
-            if isinstance(self._teacher, ServedTeacher):
-                self._teacher.end(abandon=not whole)
+            self._teacher.end(abandon=not whole)
             while self._pending:
                 self._collect(FIRST_COMPLETED)
         if self._storage_error is not None and not self.summary.written:
@@ -243,7 +246,7 @@ class _Job:
         try:
             codec = {window.type: self._writers[window.type].codec for window in batch}
             self.summary.padded_tokens += padded_tokens
-            for window, outcome, positions in self._scored(batch, codec):
+            for window, outcome, positions in self._teacher.score(batch, codec, self._scratch, self._num_kept):
                 left.remove(window)
                 if isinstance(outcome, SignalError):
                     self.fail(window, str(outcome))
@@ -278,11 +281,6 @@ class _Job:
             log.warning("the teacher failed on a batch of %d samples: one by one now (%s)", len(batch), reason)
             for window in left:
                 self._score([window])
-
-    def _scored(self, batch: Sequence[Window], codec: Mapping[str, Codec]) -> Iterator[Scored]:
-        if isinstance(self._teacher, ServedTeacher):
-            return self._teacher.score(batch, codec, self._scratch, self._num_kept)
-        return score(self._teacher, batch, codec, self._scratch, self._num_kept)
 
     def _halve(self) -> bool:
         """Have fewer logits at a time; False where that is not possible."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol, TypeAlias
 
@@ -33,6 +33,8 @@ _FEWEST_CHUNK_ROWS = 64  # below it the logits are small beside what a teacher's
 
 Scored: TypeAlias = tuple[Window, Rows | SignalError, NDArray[np.bool_]]
 """A sample, its encoded rows or why it has none, and which positions they are of."""
+
+NOWHERE = np.zeros(0, dtype=bool)  # the positions of a sample that has no rows
 
 
 class HasStates(Protocol):
@@ -134,10 +136,10 @@ def score(
         sample = window.sample()
         ids = sample.input_ids[: window.num_tokens]
         if not ids.size:
-            yield window, SignalError("the sample has no tokens"), _NOWHERE
+            yield window, SignalError("the sample has no tokens"), NOWHERE
         elif (largest := int(ids.max())) >= vocab_size:
             error = SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
-            yield window, error, _NOWHERE
+            yield window, error, NOWHERE
         else:
             good.append(_Sample(window, ids, sample.learnt_positions(window.num_tokens), codecs[window.type]))
     if not good:
@@ -162,7 +164,32 @@ def score(
             yield from before.finish()
 
 
-_NOWHERE = np.zeros(0, dtype=bool)
+class LocalTeacher:
+    """A teacher whose model is here, as a job asks it; the other kind is ``served.ServedTeacher``."""
+
+    def __init__(self, model: HasStates) -> None:
+        self._model = model
+        self.head: OutputHead | None = model.head
+        self.device = model.device
+
+    def ahead(
+        self, work: Sequence[Sequence[Window]], stopping: Callable[[], bool] = lambda: False
+    ) -> Iterable[Sequence[Window]]:
+        """The batches of ``work``: of what comes later nothing is asked before its turn."""
+        return work
+
+    def score(
+        self,
+        batch: Sequence[Window],
+        codecs: Mapping[str, Codec],
+        scratch: Scratch,
+        count: Callable[[Window, int], int],
+    ) -> Iterator[Scored]:
+        """As ``score``."""
+        return score(self._model, batch, codecs, scratch, count)
+
+    def end(self, *, abandon: bool) -> None:
+        """Nothing is under way."""
 
 
 class _Sample:

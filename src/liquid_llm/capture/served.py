@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from liquid_llm.capture.plan import Window
-from liquid_llm.capture.scoring import Scored, Scratch, score
+from liquid_llm.capture.scoring import NOWHERE, Scored, Scratch, score
 from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.losses.signals import OutputHead
@@ -38,7 +38,6 @@ from liquid_llm.signal_store.codecs.topk import TopKCodec
 
 _LOOK_SECONDS = 0.1  # how often one who waits for an answer asks whether to stop
 _MOST_IN_A_ROW = 3  # samples that a server which says it is well has failed on, before it is taken for not well
-_NOWHERE = np.zeros(0, dtype=bool)
 
 
 class Stopped(Exception):
@@ -159,7 +158,7 @@ class ServedTeacher:
             try:
                 good.append((window, self._take(window)))
             except SignalError as error:
-                yield window, error, _NOWHERE
+                yield window, error, NOWHERE
         if self._states is not None:
             told = _ToldStates(self._states[1], self.model.vocab_size, good)
             yield from score(told, [window for window, _ in good], codecs, scratch, count)

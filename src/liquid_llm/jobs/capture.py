@@ -156,9 +156,7 @@ def capture_signal(config: CaptureConfig, new_layout: str = "pt") -> CaptureSumm
 
 def _capture_at_once(config: CaptureConfig, found: Asked) -> CaptureSummary:
     """Score what is missing of all samples, or of this process's share of them."""
-    teacher_id = config.teacher.stored_id
-    assert teacher_id is not None
-    _, asked, device_choice, token, text, stores, served = found
+    _, asked, device_choice, token, text, stores, _ = found
     device = torch.device(device_choice.value)
     data = prepare_run_data(config.data, lambda type: is_captured(config, type))
     inputs = _read_inputs(config, text, data.entries, token)
@@ -166,11 +164,8 @@ def _capture_at_once(config: CaptureConfig, found: Asked) -> CaptureSummary:
     for dataset in inputs.everything:
         datasets.setdefault(dataset.type, []).append(dataset)
     codecs = _choose_codecs(config, datasets, stores)
-    if device.type == "cpu":
-        keep_freed_memory()
-    loaded, choices = served or load_online(teacher_id, config.teacher, device, token)
+    loaded, choices, vocab_size = open_teacher(config, found)
     rank, world_size = read_rank()
-    vocab_size = min(text.vocab_size, loaded.vocab_size)
     writers = {}
     for type in datasets:
         folder = choose_folder(config, type)
@@ -185,10 +180,7 @@ def _capture_at_once(config: CaptureConfig, found: Asked) -> CaptureSummary:
     lengths = [dataset.lengths.clip(max=config.data.seq_len) for parts in datasets.values() for dataset in parts]
     longest = max((int(one.max()) for one in lengths if one.size), default=0)
     largest = max(codecs.values(), key=lambda codec: codec.most_ids, default=asked)
-    fit = Fit(None, None, None)  # where a server runs the teacher there is little here
-    if isinstance(loaded, LoadedModel):
-        fit = check_capture_fit(config, loaded.model, largest, longest, vocab_size)
-        say_fit(fit, device)
+    fit = find_fit(config, loaded, largest, longest, vocab_size, device)
     windows = sum(int(one.sum()) for one in lengths)
     with StopSignal() as stop:
         score = partial(
@@ -215,6 +207,32 @@ def _capture_at_once(config: CaptureConfig, found: Asked) -> CaptureSummary:
         choices |= {"device": device_choice, **begin_choice(text.framings, datasets)}
         _write_provenance(config, layouts, inputs, data, choices, loaded.identity)
     return summary
+
+
+def open_teacher(config: CaptureConfig, found: Asked) -> tuple[LoadedModel | ServedTeacher, dict[str, Choice], int]:
+    """The teacher on its device, or behind its server; the choices made for it; how many ids its signal is over."""
+    teacher_id, device = config.teacher.stored_id, torch.device(found.device.value)
+    assert teacher_id is not None
+    if device.type == "cpu":
+        keep_freed_memory()
+    loaded, choices = found.served or load_online(teacher_id, config.teacher, device, found.token)
+    return loaded, choices, min(found.text.vocab_size, loaded.vocab_size)
+
+
+def find_fit(
+    config: CaptureConfig,
+    teacher: LoadedModel | ServedTeacher,
+    codec: Codec,
+    longest: int,
+    vocab_size: int,
+    device: torch.device,
+) -> Fit:
+    """Whether the capture fits, which is said; not known where a server runs the teacher: there is little here."""
+    if not isinstance(teacher, LoadedModel):
+        return Fit(None, None, None)
+    fit = check_capture_fit(config, teacher.model, codec, longest, vocab_size)
+    say_fit(fit, device)
+    return fit
 
 
 def _choose_held_out(config: CaptureConfig, inputs: Inputs) -> dict[str, list[TokenDataset]]:

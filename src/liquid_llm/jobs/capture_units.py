@@ -24,19 +24,25 @@ from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, UsageError
-from liquid_llm.jobs.capture import Asked, check_capture, choose_folder, find_layout, is_captured
+from liquid_llm.jobs.capture import (
+    Asked,
+    check_capture,
+    choose_folder,
+    find_fit,
+    find_layout,
+    is_captured,
+    open_teacher,
+)
 from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.provenance import write_provenance
-from liquid_llm.runtime import Choice, StopSignal, keep_freed_memory
+from liquid_llm.runtime import Choice, StopSignal
 from liquid_llm.signal_store.codecs import Codec
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.signal_store.units import UnitsLayout, why_to_do, write_marker, write_plan
 from liquid_llm.terminal import Stage
-from liquid_llm.wiring.fitting import check_capture_fit, say_fit
 from liquid_llm.wiring.inputs import read_manifest_inputs, token_cache
 from liquid_llm.wiring.repeat import begin_choice, options_to_repeat
-from liquid_llm.wiring.teachers import load_online
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +86,6 @@ class UnitCapture:
 
     def __init__(self, config: CaptureConfig, asked: Asked, stopping: Callable[[], bool] = lambda: False) -> None:
         self._config, self._asked, self._stopping = config, asked, stopping
-        self._device = torch.device(asked.device.value)
 
     @cached_property
     def data(self) -> RunData:
@@ -103,18 +108,10 @@ class UnitCapture:
     def loaded(self) -> _Loaded:
         """The teacher on its device, or behind its server."""
         config, asked = self._config, self._asked
-        assert config.teacher.stored_id is not None
-        if self._device.type == "cpu":
-            keep_freed_memory()
-        model, choices = asked.served or load_online(
-            config.teacher.stored_id, config.teacher, self._device, asked.token
-        )
-        vocab_size = min(asked.text.vocab_size, model.vocab_size)
+        model, choices, vocab_size = open_teacher(config, asked)
         largest = max(map(self.codec, asked.stores), key=lambda codec: codec.most_ids)
-        if not isinstance(model, LoadedModel):  # where a server runs the teacher there is little here
-            return _Loaded(model, choices, vocab_size, "")
-        fit = check_capture_fit(config, model.model, largest, config.data.seq_len, vocab_size)
-        say_fit(fit, self._device)
+        device = torch.device(asked.device.value)
+        fit = find_fit(config, model, largest, config.data.seq_len, vocab_size, device)
         return _Loaded(model, choices, vocab_size, fit.largest())
 
     def run(self, unit: Unit) -> tuple[CaptureSummary, bool]:
@@ -146,7 +143,7 @@ class UnitCapture:
             log.info("%s: captured, as %s", unit.name, why or "--overwrite says")
             try:
                 summary = self._capture(unit, folder, str(cache / unit.name))
-                if not (summary.interrupted or summary.failures):
+                if summary.is_whole:
                     write_marker(folder, unit.name, known, source)
             finally:
                 shutil.rmtree(cache / unit.name, ignore_errors=True)
@@ -203,7 +200,7 @@ class UnitCapture:
         framing = self._asked.stores[folder].framing
         return [
             [type, config.data.seq_len, find_layout(config, type), self._asked.text.learning.key],
-            asdict(model),
+            model.plain(),
             [codec.name, codec.version, dict(codec.options), config.store.positions],
             None if framing is None else asdict(framing),
         ]
@@ -250,7 +247,7 @@ def capture_units(config: CaptureConfig, asked: Asked) -> UnitsSummary:
                 continue
             summary.add(one)
             summary.units_skipped += was_complete
-            summary.units_complete += not (one.interrupted or one.failures)
+            summary.units_complete += one.is_whole
     if summary.written and mine[0].number == 0:
         _write_provenance(config, asked, job)
     return summary
@@ -281,5 +278,5 @@ def _write_provenance(config: CaptureConfig, asked: Asked, job: UnitCapture) -> 
             readiness=data.readiness,
             datasets=describe_datasets(config.data, data),
             choices={name: vars(choice) for name, choice in choices.items()},
-            extra={"teacher": asdict(job.loaded.model.identity)},
+            extra={"teacher": job.loaded.model.identity.plain()},
         )

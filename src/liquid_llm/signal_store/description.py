@@ -18,9 +18,8 @@ from liquid_llm.versions import CURRENT, FRAMING, find_newer, read_versions
 STORE_FILE = "store.json"
 # A store in the store: some samples that training holds out, in a codec that says nearly all, for evaluation alone.
 HELD_OUT = "held_out"
-STORE_VERSION = (
-    4  # 1 had no versions, which stands for the first of each; 2 no framing; 3 no quantisation; all are read
-)
+# 1 had no versions, which stands for the first of each; 2 no framing; 3 no quantisation; all are read.
+STORE_VERSION = 4
 
 
 class StoreFile(NamedTuple):

@@ -105,9 +105,8 @@ class SignalIdentity:
     @property
     def teacher(self) -> str:
         """Name, revision and what was done to its weights, in one word."""
-        return (
-            f"{self.teacher_id}@{self.teacher_revision[:12]}{f'+{self.quantisation}' * (self.quantisation is not None)}"
-        )
+        name = f"{self.teacher_id}@{self.teacher_revision[:12]}"
+        return name if self.quantisation is None else f"{name}+{self.quantisation}"
 
     @property
     def framing(self) -> Framing | None:
@@ -117,7 +116,7 @@ class SignalIdentity:
     def plain(self) -> dict[str, Any]:
         """Plain values; an identity without framing, chosen positions or quantisation is written as it always was."""
         values = asdict(self)
-        left_out = {*(_FRAMING if self.end_id is None else ())}
+        left_out = set(_FRAMING) if self.end_id is None else set()
         left_out |= {name for name in ("positions", "quantisation") if values[name] is None}
         return {name: value for name, value in values.items() if name not in left_out}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,22 +60,9 @@ def open_rows(
         return eager
     from liquid_llm.losses.rows.triton_passes import TritonPasses
 
-    return _OrEager(TwoPassRows(head, objective, TritonPasses(), with_grad=with_grad), eager)
+    kernels = TwoPassRows(head, objective, TritonPasses(), with_grad=with_grad)
 
+    def kernels_or_eager(*given: Any, **named: Any) -> Tensor:
+        return or_else(TRITON, lambda: kernels(*given, **named), lambda: eager(*given, **named))
 
-class _OrEager:
-    """Kernels, and the eager form from then on where they cannot be compiled."""
-
-    def __init__(self, rows: Rows, eager: Rows) -> None:
-        self._rows, self._eager = rows, eager
-
-    def __call__(
-        self,
-        raw: Tensor,
-        labels: Tensor,
-        teacher: DenseRows | SparseRows | None = None,
-        reference: DenseRows | None = None,
-        into: Tensor | None = None,
-    ) -> Tensor:
-        given = raw, labels, teacher, reference, into
-        return or_else(TRITON, lambda: self._rows(*given), lambda: self._eager(*given))
+    return kernels_or_eager
