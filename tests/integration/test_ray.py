@@ -29,19 +29,14 @@ import ray
 
 class Dying(capture_ray.Teacher):
     def __call__(self, unit):
-        from liquid_llm.capture import job
-        score, calls, mark = job.score, [], Path(MARK)
-        def broken(*given):
-            calls.append(1)
-            if len(calls) == 3 and not mark.exists():
+        from tests.support import dying
+        mark = Path(MARK)
+        def killed():
+            if not mark.exists():
                 mark.write_text(unit["name"])
                 os.kill(os.getpid(), signal.SIGKILL)
-            return score(*given)
-        job.score = broken
-        try:
-            return super().__call__(unit)
-        finally:
-            job.score = score
+        dying.at_batch(3, killed)
+        return super().__call__(unit)
 
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
 sys.exit(capture_ray.main(worker=Dying))
