@@ -77,7 +77,7 @@ def open_units(folder: str, read: int) -> dict[str, object]:
 
 def find_in_order(count: int, way: str) -> dict[str, object]:
     from liquid_llm.data.buckets import WholePlan, WindowedPlan
-    from liquid_llm.data.two_levels import WINDOW_TOKENS, Shards, Windows
+    from liquid_llm.data.two_levels import WINDOW_TOKENS, KnownLengths, Shards, Windows
 
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(np.log(TOKENS * 0.8), 0.6, count).astype(np.int64) + 2, 1024)
@@ -88,7 +88,8 @@ def find_in_order(count: int, way: str) -> dict[str, object]:
         if way == "whole":
             plan = WholePlan(lengths, 8, 1024, (1, 0))
         else:
-            plan = WindowedPlan(lengths, 8, 1024, Windows(Shards.of(lengths, files, WINDOW_TOKENS), (1, 0)), (1, 0))
+            shards = Shards.of(lengths, files, WINDOW_TOKENS)
+            plan = WindowedPlan(KnownLengths(lengths, shards), 8, 1024, Windows(shards, (1, 0)), (1, 0))
         plan.samples(3 * plan.num_micro_batches // 2)
         return plan.num_micro_batches
 

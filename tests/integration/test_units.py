@@ -170,6 +170,8 @@ def test_training_reads_units_by_the_file_of_each_sample_from_a_bucket(tiny, gcs
     folder = tmp_path / "run" / "run"
     whole = train_rows(folder)
     assert [row["kd_coverage"] for row in whole] == [1.0] * 4
+    surveys = [path.name.partition("-")[0] for path in (tiny.root / "tokens").glob(".*.json")]
+    assert sorted(surveys) == [".code", *[".math_tool"] * FILES], "each data file has a cache of tokens of its own"
     kept = json.loads((folder / "step-00000002.meta.json").read_text())
     assert (sorted(kept["run"]["window_tokens"]), kept["versions"]["order"]) == (["code", "math_tool"], 3)
     for path in folder.glob("*.pt*"):  # as it was after step 2

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm.data.sampling import keyed_bits, keyed_permutation
-from liquid_llm.data.two_levels import Windows
+from liquid_llm.data.two_levels import Lengths, Windows
 
 MAX_PADDING = 0.05
 _MAX_RANGES = 512  # a histogram with more distinct lengths is coarsened, by under 1 % for windows up to 16k tokens
@@ -92,10 +92,10 @@ class WindowedPlan:
     """Micro-batches that hold samples of one window each, see ``two_levels``.
 
     The ranges of lengths are those of all samples, so that a window's micro-batches are counted without a look at
-    others, and alike in each epoch.
+    others, and alike in each epoch. Of a window their number is kept; lengths are asked for when its turn comes.
 
     Args:
-        windows: [samples] lengths in tokens, in the order of ``parts``' shards.
+        lengths: of the samples in tokens, as a model sees them.
         parts: which samples are shuffled together.
         key: of the order, the seed first.
 
@@ -104,24 +104,24 @@ class WindowedPlan:
     """
 
     def __init__(
-        self, windows: NDArray[np.int64], batch_size: int, block_size: int, parts: Windows, key: tuple[int | str, ...]
+        self, lengths: Lengths, batch_size: int, block_size: int, parts: Windows, key: tuple[int | str, ...]
     ) -> None:
-        plan = plan_buckets(windows, batch_size, block_size)
-        self._lengths, self._parts, self._key = windows, parts, key
-        self._edges = np.zeros(int(plan.bucket_of.max()) + 1, dtype=np.int64)
-        np.maximum.at(self._edges, plan.bucket_of, windows)
+        self._lengths, self._parts, self._key = lengths, parts, key
+        self._edges = _longest_of_buckets(*lengths.histogram(), batch_size, block_size)
         self._rows = np.maximum(1, batch_size * block_size // self._edges)
-        self._counts = np.array([len(self._cuts(window)[1]) for window in range(len(parts))], dtype=np.int64)
+        self._counts = np.zeros(len(parts), dtype=np.int64)
+        self._shapes: set[tuple[int, int]] = set()
+        for window in range(len(parts)):
+            values, counts = lengths.histogram(parts.shards(window))
+            bounds, of_batch = self._cuts(np.repeat(self._buckets(values), counts))
+            self._counts[window] = len(of_batch)
+            self._shapes |= set(zip(np.diff(bounds).tolist(), self._edges[of_batch].tolist(), strict=True))
         self.num_micro_batches = int(self._counts.sum())
         self._shuffled = lru_cache(maxsize=4)(self._shuffle)
 
     def shapes(self) -> set[tuple[int, int]]:
         """Rows, and the most tokens a row, that every micro-batch can have."""
-        found = set()
-        for window in range(len(self._parts)):
-            bounds, of_batch = self._cuts(window)
-            found |= set(zip(np.diff(bounds).tolist(), self._edges[of_batch].tolist(), strict=True))
-        return found
+        return set(self._shapes)
 
     def samples(self, index: int) -> NDArray[np.int64]:
         """The samples of the ``index``-th micro-batch since the beginning, across epochs."""
@@ -131,20 +131,21 @@ class WindowedPlan:
         chosen = micro_batches[number]
         return samples[bounds[chosen] : bounds[chosen + 1]]
 
-    def _buckets(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self._edges, self._lengths[items])
+    def _buckets(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._edges, lengths)
 
-    def _cuts(self, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where a window's micro-batches begin in its samples sorted by bucket, [n + 1]; the bucket of each, [n]."""
-        held = np.bincount(self._buckets(self._parts.items(window)), minlength=len(self._edges))
+    def _cuts(self, buckets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where micro-batches begin in samples of these buckets, sorted by them, [n + 1]; the bucket of each, [n]."""
+        held = np.bincount(buckets, minlength=len(self._edges))
         pieces = -(-held // self._rows)
         return _cut_evenly(held, pieces), np.repeat(np.arange(len(held)), pieces)
 
     def _shuffle(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """A window's samples by bucket and shuffled inside it, the order of its micro-batches, and their bounds."""
         items, key = self._parts.items(window), (*self._key, epoch, window)
-        order = np.lexsort((keyed_bits(len(items), "samples", *key), self._buckets(items)))
-        bounds, _ = self._cuts(window)
+        buckets = self._buckets(self._lengths.of(self._parts.shards(window)))
+        order = np.lexsort((keyed_bits(len(items), "samples", *key), buckets))
+        bounds, _ = self._cuts(buckets)
         return items[order], keyed_permutation(len(bounds) - 1, "micro-batches", *key), bounds
 
 
@@ -161,9 +162,38 @@ def plan_buckets(
         windows: [samples] window lengths in tokens, positive; one longer than the budget gets a micro-batch alone.
     """
     budget_tokens = batch_size * block_size
-    lengths, range_of, counts = _histogram(windows)
-    tokens = int(windows.sum())
-    most = max(2 * -(-tokens // budget_tokens), -(-len(windows) // batch_size))
+    values, value_of, held = np.unique(windows, return_inverse=True, return_counts=True)
+    lengths, range_of, counts = _ranges(values, held)
+    chosen = _choose_cut(lengths, counts, int(windows.sum()), batch_size, budget_tokens, max_padding)
+    return BucketPlan(
+        _bucket_of_ranges(chosen)[range_of[value_of]],
+        _bounds(lengths, counts, budget_tokens, chosen),
+        _padding(lengths, counts, int(windows.sum()), chosen),
+    )
+
+
+def _longest_of_buckets(
+    values: NDArray[np.int64], held: NDArray[np.int64], batch_size: int, block_size: int
+) -> NDArray[np.int64]:
+    """The longest window of each bucket that ``plan_buckets`` makes, where ``held`` windows are ``values`` long."""
+    lengths, range_of, counts = _ranges(values, held)
+    tokens = int((values * held).sum())
+    chosen = _choose_cut(lengths, counts, tokens, batch_size, batch_size * block_size, MAX_PADDING)
+    longest = np.zeros(len(chosen) - 1, dtype=np.int64)
+    np.maximum.at(longest, _bucket_of_ranges(chosen)[range_of], values)
+    return longest
+
+
+def _choose_cut(
+    lengths: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    tokens: int,
+    batch_size: int,
+    budget_tokens: int,
+    max_padding: float,
+) -> NDArray[np.int64]:
+    """Boundaries of the buckets in the ranges of lengths; see ``plan_buckets``."""
+    most = max(2 * -(-tokens // budget_tokens), -(-int(counts.sum()) // batch_size))
     price = budget_tokens / 8  # a guess at what a forward and backward pass costs beyond its tokens, in tokens
     chosen = _cut(lengths, counts, budget_tokens, price)
     while _padding(lengths, counts, tokens, chosen) > max_padding and price > 0:
@@ -172,22 +202,23 @@ def plan_buckets(
         if _num_micro_batches(lengths, counts, budget_tokens, finer) > most:
             break
         chosen = finer
-    bucket_of_range = np.repeat(np.arange(len(chosen) - 1), np.diff(chosen))
-    return BucketPlan(
-        bucket_of_range[range_of],
-        _bounds(lengths, counts, budget_tokens, chosen),
-        _padding(lengths, counts, tokens, chosen),
-    )
+    return chosen
 
 
-def _histogram(windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Upper length of each range, the range of each sample, and how many samples each holds."""
-    lengths, range_of, counts = np.unique(windows, return_inverse=True, return_counts=True)
-    if len(lengths) <= _MAX_RANGES:
-        return lengths, range_of, counts
-    edges = np.unique(np.geomspace(lengths[0], lengths[-1], _MAX_RANGES).round().astype(np.int64))
-    range_of = np.searchsorted(edges, windows)
-    counts = np.bincount(range_of, minlength=len(edges))
+def _bucket_of_ranges(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.repeat(np.arange(len(chosen) - 1), np.diff(chosen))
+
+
+def _ranges(
+    values: NDArray[np.int64], held: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Upper length of each range, the range of each value, and how many windows each range holds."""
+    if len(values) <= _MAX_RANGES:
+        return values, np.arange(len(values)), held
+    edges = np.unique(np.geomspace(values[0], values[-1], _MAX_RANGES).round().astype(np.int64))
+    range_of = np.searchsorted(edges, values)
+    counts = np.zeros(len(edges), dtype=np.int64)
+    np.add.at(counts, range_of, held)
     return edges, range_of, counts
 
 

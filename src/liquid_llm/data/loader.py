@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from liquid_llm.data.blocks import TokenStream
 from liquid_llm.data.buckets import WholePlan, WindowedPlan, plan_buckets
+from liquid_llm.data.many_files import ManyFiles
 from liquid_llm.data.sampling import WeightedDraws, keyed_permutation
 from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.data.two_levels import Shards, Windows
+from liquid_llm.data.two_levels import KnownLengths, Shards, Windows
 from liquid_llm.data.types import IGNORE_INDEX, Documents, MicroBatch, Sample
 from liquid_llm.errors import DataError
 
@@ -36,7 +37,7 @@ NO_WINDOWS: Mapping[str, int] = MappingProxyType({})
 class WeightedDataset:
     """Samples of one type and how often a micro-batch is drawn from them, relative to the other datasets."""
 
-    dataset: TokenDataset
+    dataset: TokenDataset | ManyFiles
     weight: float
 
 
@@ -87,6 +88,7 @@ class TrainingStream:
         for number, part in enumerate(mixture):
             key, together = (seed, number), window_tokens.get(part.dataset.type)
             if part.dataset.layout == "blocks":
+                assert isinstance(part.dataset, TokenDataset)
                 self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key, document_mask, together))
             else:
                 self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens, together))
@@ -206,7 +208,7 @@ class SampleOrder:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | ManyFiles,
         block_size: int,
         batch_size: int,
         key: tuple[int, ...],
@@ -218,6 +220,17 @@ class SampleOrder:
                 f"there is no {dataset.type} sample to train on", remedy="hold out less, or add records of this type"
             )
         self._window = block_size if sample_tokens is None else min(sample_tokens, block_size)
+        self._dataset = dataset
+        self._plan: WholePlan | WindowedPlan
+        if isinstance(dataset, ManyFiles):
+            self._plan = self._plan_files(dataset, batch_size, block_size, key, window_tokens)
+        else:
+            self._plan = self._plan_samples(dataset, batch_size, block_size, key, window_tokens)
+        self.num_micro_batches = self._plan.num_micro_batches
+
+    def _plan_samples(
+        self, dataset: TokenDataset, batch_size: int, block_size: int, key: tuple[int, ...], window_tokens: int | None
+    ) -> WholePlan | WindowedPlan:
         self._dataset = dataset = dataset.learnable(self._window)
         if not len(dataset):
             raise DataError(
@@ -225,13 +238,21 @@ class SampleOrder:
                 remedy="use a larger --block_size or --seq_len, or --learn=all",
             )
         windows = np.minimum(dataset.lengths, self._window)
-        self._plan: WholePlan | WindowedPlan
         if window_tokens is None:
-            self._plan = WholePlan(windows, batch_size, block_size, key)
-        else:
-            parts = Windows(Shards.of(windows, dataset.shard_of, window_tokens), key, window_tokens)
-            self._plan = WindowedPlan(windows, batch_size, block_size, parts, key)
-        self.num_micro_batches = self._plan.num_micro_batches
+            return WholePlan(windows, batch_size, block_size, key)
+        shards = Shards.of(windows, dataset.shard_of, window_tokens)
+        parts = Windows(shards, key, window_tokens)
+        return WindowedPlan(KnownLengths(windows, shards), batch_size, block_size, parts, key)
+
+    def _plan_files(
+        self, dataset: ManyFiles, batch_size: int, block_size: int, key: tuple[int, ...], window_tokens: int | None
+    ) -> WindowedPlan:
+        if window_tokens is None or dataset.window != self._window:
+            raise ValueError(f"files read one by one are shuffled so, as windows of {dataset.window} tokens")
+        shards = Shards(np.append(0, np.cumsum(dataset.counts)), dataset.shard_tokens)
+        parts = Windows(shards, key, window_tokens)
+        dataset.keep_open(2 * parts.most_shards)  # those of the next window are opened ahead of need
+        return WindowedPlan(dataset, batch_size, block_size, parts, key)
 
     def shapes(self) -> set[tuple[int, int]]:
         """Rows, and the most tokens a row, that every micro-batch can have."""
@@ -318,7 +339,7 @@ def collate(
     return MicroBatch(type, torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(lengths), samples)
 
 
-def _whole_samples(dataset: TokenDataset, indices: NDArray[np.int64], block_size: int) -> MicroBatch:
+def _whole_samples(dataset: TokenDataset | ManyFiles, indices: NDArray[np.int64], block_size: int) -> MicroBatch:
     samples = tuple(dataset.sample(int(index)) for index in indices)
     learnt = [None if sample.learnt is None else sample.learnt[:block_size] for sample in samples]
     return collate(dataset.type, [sample.input_ids[:block_size] for sample in samples], samples, learnt)

@@ -17,6 +17,7 @@ from liquid_llm import storage
 from liquid_llm.data.types import TextRecord, whole_text
 from liquid_llm.errors import DataError, first_line
 from liquid_llm.parsing import ParseError, parse_json
+from liquid_llm.storage import FileInfo
 from liquid_llm.storage.streams import CHUNK_BYTES, DamageError, lines, unpack
 
 MAX_LINE_BYTES = 256 * 2**20  # a record is one text: what is longer is no record, or a bomb
@@ -279,12 +280,16 @@ Shard = RecordFile
 
 
 class RecordFiles:
-    """The records of several files of one type as one source, numbered on; see ``tokens.RecordSource``."""
+    """The records of several files of one type as one source, numbered on; see ``tokens.RecordSource``.
 
-    def __init__(self, uris: Sequence[str], type: str) -> None:
+    Args:
+        infos: what ``storage.stat`` says of each, where that is known already.
+    """
+
+    def __init__(self, uris: Sequence[str], type: str, infos: Sequence[FileInfo | None] | None = None) -> None:
         self.type = type
         self._files = [RecordFile(uri, type) for uri in uris]
-        infos = [storage.stat(uri) for uri in uris]
+        infos = [storage.stat(uri) for uri in uris] if infos is None else infos
         for uri, info in zip(uris, infos, strict=True):
             if info is None:
                 raise DataError("no such file", where=uri)

@@ -245,14 +245,14 @@ class TokenWriter:
             whole = (b"\1" * n if mask is None else bytes(mask) for mask, n in zip(masks, lengths, strict=True))
             self._files[LEARNT].write(b"".join(whole))
 
-    def finish(self) -> DatasetMeta:
+    def finish(self, *, may_be_empty: bool = False) -> DatasetMeta:
         """Close the files, leave out repeated samples and write the description.
 
         Raises:
-            DataError: two different texts under one sample id, with both locations; no sample left.
+            DataError: two different texts under one sample id, with both locations; no sample left, unless that may be.
         """
         self._open.close()
-        if not self.num_tokens:
+        if not self.num_tokens and not may_be_empty:
             raise self._nothing()
         repeated = self._repeated()
         columns = (*COLUMNS, FIRST_LEARNT)

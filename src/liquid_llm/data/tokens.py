@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +59,7 @@ class TokenDataset:
     Attributes:
         meta: how it was built, and what was left out.
         framing: what stands around each text, in its tokens or where they are joined.
+        directory: where its files lie.
         tokens: [all tokens] uint16 or uint32, the memory map; samples are runs of it.
         starts: [samples] int64, where each begins in ``tokens``.
         lengths: [samples] int64, tokens of each, framing included where it is stored.
@@ -80,10 +82,12 @@ class TokenDataset:
         shards: Sequence[str] = (),
     ) -> None:
         def column(name: str, dtype: str) -> NDArray[Any]:
+            if not meta.sizes[name]:  # nothing can be mapped of an empty file
+                return np.zeros(0, dtype)
             # np.asarray drops the memmap class, whose indexing is several times slower
             return np.asarray(np.memmap(directory / name, dtype=dtype, mode="r"))
 
-        self.meta, self.framing, self._directory, self._hashes = meta, framing, directory, hashes or {}
+        self.meta, self.framing, self.directory, self._hashes = meta, framing, directory, hashes or {}
         self.tokens = column("tokens", meta.token_dtype)
         self.starts, self.lengths, self._id_starts, self._id_lengths, self.split_hashes = (
             column(name, dtype) for name, dtype in COLUMNS.items()
@@ -109,7 +113,7 @@ class TokenDataset:
     @property
     def fingerprint(self) -> str:
         """A hash of the samples that a view is of: their names, tokens and order, wherever they were tokenised."""
-        known = {name: self._hashes.get(name) or storage.sha256(self._directory / name) for name in self.meta.sizes}
+        known = {name: self._hashes.get(name) or storage.sha256(self.directory / name) for name in self.meta.sizes}
         return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
@@ -147,6 +151,11 @@ class TokenDataset:
         """The name of the input file that a sample is of; None where nobody has asked."""
         return None if self.shard_of is None else self.shards[self.shard_of[index]]
 
+    @property
+    def counts(self) -> NDArray[np.int64] | None:
+        """[shards] int64, samples of each input file, in whose order they are; None where nobody has asked."""
+        return None if self.shard_of is None else np.bincount(self.shard_of, minlength=len(self.shards))
+
     def learnable(self, window: int) -> TokenDataset:
         """The samples of which something is learnt in their first ``window`` tokens; itself where that is all."""
         if self.first_learnt is None or (within := self.first_learnt < window).all():
@@ -157,7 +166,7 @@ class TokenDataset:
         """The samples at ``indices``, in that order, as a dataset that shares the memory map."""
         view = object.__new__(TokenDataset)
         view.meta, view.framing, view.tokens, view._ids = self.meta, self.framing, self.tokens, self._ids
-        view.learnt, view._directory, view._hashes = self.learnt, self._directory, self._hashes
+        view.learnt, view.directory, view._hashes = self.learnt, self.directory, self._hashes
         view.first_learnt = None if self.first_learnt is None else self.first_learnt[indices]
         for name in ("starts", "lengths", "split_hashes", "_id_starts", "_id_lengths"):
             setattr(view, name, getattr(self, name)[indices])
@@ -211,6 +220,50 @@ class TokenDataset:
         flags = learnt.view(np.bool_)  # whose searches end at the first
         for start, length in zip(self.starts.tolist(), lengths.tolist(), strict=True):
             yield flags[start + 1 : start + length]
+
+
+def gather(parts: Sequence[TokenDataset]) -> TokenDataset:
+    """The samples of several datasets of one type and framing, one after another, in memory. At least one dataset."""
+    first = parts[0]
+    runs = [(one, index) for one in parts for index in range(len(one))]
+
+    def joined(arrays: Sequence[NDArray[Any]], empty: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([empty[:0], *arrays])
+
+    def column(name: str) -> NDArray[Any]:
+        return joined([getattr(one, name) for one in parts], getattr(first, name))
+
+    view = object.__new__(TokenDataset)
+    forms = dict.fromkeys(form for one in parts for form in one.meta.forms)
+    known = hashlib.blake2b("".join(one.fingerprint for one in parts).encode(), digest_size=16).hexdigest()
+    view.meta = replace(first.meta, forms=tuple(forms), sizes={"parts": 0}, file_samples=())
+    view.framing, view.directory, view._hashes = first.framing, first.directory, {"parts": known}
+    view.lengths, view._id_lengths, view.split_hashes = (
+        column(name) for name in ("lengths", "_id_lengths", "split_hashes")
+    )
+    view.starts = np.cumsum(view.lengths) - view.lengths
+    view._id_starts = np.cumsum(view._id_lengths) - view._id_lengths
+
+    def cut(one: TokenDataset, index: int) -> slice:
+        return slice(int(one.starts[index]), int(one.starts[index] + one.lengths[index]))
+
+    view.tokens = joined([one.tokens[cut(one, index)] for one, index in runs], first.tokens)
+    ids = [one.document_id(index).encode() for one, index in runs]
+    view._ids = np.frombuffer(b"".join(ids), np.uint8)
+    view.learnt = view.first_learnt = None
+    if any(one.learnt is not None for one in parts):
+        masks = [
+            np.ones(int(one.lengths[index]), np.uint8) if one.learnt is None else one.learnt[cut(one, index)]
+            for one, index in runs
+        ]
+        view.learnt = joined(masks, np.zeros(0, np.uint8))
+        firsts = [np.ones(len(one), np.int64) if one.first_learnt is None else one.first_learnt for one in parts]
+        view.first_learnt = joined(firsts, np.zeros(0, np.int64))
+    view.shards = tuple(dict.fromkeys(name for one in parts for name in one.shards))
+    numbers = {name: number for number, name in enumerate(view.shards)}
+    of = [numbers[name] for one, index in runs if (name := one.shard(index)) is not None]
+    view.shard_of = np.array(of, np.int32) if view.shards else None
+    return view
 
 
 def is_held_out(sample_id: str, fraction: float) -> bool:
@@ -293,6 +346,7 @@ def tokenize(
     progress: TellProgress | None = None,
     learning: Learning = USUAL,
     shards: Sequence[str] = (),
+    one_of_many: bool = False,
 ) -> TokenDataset:
     """The source's samples, from the cache where it has them, else tokenised in one pass with flat memory.
 
@@ -309,6 +363,8 @@ def tokenize(
         progress: told after each chunk.
         learning: what is learnt of records with a prompt or messages.
         shards: what the source's files are called, where each sample has to know which of them it is of.
+        one_of_many: other sources hold samples of the same kind: this one may have none, and what is left out of it is
+            for whoever sums it up to say.
 
     Raises:
         DataError: a malformed record or file; two texts under one sample id; no usable record; a conversation that no
@@ -316,23 +372,13 @@ def tokenize(
         StorageError: a file cannot be read, or the cache cannot be written.
     """
     layout = layout or default_layout(source.type)
-    key = [FORMAT_VERSION, source.identity, source.type, tokenizer_hash, framing.end_id]
-    if framing.begin_id is not None:  # a cache of the first framing keeps its name
-        key += [framing.version, framing.begin_id]
-    key += [layout] * (layout != default_layout(source.type))
-    # Texts alone are the same whatever is learnt of other records: they have one name, that of earlier releases.
-    texts, mixed = (Path(cache_dir) / _name(source.type, one) for one in (key, [*key, *learning.key]))
+    texts, mixed = cache_folders(
+        source.identity, source.type, tokenizer_hash, cache_dir, framing=framing, layout=layout, learning=learning
+    )
 
     def find(*, say: bool = False) -> TokenDataset | None:
-        for directory in (texts, mixed):
-            hashes = read_hashes(directory, say=say) if directory.is_dir() else None
-            meta = None if hashes is None else read_meta(directory, framing.version)
-            if meta is not None and len(shards) > 1 and not meta.file_samples:
-                if say:
-                    _log.info("%s: made again, as it does not say which file each sample is of", directory)
-            elif meta is not None:
-                return TokenDataset(directory, meta, framing, hashes, shards)
-        return None
+        found = (open_cache(directory, framing, shards, say=say) for directory in (texts, mixed))
+        return next((one for one in found if one is not None), None)
 
     if (dataset := find()) is not None:
         return dataset
@@ -346,8 +392,9 @@ def tokenize(
                     options = ("<u2" if highest < 2**16 else "<u4", source.location, framing.version, layout)
                     with TokenWriter(fresh, source.type, *options, source.num_files) as writer:
                         _write(writer, source, Encoder(tokenizer, learning), framing, progress)
-                        meta = writer.finish()
-                _say_left_out(source.type, meta)
+                        meta = writer.finish(may_be_empty=one_of_many)
+                if not one_of_many:
+                    say_left_out(source.type, meta.num_short, meta.num_repeated, meta.num_unlearnt)
                 directory = mixed
                 if tuple(meta.forms) == (TEXT,):
                     directory = texts
@@ -359,16 +406,53 @@ def tokenize(
     return dataset
 
 
+def cache_folders(
+    identity: object,
+    type: str,
+    tokenizer_hash: str,
+    cache_dir: str | Path,
+    *,
+    framing: Framing,
+    layout: str,
+    learning: Learning = USUAL,
+) -> tuple[Path, Path]:
+    """Where the samples of a source of this ``identity`` are cached: where all its records are texts, and where not."""
+    key = [FORMAT_VERSION, identity, type, tokenizer_hash, framing.end_id]
+    if framing.begin_id is not None:  # a cache of the first framing keeps its name
+        key += [framing.version, framing.begin_id]
+    key += [layout] * (layout != default_layout(type))
+    # Texts alone are the same whatever is learnt of other records: they have one name, that of earlier releases.
+    return Path(cache_dir) / _name(type, key), Path(cache_dir) / _name(type, [*key, *learning.key])
+
+
+def open_cache(
+    directory: Path, framing: Framing, shards: Sequence[str] = (), *, say: bool = False
+) -> TokenDataset | None:
+    """The samples in a folder of the cache, after a look at all that is there; None where it is none, or damaged.
+
+    Args:
+        shards: as ``tokenize`` has them.
+        say: whether it is logged why a folder that is there cannot be used.
+    """
+    hashes = read_hashes(directory, say=say) if directory.is_dir() else None
+    meta = None if hashes is None else read_meta(directory, framing.version)
+    if meta is not None and len(shards) > 1 and not meta.file_samples:
+        if say:
+            _log.info("%s: made again, as it does not say which file each sample is of", directory)
+        return None
+    return None if meta is None else TokenDataset(directory, meta, framing, hashes, shards)
+
+
 def _name(type: str, key: Sequence[object]) -> str:
     return f"{type}-{hashlib.blake2b(json.dumps(key).encode(), digest_size=12).hexdigest()}"
 
 
-def _say_left_out(type: str, meta: DatasetMeta) -> None:
-    if meta.num_short or meta.num_repeated:
-        said = "%s: left out %d records under two tokens and %d that repeat another"
-        _log.info(said, type, meta.num_short, meta.num_repeated)
-    if meta.num_unlearnt:
-        _log.info("%s: left out %d records of which nothing is learnt", type, meta.num_unlearnt)
+def say_left_out(type: str, short: int, repeated: int, unlearnt: int) -> None:
+    """Log how many records are no samples; see ``DatasetMeta``."""
+    if short or repeated:
+        _log.info("%s: left out %d records under two tokens and %d that repeat another", type, short, repeated)
+    if unlearnt:
+        _log.info("%s: left out %d records of which nothing is learnt", type, unlearnt)
 
 
 def _write(

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,30 @@ class Shards:
         return cls(np.append(firsts, len(tokens)), np.add.reduceat(tokens, firsts))
 
 
+class Lengths(Protocol):
+    """The lengths of items by their shards: of all of them how often each comes, of a few shards each item's."""
+
+    def histogram(self, shards: NDArray[np.int64] | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The lengths that items of these shards have, ascending, and how many have each; None: of all shards."""
+
+    def of(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[items of these shards] their lengths, one shard after another."""
+
+
+class KnownLengths:
+    """``Lengths`` of items that are all in memory [items]."""
+
+    def __init__(self, lengths: NDArray[np.int64], shards: Shards) -> None:
+        self._lengths, self._starts = lengths, shards.starts
+
+    def histogram(self, shards: NDArray[np.int64] | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        found = np.unique(self._lengths if shards is None else self.of(shards), return_counts=True)
+        return found[0], found[1]
+
+    def of(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.concatenate([self._lengths[self._starts[one] : self._starts[one + 1]] for one in shards])
+
+
 class Windows:
     """Which shards are shuffled together, and in which order windows come.
 
@@ -62,6 +87,9 @@ class Windows:
         shards: all of them.
         key: what the choice depends on, the seed first.
         window_tokens: that a window is to hold; at most ``MAX_SHARDS`` shards, and one at least.
+
+    Attributes:
+        most_shards: of a window.
     """
 
     def __init__(self, shards: Shards, key: tuple[int | str, ...], window_tokens: int = WINDOW_TOKENS) -> None:
@@ -72,14 +100,19 @@ class Windows:
             keyed_permutation(count, "shards", *key), min(count, wanted)
         )
         self._order = lru_cache(maxsize=2)(self._find_order)
+        self.most_shards = max(map(len, self._members))
 
     def __len__(self) -> int:
         return len(self._members)
 
+    def shards(self, window: int) -> NDArray[np.int64]:
+        """The numbers of the shards in a window, ascending."""
+        return np.sort(self._members[window])
+
     def items(self, window: int) -> NDArray[np.int64]:
         """The numbers of the items in a window, ascending."""
         starts = self._shards.starts
-        return np.concatenate([np.arange(starts[one], starts[one + 1]) for one in np.sort(self._members[window])])
+        return np.concatenate([np.arange(starts[one], starts[one + 1]) for one in self.shards(window)])
 
     def find(self, epoch: int, index: int, counts: NDArray[np.int64]) -> tuple[int, int]:
         """The window that has the ``index``-th thing of an epoch, and its number there.

@@ -226,15 +226,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class SampleSource(Protocol):
-    """Tokenised samples by index, such as ``TokenDataset``.
-
-    Attributes:
-        lengths: [samples] int64, tokens of each.
-    """
-
-    @property
-    def lengths(self) -> NDArray[np.int64]: ...
+class Samples(Protocol):
+    """Tokenised samples by index."""
 
     def __len__(self) -> int: ...
 
@@ -243,14 +236,28 @@ class SampleSource(Protocol):
     def sample(self, index: int) -> Sample: ...
 
 
+class SampleSource(Samples, Protocol):
+    """Samples whose lengths are all known, such as ``TokenDataset``.
+
+    Attributes:
+        lengths: [samples] int64, tokens of each.
+    """
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+
 @runtime_checkable
-class ShardedSource(SampleSource, Protocol):
-    """Samples that can say which data file each is of.
+class ShardedSource(Samples, Protocol):
+    """Samples that can say how many are of each data file, in the order of these.
 
     Attributes:
         shards: names of the files.
-        shard_of: [samples] int32, the number of each sample's file; None where nobody has asked.
+        counts: [shards] int64, samples of each file; None where nobody has asked.
     """
 
-    shards: Sequence[str]
-    shard_of: NDArray[np.int32] | None
+    @property
+    def shards(self) -> Sequence[str]: ...
+
+    @property
+    def counts(self) -> NDArray[np.int64] | None: ...

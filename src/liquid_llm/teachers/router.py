@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
-from liquid_llm.data.types import MicroBatch, SampleSource
+from liquid_llm.data.types import MicroBatch, Samples
 from liquid_llm.errors import DataError, SignalError
 from liquid_llm.losses.signals import Signal
 from liquid_llm.teachers.teacher import Coverage, Prepared, Teacher
@@ -53,7 +53,7 @@ class TeacherRouter(Mapping[str, Teacher]):
                 remedy="choose --kd_temperature in this range, or capture stored signal with codec 'full'",
             )
 
-    def coverage(self, datasets: Mapping[str, Sequence[SampleSource]], window: int) -> dict[str, Coverage]:
+    def coverage(self, datasets: Mapping[str, Sequence[Samples]], window: int) -> dict[str, Coverage]:
         """What the teachers have for the data of a run, before its first step; those that answer for any text left out.
 
         Args:

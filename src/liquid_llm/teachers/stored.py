@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from liquid_llm import storage
-from liquid_llm.data.types import MicroBatch, Sample, SampleSource, ShardedSource
+from liquid_llm.data.types import MicroBatch, Sample, Samples, ShardedSource
 from liquid_llm.errors import SignalError
 from liquid_llm.signal_store.description import HELD_OUT, STORE_FILE
 from liquid_llm.signal_store.shards.remote import ShardCache
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _SPREAD = 64  # records of a type that a coverage check reads at least, spread over the data
 _READERS = 8
+_PORTION = 4096  # records that are looked at between two breaths
 
 
 class StoredTeacher(Teacher):
@@ -78,20 +80,22 @@ class StoredTeacher(Teacher):
         """Where the store is and whose signal it holds."""
         return self.store.describe()
 
-    def coverage(self, datasets: Sequence[SampleSource], window: int, *, every: bool = False) -> Coverage:
+    def coverage(self, datasets: Sequence[Samples], window: int, *, every: bool = False) -> Coverage:
         """All names are compared with the store's listing; some of the records found are read, spread over the data,
         and the others only as long as none has proved usable. Of a store of units the samples of complete units count
         as listed, and none but some spread over them are looked for.
         """
-        sharded = [one for one in datasets if isinstance(one, ShardedSource) and one.shard_of is not None]
-        if self.store.complete_units is not None and not every and len(sharded) == len(datasets):
+        sharded = [one for one in datasets if isinstance(one, ShardedSource) and one.counts is not None]
+        if self.store.complete_units is not None and len(sharded) == len(datasets):
             places, num_samples, num_listed = _spread_over_units(sharded, self.store.complete_units)
-            return self._look_at([places], window, num_samples, num_listed)
+            if not every:
+                return self._look_at([places], window, num_samples, num_listed)
+            all_places = ((one, index) for one in datasets for index in range(len(one)))
+            return self._look_at(_portions(all_places), window, num_samples, num_listed, every=True)
         names = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
         listed = [(dataset, index) for dataset, index in names if self.store.has(dataset.sample_id(index))]
-        if every:
-            portions = [names]
-        else:
+        portions = [names]
+        if not every:
             spread = set(np.linspace(0, len(listed) - 1, min(_SPREAD, len(listed))).astype(int).tolist())
             rest = [one for place, one in enumerate(listed) if place not in spread]
             portions = [[listed[place] for place in sorted(spread)]]
@@ -99,11 +103,17 @@ class StoredTeacher(Teacher):
         return self._look_at(portions, window, len(names), len(listed))
 
     def _look_at(
-        self, portions: Sequence[Sequence[tuple[SampleSource, int]]], window: int, num_samples: int, num_listed: int
+        self,
+        portions: Iterable[Sequence[tuple[Samples, int]]],
+        window: int,
+        num_samples: int,
+        num_listed: int,
+        *,
+        every: bool = False,
     ) -> Coverage:
-        """Read portion by portion until a record proves usable; what there is to be said of all samples."""
+        """Read portion by portion, ``every`` or until a record proves usable; what there is to be said of all."""
 
-        def check(place: tuple[SampleSource, int]) -> tuple[Sample, Lookup]:
+        def check(place: tuple[Samples, int]) -> tuple[Sample, Lookup]:
             sample = place[0].sample(place[1])
             return sample, self.store.check(sample, window)
 
@@ -112,7 +122,7 @@ class StoredTeacher(Teacher):
         remedies: dict[str, str] = {}
         with ThreadPoolExecutor(_READERS, "check") as threads:
             for portion in portions:
-                if statuses["usable"]:
+                if statuses["usable"] and not every:
                     break
                 for sample, lookup in threads.map(check, portion):
                     statuses[lookup.status] += 1
@@ -155,23 +165,35 @@ class StoredTeacher(Teacher):
             )
 
 
+def _portions(places: Iterable[tuple[Samples, int]]) -> Iterator[list[tuple[Samples, int]]]:
+    """The same in lists of a bounded length."""
+    places = iter(places)
+    while portion := list(islice(places, _PORTION)):
+        yield portion
+
+
 def _spread_over_units(
     datasets: Sequence[ShardedSource], complete: frozenset[str]
-) -> tuple[list[tuple[SampleSource, int]], int, int]:
+) -> tuple[list[tuple[Samples, int]], int, int]:
     """A few samples spread over units, those that are complete where there are any, without a look at each sample.
 
     Returns:
         the samples, the number of all, and of those whose unit is complete.
     """
-    candidates: list[tuple[SampleSource, int]] = []
+    candidates: list[tuple[Samples, int]] = []
     of_all = of_complete = 0
     for dataset in datasets:
-        inside = np.isin(np.asarray(dataset.shard_of), [n for n, name in enumerate(dataset.shards) if name in complete])
+        counts = dataset.counts
+        assert counts is not None
+        inside = np.where([name in complete for name in dataset.shards], counts, 0)
         of_all += len(dataset)
         of_complete += int(inside.sum())
-        found = np.flatnonzero(inside) if inside.any() else np.arange(len(dataset))
-        chosen = found[np.linspace(0, len(found) - 1, min(_SPREAD, len(found))).astype(int)]
-        candidates += [(dataset, int(index)) for index in chosen]
+        found = inside if inside.any() else counts
+        ends, starts = np.cumsum(found), np.cumsum(counts) - counts
+        chosen = np.linspace(0, ends[-1] - 1, min(_SPREAD, int(ends[-1]))).astype(int)
+        units = np.searchsorted(ends, chosen, side="right")
+        places = starts[units] + chosen - (ends[units] - found[units])
+        candidates += [(dataset, int(index)) for index in places]
     return candidates, of_all, of_complete
 
 

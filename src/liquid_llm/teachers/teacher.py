@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liquid_llm.data.types import MicroBatch, SampleSource
+from liquid_llm.data.types import MicroBatch, Samples
 from liquid_llm.losses.signals import WHOLE, Signal
 from liquid_llm.runtime import Choice, choose_attention
 
@@ -168,7 +168,7 @@ class Teacher(ABC):
         """The teacher's own summed cross-entropy on ``batch``, nats; None where its signal does not tell."""
         return None
 
-    def coverage(self, datasets: Sequence[SampleSource], window: int, *, every: bool = False) -> Coverage | None:
+    def coverage(self, datasets: Sequence[Samples], window: int, *, every: bool = False) -> Coverage | None:
         """What the teacher has for the samples of one type; None where it answers for any text.
 
         Args:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from liquid_llm.checkpoint.metadata import CheckpointMetadata
 from liquid_llm.config import RunConfig
+from liquid_llm.data.many_files import ManyFiles
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.errors import DataError, LiquidError, UsageError
 from liquid_llm.options import ADAMW
@@ -34,7 +35,9 @@ _OPTIONS = ("seed", "val_fraction", "grad_accum", "batch_size", "seq_len", "teac
 _OF_THE_LENGTH = ("batch_size", "seq_len")  # chosen anew with another context length, which is said by itself
 
 
-def order_of(config: RunConfig, sources: Iterable[tuple[TokenDataset, float]], reference: str | None) -> dict[str, Any]:
+def order_of(
+    config: RunConfig, sources: Iterable[tuple[TokenDataset | ManyFiles, float]], reference: str | None
+) -> dict[str, Any]:
     """What the order of a run depends on, and which teacher its signal is of, as plain values.
 
     Args:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from liquid_llm.config import DataConfig
 from liquid_llm.data.hub import load_hub_dataset
 from liquid_llm.data.loader import WeightedDataset, validation_batches
 from liquid_llm.data.manifest import entry_files, shard_name
+from liquid_llm.data.many_files import Cut, FileCaches, ManyFiles
 from liquid_llm.data.token_writer import MESSAGES, TEXT
 from liquid_llm.data.tokens import TellProgress, TokenDataset, build_token_dataset, split
 from liquid_llm.data.types import ManifestEntry, MicroBatch
@@ -24,6 +27,18 @@ from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
+_UNLEARNT = "%s: left out %d samples of whose first %d tokens nothing is learnt"
+
+
+class HeldOut(NamedTuple):
+    """What evaluation takes at most of what is held out of a type: so many tokens, and so many samples at least."""
+
+    tokens: int
+    samples: int = 0
+
+
+NOTHING_APART: Mapping[str, HeldOut] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -33,7 +48,8 @@ class Inputs:
         mixture: training datasets with their weights.
         validation: held-out datasets by type, in the order of ``types``; a type without any is absent.
         entries: the manifest's lines; empty when the data is a named dataset.
-        everything: what there is before the split: of each manifest entry, or the splits of a named dataset.
+        everything: what there is before the split: of each manifest entry, or the splits of a named dataset; nothing
+            of those of many files, which nobody sees before their turn.
         unlearnt: type -> records left out because nothing of what a model sees of them is learnt; only of types with
             a prompt or messages.
         windowed: types whose documents are cut into windows. Those of ``validation`` are whole still, as each context
@@ -58,11 +74,14 @@ class Inputs:
         return all(set(part.dataset.meta.forms) == {TEXT} for part in self.mixture)
 
     @property
-    def sources(self) -> list[tuple[TokenDataset, float]]:
+    def sources(self) -> list[tuple[TokenDataset | ManyFiles, float]]:
         """What is drawn from, before anything of it is held out, with its weight."""
         if not self.entries:  # the splits of a named dataset
             return [(part.dataset, part.weight) for part in self.mixture]
-        return [(one, entry.weight) for one, entry in zip(self.everything, self.entries, strict=True)]
+        known = iter(self.everything)
+        return [
+            (part.dataset if isinstance(part.dataset, ManyFiles) else next(known), part.weight) for part in self.mixture
+        ]
 
     @property
     def types(self) -> list[str]:
@@ -104,21 +123,32 @@ def read_manifest_inputs(
     *,
     progress: TellProgress | None = None,
     by_file: Callable[[str], bool] = lambda type: False,
+    apart: Mapping[str, HeldOut] = NOTHING_APART,
 ) -> Inputs:
     """Tokenise (or open) every manifest entry in the layout of its type, and hold out the validation share.
 
     Args:
         by_file: whether the samples of a type have to know which file they are of.
+        apart: type -> what evaluation takes of it, of types whose files are read one by one (``data.many_files``);
+            blocks are not, which go on from one file to the next.
 
     Raises:
         DataError: a shard or a record cannot be used.
     """
-    mixture, everything = [], []
+    mixture: list[WeightedDataset] = []
+    everything: list[TokenDataset] = []
     unlearnt: dict[str, int] = {}
     validation: dict[str, list[TokenDataset]] = {type: [] for type in order_types(entry.type for entry in entries)}
     told = {type: by_file(type) for type in validation}  # asked once a type: it may be a request
     for entry in entries:
         files = entry_files(entry)
+        if entry.type in apart and _kept_as(layout_of(entry.type)) == "samples":
+            many = _read_apart(config, text, entry, files, layout_of(entry.type), apart[entry.type], progress)
+            mixture.append(WeightedDataset(many, entry.weight))
+            _count_unlearnt(many, unlearnt)
+            if (taken := many.held_out) is not None:
+                validation[entry.type].append(taken)
+            continue
         dataset = build_token_dataset(
             files,
             entry.type,
@@ -137,7 +167,7 @@ def read_manifest_inputs(
         # All of it is held out where nothing is trained on.
         train, held = split(dataset, config.val_fraction) if config.val_fraction < 1 else (dataset, dataset)
         if len(train) == 0:
-            raise DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
+            raise _nothing_left(entry)
         cut = _cutter(config, layout)
         mixture.append(WeightedDataset(cut(train), entry.weight))
         everything.append(cut(dataset))
@@ -148,6 +178,44 @@ def read_manifest_inputs(
     return Inputs(mixture, held_out, list(entries), everything, unlearnt, windowed)
 
 
+def _read_apart(
+    config: DataConfig,
+    text: TextTools,
+    entry: ManifestEntry,
+    files: Sequence[str],
+    layout: str,
+    held: HeldOut,
+    progress: TellProgress | None,
+) -> ManyFiles:
+    """The samples of an entry's files, each of which is tokenised into a cache of its own."""
+    caches = FileCaches(
+        entry.type,
+        text.tokenizer,
+        text.hash,
+        token_cache(config),
+        framing=text.framings(entry.type),
+        layout="samples",
+        learning=text.learning,
+    )
+    window = min(config.seq_len, config.block_size)
+    cut = Cut(window, config.val_fraction, config.seq_len if layout == WINDOWS else None, held.tokens, held.samples)
+    found = ManyFiles.read(caches, cut, files, [shard_name(file, str(config.manifest)) for file in files], progress)
+    if len(found) == 0:
+        raise _nothing_left(entry)
+    return found
+
+
+def _nothing_left(entry: ManifestEntry) -> DataError:
+    return DataError("nothing left to train on", where=entry.where, remedy="lower --val_fraction or add samples")
+
+
+def _count_unlearnt(many: ManyFiles, unlearnt: dict[str, int]) -> None:
+    if set(many.meta.forms) != {TEXT}:
+        if many.unseen:
+            log.info(_UNLEARNT, many.type, many.unseen, many.window)
+        unlearnt[many.type] = unlearnt.get(many.type, 0) + many.unseen + many.meta.num_unlearnt
+
+
 def _keep_learnt(dataset: TokenDataset, window: int, unlearnt: dict[str, int]) -> TokenDataset:
     """The samples of which something is learnt in their window; the others are counted."""
     if set(dataset.meta.forms) == {TEXT}:
@@ -155,8 +223,7 @@ def _keep_learnt(dataset: TokenDataset, window: int, unlearnt: dict[str, int]) -
     kept = dataset.learnable(window) if dataset.layout == "samples" else dataset
     left_out = len(dataset) - len(kept)
     if left_out:
-        said = "%s: left out %d samples of whose first %d tokens nothing is learnt"
-        log.info(said, dataset.type, left_out, window)
+        log.info(_UNLEARNT, dataset.type, left_out, window)
     unlearnt[dataset.type] = unlearnt.get(dataset.type, 0) + left_out + dataset.meta.num_unlearnt
     return kept
 

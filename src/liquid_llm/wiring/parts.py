@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ from liquid_llm.wiring.course import (
     say_jumps,
 )
 from liquid_llm.wiring.fitting import settle
-from liquid_llm.wiring.inputs import Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
+from liquid_llm.wiring.inputs import HeldOut, Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.order import choose_windows, needs_files
 from liquid_llm.wiring.origins import open_origin
@@ -181,11 +181,12 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     config, text = basis.config, basis.text
     for type in order_types(entry.type for entry in entries):
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
-    inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries))
+    types = order_types(entry.type for entry in entries) or [FIRST_TYPES[0]]
+    windows, ordered = choose_windows(config, start, types)
+    inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries, windows=windows))
     require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
     group_size = choose_group(config, start, engine.world_size)
-    windows, ordered = choose_windows(config, start, inputs.types)
     stream = _make_stream(config, inputs, engine, group_size, windows)
     built = basis.built
     if built is None:
@@ -296,13 +297,21 @@ def _selection(config: RunConfig, inputs: Inputs, text: TextTools) -> PositionSe
 
 
 def read_inputs(
-    config: RunConfig, text: TextTools, token: str | None, entries: Sequence[ManifestEntry], *, training: bool = True
+    config: RunConfig,
+    text: TextTools,
+    token: str | None,
+    entries: Sequence[ManifestEntry],
+    *,
+    training: bool = True,
+    windows: Collection[str] = (),
 ) -> Inputs:
     """The texts of a configuration, tokenised: of a manifest's entries, or of a named dataset.
 
     Args:
         training: whether any are trained on: the log says how many.
+        windows: types that are shuffled a few data files at a time.
     """
+    held = HeldOut(config.evaluation.max_tokens, config.evaluation.answers or 0)
     with Stage("tokenise", unit="tokens", total=None) as stage:
 
         def progress(fraction: float, num_tokens: int) -> None:
@@ -320,6 +329,7 @@ def read_inputs(
                 lambda type: config.source(type).layout,
                 progress=progress,
                 by_file=partial(needs_files, config),
+                apart=dict.fromkeys(windows, held),
             )
     for type, row in inputs.readiness().items():
         shown = {name: count for name, count in row.items() if training or not name.startswith("train")}

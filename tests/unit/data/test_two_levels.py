@@ -13,14 +13,14 @@ from tests.support.datasets import token_dataset
 from liquid_llm.data.buckets import WindowedPlan
 from liquid_llm.data.loader import BlockOrder, SampleOrder, TrainingStream, WeightedDataset
 from liquid_llm.data.tokens import TokenDataset
-from liquid_llm.data.two_levels import MAX_SHARDS, Shards, Windows
+from liquid_llm.data.two_levels import MAX_SHARDS, KnownLengths, Shards, Windows
 
 KEY = (7, 0)
 
 
 def plan_of(lengths: np.ndarray, shard_of: np.ndarray | None, tokens: int, key: tuple[int, ...] = KEY) -> WindowedPlan:
-    parts = Windows(Shards.of(lengths, shard_of, tokens), key, tokens)
-    return WindowedPlan(lengths, 8, 64, parts, key)
+    shards = Shards.of(lengths, shard_of, tokens)
+    return WindowedPlan(KnownLengths(lengths, shards), 8, 64, Windows(shards, key, tokens), key)
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.support.teachers import ListSource, batch_of, make_samples
 
-from liquid_llm.data.types import MicroBatch, SampleSource
+from liquid_llm.data.types import MicroBatch, Samples
 from liquid_llm.errors import DataError, SignalError
 from liquid_llm.losses.signals import DenseSignal, OutputHead, Signal
 from liquid_llm.teachers.router import TeacherRouter
@@ -33,7 +33,7 @@ class Saying(Teacher):
     def describe(self) -> dict[str, Any]:
         return {}
 
-    def coverage(self, datasets: Sequence[SampleSource], window: int, *, every: bool = False) -> Coverage | None:
+    def coverage(self, datasets: Sequence[Samples], window: int, *, every: bool = False) -> Coverage | None:
         if self.names is None:
             return None
         ids = [one.sample_id(n) for one in datasets for n in range(len(one))]
