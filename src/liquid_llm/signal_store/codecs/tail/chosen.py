@@ -6,6 +6,7 @@ formulas are here.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -70,7 +71,7 @@ def is_worth(values: Tensor, shift: Tensor, lines: Lines, log_share: Tensor, win
         log_share: log prior of the ids, of the same shape.
     """
     base = values / 2 - shift
-    intensity = torch.stack([slope * base + constant for slope, constant in lines]).amax(dim=0).exp()
+    intensity = _greatest(base, lines).exp()
     accepted = torch.minimum(intensity, log_share.exp() * window)
     return intensity * intensity / accepted + accepted > EXACT_PRICE
 
@@ -87,13 +88,19 @@ def draw_level(
         logits, slot, log_share: of the entries, of any shape.
         shift, lines: of their positions, so that they fit; ``numbers`` [..., 6] likewise.
     """
-    dither = (numbers[..., 5] + slot * DRAW_TURN).remainder_(1.0)
+    dither = numbers[..., 5] + slot * DRAW_TURN
+    dither.sub_(dither.floor())  # of numbers that are not negative; a remainder is an operation many times slower
     base = (logits / 2 - shift).double().clamp_(min=_LEAST_BASE)
     level = torch.floor(base / DRAW_STEP + dither)
     rounded = (level + 0.5 - dither) * DRAW_STEP
-    intensity = torch.stack([slope * rounded + constant for slope, constant in lines]).amax(dim=0)
+    intensity = _greatest(rounded, lines)
     arrival_time = slot + 1.0 - numbers[..., 0]
     return level, intensity - log_share > torch.log(arrival_time)
+
+
+def _greatest(base: Tensor, lines: Lines) -> Tensor:
+    """The log-intensity at ``base``: of the lines there the highest."""
+    return functools.reduce(torch.maximum, (slope * base + constant for slope, constant in lines))
 
 
 def shortfall(proposed: Tensor, shift: Tensor, lines: Lines, offsets: Tensor, known: Candidates) -> Tensor:
@@ -103,13 +110,15 @@ def shortfall(proposed: Tensor, shift: Tensor, lines: Lines, offsets: Tensor, kn
     """
     device = proposed.device
     shares = device_tables(known.num_cells.size, device)[1].unfold(0, known.window, 1)
-    base = torch.sub(proposed, 2 * shift).mul_(0.5)
-    needed = shares[offsets].add_(device_steps(MOST_EXACT, known.window, device).log_slots)
-    short, other = torch.empty_like(base).fill_(math.inf), torch.empty_like(base)
-    for slope, constant in lines:
+    needed = shares.index_select(0, offsets).add_(device_steps(MOST_EXACT, known.window, device).log_slots)
+    short, other = torch.empty_like(needed), torch.empty_like(needed)
+    for number, (slope, constant) in enumerate(lines):
         # Rounding adds at most half a step, float32 far less than the hundredth more.
-        most = (constant + slope * (DRAW_STEP / 2 + 0.01)).float()
-        torch.minimum(short, torch.sub(needed, base, alpha=slope, out=other).sub_(most), out=short)
+        most = (constant + slope * (DRAW_STEP / 2 + 0.01 - shift)).float()
+        of_line = short if number == 0 else other
+        torch.sub(needed, proposed, alpha=slope / 2, out=of_line).sub_(most)
+        if number > 0:
+            torch.minimum(short, other, out=short)
     return short
 
 
@@ -130,7 +139,8 @@ def exact_ids(
     log_share = device_tables(known.num_cells.size, device)[2]
     of_rows = [(slope, constant[row, 0]) for slope, constant in lines]
     exact = is_worth(value, shift[row, 0], of_rows, log_share[column], known.window)
-    row, column, value = row[exact], column[exact], value[exact]
+    which = _true(exact)
+    row, column, value = row[which], column[which], value[which]
     counts = torch.bincount(row, minlength=n)
     width = max(1, int(counts.max())) if n else 1
     _, (values, ids) = pad(n, width, row, (value, column), (-math.inf, 0))
@@ -157,9 +167,11 @@ def accepted(
     entry = offsets[row] + slot
     of_rows = [(slope, constant[row, 0]) for slope, constant in lines]
     level, taken = draw_level(proposed[row, slot], slot, shift[row, 0], of_rows, numbers[row], log_share[entry])
-    row, slot, level, entry = row[taken], slot[taken], level[taken], entry[taken]
-    drawn = ~_among(row, sequence[entry], exact, known.num_cells.size)
-    counts, (slots, levels) = pad(proposed.shape[0], width, row[drawn], (slot[drawn], level[drawn]))
+    which = _true(taken)
+    row, slot, level, entry = row[which], slot[which], level[which], entry[which]
+    which = _true(~_among(row, sequence[entry], exact, known.num_cells.size))
+    small = slot[which].to(torch.int16), level[which].to(torch.int8)  # as they are kept: rows are long and mostly empty
+    counts, (slots, levels) = pad(proposed.shape[0], width, row[which], small)
     return counts, slots, levels, None
 
 
@@ -177,22 +189,29 @@ def pad(
     """Values ordered by ``row`` as rows [n, width] of equal length, and their counts; what does not fit is left out."""
     counts = torch.bincount(row, minlength=n)
     place = torch.arange(row.numel(), device=row.device) - (counts.cumsum(0) - counts)[row]
-    fits = place < width
-    row, place = row[fits], place[fits]
-    first, second = (column.new_full((n, width), value) for column, value in zip(columns, fill, strict=True))
-    first[row, place] = columns[0][fits]
-    second[row, place] = columns[1][fits]
-    return counts.clamp(max=width), (first, second)
+    where = row * width + place
+    first, second = columns
+    if n and int(counts.max()) > width:
+        fits = place < width
+        where, first, second = where[fits], first[fits], second[fits]
+    rows_of_first, rows_of_second = (one.new_full((n, width), value) for one, value in zip(columns, fill, strict=True))
+    rows_of_first.view(-1)[where] = first
+    rows_of_second.view(-1)[where] = second
+    return counts.clamp(max=width), (rows_of_first, rows_of_second)
 
 
 def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the logits above ``bound`` [n, 1]: few, so only the runs that have one are looked at."""
-    row, run = (peaks > bound).nonzero(as_tuple=True)
-    columns = run[:, None] * RUN + torch.arange(RUN, device=logits.device)
-    inside = columns < logits.shape[1]
-    values = logits[row[:, None], columns.clamp_(max=logits.shape[1] - 1)]
-    which, place = ((values > bound[row]) & inside).nonzero(as_tuple=True)
-    return row[which], columns[which, place]
+    vocab_size, num_runs = logits.shape[1], peaks.shape[1]
+    row, run = _divided(_negative(bound - peaks), num_runs)
+    length = min(RUN, vocab_size)
+    first = (run * RUN).clamp_(max=vocab_size - length)  # the last run may be shorter: it is read with some before it
+    values = logits.unfold(1, length, 1)[row, first]
+    if vocab_size % RUN:
+        before = torch.arange(length, device=logits.device) + first[:, None] < run[:, None] * RUN
+        values.masked_fill_(before, -math.inf)
+    which, place = _divided(_negative(bound[row] - values), length)
+    return row[which], first[which] + place
 
 
 def _possible(
@@ -204,15 +223,27 @@ def _possible(
         of_rows = [(slope, constant[rows]) for slope, constant in lines]
         short = shortfall(proposed[rows], shift[rows], of_rows, offsets[rows], known)
         found.append(_negative(short) + rows.start * known.window)
-    places = torch.cat(found)
-    return places // known.window, places % known.window
+    return _divided(torch.cat(found), known.window)
 
 
 def _negative(values: Tensor) -> Tensor:
     """Flat places of the values below zero; on CPUs by numpy, which is five times quicker where they are few."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(values.numpy() < 0))
-    return (values < 0).flatten().nonzero().squeeze(1)
+    return _true(values < 0)
+
+
+def _true(mask: Tensor) -> Tensor:
+    """Flat places of what is true."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _divided(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of flat places in rows of ``width``."""
+    row = places // width
+    return row, places - row * width
 
 
 def blocks_of(n: int, device: torch.device, row_bytes: int) -> list[slice]:

@@ -101,11 +101,15 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
         log sum exp((z - top) / 2) [n, 1]; the logits in each position's window [n, window].
     """
     n, vocab_size = logits.shape
-    sequence = device_tables(vocab_size, logits.device)[0].unfold(0, known.window, 1)
+    windows = device_tables(vocab_size, logits.device)[0].unfold(0, known.window, 1)
     proposed = logits.new_empty(n, known.window)
+    starts = offsets.tolist() if logits.device.type == "cpu" else []
 
     def propose(rows: slice) -> None:
-        torch.gather(logits[rows], 1, sequence[offsets[rows]], out=proposed[rows])
+        for row in range(rows.start, min(rows.stop, len(starts))):  # without a copy of the ids: in half the time
+            torch.index_select(logits[row], 0, windows[starts[row]], out=proposed[row])
+        if not starts:
+            torch.gather(logits[rows], 1, windows.index_select(0, offsets[rows]), out=proposed[rows])
 
     peaks, logs = scan(logits, known, propose)
     log_sum = logs[:, 1:2]
