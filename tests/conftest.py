@@ -131,6 +131,13 @@ def no_process_left() -> Iterator[None]:
     end_all()
 
 
+@pytest.fixture(autouse=True)
+def settled_streams() -> Iterator[None]:
+    """What a failed test has left on the pretend device's streams is refused to none that comes after it."""
+    yield
+    install().streams.settle()
+
+
 @pytest.fixture(scope="session")
 def world(built_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The offline world, one a worker. Its bucket is shared: write below a URI of your own, or use ``fresh_world``."""

@@ -109,6 +109,16 @@ class Streams:
                 if waiting != other:
                     self._waited[waiting, other] = max(self._waited[waiting, other], tick)
 
+    def settle(self) -> None:
+        """Let all that was launched be done: nobody has to wait for it any more, and no memory is owed to anyone.
+
+        What a program got wrong is forgotten with it, and does not fail whoever uses the device next.
+        """
+        with self._lock:
+            for kept in (self._ticks, self._waited, self._uses, self._freed, self._owed):
+                kept.clear()
+            self._current.number = MAIN
+
     def launch(self, tensors: Iterable[Tensor], written: Iterable[Tensor]) -> None:
         """An operation on the current stream, on these tensors, of which it writes some."""
         with self._lock:

@@ -67,6 +67,31 @@ def test_memory_that_another_stream_still_reads_is_not_taken_anew(device: torch.
     torch.zeros(4, device=device)
 
 
+def race(device: torch.device) -> torch.Tensor:
+    """What a program that is wrong leaves: memory that a stream still reads was given back, and a result unread."""
+    pretend: Any = torch.get_device_module(device)
+    stream, base = pretend.Stream(device=device), torch.ones(4, device=device)
+    stream.wait_stream(pretend.current_stream(device))
+    with pretend.stream(stream):
+        return base * 2
+
+
+left: list[torch.Tensor] = []
+
+
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_what_a_failed_test_leaves_fails_none_after_it(device: torch.device, time: str) -> None:
+    """The second time the first has left what it has: as a test does that fails between the two."""
+    torch.zeros(4, device=device)
+    for one in left:
+        assert (one + 1).tolist() == [3.0] * 4
+    left.append(race(device))
+    with pytest.raises(RuntimeError, match="may still be using"):
+        torch.zeros(4, device=device)
+    with pytest.raises(RuntimeError, match="without waiting"):
+        left[-1].tolist()
+
+
 def test_a_cpu_has_no_streams(device: torch.device) -> None:
     assert has_streams(device)
     assert not has_streams(torch.device("cpu"))
