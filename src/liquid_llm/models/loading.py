@@ -209,6 +209,8 @@ def open_weights(
                 **names,
                 **load_options(quantise),
                 **source.load_arguments(token),
+                # Where peft is installed an adapter is looked for, and not by the arguments above.
+                adapter_kwargs={"local_files_only": source.offline},
             )
             if quantise is not None:
                 keep_plainly(model)
