@@ -27,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +212,14 @@ def describe_environment(
 
 def package_versions(names: Sequence[str] = tuple(PACKAGES.split())) -> dict[str, str | None]:
     """Installed versions of the packages that decide a run's numbers; None for one that is not installed."""
+    return {name: _version(name) for name in names}
 
-    def version(name: str) -> str | None:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-        return None
 
-    return {name: version(name) for name in names}
+@cache  # what is imported stays what it is while the process lives, and each is a file to be found and parsed
+def _version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def git_state(folder: Path) -> dict[str, Any]:

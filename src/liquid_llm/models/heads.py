@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 _COHERE = ("cohere", "cohere2", "cohere2_moe", "cohere_compass")
 _GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
+_BODY_AND_HEAD: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -70,10 +72,16 @@ def body_of(model: Any) -> Any:
 
 
 def is_body_and_head(model: Any) -> bool:
-    """Whether there is nothing but body and head: BERT's kind has a layer and a norm of its own between them."""
+    """Whether there is nothing but body and head: BERT's kind has a layer and a norm of its own between them.
+
+    That is how a model is built and does not change: it is looked at once, as each pass asks.
+    """
+    if (found := _BODY_AND_HEAD.get(model)) is not None:
+        return found
     parts = (body_of(model), _head_module(model))
     known = {id(parameter) for part in parts for parameter in part.parameters()}
-    return all(id(parameter) in known for parameter in model.parameters())
+    _BODY_AND_HEAD[model] = all(id(parameter) in known for parameter in model.parameters())
+    return _BODY_AND_HEAD[model]
 
 
 class _Reached(Exception):
