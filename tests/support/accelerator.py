@@ -33,7 +33,7 @@ import contextlib
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,6 @@ from tests.support.accelerator_log import Event, Log, site
 from tests.support.accelerator_memory import Memory
 from tests.support.accelerator_streams import Streams, torch_names
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -129,6 +128,10 @@ def _carry(tensor: Tensor, device_type: int) -> Tensor:
     return torch._C._from_dlpack(capsule)
 
 
+def _all_on_host(args: Iterable[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    return [rules.each(on_host, one) for one in args], {name: rules.each(on_host, one) for name, one in kwargs.items()}
+
+
 class _Schema(NamedTuple):
     """For each value that an operation returns the argument that it is (by position or name); None for a new one."""
 
@@ -162,20 +165,23 @@ def _require_same_device(operation: Any, tensors: list[Tensor]) -> None:
             )
 
 
+@functools.cache
+def _tensor_places(operation: Any) -> tuple[int, ...]:
+    """Where ``operation`` takes a tensor and no number in its place."""
+    if torch._C._should_allow_numbers_as_tensors(operation._schema.name.removeprefix("aten::")):
+        return ()
+    return tuple(place for place, one in enumerate(operation._schema.arguments) if str(one.type) == "Tensor")
+
+
 def _with_tensors(operation: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Numbers where ``operation`` takes tensors: torch hands them over bare, and takes few of them back."""
-    if torch._C._should_allow_numbers_as_tensors(operation._schema.name.removeprefix("aten::")):
-        return args
-    kinds = [str(argument.type) for argument in operation._schema.arguments]
-    tensors = [value for value in args if isinstance(value, Tensor)]
-
-    def tensor_of(value: Any, kind: str) -> Any:
-        if kind != "Tensor" or not isinstance(value, (bool, int, float)):
-            return value
-        dtype = torch.result_type(tensors[0], value) if tensors else None
-        return torch.scalar_tensor(value, dtype=dtype)
-
-    return tuple(map(tensor_of, args, kinds))
+    given = list(args)
+    for place in _tensor_places(operation):
+        if place < len(args) and isinstance(args[place], (bool, int, float)):
+            beside = next((one for one in args if isinstance(one, Tensor)), None)
+            dtype = None if beside is None else torch.result_type(beside, args[place])
+            given[place] = torch.scalar_tensor(args[place], dtype=dtype)
+    return tuple(given)
 
 
 def _run(accelerator: Accelerator, compute: Callable[..., Any], operation: Any, args: Any, kwargs: Any) -> Any:
@@ -185,31 +191,34 @@ def _run(accelerator: Accelerator, compute: Callable[..., Any], operation: Any, 
         raise NotImplementedError(f"the pretend accelerator has no kernel for the view {operation}")
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    _require_same_device(operation, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+    given = rules.tensors(args, kwargs)
+    _require_same_device(operation, given)
     name, args = operation._schema.name.removeprefix("aten::"), _with_tensors(operation, args)
     accelerator.note("launch", name)
-    used = [one for one in tree_leaves((args, kwargs)) if accelerator.holds(one)]
     outs = [kwargs.get(key) if isinstance(key, str) else args[key] for key in schema.returns if key is not None]
     if not schema.returns and name.endswith("_"):
         outs.append(args[0])  # a list, written in place
-    accelerator.streams.launch(used, [one for one in tree_leaves(outs) if accelerator.holds(one)])
+    used, written = ([one for one in them if one.device.type == NAME] for them in (given, rules.tensors(outs)))
+    accelerator.streams.launch(used, written)
     if (why := rules.wait_of(name, args)) is not None:
         accelerator.note("wait", why)
     if isinstance(kwargs.get("out"), Tensor) and kwargs["out"].numel() == 0:
         result = torch.empty(0, dtype=kwargs["out"].dtype)  # to be resized, which the device's own memory cannot be
-        compute(*tree_map(on_host, args), **{**tree_map(on_host, kwargs), "out": result})
+        hosted, named = _all_on_host(args, kwargs)
+        compute(*hosted, **{**named, "out": result})
         kwargs["out"].set_(accelerator.adopt(result))
         return kwargs["out"]
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": "cpu"}
-    results = compute(*tree_map(on_host, args), **tree_map(on_host, kwargs))
+    hosted, named = _all_on_host(args, kwargs)
+    results = compute(*hosted, **named)
     values = (results,) if len(schema.returns) == 1 else results or ()
     out = []
     for source, value in zip(schema.returns, values, strict=True):
         if source is not None:
             out.append(kwargs[source] if isinstance(source, str) else args[source])
         else:
-            out.append(tree_map(lambda one: accelerator.adopt(one) if isinstance(one, Tensor) else one, value))
+            out.append(rules.each(accelerator.adopt, value))
     return (out[0] if len(schema.returns) == 1 else tuple(out)) if out else None
 
 

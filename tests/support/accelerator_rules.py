@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from tests.support.products import MIXED, mixed_product
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Operations whose indices may lie on the CPU.
 HOST_INDICES = ("aten::index", "aten::_index_put_impl_")
@@ -105,16 +104,43 @@ def autocast_kernels(device_type: str) -> Iterator[tuple[str, Callable[..., Any]
                     yield full, functools.partial(_autocast, operation, choose, device_type)
 
 
+# An operation's values are tensors, lists of them, or neither; torch's walks through any tree take as long as all else.
+
+
+def tensors(args: Iterable[Any], named: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """All of them."""
+    found = []
+    for value in (*args, *(named or {}).values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
+
+
+def each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([each(change, one) for one in value])
+    return value
+
+
 def _autocast(operation: Any, choose: Callable[..., torch.dtype], device_type: str, *args: Any, **kwargs: Any) -> Any:
     def eligible(value: object) -> bool:
         floating = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
         return floating and value.device.type == device_type
 
-    found = [value for value in tree_leaves((args, kwargs)) if eligible(value)]
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if eligible(value) else value
+
+    found = [value for value in tensors(args, kwargs) if eligible(value)]
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
         if found:
             dtype = choose(found, device_type)
-            args, kwargs = tree_map(lambda value: value.to(dtype) if eligible(value) else value, (args, kwargs))
+            args = tuple(each(cast, value) for value in args)
+            kwargs = {name: each(cast, value) for name, value in kwargs.items()}
         return operation(*args, **kwargs)
 
 
