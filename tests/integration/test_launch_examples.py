@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.launchers import add_program, run_script
+from tests.support.launchers import run_script
+from tests.support.pythons import Pythons, add_program
 from tests.support.readme import REPOSITORY
 from tests.support.tiny import Tiny, build
 
@@ -42,7 +44,6 @@ if sys.argv[1:3] == ["show", "hostnames"]:
 else:
     open(os.environ["QUEUE"], "a").write(" ".join(sys.argv[1:]) + "\\n")
 """
-PYTHON = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
 SLURM = REPOSITORY / "examples" / "slurm"
@@ -50,7 +51,7 @@ SLURM = REPOSITORY / "examples" / "slurm"
 
 def make_job(folder: Path, bucket: Path, tasks: int, **more: str) -> dict[str, str]:
     """The environment of a job on a pretended Slurm, whose programs are in ``folder / "bin"``."""
-    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL)):
         add_program(folder / "bin", name, body)
     return {
         "BUCKET": str(bucket),
@@ -64,6 +65,14 @@ def make_job(folder: Path, bucket: Path, tasks: int, **more: str) -> dict[str, s
         "HF_HUB_OFFLINE": "1",
         **more,
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pythons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a script calls ``python`` has the libraries already; only `accelerate` starts the interpreter itself."""
+    with Pythons(tmp_path_factory.mktemp("bin")) as programs, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs.folder}:{os.environ['PATH']}")
+        yield
 
 
 @pytest.fixture(scope="module")

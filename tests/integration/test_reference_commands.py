@@ -1,4 +1,8 @@
-"""The README's commands for the three faces, run word for word but for the number of steps, in the offline world."""
+"""The README's commands for the three faces, run word for word but for the number of steps, in the offline world.
+
+The first of hybrid's is started as a reader's shell does, and so is the help of annealing's; the others, whose start
+would be the same, are forked.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
     capture = readme.command("stage1_hybrid.precompute_hybrid_logits")
     summary = json.loads(succeed(fresh_world.run(capture)).stdout.splitlines()[-1])
     assert (summary["written"], summary["skipped"], summary["failed"]) == (128, 0, 0)
-    again = json.loads(succeed(fresh_world.run(capture)).stdout.splitlines()[-1])
+    again = json.loads(succeed(fresh_world.run_forked(capture)).stdout.splitlines()[-1])
     assert (again["written"], again["skipped"]) == (0, 128)
 
     train = readme.command(
@@ -57,7 +61,7 @@ def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
         keep_old_logit_l2_fade_step=3,
         batch_size=2,
     )
-    succeed(fresh_world.run(train))
+    succeed(fresh_world.run_forked(train))
     (run,) = (fresh_world.bucket / "stage1" / "Checkpoints" / "vertex-runs").iterdir()
     assert_complete(run)
     steps = rows(run, "train")
@@ -68,9 +72,8 @@ def test_hybrid_commands_run_as_written(fresh_world: World) -> None:
     assert steps[0]["l2"] == 0.0, "unchanged weights are where the reference student is"
     assert steps[1]["l2"] > 0.0
     assert steps[3]["l2"] == 0.0, "the term has faded out"
-    report = fresh_world.run(
-        ["liquid", "inspect", "--json", f"gs://{BUCKET}/stage1/Checkpoints/vertex-runs/{run.name}"]
-    )
+    place = f"gs://{BUCKET}/stage1/Checkpoints/vertex-runs/{run.name}"
+    report = fresh_world.run_forked(f"liquid inspect --json {place}")
     found = json.loads(succeed(report).stdout)
     assert (found["kind"], found["step"], found["finished"]) == ("run", 4, True)
     assert found["last_train"]["step"] == 4, "rows are read in the bucket too"
@@ -83,7 +86,7 @@ def test_annealing_commands_run_as_written(fresh_world: World) -> None:
     shorter = {"warmup_steps": 1, "log_interval": 1, "eval_every": 2, "save_every": 2, "eval_tokens": 4096}
 
     first = readme.command("trainer.entrypoint", "--block_size=512", train_steps=4, **shorter)
-    succeed(fresh_world.run(first))
+    succeed(fresh_world.run_forked(first))
     (dated,) = [path for path in runs.iterdir() if path.name != "20251007-174419"]
     assert len(dated.name) == len("20251108-090000")
     assert_complete(dated)
@@ -99,7 +102,7 @@ def test_annealing_commands_run_as_written(fresh_world: World) -> None:
     earlier = resumed.rpartition("/")[0]
     for name in ("best.pt", "best.meta.json"):
         fresh_world.put(f"{earlier.removeprefix(f'gs://{BUCKET}/')}/{name}", (dated / name).read_bytes())
-    succeed(fresh_world.run(second))
+    succeed(fresh_world.run_forked(second))
     (last,) = [path for path in runs.iterdir() if path.name not in ("20251007-174419", dated.name, Path(earlier).name)]
     assert_complete(last)
     sidecar = json.loads((last / "final.meta.json").read_text(encoding="utf-8"))
@@ -122,7 +125,7 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     zero = "--alpha=0.6 --T=1.1 --alpha_schedule=0:0.6,1:0.5 --temp_schedule=0:1.1,1:1.0 --train_steps=0"
     place = "--local_workdir=liquid_test --output_gcs_uri=gs://dummy"
     nothing = f"{ENTRY} --resume_gcs_uri {STAGE0_STUDENT} {DATA} {zero} {EVERY_STEP} {place}"
-    done = succeed(world.run(nothing))
+    done = succeed(world.run_forked(nothing))
     assert "0 steps" in done.stderr
     assert "at step 0 the teacher weighs 0.6 (alpha), at temperature 1.1" in done.stderr
     assert world.objects(BUCKET), "the server is asked rightly"
@@ -130,7 +133,7 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     assert not list((world.workdir / "liquid_test").rglob("*.pt"))
 
     one = "--train_steps=1 --alpha=0.5 --T=1.0 --alpha_schedule=0:0.5,1:0.4 --temp_schedule=0:1.0,1:0.9"
-    succeed(world.run(f"{ENTRY} {DATA} {EVERY_STEP} {one} --eval_ctx_lens=512,1024 --local_workdir=liquid_test"))
+    succeed(world.run_forked(f"{ENTRY} {DATA} {EVERY_STEP} {one} --eval_ctx_lens=512,1024 --local_workdir=liquid_test"))
     run = world.workdir / "liquid_test"
     assert_complete(run)
     (row,) = rows(run, "train")
@@ -140,7 +143,7 @@ def test_the_three_smoke_checks_of_annealing(world: World) -> None:
     assert (sidecar["kd_alpha"], sidecar["kd_temperature"]) == (0.4, 0.9), "what the next step would take"
 
     saved = nothing.replace(STAGE0_STUDENT, str(run / "best.pt"))
-    merged = succeed(world.run(saved)).stderr
+    merged = succeed(world.run_forked(saved)).stderr
     assert '"alpha_schedule": "0:0.5,1:0.4"' in merged, "the checkpoint's metadata is logged"
     # The schedules given win, at the checkpoint's step.
     assert "at step 1 the teacher weighs 0.5 (alpha), at temperature 1\n" in merged

@@ -58,9 +58,8 @@ class Forked:
         self.stdin, self.stdout, self.stderr = ours
         self._readers: list[threading.Thread] = []
         self._said = ["", ""]
-        given = (self.args, dict(os.environ if env is None else env), os.fspath(cwd or Path.cwd()))
-        self._process = server.Process(target=_be_a_program, args=(*given, *map(_Sent, theirs)))
-        self._process.start()
+        given = dict(os.environ if env is None else env), os.fspath(cwd or Path.cwd())
+        self._process = start_with(self.args, *given, theirs, server)
         for descriptor in theirs:
             os.close(descriptor)
 
@@ -148,6 +147,15 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def start_with(
+    words: Sequence[str], env: Mapping[str, str], cwd: str, streams: Sequence[int], server: Any = EVERYTHING
+) -> Any:
+    """The program as a running ``multiprocessing.Process`` whose streams are these three descriptors."""
+    process = server.Process(target=_be_a_program, args=(list(words), dict(env), cwd, *map(_Sent, streams)))
+    process.start()
+    return process
 
 
 class _Sent:

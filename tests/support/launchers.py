@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.pythons import add_program
 from torch.distributed.run import get_args_parser
 
 from liquid_llm.cli.parse import parse
 from liquid_llm.config import build_capture_config, build_config_to_measure, build_run_config
 from liquid_llm.options import CAPTURE, options_of
-
-
-def add_program(folder: Path, name: str, body: str) -> None:
-    """An executable ``name`` in ``folder`` that runs ``body``, Python, with its words in ``sys.argv``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.py").write_text(body)
-    (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "$0.py" "$@"\n')
-    (folder / name).chmod(0o755)
 
 
 def run_script(words: Sequence[str], programs: Path, **env: str) -> subprocess.Popen[str]:

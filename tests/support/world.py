@@ -19,15 +19,19 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.support import texts
 from tests.support.gcs import FakeGcs, running_server
+from tests.support.pythons import Pythons
+from tests.support.servers import server
 
 BUCKET = "liquid-llm-bucket-2"
 MANIFEST = f"gs://{BUCKET}/datasets/stage1/manifests/stage1.jsonl"
@@ -71,6 +75,11 @@ class World:
             check=False,
         )
 
+    def run_forked(self, command: str) -> subprocess.CompletedProcess[str]:
+        """The same, but that ``python`` and ``liquid`` have the libraries already; not for how they start."""
+        with Pythons(Path(tempfile.mkdtemp()), _with_models_of(self.hf_home)) as pythons:
+            return self.run(command, PATH=os.pathsep.join([str(pythons.folder), self.env["PATH"]]))
+
     def put(self, name: str, data: bytes) -> None:
         """Put an object into the bucket, by the front door: the server keeps attributes beside what it is sent."""
         _upload(self.env["STORAGE_EMULATOR_HOST"], name, data)
@@ -84,6 +93,14 @@ class World:
         url = f"{self.env['STORAGE_EMULATOR_HOST']}/storage/v1/b/{bucket}/o"
         with urllib.request.urlopen(url, timeout=30) as answer:
             return [item["name"] for item in json.load(answer).get("items", [])]
+
+
+@cache
+def _with_models_of(hf_home: Path) -> Any:
+    """A server whose libraries have looked for their cache, and whether there is a hub, when they were imported."""
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+    return server("tests.support.preloaded", {**kept, **offline, "HF_HOME": str(hf_home)})
 
 
 def build(folder: Path) -> None:

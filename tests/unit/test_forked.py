@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support import forked
 from tests.support.forked import Forked
+from tests.support.pythons import Pythons
 from tests.support.servers import EVERYTHING, LIBRARIES
 
 # Each ends in another way, and none needs a library: both kinds are quick.
@@ -66,3 +67,24 @@ def test_it_begins_with_what_its_server_has_loaded_and_nothing_else_of_this_proc
     code = "import sys; print(*('torch' in sys.modules, 'liquid_llm' in sys.modules, 'hypothesis' in sys.modules))"
     found = [forked.run(["-c", code], server=server).stdout.split() for server in (EVERYTHING, LIBRARIES)]
     assert found == [["True", "True", "False"], ["True", "False", "False"]]
+
+
+def test_a_script_s_python_says_and_ends_as_the_interpreter_does(tmp_path: Path) -> None:
+    """A status, a signal from inside, one that comes to what the script started, streams and words."""
+    slow = 'import time; print("here", flush=True); time.sleep(600)'
+    script = f"""
+        python -c 'import sys; print(sys.argv[1:], sys.stdin.read()); sys.exit(3)' 'a b' <<< in; echo $?
+        python -c 'import os; os.kill(os.getpid(), 9)'; echo $?
+        python -c '{slow}' > said & sleep 0.1; until grep -q here said; do sleep 0.1; done; kill %1; wait %1; echo $?
+        GIVEN=this python -c 'import os; print(os.environ["GIVEN"], os.getcwd())' 2>&1
+    """
+    said = []
+    with Pythons(tmp_path / "bin") as programs:
+        for path in (programs.folder, Path(sys.executable).parent):
+            env = {"PATH": f"{path}:/usr/bin:/bin"}
+            done = subprocess.run(
+                ["bash", "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+            )
+            said.append(done.stdout)
+    assert said[0] == said[1]
+    assert said[0].splitlines() == ["['a b'] in", "", "3", "137", "143", f"this {tmp_path}"]
