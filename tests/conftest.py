@@ -20,6 +20,7 @@ from tests.support.accelerator import Accelerator, install
 from tests.support.costs import Costs
 from tests.support.gcs import Bucket, FakeGcs, running_server
 from tests.support.processes import end_all
+from tests.support.shared import FOLDER
 from tests.support.tiny import end_started
 from tests.support.world import World, build, served
 
@@ -63,7 +64,7 @@ def _begin_a_folder_of_our_own() -> None:
     outside = tempfile.gettempdir()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/liquid-tests-torchinductor")
-    folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="liquid-tests-")
+    folder = os.environ["TMPDIR"] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="liquid-tests-")
     tempfile.tempdir = None
     # After multiprocessing has removed its own folder, which lies in this one.
     Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)

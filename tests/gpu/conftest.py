@@ -24,6 +24,22 @@ from tests.support.tiny import Tiny, build
 DEVICE = find_device()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: too long for `make test`; run by `make soak`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU whole runs are for `make soak`: tests/integration/test_accelerator.py asks the same, more strictly.
+
+    Some of them are walked by the rehearsal of `make gpu`, which takes no heed of the mark.
+    """
+    for item in items:
+        whole = item.path.name == "test_commands.py" or item.name == "test_golden_losses"
+        if DEVICE.type != "cuda" and item.path.parent.name == "gpu" and whole:
+            item.add_marker(pytest.mark.soak)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU, or the pretend accelerator."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.annealing import make_world, short_run
-from tests.support.tiny import Tiny, run
+from tests.support.tiny import QUICK, Tiny, run
 from tests.support.undisturbed import Undisturbed
 
 
@@ -20,7 +20,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Such a world of its own, with the stored signal of its maths and code."""
     made = make_world(tmp_path_factory.mktemp("scored"))
-    done = run("stage1_hybrid.precompute_hybrid_logits", made.capture_words())
+    done = run("stage1_hybrid.precompute_hybrid_logits", made.capture_words(**QUICK))
     assert done.returncode == 0, done.stderr
     return made
 

@@ -46,10 +46,8 @@ DEVICES = ("cpu", NAME)
 NOT_STORED = {"mc_teacher_id": None, "math_logits_dir": None, "code_logits_dir": None}
 KINDS: dict[str, dict[str, object]] = {
     "online": {"hybrid": "false", **NOT_STORED},
-    "online and stored": {},
-    "checkpointing": {"grad_checkpoint": "true"},
-    "three micro-batches": {"grad_accum": 3},
-    "several lengths": {"eval_ctx_lens": "16,32,128"},
+    "online and stored, several lengths": {"eval_ctx_lens": "16,32,128"},
+    "checkpointing, three micro-batches": {"grad_checkpoint": "true", "grad_accum": 3},
 }
 
 
@@ -150,24 +148,21 @@ def test_training_gives_the_losses_of_the_cpu(tiny, tmp_path, kind):
     assert_same_rows(expected, got)
 
 
-def test_training_without_a_teacher_gives_the_losses_of_the_cpu(tiny, tmp_path):
-    expected, got = (train(tiny, tmp_path / device, device, **scoring(tiny, "no teacher")) for device in DEVICES)
-    assert_same_rows(expected, got)
-    assert {row["kd_coverage"] for row in read_metrics(got) if row["kind"] == "train"} == {0.0}
-
-
-def test_a_student_says_what_it_says_on_the_cpu(tiny, tmp_path):
+def test_training_without_a_teacher_gives_the_losses_and_the_samples_of_the_cpu(tiny, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The first\nQuestion: what\nSo\n")
     asked = {"sample_prompts": prompts, "sample_tokens": 6, **scoring(tiny, "no teacher")}
     runs = [train(tiny, tmp_path / device, device, **asked) for device in DEVICES]
+    assert_same_rows(*runs)
+    assert {row["kd_coverage"] for row in read_metrics(runs[1]) if row["kind"] == "train"} == {0.0}
     expected, got = ((run / "samples.jsonl").read_text() for run in runs)
     assert expected == got
     assert len(got.splitlines()) == 9
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["tail", "full"])
 def test_training_on_a_store_gives_the_losses_of_the_cpu(tiny, tmp_path, codec):
+    """What all codecs but ``full`` store becomes the same signal, on the host; ``topk`` is in the tests above."""
     expected, got = (train(tiny, tmp_path / device, device, **scoring(tiny, codec)) for device in DEVICES)
     assert_same_rows(expected, got)
     coverages = {
@@ -187,9 +182,10 @@ def test_staying_near_the_old_logits_gives_the_losses_of_the_cpu(tiny, tmp_path)
     assert any(row["l2"] > 0 for row in read_metrics(got) if row["kind"] == "train")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch, device):
-    whole = train(tiny, tmp_path / "whole", device)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch):
+    """To the bit, in the usual precision; on the CPU other tests say so."""
+    device, given = NAME, {**SHORT, **stored(tiny, "topk"), "precision": "bfloat16", "deterministic": "true"}
+    whole = train(tiny, tmp_path / "whole", device, **given)
     step = Trainer.step
 
     def stop_after_one(trainer: Trainer) -> object:
@@ -197,7 +193,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch
         trainer.stopping = lambda: True
         return result
 
-    words = ["train", *tiny.train_words(tmp_path / "cut", **{**SHORT, **stored(tiny, "topk")})]
+    words = ["train", *tiny.train_words(tmp_path / "cut", **given)]
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", stop_after_one)
         command(device, words, 75)
@@ -229,7 +225,7 @@ def test_in_bfloat16_the_losses_are_near_those_of_the_cpu(tiny, tmp_path):
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", ["no teacher", *KINDS, "staying near", *CODECS])
+@pytest.mark.parametrize("kind", ["no teacher", *KINDS, "staying near", "tail", "full"])
 def test_a_step_waits_for_the_device_once_in_bfloat16_too(tiny, tmp_path, kind):
     """In float32 the runs of the tests above do."""
     if kind == "staying near":
@@ -301,8 +297,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("student", ["gpt2", "llama"])
+@pytest.mark.parametrize("student", ["gpt2", pytest.param("llama", marks=pytest.mark.soak)])
 def test_annealing_with_a_change_of_context_gives_the_losses_of_the_cpu(world, tmp_path, student):
+    """GPT-2's positions are learned, so its weights grow with the context; with the other only texts do."""
     for device in DEVICES:
         common = {"lr": 1e-3, "grad_accum": 2, "save_every": 2, "eval_every": 2, **FLOAT32}
         begun = {**common, "student": world.root / f"{student}.json", "block_size": 16, "train_steps": 2}

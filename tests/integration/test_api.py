@@ -37,10 +37,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def stores(scored: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The teacher's signal of the maths by codec: ``tail`` one file a sample, ``full`` in shards."""
-    full = tmp_path_factory.mktemp("full")
-    words = scored.capture_words(math_logits_dir=full, code_logits_dir=None, signal="code=none", codec="full")
-    assert main(["capture", *words]) == 0
-    return {"tail": str(scored.root / "signal" / "math"), "full": str(full)}
+    found = {codec: str(tmp_path_factory.mktemp(codec)) for codec in ("tail", "full")}
+    for codec, layout in (("tail", "pt"), ("full", None)):
+        given = {"math_logits_dir": found[codec], "code_logits_dir": None, "signal": "code=none"}
+        assert main(["capture", *scored.capture_words(**given, codec=codec, logits_format=layout)]) == 0
+    return found
 
 
 def options(scored: Tiny, output: Path, **more: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 import pytest
 from tests.support.dying import at_batch
 from tests.support.processes import launch, wait
-from tests.support.tiny import Tiny, build
+from tests.support.tiny import QUICK, Tiny, build
 
 from liquid_llm.cli.main import main
 
@@ -38,7 +38,7 @@ def be_killed() -> None:
 @pytest.mark.parametrize(("fault", "code"), [(lose_the_device, 6), (be_asked_to_stop, 75), (be_killed, -9)])
 def test_a_rank_that_ends_leaves_the_others_working(world: Tiny, tmp_path, capsys, fault, code) -> None:
     folders = {"math_logits_dir": tmp_path / "math", "code_logits_dir": tmp_path / "code"}
-    words = world.capture_words(**folders, batch_size=1, logits_format="pt")
+    words = world.capture_words(**folders, batch_size=1, logits_format="pt", **QUICK)
     ranks = launch(CAPTURE, words, tmp_path / "said", fault=(1, fault))
     assert wait(ranks) == [0, code], "\n".join(rank.said for rank in ranks)
     done = json.loads(ranks[0].said.splitlines()[-1])

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from tests.support.models import tiny_model
-from tests.support.tiny import VOCAB_SIZE, Tiny, build
+from tests.support.tiny import QUICK, VOCAB_SIZE, Tiny, build
 
 from liquid_llm.cli.main import main
 
@@ -149,7 +149,7 @@ def test_of_capture_training_and_what_they_say(tiny, served, children, tmp_path,
     stores = {f"{name}_logits_dir": written / "signal" / name for name in ("math", "code")}
     common = places(tiny, served, tmp_path)
     capture = {name: value for name, value in common.items() if name != "local_workdir"}
-    assert main(["capture", *tiny.capture_words(**stores, **capture)]) == 0
+    assert main(["capture", *tiny.capture_words(**QUICK, **stores, **capture)]) == 0
     more = {"max_steps": 4, "eval_every": 2, "save_every": 2, "resume_gcs_uri": f"http://{served}/start.pt?{QUERY}"}
     training = tiny.train_words(written / "out", **stores, **common, **more, keep_old_logit_l2=0.01)
     assert main(["train", *training, "--dry_run"]) == 0

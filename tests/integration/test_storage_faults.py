@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.faults import CUT, LOST, FaultyProxy, faulty_proxy
 from tests.support.gcs import Bucket
-from tests.support.tiny import Tiny, build
+from tests.support.tiny import QUICK, Tiny, build
 
 from liquid_llm import storage
 from liquid_llm.cli.main import main
@@ -23,7 +23,7 @@ PASSING = [429, 503, CUT, LOST]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Tiny:
     built = build(tmp_path_factory.mktemp("tiny"))
-    assert main(["capture", *built.capture_words()]) == 0
+    assert main(["capture", *built.capture_words(**QUICK)]) == 0
     return built
 
 
@@ -43,7 +43,7 @@ def proxy(gcs: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]
 
 
 def capture_words(tiny: Tiny, uri: str) -> list[str]:
-    return tiny.capture_words(math_logits_dir=f"{uri}/math", code_logits_dir=f"{uri}/code", logits_format="pt")
+    return tiny.capture_words(math_logits_dir=f"{uri}/math", code_logits_dir=f"{uri}/code", logits_format="pt", **QUICK)
 
 
 def short_words(tiny: Tiny, output: str, **options: object) -> list[str]:

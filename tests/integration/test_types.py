@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import Tiny, build
+from tests.support.tiny import QUICK, Tiny, build
 
 from liquid_llm.cli.main import main
 from liquid_llm.metrics import read_metrics
@@ -43,7 +43,7 @@ def test_any_type_is_captured_trained_and_evaluated_as_its_source_says(
 ) -> None:
     chat = f"store:{tiny.root / 'signal' / 'chat'}"
     store = config(tmp_path, tiny, **{"chat-2": {"teacher": chat}, "notes": {"teacher": "none"}})
-    assert main(["capture", *tiny.capture_words(), *store]) == 0
+    assert main(["capture", *tiny.capture_words(**QUICK), *store]) == 0
     written = json.loads(capsys.readouterr().out)["written"]
     assert written == sum(len((tiny.root / name).read_text().splitlines()) for name in ("chat.jsonl", "code.jsonl"))
 
@@ -69,7 +69,7 @@ def test_any_type_is_captured_trained_and_evaluated_as_its_source_says(
 def test_a_type_without_a_named_signal_is_refused_with_what_to_say(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["capture", *tiny.capture_words()]) == 2
+    assert main(["capture", *tiny.capture_words(**QUICK)]) == 2
     assert "the manifest has chat-2 samples but --signal chat-2=URI is not given" in capsys.readouterr().err
     (tmp_path / "m.jsonl").write_text('{"path": "not-there.jsonl", "type": "chat-2"}')  # no file of it is opened
     assert main(["train", *tiny.train_words(tmp_path / "out", dataset_manifest=tmp_path / "m.jsonl")]) == 2

@@ -15,7 +15,7 @@ from tests.support import texts
 from tests.support.dying import at_batch
 from tests.support.gcs import Bucket
 from tests.support.processes import launch, wait
-from tests.support.tiny import Tiny, build
+from tests.support.tiny import QUICK, Tiny, build
 
 import liquid_llm
 from liquid_llm.cli.main import main
@@ -62,7 +62,7 @@ def folder(filled: Path, tmp_path: Path) -> Path:
 
 def words(tiny: Tiny, stores: Path | str, **options: object) -> list[str]:
     folders = {"math_logits_dir": f"{stores}/math", "code_logits_dir": f"{stores}/code"}
-    return tiny.capture_words(**folders, **options)
+    return tiny.capture_words(**{**folders, **QUICK, **options})
 
 
 def run(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 0) -> dict[str, Any]:

