@@ -14,8 +14,10 @@ from tests.support.tiny import Tiny
 from tests.support.vllm_server import Handler, VllmServer, serving, times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import liquid_llm
 from liquid_llm import storage
 from liquid_llm.cli.main import main
+from liquid_llm.errors import StorageError
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
 from liquid_llm.signal_store.store import open_store
 
@@ -289,6 +291,45 @@ def test_a_lost_server_keeps_what_is_written_and_the_same_command_goes_on(
     assert capture(few, tmp_path / "store", **words) == 0
     done = last_json(capsys)
     assert (done["skipped"], done["written"]) == (kept, 12 - kept)
+
+
+@pytest.fixture
+def files(few: Tiny) -> Iterator[Tiny]:
+    """The samples in three files, each a unit."""
+    rows = (few.root / "math.jsonl").read_text().splitlines(keepends=True)
+    for number in range(3):
+        (few.root / f"part-{number}.jsonl").write_text("".join(rows[4 * number : 4 * number + 4]))
+    before = few.manifest.read_text()
+    few.draw_from({"path": "part-*.jsonl", "type": "math_tool", "weight": 1.0})
+    yield few
+    few.manifest.write_text(before)
+
+
+def test_units_of_a_served_teacher(files: Tiny, server: VllmServer, tmp_path: Path, capsys) -> None:
+    words = {"teacher_url": server.url, "served_requests": 2}
+    assert capture(files, tmp_path / "store", **words, unit="0/2") == 0
+    done = last_json(capsys)
+    assert (done["units"], done["units_complete"], done["written"]) == (2, 2, 8)
+    assert len(server.completions()) == 1 + 8, "the probe, and each sample once"
+    assert capture(files, tmp_path / "store", **words, unit="0/2") == 0
+    assert last_json(capsys)["units_skipped"] == 2
+    assert len(server.completions()) == 2 + 8
+    assert capture(files, tmp_path / "store", **words, unit="1/2", served_as="awq") == 3, "another teacher's signal"
+    assert "the teacher revision differs" in capsys.readouterr().err
+    assert len(records(tmp_path / "store")) == 8
+
+
+def test_units_go_on_once_a_lost_server_is_back(files: Tiny, server: VllmServer, tmp_path: Path) -> None:
+    given = {"mc_teacher_id": files.teacher, "dataset_manifest": files.manifest, "seq_len": 64, "topk": 16}
+    served = {"teacher_url": server.url, "data_cache": tmp_path / "tokens", "math_logits_dir": tmp_path / "store"}
+    opened = liquid_llm.open_capture({**given, **served})
+    first, *others = opened.units()
+    server.faults.append(lambda handler, *_: handler.refuse(503, "ServiceUnavailableError", "going away") or True)
+    with pytest.raises(StorageError, match="the teacher's server failed"):
+        opened.run(first)
+    server.faults.clear()
+    assert [opened.run(unit)["complete"] for unit in (first, *others)] == [True] * 3
+    assert len(records(tmp_path / "store")) == 12
 
 
 def test_a_server_that_becomes_another_is_noticed(few: Tiny, server: VllmServer, tmp_path: Path, capsys) -> None:

@@ -97,6 +97,28 @@ def test_tasks_share_the_files_and_skip_what_is_complete(tiny, folder, capsys) -
     assert main(["store", "verify", *argv, "--samples=6"]) == 0
 
 
+def test_inspect_and_doctor_know_a_store_of_units(folder, capsys) -> None:
+    store = folder / "math"
+    assert main(["inspect", str(store), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["layout"], found["units"], found["units_planned"]) == ("store", "units", 5, 5)
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["holds"]["code"]["units"] == 1
+    assert main(["doctor", str(store)]) == 0
+    assert "5 complete of 5 planned" in capsys.readouterr().out
+
+    next((store / "units").glob("part-3*/shard-*")).unlink()
+    assert main(["doctor", str(store)]) == 3
+    assert "1 of its files is lost or cut" in capsys.readouterr().out, "no record that is there would show it"
+    (marker,) = (store / "done").glob("part-1*")
+    marker.write_bytes(marker.read_bytes()[:40])
+    next((store / "done").glob("part-2*")).unlink()
+    assert main(["doctor", str(store)]) == 3
+    said = capsys.readouterr().out
+    assert "its marker is damaged" in said
+    assert "4 complete of 5 planned" in said
+
+
 def test_what_has_changed_or_was_lost_is_done_again_and_nothing_else(tiny, folder, capsys) -> None:
     data = tiny.root / "math" / "part-1.jsonl"
     before = data.read_text()

@@ -115,6 +115,7 @@ class ServedTeacher:
     ) -> Iterator[Sequence[Window]]:
         """The batches of ``work``, each when the server has been asked about its samples and some of those after."""
         self._stopping = stopping
+        self.model.server.resume()  # an earlier unit may have been given up
         self._start()
         coming = iter(work)
         waiting: list[Sequence[Window]] = []
@@ -131,7 +132,7 @@ class ServedTeacher:
         """Let the threads that ask end, with what they are at; nobody waits for them.
 
         Args:
-            abandon: end pauses between attempts as well: nothing will be asked any more.
+            abandon: end pauses between attempts as well: nobody wants what is still asked.
         """
         if abandon:
             self.model.server.give_up()

@@ -47,9 +47,11 @@ from liquid_llm.signal_store.pt import is_record_file
 from liquid_llm.signal_store.records import RecordError, difference_in_words
 from liquid_llm.signal_store.shards.file import is_shard
 from liquid_llm.signal_store.store import open_store
+from liquid_llm.signal_store.units import UnitsLayout, find_damaged, read_plan
 
 _MAX_TOLD = 20  # of records alike
 _CAPTURE = "copy it again from where it is whole, or capture again: the same command fills gaps"
+_UNITS = "run the liquid capture of this store again: what is complete is skipped"
 _PARSERS: dict[str, Callable[[bytes], object]] = {
     OPTIONS: parse_kept_options,
     "datasets_snapshot.yaml": parse_yaml,
@@ -315,6 +317,17 @@ def _store(uri: str) -> Iterator[Part]:
     yield from _few(bad)
     for problem in store.layout.problems():
         yield Part(uri, "the folder", problem, _CAPTURE)
+    if isinstance(store.layout, UnitsLayout):
+        yield from _units(uri, store.layout)
+
+
+def _units(uri: str, layout: UnitsLayout) -> Iterator[Part]:
+    """What is missing of a store that is captured data file by data file, which no record by itself would show."""
+    complete, planned = len(layout.complete), read_plan(uri)
+    short = planned is not None and complete < planned
+    found = f"{complete:,} complete" + (f" of {planned:,} planned" if planned is not None else "")
+    yield Part("units", found, "the capture is not at its end" if short else None, _UNITS if short else None)
+    yield from _few([Part(f"units/{name}", "said to be complete", why, _UNITS) for name, why in find_damaged(uri)])
 
 
 def _manifest(uri: str) -> Iterator[Part]:

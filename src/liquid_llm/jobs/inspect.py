@@ -153,7 +153,7 @@ _DESCRIBE: dict[str, Callable[[str, Infos], dict[str, Any]]] = {
 }
 # Of what a folder holds, the words that tell one from another.
 _TOLD = {
-    "store": ("codec", "teacher_id", "records"),
+    "store": ("codec", "teacher_id", "records", "units"),
     "run": ("student", "step", "total_steps", "val_loss", "finished"),
     "model": ("architecture", "parameters", "weights"),
     "tokenised data": ("type", "samples", "tokens"),
@@ -179,7 +179,7 @@ def _folder(uri: str, infos: Infos) -> dict[str, Any]:
 
 
 def _is_place(infos: Infos) -> bool:
-    return PLAN in infos or "capture.json" in infos
+    return STORE_FILE not in infos and (PLAN in infos or "capture.json" in infos)  # a store of units has a plan too
 
 
 def _place(infos: Infos) -> str:

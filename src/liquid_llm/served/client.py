@@ -103,8 +103,8 @@ class Server:
                     error = ServerFailed(failure.cause.problem, where=where, got=failure.got, remedy=_LATER)
                     error.status = failure.status
                     raise error from None
-                pause = max(self._announce(where, failure.cause, failures), failure.wait_seconds)
-            if self._given_up.wait(min(pause, _MOST_PAUSE_SECONDS)):
+                pause = self._announce(where, failure.cause, failures, failure.wait_seconds)
+            if self._given_up.wait(pause):
                 raise Abandoned
 
     def is_healthy(self) -> bool:
@@ -118,15 +118,20 @@ class Server:
         return True
 
     def give_up(self) -> None:
-        """End all waiting between requests, now and later; what is being read is read by nobody."""
+        """End all waiting between requests, now and until ``resume``; what is being read is read by nobody."""
         self._given_up.set()
 
-    def _announce(self, where: str, cause: Cause, failures: int) -> float:
+    def resume(self) -> None:
+        """Ask again after ``give_up``: what came of one piece of work is not what becomes of the next."""
+        self._given_up.clear()
+
+    def _announce(self, where: str, cause: Cause, failures: int, asked_seconds: float) -> float:
         """Seconds to wait; said once where many requests meet the same trouble together."""
+        asked_seconds = min(asked_seconds, _MOST_PAUSE_SECONDS)
         with self._lock:
             if time.monotonic() < self._quiet_until:
-                return storage.retry_policy().pause_seconds(failures)
-            pause = storage.announce_pause(where, cause, failures)
+                return max(storage.retry_policy().pause_seconds(failures), asked_seconds)
+            pause = storage.announce_pause(where, cause, failures, asked_seconds)
             self._quiet_until = time.monotonic() + pause
             return pause
 
@@ -144,7 +149,7 @@ class Server:
             ) as response:
                 content = self._read(response, where, most_bytes)
                 status, headers = response.status_code, response.headers
-        except requests.RequestException as error:
+        except (requests.RequestException, _while_reading()) as error:
             raise _Failure(_cause_of(error), first_line(_innermost(error))) from error
         if status == 200:
             try:
@@ -173,7 +178,10 @@ class Server:
     def _read(self, response: Any, where: str, most_bytes: int) -> bytes:
         """The whole answer. Raises StorageError where it is larger than any answer to the question can be."""
         content, ends = bytearray(), time.monotonic() + _ANSWER_SECONDS
-        for part in response.iter_content(_READ_BYTES):
+        # What has come, not a whole block: of a server that lets bytes drip a block never ends. (An old urllib3 reads
+        # blocks alone.)
+        read = getattr(response.raw, "read1", response.raw.read)
+        while part := read(_READ_BYTES, decode_content=True):
             content += part
             if len(content) > most_bytes:
                 raise StorageError(
@@ -187,6 +195,14 @@ class Server:
             if time.monotonic() > ends:
                 raise _Failure(_SLOW, f"an answer unfinished after {_ANSWER_SECONDS:.0f} s")
         return bytes(content)
+
+
+def _while_reading() -> type[Exception]:
+    """What urllib3 raises when an answer breaks off; requests hands it on."""
+    import requests
+
+    kind: type[Exception] = requests.exceptions.BaseHTTPError  # type: ignore[attr-defined]  # not in its stubs
+    return kind
 
 
 class _Failure(Exception):

@@ -107,9 +107,25 @@ def why_to_do(uri: str, unit: str, fingerprint: str) -> str:
         return "it is not complete"
     if marker.fingerprint != fingerprint:
         return "its data or how it is read have changed since it was captured"
+    return _lost_files(uri, unit, marker)
+
+
+def find_damaged(uri: str) -> Iterator[tuple[str, str]]:
+    """Units of a store that are said to be complete and are not: each one's name, and why; a look at all files."""
+    for unit in sorted(_marked(uri)):
+        marker = read_marker(uri, unit)
+        why = "its marker is damaged" if marker is None else _lost_files(uri, unit, marker)
+        if why:
+            yield unit, why
+
+
+def _lost_files(uri: str, unit: str, marker: Marker) -> str:
+    """What is missing of the files that a marker names, in words; "" where all are there, each as large as it was."""
     there = {info.name: info.size for info in storage.list_files(unit_folder(uri, unit))}
     lost = [name for name, size in marker.files.items() if there.get(name) != size]
-    return f"{len(lost)} of its files are lost or cut, the first {lost[0]}" if lost else ""
+    return (
+        f"{len(lost)} of its files {'is' if len(lost) == 1 else 'are'} lost or cut, the first {lost[0]}" if lost else ""
+    )
 
 
 def write_plan(uri: str, num_units: int) -> None:
@@ -129,6 +145,12 @@ def read_plan(uri: str) -> int | None:
 
 def _marker_uri(uri: str, unit: str) -> str:
     return storage.join(uri, _DONE, unit + _SUFFIX)
+
+
+def _marked(uri: str) -> frozenset[str]:
+    """The units that have a marker, by a listing."""
+    listed = storage.list_files(storage.join(uri, _DONE))
+    return frozenset(info.name.removesuffix(_SUFFIX) for info in listed if info.name.endswith(_SUFFIX))
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -159,8 +181,7 @@ class UnitsLayout:
         self._most = open_units
         self._lock = threading.Lock()
         self._open: OrderedDict[str, ShardsLayout] = OrderedDict()
-        listed = storage.list_files(storage.join(uri, _DONE))
-        self.complete = frozenset(info.name.removesuffix(_SUFFIX) for info in listed if info.name.endswith(_SUFFIX))
+        self.complete = _marked(uri)
 
     def __len__(self) -> int:
         """As the markers say, which are all read: a request each."""

@@ -225,9 +225,13 @@ def retrying(method: Callable[..., Awaitable[T]], where: str) -> Callable[..., A
     return request
 
 
-def announce_pause(where: str, cause: Cause, failures: int) -> float:
-    """Seconds to wait after that many failures, logged as a warning so that a waiting run does not look dead."""
-    seconds = _retry_policy.pause_seconds(failures)
+def announce_pause(where: str, cause: Cause, failures: int, least_seconds: float = 0.0) -> float:
+    """Seconds to wait after that many failures, logged as a warning so that a waiting run does not look dead.
+
+    Args:
+        least_seconds: what the other side asks for.
+    """
+    seconds = max(_retry_policy.pause_seconds(failures), least_seconds)
     _log.warning(
         "%s: %s; trying again in %.1f s (%d of %d)", where, cause.problem, seconds, failures, _retry_policy.attempts - 1
     )

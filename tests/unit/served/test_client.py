@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.vllm_server import Handler, VllmServer, serving
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
+from liquid_llm.served import client
 from liquid_llm.served.client import Abandoned, Refused, Server, ServerFailed
 
 
@@ -52,6 +54,19 @@ def cut(handler: Handler) -> None:
     handler.close_connection = True
 
 
+def drip(handler: Handler) -> None:
+    """A byte now and then, never silent for long, and no end."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "90000")
+    handler.end_headers()
+    with suppress(OSError):
+        for _ in range(1000):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.01)
+    handler.close_connection = True
+
+
 @pytest.mark.parametrize("trouble", [drop, cut, *map(send, (408, 429, 500, 502, 503, 504)), send(200, b"<html>")])
 def test_what_may_pass_is_tried_as_often_as_the_policy_says(
     world: VllmServer, trouble: Callable[[Handler], None]
@@ -61,6 +76,14 @@ def test_what_may_pass_is_tried_as_often_as_the_policy_says(
         Server(world.url).post("/v1/completions", {})
     assert len(world.seen) == 3
     assert failed.value.exit_code == 4
+
+
+def test_an_answer_that_drips_has_an_end(world: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_ANSWER_SECONDS", 0.05)
+    answer(world, drip)
+    with pytest.raises(ServerFailed, match="did not answer in time; got an answer unfinished"):
+        Server(world.url).get("/v1/models")
+    assert len(world.seen) == 3
 
 
 @pytest.mark.parametrize("trouble", [drop, cut, send(503), send(429), send(200, b"<html>")])
@@ -116,7 +139,9 @@ def test_what_no_question_would_change_ends_at_once(
     assert len(world.seen) == 1
 
 
-def test_the_pause_that_is_asked_for_is_kept_and_can_be_given_up(world: VllmServer) -> None:
+def test_the_pause_that_is_asked_for_is_said_and_kept_and_can_be_given_up(
+    world: VllmServer, caplog: pytest.LogCaptureFixture
+) -> None:
     answer(world, send(429, **{"Retry-After": "600"}))
     server, raised = Server(world.url), []
 
@@ -132,12 +157,16 @@ def test_the_pause_that_is_asked_for_is_kept_and_can_be_given_up(world: VllmServ
         time.sleep(0.001)
     thread.join(0.2)
     assert thread.is_alive(), "it waits for as long as it was told to"
+    assert "trying again in 120.0 s" in caplog.text, "and says how long, which has a bound"
     server.give_up()
     thread.join(30)
     assert raised
     assert len(world.seen) == 1
     with pytest.raises(Abandoned):
         server.get("/v1/models")
+    server.resume()
+    answer(world, send(200, b"[]"))
+    assert server.get("/v1/models") == []
 
 
 def test_a_netrc_does_not_sign_in_the_keys_place(
