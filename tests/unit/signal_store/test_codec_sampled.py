@@ -12,7 +12,9 @@ from tests.support.teachers import random_logits
 
 from liquid_llm.errors import SignalError
 from liquid_llm.signal_store.codecs import Payload
+from liquid_llm.signal_store.codecs.base import encode_as_on
 from liquid_llm.signal_store.codecs.sampled import SampledCodec
+from liquid_llm.signal_store.codecs.tail.draws import uniforms
 
 
 def stored(codec: SampledCodec, logits: torch.Tensor, seed: int = 1) -> Payload:
@@ -40,6 +42,28 @@ def test_all_draws_come_back(rows: int, vocab: int, draws: int, seed: int, sprea
     torch.testing.assert_close(signal.log_probs[used], signal.weights[used].log())
     for ids, row in zip(signal.ids, used, strict=True):
         assert ids[row].unique().numel() == int(row.sum())
+
+
+@given(
+    rows=st.integers(1, 4),
+    vocab=st.integers(1, 300),
+    seed=st.integers(0, 2**40),
+    spread=st.floats(0.0, 8.0),
+    temperature=st.sampled_from([1.0, 2.0]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_an_id_is_drawn_where_the_running_sum_passes_its_number(
+    rows: int, vocab: int, seed: int, spread: float, temperature: float, device: str
+) -> None:
+    """As the plain formula has it, however work is cut, and whether or not runs of ids divide the vocabulary."""
+    logits = random_logits(rows, vocab, seed=seed % 991, spread=spread)
+    with encode_as_on(device):
+        found = SampledCodec(50, temperature).encode(logits.clone(), seed, 0)["ids"]
+    powers = ((logits - logits.amax(dim=1, keepdim=True)) / temperature).exp().double()
+    running = powers.cumsum(dim=1)
+    wanted = torch.from_numpy(uniforms(seed, 0, rows, 50)) * running[:, -1:]
+    drawn = torch.searchsorted(running, wanted, right=True).clamp(max=vocab - 1)
+    assert torch.equal(found.long(), drawn.sort(dim=1).values)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])

@@ -14,7 +14,7 @@ import torch
 from tests.support.teachers import random_logits
 
 from liquid_llm.signal_store.codecs import get_codec
-from liquid_llm.signal_store.codecs.base import TOP, Run
+from liquid_llm.signal_store.codecs.base import TOP, Run, encode_as_on
 from liquid_llm.signal_store.codecs.tail import rows, scanning
 from liquid_llm.signal_store.codecs.tail.draws import candidates
 
@@ -34,10 +34,10 @@ def test_where_there_is_no_cuda_there_is_no_kernel() -> None:
 def test_torchs_pass_is_that_of_float64(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of a row, as an accelerator with little memory has them, and in one."""
     monkeypatch.setattr(scanning, "_BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(scanning, "cuts_for_cache", lambda device: False)
     logits = random_logits(5, 700)
     logits[2, :300] = -torch.inf
-    peaks, logs = scanning.by_torch(logits, candidates(700))
+    with encode_as_on("cuda"):
+        peaks, logs = scanning.by_torch(logits, candidates(700))
     assert torch.equal(peaks.amax(dim=1), logits.amax(dim=1))
     above = (logits - logits.amax(dim=1, keepdim=True)).double() / 4
     right = torch.stack([torch.logsumexp(power * above, dim=1) for power in POWERS], dim=1)

@@ -148,6 +148,20 @@ def cuts_for_cache(device: torch.device) -> bool:
     return (_CUT_FOR.get() or device.type) == "cpu"
 
 
+_CACHED_BYTES = 2**20  # for each thread
+
+
+def row_blocks(n: int, device: torch.device, row_bytes: int, elsewhere: int | None = None) -> list[slice]:
+    """Runs of rows that stay in a processor's cache; one run elsewhere, or runs of so many bytes. At least one, which
+    may be empty."""
+    step = max(n, 1)
+    if cuts_for_cache(device):
+        step = max(1, torch.get_num_threads() * _CACHED_BYTES // row_bytes)
+    elif elsewhere is not None:
+        step = max(1, elsewhere // row_bytes)
+    return [slice(begin, min(begin + step, n)) for begin in range(0, max(n, 1), step)]
+
+
 @lru_cache(maxsize=64)
 def lagrange_weights(points: tuple[float, ...], at: float) -> tuple[float, ...]:
     """Weights of the values at ``points`` in the value at ``at`` of the polynomial through them."""

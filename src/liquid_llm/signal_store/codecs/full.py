@@ -24,6 +24,7 @@ from liquid_llm.signal_store.codecs.base import (
     Run,
     check_temperature,
     require,
+    row_blocks,
     row_maximum,
 )
 
@@ -43,9 +44,13 @@ class FullCodec(Codec):
         self.options: Options = {}
 
     def encode_runs(self, logits: Tensor, runs: Sequence[Run], exhaustive: bool = False) -> Rows:
-        top = row_maximum(logits)
-        shifted = logits.sub_(top).clamp_(min=_LOWEST)
-        return {"logits": shifted.to(torch.float16), TOP: top.squeeze(1)}
+        n, vocab_size = logits.shape
+        kept, tops = logits.new_empty(n, vocab_size, dtype=torch.float16), logits.new_empty(n)
+        for rows in row_blocks(n, logits.device, 4 * vocab_size):
+            top = row_maximum(logits[rows])
+            kept[rows] = logits[rows].sub_(top).clamp_(min=_LOWEST)
+            tops[rows] = top.squeeze(1)
+        return {"logits": kept, TOP: tops}
 
     def decode(self, payload: Payload, start: int, stop: int, temperature: float, vocab_size: int) -> LogitsSignal:
         check_temperature(self, temperature)

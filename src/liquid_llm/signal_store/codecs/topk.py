@@ -45,9 +45,9 @@ from liquid_llm.signal_store.codecs.base import (
     Rows,
     Run,
     check_temperature,
-    cuts_for_cache,
     lagrange_weights,
     require,
+    row_blocks,
 )
 
 GRID: tuple[float, ...] = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of u = 1/T; T from 4 down to 2/3
@@ -55,7 +55,6 @@ TEMPERATURE_RANGE = (1 / GRID[-1], 1 / GRID[0])
 LOWEST = -19.0  # f below this is stored as this: a tail of 6e-9 times the edge's probability is no tail
 _POWERS = (1, 2, 4, 6)  # of x = exp((z - z_k) / 8); sums over the tail of products of two are exp(f) on the grid
 _PAIRS = ((0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 3), (3, 3))
-_CPU_BLOCK_BYTES = 3 * 2**20  # the powers of a block of rows stay in cache: 16 ms for 256 rows of 49,152, not 200
 _GPU_BLOCK_BYTES = 256 * 2**20
 _LEVELS = 65535
 # A token this far below the best has probability 1e-13 at T=4; the distance of a masked one would spoil the row's span.
@@ -176,12 +175,11 @@ def tail_log_partition(logits: Tensor, ids: Tensor, edge: Tensor) -> Tensor:
         [n, len(GRID)] float32; minus infinity where the tail is empty.
     """
     num, vocab_size = logits.shape
-    block = max(1, (_CPU_BLOCK_BYTES if cuts_for_cache(logits.device) else _GPU_BLOCK_BYTES) // (16 * vocab_size))
-    buffer = logits.new_empty(min(block, num), len(_POWERS), vocab_size)
+    blocks = row_blocks(num, logits.device, 16 * vocab_size, _GPU_BLOCK_BYTES)  # the powers of a block stay in cache
+    buffer = logits.new_empty(blocks[0].stop, len(_POWERS), vocab_size)
     products = logits.new_empty(num, len(_POWERS), len(_POWERS))
-    for begin in range(0, num, block):
-        rows = slice(begin, min(begin + block, num))
-        powers = buffer[: rows.stop - begin]
+    for rows in blocks:
+        powers = buffer[: rows.stop - rows.start]
         one, two, four, six = powers.unbind(1)
         torch.add(edge[rows] * -0.125, logits[rows], alpha=0.125, out=one)
         one.exp_().scatter_(1, ids[rows], 0.0)

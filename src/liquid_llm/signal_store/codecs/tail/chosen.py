@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liquid_llm.signal_store.codecs.base import cuts_for_cache
+from liquid_llm.losses.largest import stretches
+from liquid_llm.signal_store.codecs.base import row_blocks
 from liquid_llm.signal_store.codecs.tail.draws import (
     DRAW_STEP,
     DRAW_TURN,
@@ -27,7 +28,6 @@ MOST_EXACT = 64  # ids that a position may store exactly
 EXACT_PRICE = 1.8  # bits of an exact id over bits of a draw
 RUN = 64  # ids whose largest logit is known together
 _LEAST_BASE = -120.0  # of a masked token: far too small to be drawn, and finite
-_BLOCK_BYTES = 2**20  # for each thread
 
 Lines = list[tuple[float, Tensor]]
 
@@ -206,7 +206,7 @@ def _above(logits: Tensor, peaks: Tensor, bound: Tensor) -> tuple[Tensor, Tensor
     row, run = _divided(_negative(bound - peaks), num_runs)
     length = min(RUN, vocab_size)
     first = (run * RUN).clamp_(max=vocab_size - length)  # the last run may be shorter: it is read with some before it
-    values = logits.unfold(1, length, 1)[row, first]
+    values = stretches(logits, row, first, length)
     if vocab_size % RUN:
         before = torch.arange(length, device=logits.device) + first[:, None] < run[:, None] * RUN
         values.masked_fill_(before, -math.inf)
@@ -219,7 +219,7 @@ def _possible(
 ) -> tuple[Tensor, Tensor]:
     """Row and slot of the few entries of all windows that may be drawn."""
     found = []
-    for rows in blocks_of(proposed.shape[0], proposed.device, 16 * known.window):
+    for rows in row_blocks(proposed.shape[0], proposed.device, 16 * known.window):
         of_rows = [(slope, constant[rows]) for slope, constant in lines]
         short = shortfall(proposed[rows], shift[rows], of_rows, offsets[rows], known)
         found.append(_negative(short) + rows.start * known.window)
@@ -244,9 +244,3 @@ def _divided(places: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of flat places in rows of ``width``."""
     row = places // width
     return row, places - row * width
-
-
-def blocks_of(n: int, device: torch.device, row_bytes: int) -> list[slice]:
-    """Runs of rows that stay in a processor's cache; one run elsewhere. At least one, which may be empty."""
-    block = max(1, torch.get_num_threads() * _BLOCK_BYTES // row_bytes) if cuts_for_cache(device) else max(n, 1)
-    return [slice(begin, min(begin + block, n)) for begin in range(0, max(n, 1), block)]

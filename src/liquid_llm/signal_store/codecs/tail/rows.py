@@ -103,7 +103,7 @@ def _scan(logits: Tensor, offsets: Tensor, known: Candidates) -> tuple[Tensor, T
     n, vocab_size = logits.shape
     windows = device_tables(vocab_size, logits.device)[0].unfold(0, known.window, 1)
     proposed = logits.new_empty(n, known.window)
-    starts = offsets.tolist() if logits.device.type == "cpu" else []
+    starts = offsets.tolist() if cuts_for_cache(logits.device) else []
 
     def propose(rows: slice) -> None:
         for row in range(rows.start, min(rows.stop, len(starts))):  # without a copy of the ids: in half the time

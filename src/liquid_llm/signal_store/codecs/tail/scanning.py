@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from liquid_llm.runtime import Choice
-from liquid_llm.signal_store.codecs.base import cuts_for_cache
-from liquid_llm.signal_store.codecs.tail.chosen import MOST_EXACT, RUN, blocks_of
+from liquid_llm.signal_store.codecs.base import row_blocks
+from liquid_llm.signal_store.codecs.tail.chosen import MOST_EXACT, RUN
 from liquid_llm.signal_store.codecs.tail.draws import Candidates, device_steps
 
 log = logging.getLogger(__name__)
@@ -52,10 +52,7 @@ def by_torch(
     even = vocab_size // RUN * RUN
     peaks = logits.new_empty(n, -(-vocab_size // RUN))
     sums = logits.new_empty(n, 5)
-    blocks = blocks_of(n, logits.device, 4 * vocab_size)
-    if not cuts_for_cache(logits.device):
-        step = max(1, _BLOCK_BYTES // (4 * vocab_size))
-        blocks = [slice(begin, min(begin + step, n)) for begin in range(0, max(n, 1), step)]
+    blocks = row_blocks(n, logits.device, 4 * vocab_size, _BLOCK_BYTES)
     powers = logits.new_empty(2, blocks[0].stop - blocks[0].start, vocab_size)
     for rows in blocks:
         block, total = logits[rows], sums[rows]
