@@ -9,13 +9,18 @@ claim     a task finds its five units of a manifest that lists all files, or tha
 open      a store with a marker for each file, and after a record of each of 100 units has been read
 order     a micro-batch far into an epoch is found: shuffled as a whole, and a few files at a time. What a run knows of
           each sample anyway (its length and file) is there before
+train     what a run does with its texts from the start to its hundredth micro-batch, the first 20 and 80 of some place
+          far into an epoch: a cache of all files, shuffled as a whole, and a cache for each, a few at a time. Text is
+          tokenised before; the memory of maps, which a machine takes back when it needs it, is told apart
 The files of the corpus are empty and their records are simulated: names and markers are true, and 100 units of them.
+Caches of tokens are true: that of one file stands for all where each has its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -38,10 +43,16 @@ def megabytes(name: str = "VmHWM") -> float:
 
 
 def measure(work: Callable[[], object]) -> dict[str, object]:
-    """Seconds of the processor and megabytes that ``work`` takes in this process, and what it gives."""
+    """Seconds of the processor and megabytes that ``work`` takes in this process, of maps too, and what it gives."""
     before, started = megabytes("VmRSS"), time.process_time()
+    mapped = megabytes("RssFile")
     found = work()
-    return {"seconds": time.process_time() - started, "megabytes": max(0.0, megabytes() - before), "found": found}
+    return {
+        "mapped": megabytes("RssFile") - mapped,
+        "seconds": time.process_time() - started,
+        "megabytes": max(0.0, megabytes() - before),
+        "found": found,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
@@ -96,10 +107,122 @@ def find_in_order(count: int, way: str) -> dict[str, object]:
     return measure(work)
 
 
+def tokens_of(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of so many samples, and where each begins."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(np.log(TOKENS * 0.8), 0.6, count).astype(np.int64) + 2, 4096)
+    return lengths, np.cumsum(lengths) - lengths
+
+
+def write_cache(folder: Path, count: int) -> None:
+    """A cache of so many samples, whose tokens are a hole in a file."""
+    from liquid_llm.data.token_writer import META, DatasetMeta, write_hashes
+
+    folder.mkdir(parents=True)
+    lengths, starts = tokens_of(count)
+    digits = len(f"s{count}")
+    columns = {
+        "starts": starts,
+        "lengths": lengths,
+        "id_starts": np.arange(count) * digits,
+        "id_lengths": np.full(count, digits),
+        "fates": np.random.default_rng(1).integers(0, 2**64, count, np.uint64),
+    }
+    for name, values in columns.items():
+        values.tofile(folder / name)
+    with (folder / "ids").open("wb") as stream:
+        stream.writelines(f"s{number}".zfill(digits).encode() for number in range(count))
+    with (folder / "tokens").open("wb") as stream:
+        stream.truncate(2 * int(lengths.sum()))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    meta = DatasetMeta(1, "math_tool", "<u2", 0, 0, sizes)
+    (folder / META).write_text(json.dumps(meta.plain()))
+    if count <= SAMPLES:
+        write_hashes(folder, meta)
+
+
+def train_on(mixture: object, windows: dict[str, int]) -> float:
+    """Take a hundred micro-batches; the seconds of the processor that they took."""
+    from liquid_llm.data.loader import TrainingStream, WeightedDataset
+
+    sizes = {"block_size": 1024, "batch_size": 8, "seed": 1}
+    stream = TrainingStream([WeightedDataset(mixture, 1.0)], window_tokens=windows, **sizes)  # type: ignore[arg-type]
+    far = 3 * stream.orders[0].num_micro_batches // 4
+    started = time.process_time()
+    for number in (*range(20), *range(far, far + 80)):
+        stream.at(number)
+    return time.process_time() - started
+
+
+def train_on_one(folder: str, count: int) -> dict[str, object]:
+    from liquid_llm.data.token_writer import read_meta
+    from liquid_llm.data.tokens import TokenDataset, split
+    from liquid_llm.framing import Framing
+
+    def work() -> float:
+        place = Path(folder) / "one"
+        meta = read_meta(place)
+        assert meta is not None
+        train, _ = split(TokenDataset(place, meta, Framing(None, 0)), 0.05)
+        return train_on(train, {})
+
+    return measure(work)
+
+
+def train_on_many(folder: str, count: int) -> dict[str, object]:
+    from liquid_llm.data.two_levels import WINDOW_TOKENS
+
+    def work() -> float:
+        return train_on(read_many(Path(folder), count), {"math_tool": WINDOW_TOKENS})
+
+    return measure(work)
+
+
+def read_many(folder: Path, count: int) -> object:
+    from liquid_llm.data.many_files import Cut, ManyFiles
+
+    files = [str(folder / "data" / f"part-{number:06d}.jsonl") for number in range(count)]
+    cut = Cut(1024, 0.05, None, 16_384)
+    return ManyFiles.read(caches_of(folder), cut, files, [name_of(number) for number in range(count)])
+
+
+def caches_of(folder: Path) -> object:
+    from liquid_llm.data.many_files import FileCaches
+    from liquid_llm.framing import Framing
+
+    return FileCaches("math_tool", None, "hash", folder / "tokens", framing=Framing(None, 0), layout="samples")  # type: ignore[arg-type]
+
+
+def write_caches(folder: Path, count: int) -> None:
+    """The cache of one data file under the names of all."""
+    from liquid_llm import storage
+    from liquid_llm.data.many_files import Cut, Survey
+    from liquid_llm.data.tokens import cache_folders, open_cache
+    from liquid_llm.framing import Framing
+
+    framing, cut = Framing(None, 0), Cut(1024, 0.05, None, 16_384)
+    tokens = folder / "tokens"
+    write_cache(tokens / "real", SAMPLES)
+    dataset = open_cache(tokens / "real", framing)
+    assert dataset is not None
+    survey = tokens / "survey"
+    survey.write_text(json.dumps(Survey.of(dataset, cut).plain()))
+    for number in range(count):
+        info = storage.stat(str(folder / "data" / f"part-{number:06d}.jsonl"))
+        assert info is not None
+        key = [[info.uri, info.size, info.version]]
+        place, _ = cache_folders(key, "math_tool", "hash", tokens, framing=framing, layout="samples")
+        place.symlink_to(tokens / "real")
+        os.link(survey, place.with_name(f".{place.name}.{cut.name}.json"))
+        os.link(tokens / ".real.sha256", place.with_name(f".{place.name}.sha256"))
+
+
 PARTS: dict[str, Callable[..., dict[str, object]]] = {
     "claim": claim_units,
     "open": open_units,
     "order": find_in_order,
+    "one": train_on_one,
+    "many": train_on_many,
 }
 
 
@@ -151,6 +274,10 @@ def show(name: str, found: dict[str, object], more: str = "") -> None:
     print(f"  {name:<34} {found['seconds']:8.2f} s {found['megabytes']:9.1f} MB  {more}".rstrip(), flush=True)
 
 
+def said(found: dict[str, object]) -> str:
+    return f"{found['mapped']:.0f} MB of them mapped; {found['found']:.2f} s in 100 micro-batches"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="up to 500 data files, and a million samples in order")
@@ -170,11 +297,18 @@ def main() -> None:
             show("open", in_a_process("open", name, 0))
             found = in_a_process("open", name, READ)
             show(f"open, {READ} units read", found, f"{found['found']} open at the end")
+            write_caches(folder, count)
+            found = in_a_process("many", name, count)
+            show("train, a cache for each", found, said(found))
     for count in (100_000, 1_000_000) if asked.small else (100_000, 1_000_000, 10_000_000):
         print(f"order of {count:,} samples in {-(-count // SAMPLES)} files")
         for way in ("whole", "shards"):
             found = in_a_process("order", count, way)
             show(way, found, f"{found['found']:,} micro-batches")
+        with tempfile.TemporaryDirectory() as name:
+            write_cache(Path(name) / "one", count)
+            found = in_a_process("one", name, count)
+            show("train, one cache", found, said(found))
 
 
 if __name__ == "__main__":

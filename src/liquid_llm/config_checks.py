@@ -255,11 +255,6 @@ def _unit_problems(config: CaptureConfig) -> list[str]:
         problems.append("--prepare_data=force: several tasks cannot prepare anew at once: run liquid prepare first")
     if config.data.dataset_name:
         problems.append("--unit goes over the files of a manifest: name one with --dataset_manifest")
-    if config.given.get("held_out_tokens"):
-        problems.append(
-            "--held_out_tokens: which samples are held out first is known of the whole text alone, and a unit is a "
-            "part of it: leave it out, or capture without --unit"
-        )
     return problems
 
 

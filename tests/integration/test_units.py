@@ -19,8 +19,11 @@ from tests.support.tiny import QUICK, Tiny, build
 
 import liquid_llm
 from liquid_llm.cli.main import main
+from liquid_llm.data.tokens import is_held_out
 from liquid_llm.errors import DataError, UsageError
 from liquid_llm.metrics import read_metrics, without_timings
+from liquid_llm.signal_store.description import HELD_OUT
+from liquid_llm.signal_store.store import open_store
 
 pytestmark = pytest.mark.slow
 CAPTURE = "stage1_hybrid.precompute_hybrid_logits"
@@ -119,6 +122,25 @@ def test_inspect_and_doctor_know_a_store_of_units(folder, capsys) -> None:
     assert "4 complete of 5 planned" in said
 
 
+def test_units_have_the_samples_that_evaluation_takes_first(tiny, folder, capsys) -> None:
+    for type, ids in (("math", [f"m{n}-{k}" for n in range(FILES) for k in range(ROWS)]), ("code", [])):
+        held = open_store(str(folder / type / HELD_OUT))
+        names = {name for name, _ in held.layout.records()}
+        held.close()
+        wanted = {name for name in ids or [f"code-{n}" for n in range(40)] if is_held_out(name, 0.05)}
+        assert names == wanted
+        assert wanted
+        assert main(["doctor", str(folder / type)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "--json", str(folder / "math")]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["held_out"] == {"units": FILES, "codec": "tail"}
+    assert units(run(capsys, words(tiny, folder, unit="0/1", held_out_tokens=0))) == (6, 6, 6, 6)
+    summary = run(capsys, words(tiny, folder, unit="0/1", held_out_tokens=9))
+    assert (units(summary), summary["written"]) == ((6, 6, 0, 6), 0), "asked for otherwise, they alone are looked at"
+    assert units(run(capsys, words(tiny, folder, unit="0/1", held_out_tokens=9))) == (6, 6, 6, 6)
+
+
 def test_what_has_changed_or_was_lost_is_done_again_and_nothing_else(tiny, folder, capsys) -> None:
     data = tiny.root / "math" / "part-1.jsonl"
     before = data.read_text()
@@ -170,7 +192,7 @@ def test_half_a_unit_is_no_unit_and_is_gone_on_with(tiny, tmp_path, capsys, faul
 
 
 def test_two_tasks_may_do_the_same_unit_at_once(tiny, tmp_path, capsys) -> None:
-    argv = words(tiny, tmp_path, unit="1/2", logits_format="units")
+    argv = words(tiny, tmp_path, unit="1/2", logits_format="units", held_out_tokens=0)
     caches = [f"--data_cache={tmp_path}/tokens-{n}" for n in range(2)]  # two machines: no lock between them
     ranks = [launch(CAPTURE, [*argv, cache], tmp_path / f"said-{n}", 1)[0] for n, cache in enumerate(caches)]
     assert wait(ranks) == [0, 0]
@@ -187,13 +209,16 @@ def test_training_reads_units_by_the_file_of_each_sample_from_a_bucket(tiny, gcs
     stores = f"{gcs.uri}/signal"
     assert units(run(capsys, words(tiny, stores, unit="0/1"))) == (6, 6, 0, 6)
     asked = {"math_logits_dir": f"{stores}/math", "code_logits_dir": f"{stores}/code", "lm_teacher_id": None}
-    argv = ["train", *tiny.train_words(tmp_path / "run", **asked, max_steps=4, eval_every=0, save_every=2)]
+    argv = ["train", *tiny.train_words(tmp_path / "run", **asked, max_steps=4, eval_every=4, save_every=2)]
     assert main(argv) == 0
     folder = tmp_path / "run" / "run"
     whole = train_rows(folder)
     assert [row["kd_coverage"] for row in whole] == [1.0] * 4
     surveys = [path.name.partition("-")[0] for path in (tiny.root / "tokens").glob(".*.json")]
     assert sorted(surveys) == [".code", *[".math_tool"] * FILES], "each data file has a cache of tokens of its own"
+    (judged,) = [row for row in read_metrics(folder) if row["kind"] == "eval" and row["step"] == 4]
+    told = {type: judged["by_type"][type]["val_kd_codec"] for type in ("code", "math_tool")}
+    assert told == dict.fromkeys(told, "held_out:tail"), "the KL is of what units have of held-out samples"
     kept = json.loads((folder / "step-00000002.meta.json").read_text())
     assert (sorted(kept["run"]["window_tokens"]), kept["versions"]["order"]) == (["code", "math_tool"], 3)
     for path in folder.glob("*.pt*"):  # as it was after step 2
@@ -228,7 +253,6 @@ def test_units_run_one_by_one_from_a_program(tiny, tmp_path) -> None:
         ({"unit": "4/4"}, 2, "from 0 to N - 1"),
         ({"unit": "half"}, 2, "no share of the units"),
         ({"unit": "0/1", "logits_format": "pt"}, 2, "--unit goes with"),
-        ({"unit": "0/1", "held_out_tokens": 10}, 2, "known of the whole text alone"),
         ({"unit": "0/2", "prepare_data": "force"}, 2, "cannot prepare anew at once"),
         ({"logits_format": "shards"}, 3, "another layout"),
         ({"math_logits_dir": "{other}"}, 2, "not both"),

@@ -3,6 +3,9 @@
 held out   the samples that training holds out and evaluation takes first, which follows from their ids alone
 judging    of a store: the store in it (``held_out/``) that has them, in a codec of its own
 
+A unit (``units``) has those that evaluation would take first were there no other text: whatever the others hold, those
+that it takes of all text are among them.
+
 A codec of few draws or of the likeliest ids says of a KL from the teacher what that codec can see of it. Of these
 samples all stores say the same, so that the figures of two runs compare though their stores are in two codecs.
 """
@@ -22,6 +25,7 @@ from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import Codec, get_codec
 from liquid_llm.signal_store.description import HELD_OUT
 from liquid_llm.signal_store.store import StoreWriter
+from liquid_llm.signal_store.units import UnitsLayout
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +55,25 @@ def choose_held_out(
 
 
 def open_held_out(
-    folders: Mapping[str, str], framings: Mapping[str, Framing | None], teacher: ModelIdentity, vocab_size: int
+    folders: Mapping[str, str],
+    framings: Mapping[str, Framing | None],
+    teacher: ModelIdentity,
+    vocab_size: int,
+    unit: str | None = None,
 ) -> dict[str, StoreWriter]:
     """Type -> a writer of the store in its store.
 
     Args:
         folders, framings: type -> its store, and how its texts are framed there.
+        unit: whose records are written, where the stores are of units: then each of these is one too.
 
     Raises:
         SignalError, StorageError: as ``StoreWriter``.
     """
-    make = partial(StoreWriter, teacher=teacher, codec=held_out_codec(), vocab_size=vocab_size, layout="shards")
+    layout = "shards" if unit is None else UnitsLayout.name
+    make = partial(
+        StoreWriter, teacher=teacher, codec=held_out_codec(), vocab_size=vocab_size, layout=layout, unit=unit
+    )
     return {type: make(storage.join(folder, HELD_OUT), framing=framings[type]) for type, folder in folders.items()}
 
 

@@ -110,18 +110,18 @@ class WindowedPlan:
         self._edges = _longest_of_buckets(*lengths.histogram(), batch_size, block_size)
         self._rows = np.maximum(1, batch_size * block_size // self._edges)
         self._counts = np.zeros(len(parts), dtype=np.int64)
-        self._shapes: set[tuple[int, int]] = set()
+        self._shapes = np.zeros(0, dtype=np.int64)  # rows and tokens of each in one number
         for window in range(len(parts)):
-            values, counts = lengths.histogram(parts.shards(window))
-            bounds, of_batch = self._cuts(np.repeat(self._buckets(values), counts))
+            bounds, of_batch = self._cuts(*lengths.histogram(parts.shards(window)))
             self._counts[window] = len(of_batch)
-            self._shapes |= set(zip(np.diff(bounds).tolist(), self._edges[of_batch].tolist(), strict=True))
+            shapes = np.diff(bounds) << 32 | self._edges[of_batch]
+            self._shapes = np.union1d(self._shapes, shapes)
         self.num_micro_batches = int(self._counts.sum())
         self._shuffled = lru_cache(maxsize=4)(self._shuffle)
 
     def shapes(self) -> set[tuple[int, int]]:
         """Rows, and the most tokens a row, that every micro-batch can have."""
-        return set(self._shapes)
+        return {(shape >> 32, shape & 0xFFFFFFFF) for shape in self._shapes.tolist()}
 
     def samples(self, index: int) -> NDArray[np.int64]:
         """The samples of the ``index``-th micro-batch since the beginning, across epochs."""
@@ -134,18 +134,26 @@ class WindowedPlan:
     def _buckets(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._edges, lengths)
 
-    def _cuts(self, buckets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where micro-batches begin in samples of these buckets, sorted by them, [n + 1]; the bucket of each, [n]."""
-        held = np.bincount(buckets, minlength=len(self._edges))
+    def _cuts(
+        self, values: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where micro-batches begin in samples sorted by bucket, [n + 1]; the bucket of each, [n].
+
+        Args:
+            values, counts: what samples are long, and how many of them.
+        """
+        held = np.zeros(len(self._edges), dtype=np.int64)
+        np.add.at(held, self._buckets(values), counts)
         pieces = -(-held // self._rows)
         return _cut_evenly(held, pieces), np.repeat(np.arange(len(held)), pieces)
 
     def _shuffle(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """A window's samples by bucket and shuffled inside it, the order of its micro-batches, and their bounds."""
         items, key = self._parts.items(window), (*self._key, epoch, window)
-        buckets = self._buckets(self._lengths.of(self._parts.shards(window)))
+        shards = self._parts.shards(window)
+        buckets = self._buckets(self._lengths.of(shards))
         order = np.lexsort((keyed_bits(len(items), "samples", *key), buckets))
-        bounds, _ = self._cuts(buckets)
+        bounds, _ = self._cuts(*self._lengths.histogram(shards))
         return items[order], keyed_permutation(len(bounds) - 1, "micro-batches", *key), bounds
 
 
@@ -268,6 +276,7 @@ def _bounds(
 
 def _cut_evenly(samples: NDArray[np.int64], pieces: NDArray[np.int64]) -> NDArray[np.int64]:
     """[micro_batches + 1] where each begins, of buckets of so many samples cut into so many pieces."""
-    begin = np.concatenate(([0], np.cumsum(samples)))
-    parts = [begin[n] + np.arange(pieces[n]) * samples[n] // pieces[n] for n in range(len(samples)) if samples[n]]
-    return np.concatenate([*parts, begin[-1:]])
+    ends, last = np.cumsum(samples), np.cumsum(pieces)
+    within = np.arange(int(last[-1])) - np.repeat(last - pieces, pieces)
+    bounds = np.repeat(ends - samples, pieces) + within * np.repeat(samples, pieces) // np.repeat(pieces, pieces)
+    return np.append(bounds, ends[-1])

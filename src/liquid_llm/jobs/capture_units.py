@@ -10,12 +10,13 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 
 from liquid_llm import storage
+from liquid_llm.capture.held_out import SHARE, choose_held_out, open_held_out
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.capture.served import ServedTeacher
 from liquid_llm.capture.units import Unit, UnitsSummary, claim, fingerprint, list_units
@@ -34,12 +35,15 @@ from liquid_llm.jobs.capture import (
     open_teacher,
 )
 from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
+from liquid_llm.losses.signals import WHOLE
 from liquid_llm.models.loading import LoadedModel
 from liquid_llm.provenance import write_provenance
 from liquid_llm.runtime import Choice, StopSignal
 from liquid_llm.signal_store.codecs import Codec
+from liquid_llm.signal_store.description import HELD_OUT
 from liquid_llm.signal_store.store import StoreWriter
 from liquid_llm.signal_store.units import UnitsLayout, why_to_do, write_marker, write_plan
+from liquid_llm.sources import WINDOWS
 from liquid_llm.terminal import Stage
 from liquid_llm.wiring.inputs import read_manifest_inputs, token_cache
 from liquid_llm.wiring.repeat import begin_choice, options_to_repeat
@@ -129,7 +133,7 @@ class UnitCapture:
             raise DataError("no such file", where=unit.file, got=f"named in {unit.where}" if unit.where else None)
         folder = choose_folder(self._config, unit.type)
         known = fingerprint(source, self._decided(unit.type, folder))
-        if not self._config.store.overwrite and not why_to_do(folder, unit.name, known):
+        if not self._why(unit, folder, known):
             return CaptureSummary(), True
         cache = token_cache(self._config.data) / "units"
         with storage.translate_errors(cache, writing=True):
@@ -137,48 +141,83 @@ class UnitCapture:
         # Two tasks of one machine that are given the same unit: the second waits and finds it complete.
         lock = cache / f".{unit.name}.lock"
         with storage.locked(lock, on_wait=lambda who: log.info("%s: process %s is at it", unit.name, who)):
-            why = why_to_do(folder, unit.name, known)
-            if not why and not self._config.store.overwrite:
+            why = self._why(unit, folder, known)
+            if not why:
                 return CaptureSummary(), True
-            log.info("%s: captured, as %s", unit.name, why or "--overwrite says")
+            log.info("%s: captured, as %s", unit.name, why)
             try:
                 summary = self._capture(unit, folder, str(cache / unit.name))
                 if summary.is_whole:
+                    if self._held_tokens(unit.type):
+                        write_marker(storage.join(folder, HELD_OUT), unit.name, self._held_out(unit, known), source)
                     write_marker(folder, unit.name, known, source)
             finally:
                 shutil.rmtree(cache / unit.name, ignore_errors=True)
                 lock.unlink(missing_ok=True)  # whoever waits for it finds that out
         return summary, False
 
+    def _why(self, unit: Unit, folder: str, known: str) -> str:
+        """Why a unit has to be captured, in words; "" where it is complete, with its held-out records."""
+        if self._config.store.overwrite:
+            return "--overwrite says"
+        why = why_to_do(folder, unit.name, known)
+        if not why and self._held_tokens(unit.type):
+            of_held_out = why_to_do(storage.join(folder, HELD_OUT), unit.name, self._held_out(unit, known))
+            why = of_held_out and f"of its held-out samples {of_held_out}"
+        return why
+
+    def _held_out(self, unit: Unit, known: str) -> str:
+        """The fingerprint of a unit's held-out records."""
+        return f"{known}-{self._held_tokens(unit.type)}"
+
     def _capture(self, unit: Unit, folder: str, cache: str) -> CaptureSummary:
         config, asked = self._config, self._asked
         dataset = self._read(unit, cache)
+        framing, vocab_size = asked.stores[folder].framing, self.loaded.vocab_size
         writer = StoreWriter(
             folder,
             self.loaded.model.identity,
             self.codec(folder),
-            vocab_size=self.loaded.vocab_size,
+            vocab_size=vocab_size,
             layout=UnitsLayout.name,
-            framing=asked.stores[folder].framing,
+            framing=framing,
             positions=config.store.positions,
             unit=unit.name,
         )
+        score = partial(
+            capture,
+            teacher=self.loaded.model,
+            seq_len=config.data.seq_len,
+            batch_size=config.data.batch_size,
+            num_workers=max(1, config.data.num_workers),
+            overwrite=config.store.overwrite,
+            stopping=self._stopping,
+        )
         windows = int(dataset.lengths.clip(max=config.data.seq_len).sum())
         with Stage(f"capture {unit.name}", unit="tokens", total=windows) as stage:
-            summary = capture(
-                {unit.type: [dataset]},
-                {unit.type: writer},
-                self.loaded.model,
-                seq_len=config.data.seq_len,
-                batch_size=config.data.batch_size,
-                num_workers=max(1, config.data.num_workers),
-                overwrite=config.store.overwrite,
-                progress=stage.advance,
-                stopping=self._stopping,
-            )
+            summary = score({unit.type: [dataset]}, {unit.type: writer}, progress=stage.advance)
         if summary.too_large:
             summary.consumers = self.loaded.largest
+        held = (
+            choose_held_out({unit.type: [dataset]}, SHARE, tokens) if (tokens := self._held_tokens(unit.type)) else {}
+        )
+        if not held or summary.interrupted:
+            return summary
+        judging = open_held_out(
+            {unit.type: folder}, {unit.type: framing}, self.loaded.model.identity, vocab_size, unit.name
+        )
+        also = score(held, judging)
+        summary.interrupted, summary.failures = also.interrupted, [*summary.failures, *also.failures]
         return summary
+
+    def _held_tokens(self, type: str) -> int:
+        """Tokens of a unit whose signal is stored for evaluation too.
+
+        Of windows the documents are held out, and a window does not say which it is of.
+        """
+        whole = self.codec(choose_folder(self._config, type)).form == WHOLE
+        windows = find_layout(self._config, type) == WINDOWS
+        return 0 if whole or windows else self._config.store.held_out_tokens
 
     def _read(self, unit: Unit, cache: str) -> TokenDataset:
         """The samples of a unit's file, as the type's layout has them."""

@@ -159,7 +159,7 @@ def describe_store(uri: str) -> dict[str, Any]:
     also = describe_store(held_out) if present_layout(held_out) is not None else {}
     try:
         return {"kind": "store", **{name: value for name, value in store.describe().items() if name != "uri"}} | (
-            {"held_out": {name: also[name] for name in ("records", "codec")}} if also else {}
+            {"held_out": {name: also[name] for name in ("records", "units", "codec") if name in also}} if also else {}
         )
     finally:
         store.close()

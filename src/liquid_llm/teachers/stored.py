@@ -86,14 +86,14 @@ class StoredTeacher(Teacher):
         as listed, and none but some spread over them are looked for.
         """
         sharded = [one for one in datasets if isinstance(one, ShardedSource) and one.counts is not None]
-        if self.store.complete_units is not None and len(sharded) == len(datasets):
+        if self.store.complete_units is not None and not self._judges and len(sharded) == len(datasets):
             places, num_samples, num_listed = _spread_over_units(sharded, self.store.complete_units)
             if not every:
                 return self._look_at([places], window, num_samples, num_listed)
             all_places = ((one, index) for one in datasets for index in range(len(one)))
             return self._look_at(_portions(all_places), window, num_samples, num_listed, every=True)
         names = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
-        listed = [(dataset, index) for dataset, index in names if self.store.has(dataset.sample_id(index))]
+        listed = [place for place in names if self._has(*place)]
         portions = [names]
         if not every:
             spread = set(np.linspace(0, len(listed) - 1, min(_SPREAD, len(listed))).astype(int).tolist())
@@ -101,6 +101,12 @@ class StoredTeacher(Teacher):
             portions = [[listed[place] for place in sorted(spread)]]
             portions += [rest[start : start + _SPREAD] for start in range(0, len(rest), _SPREAD)]
         return self._look_at(portions, window, len(names), len(listed))
+
+    def _has(self, dataset: Samples, index: int) -> bool:
+        if self.store.complete_units is None:
+            return self.store.has(dataset.sample_id(index))
+        sample = dataset.sample(index)  # which says what unit to look in
+        return self.store.has(sample.sample_id, sample.shard)
 
     def _look_at(
         self,
