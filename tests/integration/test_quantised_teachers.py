@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.support.annealing import anneal
+from tests.support.annealing import anneal, anneal_words, as_of, rows
+from tests.support.processes import run
 from tests.support.tiny import Tiny
 
 from liquid_llm.cli.main import main
@@ -17,6 +18,7 @@ from liquid_llm.signal_store.description import read_store_file
 pytestmark = pytest.mark.slow
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="comes with the extra quantize")
 INT8 = {"teacher_quantize": "int8"}
+SHORT = {"train_steps": 2, "save_every": 1, "eval_every": 2, "grad_accum": 2, **INT8}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def captured(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def taught(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps whose online teacher is in 8 bits."""
     folder = tmp_path_factory.mktemp("taught") / "run"
-    assert anneal(tiny, folder, train_steps=2, save_every=1, eval_every=2, **INT8) == 0
+    assert anneal(tiny, folder, **SHORT) == 0
     return folder
 
 
@@ -66,6 +68,19 @@ def test_a_run_says_it_and_goes_on_with_no_other(tiny, taught, capsys):
     assert "teacher_quantize: int8" in (taught / "provenance" / "options.yaml").read_text()
     assert anneal(tiny, taught, train_steps=3) == 2
     assert "--teacher_quantize is none and was int8" in capsys.readouterr().err
+
+
+@needs_torchao
+def test_one_that_is_dealt_out_among_processes_says_what_a_whole_one_says(tiny, taught, tmp_path):
+    """The run goes on from where one process had come: whole numbers and their scales are dealt out and gathered."""
+    parts = as_of(taught, 1, tmp_path / "parts")
+    run("trainer.entrypoint", anneal_words(tiny, parts, teacher_shard="full", **SHORT), tmp_path / "said")
+    assert "the online teacher is dealt out among 2" in (tmp_path / "said" / "rank-0.log").read_text()
+    for kind, names in (("train", ("loss", "kd", "grad_norm")), ("eval", ("val_loss_teacher", "val_kd"))):
+        found, expected = rows(parts, kind)[-1], rows(taught, kind)[-1]
+        assert found["step"] == expected["step"] == 2
+        for name in names:
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 @needs_torchao
