@@ -117,6 +117,14 @@ def _sharding_problems(config: RunConfig) -> list[str]:
     problems = []
     if config.teacher.is_dealt_out and not config.asked_online:
         problems.append("--teacher_shard=full: no online teacher is asked in this run; leave it out, or name one")
+    if config.teacher.is_dealt_out and config.teacher.stream:
+        problems.append(
+            "--teacher_stream: with --teacher_shard=full the teacher is asked by all ranks in one order; leave one out"
+        )
+    if config.student.is_dealt_out and config.student.compile is True:
+        problems.append(
+            "--compile=true: with --shard=full the student's blocks are gathered between them; leave one out"
+        )
     return problems + _quantise_problems(config.teacher)
 
 

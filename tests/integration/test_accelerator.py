@@ -256,7 +256,9 @@ def test_a_stream_that_could_do_nothing_is_refused(tiny, tmp_path, capsys, devic
     kind = {} if given else KINDS["online"]
     options = {**(no_teacher(tiny) if given else {}), **kind, "teacher_stream": "true", "max_steps": 1}
     assert main(["train", *tiny.train_words(tmp_path, **{**SHORT, **options}), f"--device={device}"]) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said
+    assert ("train samples" in said) == (device != "cpu"), "what the device cannot do is known before texts are read"
 
 
 def test_a_dry_run_says_what_it_says_on_the_cpu(tiny, tmp_path, capsys):

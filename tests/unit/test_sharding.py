@@ -57,3 +57,18 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         require_processes(build_run_config("train", {**data, "shard": "none", "teacher_shard": "full"}), 1)
     with pytest.raises(UsageError, match="--teacher_shard=full: no online teacher is asked"):
         build_run_config("train", {"dataset_manifest": "m.jsonl", "teacher_shard": "full"})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"teacher_shard": "full", "teacher_stream": True}, "--teacher_stream: with --teacher_shard=full"),
+        ({"shard": "full", "compile": True}, "--compile=true: with --shard=full"),
+    ],
+)
+def test_what_does_not_go_with_dealing_out_is_refused_before_anything_is_read(given, words) -> None:
+    asked = {"dataset_manifest": "m.jsonl", "lm_teacher_id": "t", **given}
+    with pytest.raises(UsageError, match=words):
+        build_run_config("train", asked)
+    for left_out in given:
+        build_run_config("train", {name: value for name, value in asked.items() if name != left_out})

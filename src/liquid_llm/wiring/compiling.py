@@ -20,10 +20,11 @@ from liquid_llm.errors import ModelError, UsageError, first_line
 from liquid_llm.models.compiled import INDUCTOR, CompiledBlocks
 from liquid_llm.models.heads import blocks_of
 from liquid_llm.runtime import Choice
-from liquid_llm.streams import SideStream, has_streams
+from liquid_llm.streams import SideStream
 from liquid_llm.training import Student
 from liquid_llm.wiring.parts import Parts
 from liquid_llm.wiring.start import Start
+from liquid_llm.wiring.teachers import no_stream
 
 log = logging.getLogger(__name__)
 
@@ -116,20 +117,10 @@ def give_stream(parts: Parts) -> Parts:
     Raises:
         UsageError: there is nothing that it could do.
     """
-    teacher = parts.config.teacher
-    if not teacher.stream:
+    if not parts.config.teacher.stream:
         return parts
-    obstacle = None
-    if not has_streams(parts.device):
-        obstacle = f"{parts.device.type} does one thing after another"
-    elif not len(parts.teachers.router):
-        obstacle = "no teacher is asked while training"
-    elif teacher.is_dealt_out:
-        obstacle = "--teacher_shard=full: a teacher that is dealt out is asked by all ranks in one order"
-    if obstacle is not None:
-        raise UsageError(
-            "the teacher cannot have a stream of its own", where="--teacher_stream", got=obstacle, remedy="leave it out"
-        )
+    if not len(parts.teachers.router):
+        raise no_stream("no teacher is asked while training")
     log.info("the teacher's signal is formed on a stream of its own, beside the student's forward pass: requested")
     choices = {**parts.choices, "teacher_stream": Choice("true", "requested")}
     return replace(parts, teacher_stream=SideStream(parts.device), choices=choices)

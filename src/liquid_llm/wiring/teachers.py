@@ -26,6 +26,7 @@ from liquid_llm.models.sources import PACKAGE_PREFIX, resolve, spell_package
 from liquid_llm.registry import TEACHERS, load
 from liquid_llm.runtime import Choice, choose_attention, choose_device
 from liquid_llm.sources import NONE, SPELLINGS, WINDOWS
+from liquid_llm.streams import has_streams
 from liquid_llm.teachers import online
 from liquid_llm.teachers.remote import RemoteTeacher
 from liquid_llm.teachers.router import TeacherRouter
@@ -121,20 +122,23 @@ def choose_attention_of(teacher: TeacherConfig, device: torch.device, dtype: str
 
 
 def check_teachers(config: RunConfig, token: str | None) -> None:
-    """Refuse an online teacher that is not there or cannot see so long a context, from its configuration alone; and
-    ranks for one where none is asked.
+    """Refuse an online teacher that is not there or cannot see so long a context, from its configuration alone; ranks
+    for one where none is asked, and a stream for one where the device has none.
 
     Raises:
         LiquidError: as ``make_teachers``, which comes after the data and loads the weights.
     """
     if config.teacher.ranks and not config.asked_online:
         raise _nothing_to_hold(config)
+    device = torch.device(choose_device(config.device).value)
+    if config.teacher.stream and not has_streams(device):
+        raise no_stream(f"{device.type} does one thing after another")
     for model_id in config.asked_online:
         source = resolve(model_id, token=token)
         if source.gguf_file is not None:
             continue  # a packed file's configuration takes seconds to read
         found = open_config(source, model_id, token)
-        check_own(found, model_id, choose_device(config.device).value, config.teacher.quantisation)
+        check_own(found, model_id, device, config.teacher.quantisation)
         limit = configured_positions(found)
         longest = config.longest_context
         block = config.data.block_size
@@ -160,6 +164,13 @@ def _nothing_to_hold(config: RunConfig) -> UsageError:
         where=f"--teacher_ranks={config.teacher.ranks}",
         expected="an online teacher of a type that the texts have",
         remedy="leave --teacher_ranks out, or name a teacher (--lm_teacher_id, --teacher_name, --signal TYPE=online:X)",
+    )
+
+
+def no_stream(obstacle: str) -> UsageError:
+    """What is told who asks for a stream that there cannot be, or that nothing would stand in."""
+    return UsageError(
+        "the teacher cannot have a stream of its own", where="--teacher_stream", got=obstacle, remedy="leave it out"
     )
 
 

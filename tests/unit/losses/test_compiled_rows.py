@@ -6,6 +6,8 @@ is not, that is where nothing is ever compiled; and with Triton's interpreter, w
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ from tests.support.distillation import answer, assert_same, fused_loss, make_pro
 
 from liquid_llm.losses import LossPlan
 from liquid_llm.losses.rows import compiled
-from liquid_llm.losses.rows.choice import COMPILED
+from liquid_llm.losses.rows.choice import COMPILED, EAGER
 from liquid_llm.losses.rows.giving_up import given_up
 
 # Warnings are what torch says to itself while it compiles.
@@ -42,3 +44,29 @@ def test_a_compiled_divergence_is_the_eager_one(divergence: str) -> None:
         assert_same(got, expected, rtol=1e-5, atol=1e-5)
     assert not given_up
     assert compiled._compile.cache_info().hits == 2, "or the eager form is compared with itself"
+
+
+def test_a_run_may_ask_for_more_kinds_than_torch_compiles_of_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A last chunk of one row, evaluation, T that ends at 1, teachers of two vocabularies: eight are torch's limit."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    compiled._compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plan, before = LossPlan(5, 5, "mixed", looks=False, rows=COMPILED), counters["stats"]["unique_graphs"]
+    for vocab_size, temperature, wants_gradient in itertools.product((21, 17), (2.0, 1.0), (True, False)):
+        problem = make_problem(6, vocab_size=21, ignored=0, dtype=torch.float32)
+        arguments: dict[str, Any] = {"alpha": 0.3, "temperature": temperature, "divergence": "reverse_kl"}
+        arguments |= {"signal": make_signal("dense", 6, vocab_size, temperature, dtype=torch.float32)}
+        with torch.set_grad_enabled(wants_gradient):
+            got, expected = (
+                fused_loss(problem.hidden, problem.head, problem.labels, plan=one, all_labelled=True, **arguments)
+                for one in (plan, replace(plan, rows=EAGER))
+            )
+        assert got.kd.item() == pytest.approx(expected.kd.item(), rel=1e-5)
+    assert not given_up
+    assert counters["stats"]["unique_graphs"] - before > 8
+    torch._dynamo.reset()
+    compiled._compile.cache_clear()
