@@ -35,7 +35,8 @@ class CompiledRows(RowLoss):
 
         def work() -> Tensor:
             with dynamo_config.patch(recompile_limit=_MOST_KINDS):
-                return compiled(student, teacher, gradient)
+                found: Tensor = compiled(student, teacher, gradient)
+                return found
 
         return or_else(COMPILED, work, functools.partial(super()._diverge, student, teacher, gradient))
 
