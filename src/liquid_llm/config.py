@@ -282,6 +282,7 @@ class StoreConfig:
     distilled_share: float
     held_out_tokens: int
     unit: str | None
+    keep_tokens: bool
 
     @property
     def layout(self) -> str | None:

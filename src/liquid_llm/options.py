@@ -211,6 +211,7 @@ OPTIONS = (
     # the store written by capture
     Option("logits_format", "str", STORE, "format", None, "one .pt a sample, or shards of thousands (default: as the folder has it; a new one: shards, by the reference command pt); units: shards by data file, see --unit", faces=(CAPTURE,), choices=("pt", "shards", "units")),
     Option("unit", "str", STORE, "unit", None, "I/N: capture share I of N (from 0) of the units: each data file of the manifest is one, with a completion marker of its own, so that any scheduler's tasks fill a store together (docs/capture.md)", faces=(CAPTURE,)),
+    Option("keep_tokens", "bool", STORE, "keep_tokens", False, "leave the tokens of each unit that is captured in --data_cache, where a run with --order=shards finds them (what is not captured in units always leaves its tokens there)", faces=(CAPTURE,)),
     Option("codec", "str", STORE, "codec", "tail", "how a position is encoded", faces=(CAPTURE,), choices=tuple(CODECS)),
     Option("codec_options", "str", STORE, "codec_options", None, "settings of the codec: name=number,... (tail: draws_t1, draws_t2, draws_t4, by default for about 100 bytes a position, 40 in stores of 10 billion positions; sampled: draws, temperature; topk: k)", faces=(CAPTURE,)),
     Option("topk", "int", STORE, "topk", None, "ids kept a position by codec topk (default: 64)", faces=(CAPTURE,), minimum=1),

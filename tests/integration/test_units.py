@@ -207,18 +207,28 @@ def train_rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_training_reads_units_by_the_file_of_each_sample_from_a_bucket(tiny, gcs: Bucket, tmp_path, capsys) -> None:
     stores = f"{gcs.uri}/signal"
-    assert units(run(capsys, words(tiny, stores, unit="0/1"))) == (6, 6, 0, 6)
+    cache = tmp_path / "tokens"
+    assert units(run(capsys, words(tiny, stores, unit="0/1", keep_tokens=True, data_cache=cache))) == (6, 6, 0, 6)
+    left = sorted(path.name for path in cache.iterdir() if path.is_dir())
+    assert [name.partition("-")[0] for name in left] == ["code", *["math_tool"] * FILES, "units"]
     asked = {"math_logits_dir": f"{stores}/math", "code_logits_dir": f"{stores}/code", "lm_teacher_id": None}
+    asked["data_cache"] = cache
     argv = ["train", *tiny.train_words(tmp_path / "run", **asked, max_steps=4, eval_every=4, save_every=2)]
     assert main(argv) == 0
     folder = tmp_path / "run" / "run"
     whole = train_rows(folder)
     assert [row["kd_coverage"] for row in whole] == [1.0] * 4
-    surveys = [path.name.partition("-")[0] for path in (tiny.root / "tokens").glob(".*.json")]
+    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == left, "it has found what the units left"
+    surveys = [path.name.partition("-")[0] for path in cache.glob(".*.json")]
     assert sorted(surveys) == [".code", *[".math_tool"] * FILES], "each data file has a cache of tokens of its own"
     (judged,) = [row for row in read_metrics(folder) if row["kind"] == "eval" and row["step"] == 4]
     told = {type: judged["by_type"][type]["val_kd_codec"] for type in ("code", "math_tool")}
     assert told == dict.fromkeys(told, "held_out:tail"), "the KL is of what units have of held-out samples"
+    assert main(["evaluate", str(folder)]) == 0
+    measures = json.loads((folder / "evaluation.json").read_text())["measures"]["by_type"]
+    for type in told:
+        assert measures[type]["ce"]["value"] == pytest.approx(judged["by_type"][type]["val_loss"], rel=1e-5)
+    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == left, "nor does it want one of all files"
     kept = json.loads((folder / "step-00000002.meta.json").read_text())
     assert (sorted(kept["run"]["window_tokens"]), kept["versions"]["order"]) == (["code", "math_tool"], 3)
     for path in folder.glob("*.pt*"):  # as it was after step 2

@@ -13,6 +13,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +72,8 @@ class WeightedDraws:
         if not weights or not all(0 < weight < float("inf") for weight in weights):
             raise ValueError(f"weights must be positive and finite, got {list(weights)}")
         shares = [Fraction(weight) for weight in weights]
-        total = sum(shares)
-        self._bounds = [int(sum(shares[:n], Fraction(0)) / total * _TWO64) for n in range(len(shares) + 1)]
+        sums = list(accumulate(shares, initial=Fraction(0)))
+        self._bounds = [int(one / sums[-1] * _TWO64) for one in sums]
         self._start = int(keyed_bits(1, "source draws", seed)[0])
 
     def source(self, draw: int) -> int:

@@ -1,7 +1,8 @@
 """A capture job that goes unit by unit: any number of tasks, each with its share, under any scheduler.
 
-A unit's file is tokenised when its turn comes and its tokens are thrown away when it is complete, so that neither
-memory nor disk grows with the corpus. The teacher is loaded when the first unit is met that is not complete.
+A unit's file is tokenised when its turn comes and its tokens are thrown away when it is complete, unless they are to be
+kept for a run, so that neither memory nor disk grows with the corpus. The teacher is loaded when the first unit is met
+that is not complete.
 """
 
 from __future__ import annotations
@@ -222,7 +223,8 @@ class UnitCapture:
     def _read(self, unit: Unit, cache: str) -> TokenDataset:
         """The samples of a unit's file, as the type's layout has them."""
         entry = ManifestEntry(unit.file, unit.type, 1.0, unit.where)
-        data = replace(self._config.data, cache_dir=cache, val_fraction=0.0)
+        kept = self._config.data.cache_dir if self._config.store.keep_tokens else cache
+        data = replace(self._config.data, cache_dir=kept, val_fraction=0.0)
         with Stage(f"tokenise {unit.name}", unit="tokens", total=None) as stage:
             inputs = read_manifest_inputs(
                 data,

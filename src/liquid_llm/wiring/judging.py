@@ -17,10 +17,11 @@ from liquid_llm.errors import DataError, UsageError
 from liquid_llm.models.loading import load_tokenizer
 from liquid_llm.models.positions import max_positions
 from liquid_llm.models.tokenizers import require_same_tokenizer
-from liquid_llm.sources import NONE, is_type, read_spec
+from liquid_llm.sources import NONE, is_type, order_types, read_spec
 from liquid_llm.wiring.framing import Speaker, choose_framings
 from liquid_llm.wiring.inputs import Inputs, validation_sets
 from liquid_llm.wiring.opening import OpenedStudent, run_options
+from liquid_llm.wiring.order import needs_files
 from liquid_llm.wiring.parts import read_inputs, require_same_texts
 from liquid_llm.wiring.teachers import RunTeachers, check_teachers, make_teachers
 from liquid_llm.wiring.tokenizers import TextTools
@@ -222,7 +223,9 @@ def hold_out(
     Raises:
         DataError: no text is held out.
     """
-    inputs = read_inputs(config, text, token, entries, training=False)
+    types = order_types(entry.type for entry in entries)
+    apart = [type for type in types if needs_files(config, type)]
+    inputs = read_inputs(config, text, token, entries, training=False, windows=apart)
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
     sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)
     if not sets[config.data.block_size]:

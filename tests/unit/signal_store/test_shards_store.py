@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.signal_store.description import STORE_FILE
 from liquid_llm.signal_store.shards import writer as shards_writer
 from liquid_llm.signal_store.shards.folder import INDEX_FILE, ShardsLayout
-from liquid_llm.signal_store.shards.remote import ShardCache, cost_seconds
+from liquid_llm.signal_store.shards.remote import RemoteShard, ShardCache, cost_seconds
 from liquid_llm.signal_store.store import open_store
 from liquid_llm.storage import FileInfo
 
@@ -344,6 +346,28 @@ def test_ranges_first_then_the_whole_shard(gcs: Bucket, tmp_path: Path, monkeypa
         assert set(statuses(third)) == {"usable"}
         for one in (store, again, third):
             one.close()
+
+
+def test_processes_of_a_host_fetch_a_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shard").write_bytes(b"signal" * 1000)
+    (info,) = storage.list_files(str(tmp_path))
+    real, fetched = storage.download, []
+
+    def download(uri: str, path: Path) -> None:
+        fetched.append(uri)
+        time.sleep(0.05)  # both are there by now
+        real(uri, path)
+
+    monkeypatch.setattr(storage, "download", download)
+    ranks = [ShardCache(tmp_path / "cache") for _ in range(3)]  # a lock each, as in processes of their own
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda cache: cache.fetch(info)(0, 6), ranks))
+    assert (found, len(fetched)) == ([b"signal"] * 3, 1)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".shard"]
+    late = RemoteShard(info, ShardCache(tmp_path / "cache"))
+    late._local = None  # it was opened before another process had fetched it
+    monkeypatch.setattr(storage, "read_bytes", lambda *_: pytest.fail("a range is asked for"))
+    assert late(0, 6) == b"signal"
 
 
 def test_the_price_of_ranges_never_exceeds_that_of_the_whole_by_much() -> None:

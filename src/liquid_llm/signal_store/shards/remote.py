@@ -5,7 +5,8 @@ how many records of it will be wanted. So ranges are asked for until they have c
 fetched: never more than twice the cheaper of the two, whatever comes (the ski rental problem). At 43 ms a request and
 205 MB/s a shard of 64 MB is fetched after about eight of its records.
 
-Whole shards lie in a local folder of bounded size; the ones not used for longest make room.
+Whole shards lie in a local folder of bounded size, which the processes of a host share: what one has fetched the others
+use, in memory too, as all map the same file. The ones not used for longest make room.
 """
 
 from __future__ import annotations
@@ -85,15 +86,27 @@ class ShardCache:
             return None
 
     def fetch(self, info: FileInfo) -> MappedFile:
-        """Download the shard, making room for it; one at a time, since they share a line. Raises StorageError."""
+        """Download the shard, making room for it; one at a time, since they share a line. Raises StorageError.
+
+        Of several processes that want a shard one downloads it, and the others wait: ranks of a host draw from the same
+        ones.
+        """
         with self._lock:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="liquid-shards-"))
                 self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             path = self._path(self._folder, info)
-            self._make_room(self._folder, info.size)
-            storage.download(info.uri, path)
-            return MappedFile(path)
+            lock = path.with_suffix(".lock")
+            with translate_errors(lock, writing=True):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                with storage.locked(lock):
+                    found = self.find(info)
+                    if found is None:
+                        self._make_room(self._folder, info.size)
+                        storage.download(info.uri, path)
+                        found = MappedFile(path)
+                    lock.unlink(missing_ok=True)  # whoever waits for it finds that out
+            return found
 
     def forget(self, info: FileInfo) -> None:
         """Drop the shard: what is here is damaged."""
@@ -168,6 +181,7 @@ class RemoteShard:
             self._spent_seconds += cost_seconds(end - begin)
             dear = self._spent_seconds < cost_seconds(size) or size > self._cache.max_bytes
             if dear or self._fetching:  # while one thread fetches it the others go on with ranges
+                self._local = self._local or self._cache.find(self.info)  # another process has it
                 return self._local
             self._fetching = True
         try:
