@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ class Teacher:
 
 
 def main(argv: list[str] | None = None, worker: type = Teacher) -> int:
+    try:
+        return capture(argv, worker)
+    except liquid_llm.errors.LiquidError as error:  # an option or a place that cannot work, said before Ray begins
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def capture(argv: list[str] | None, worker: type) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the options of liquid capture")
     parser.add_argument("--workers", type=int, default=1)
@@ -44,10 +53,11 @@ def main(argv: list[str] | None = None, worker: type = Teacher) -> int:
     parser.add_argument("--cpus", type=float, default=1.0, help="of each worker")
     asked = parser.parse_args(argv)
 
+    units = list(liquid_llm.open_capture(asked.config).units())
+
     import ray.data
 
     # One block a unit: a worker is given another when it has done with one, and a retry repeats no other.
-    units = list(liquid_llm.open_capture(asked.config).units())
     done = ray.data.from_items(units, override_num_blocks=len(units)).map(
         worker,
         fn_constructor_args=[str(asked.config.resolve())],

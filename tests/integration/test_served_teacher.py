@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.support.tiny import Tiny
@@ -19,6 +20,7 @@ from liquid_llm import storage
 from liquid_llm.cli.main import main
 from liquid_llm.errors import StorageError
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.signal_store.records import token_hashes
 from liquid_llm.signal_store.store import open_store
 
 KEY = "a-secret-of-the-server"
@@ -111,7 +113,8 @@ def test_such_a_store_is_trained_on_where_it_tells_enough_and_refused_elsewhere(
     options = {"math_logits_dir": tmp_path / "store", "mc_teacher_id": few.teacher, "max_steps": 2, "save_every": 2}
     train = {**options, "lm_teacher_id": None, "val_fraction": 0, "warmup_steps": 1}
     assert few.train_plainly(tmp_path / "a", **train, kd_temperature=2) == 3
-    assert "got 2; expected 1 to 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "got 2; expected 1. Give such a --kd_temperature, or --divergence=decoupled_topk:k=K" in said
     assert few.train_plainly(tmp_path / "b", **train, divergence="reverse_kl") == 2
     assert few.train_plainly(tmp_path / "c", **train, kd_temperature=2, divergence="decoupled_topk:k=8") == 0
     rows = [json.loads(line) for line in (tmp_path / "c" / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -303,6 +306,41 @@ def files(few: Tiny) -> Iterator[Tiny]:
     few.draw_from({"path": "part-*.jsonl", "type": "math_tool", "weight": 1.0})
     yield few
     few.manifest.write_text(before)
+
+
+def test_rows_that_only_pad_the_embedding_are_part_of_the_rest(few: Tiny, model, tmp_path: Path, capsys) -> None:
+    """Many a model's embedding has more rows than its tokenizer has ids, and servers tell of all of them."""
+    padded = AutoModelForCausalLM.from_pretrained(few.teacher, dtype=torch.float32).eval()
+    padded.resize_token_embeddings(512 + 4)
+    (tmp_path / "padded").mkdir()
+    padded.save_pretrained(tmp_path / "padded")
+    model[1].save_pretrained(tmp_path / "padded")
+    with serving(VllmServer(padded, model[1], name="padded", root=str(tmp_path / "padded"), max_logprobs=19)) as server:
+        words = {"teacher_url": server.url, "mc_teacher_id": tmp_path / "padded", "served_requests": 2}
+        assert capture(few, tmp_path / "store", **words) == 2
+        assert "--max-logprobs 20, or give --topk=16" in capsys.readouterr().err
+        assert capture(few, tmp_path / "store", **words, topk=15) == 0
+        store = open_store(str(tmp_path / "store"))
+        for body in server.completions()[2:4]:
+            logs, _ = server.run(body)
+            (record,) = [
+                one for _, one in store.layout.records() if one.header.token_hashes == token_hashes(np.array(body))
+            ]
+            stored = store.codec.decode(record.payload, 0, record.header.num_rows, 1.0, 512)
+            best = logs[:-1][torch.from_numpy(record.header.positions())][:, :512].topk(15).values.exp()
+            torch.testing.assert_close(stored.weights, best, rtol=2e-3, atol=1e-6)
+            torch.testing.assert_close(stored.tail_mass, 1 - best.sum(dim=1), rtol=2e-3, atol=5e-6)
+
+
+def test_another_model_with_the_same_tokenizer_is_another_teacher(
+    few: Tiny, server: VllmServer, tmp_path: Path, capsys
+) -> None:
+    server.root = "/a/model/that/was/tuned"
+    assert capture(few, tmp_path / "store", teacher_url=server.url, served_model="served") == 0
+    assert open_store(str(tmp_path / "store")).identity.teacher_revision == "served:vllm-0.33.0:model-served"
+    server.name = "tuned"
+    assert capture(few, tmp_path / "store", teacher_url=server.url, served_model="tuned") == 3
+    assert "the teacher revision differs" in capsys.readouterr().err
 
 
 def test_units_of_a_served_teacher(files: Tiny, server: VllmServer, tmp_path: Path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 from pathlib import Path
@@ -15,12 +16,14 @@ from tests.support import texts
 from tests.support.dying import at_batch
 from tests.support.gcs import Bucket
 from tests.support.processes import launch, wait
+from tests.support.readme import REPOSITORY
 from tests.support.tiny import QUICK, Tiny, build
 
 import liquid_llm
 from liquid_llm.cli.main import main
 from liquid_llm.data.tokens import is_held_out
 from liquid_llm.errors import DataError, UsageError
+from liquid_llm.jobs import capture_units
 from liquid_llm.metrics import read_metrics, without_timings
 from liquid_llm.signal_store.description import HELD_OUT
 from liquid_llm.signal_store.store import open_store
@@ -201,6 +204,21 @@ def test_two_tasks_may_do_the_same_unit_at_once(tiny, tmp_path, capsys) -> None:
     assert (found["types"]["math_tool"]["records"] - found["superseded"], found["unreadable"]) == (2 * ROWS, 0)
 
 
+def test_stores_of_the_same_texts_do_not_wait_for_each_other(tiny, tmp_path, capsys, monkeypatch) -> None:
+    """As of two teachers on the GPUs of one machine: the second is captured while the first is at the same file."""
+    whole, found = capture_units.write_marker, []
+
+    def beside(*given: Any) -> None:
+        if not found:
+            found.append(None)
+            found.append(run(capsys, words(tiny, tmp_path / "second", unit="0/6")))
+        whole(*given)
+
+    monkeypatch.setattr(capture_units, "write_marker", beside)
+    assert main(["capture", *words(tiny, tmp_path / "first", unit="0/6")]) == 0
+    assert units(found[1]) == (1, 1, 0, 6)
+
+
 def train_rows(folder: Path) -> list[dict[str, Any]]:
     return [without_timings(row) for row in read_metrics(folder) if row["kind"] == "train"]
 
@@ -255,6 +273,13 @@ def test_units_run_one_by_one_from_a_program(tiny, tmp_path) -> None:
         opened.run({**rows[1], "file": str(tmp_path / "gone.jsonl")})
     with pytest.raises(UsageError, match="says which"):
         liquid_llm.open_capture({**given, "unit": "0/1"})
+
+
+def test_the_example_for_ray_says_mistakes_before_ray_begins(tmp_path, capsys) -> None:
+    main_of = runpy.run_path(str(REPOSITORY / "examples" / "capture_ray.py"))["main"]
+    (tmp_path / "capture.yaml").write_text("mc_teacher_id: none\nno_option: 1\n")
+    assert main_of([f"--config={tmp_path / 'capture.yaml'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(

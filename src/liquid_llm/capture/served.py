@@ -36,6 +36,7 @@ from liquid_llm.served.states import read_states
 from liquid_llm.signal_store.codecs import Codec
 from liquid_llm.signal_store.codecs.topk import TopKCodec
 
+_SPARE_IDS = 8  # rows that pad an embedding are hardly ever more of the likeliest
 _LOOK_SECONDS = 0.1  # how often one who waits for an answer asks whether to stop
 _MOST_IN_A_ROW = 3  # samples that a server which says it is well has failed on, before it is taken for not well
 
@@ -56,6 +57,7 @@ class ServedModel:
         max_tokens: of a text that it can be asked about; None where the server does not say.
         fingerprint: the server's own word for its version and settings; None where it has none.
         requests: texts that it is asked about at a time.
+        num_rows: of its embedding; ids from ``vocab_size`` on only pad it, and what they weigh is of the rest.
     """
 
     server: Server
@@ -65,6 +67,11 @@ class ServedModel:
     max_tokens: int | None
     fingerprint: str | None
     requests: int
+    num_rows: int = 0
+
+    def num_asked(self, k: int) -> int:
+        """How many ids are asked for, so that k of them are tokens: some more where others may be among them."""
+        return k + min(_SPARE_IDS, max(0, self.num_rows - self.vocab_size)) if k else 0
 
     def ask(self, ids: list[int], k: int, *, states: bool = False) -> Answer:
         """What it says of one text.
@@ -73,9 +80,17 @@ class ServedModel:
             BadAnswer, OtherServer: as ``read_answer``.
             Refused, StorageError, Abandoned: as ``Server.post``.
         """
-        question = ask_log_probs(self.name, ids, k, states=states)
-        told = self.server.post("/v1/completions", question, most_bytes(len(ids), k))
-        return read_answer(told, self.name, self.fingerprint, ids, k, self.vocab_size)
+        return self.read(self.post(ids, k, states=states), ids, k)
+
+    def post(self, ids: list[int], k: int, *, states: bool = False) -> Any:
+        """Its answer as it came. Raises as ``Server.post``."""
+        asked = self.num_asked(k)
+        question = ask_log_probs(self.name, ids, asked, states=states)
+        return self.server.post("/v1/completions", question, most_bytes(len(ids), asked))
+
+    def read(self, told: Any, ids: list[int], k: int) -> Answer:
+        """An answer to ``post``. Raises as ``read_answer``."""
+        return read_answer(told, self.name, self.fingerprint, ids, k, self.vocab_size, self.num_rows)
 
 
 class ServedTeacher:

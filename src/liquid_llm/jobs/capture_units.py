@@ -7,7 +7,9 @@ that is not complete.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -139,21 +141,24 @@ class UnitCapture:
         cache = token_cache(self._config.data) / "units"
         with storage.translate_errors(cache, writing=True):
             cache.mkdir(parents=True, exist_ok=True)
-        # Two tasks of one machine that are given the same unit: the second waits and finds it complete.
-        lock = cache / f".{unit.name}.lock"
+        # Two tasks of one machine that are given the same unit: the second waits and finds it complete. Two stores of
+        # the same texts, of two teachers say, have nothing to wait for.
+        store = folder if storage.is_remote(folder) else os.path.abspath(storage.local_path(folder))
+        own = f"{unit.name}-{hashlib.blake2b(store.encode(), digest_size=4).hexdigest()}"
+        lock = cache / f".{own}.lock"
         with storage.locked(lock, on_wait=lambda who: log.info("%s: process %s is at it", unit.name, who)):
             why = self._why(unit, folder, known)
             if not why:
                 return CaptureSummary(), True
             log.info("%s: captured, as %s", unit.name, why)
             try:
-                summary = self._capture(unit, folder, str(cache / unit.name))
+                summary = self._capture(unit, folder, str(cache / own))
                 if summary.is_whole:
                     if self._held_tokens(unit.type):
                         write_marker(storage.join(folder, HELD_OUT), unit.name, self._held_out(unit, known), source)
                     write_marker(folder, unit.name, known, source)
             finally:
-                shutil.rmtree(cache / unit.name, ignore_errors=True)
+                shutil.rmtree(cache / own, ignore_errors=True)
                 lock.unlink(missing_ok=True)  # whoever waits for it finds that out
         return summary, False
 

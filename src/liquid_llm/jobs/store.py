@@ -39,6 +39,7 @@ from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.framing import stored_framing
 from liquid_llm.wiring.inputs import is_of_units, read_manifest_inputs
 from liquid_llm.wiring.places import cache_dir
+from liquid_llm.wiring.served import SERVED
 from liquid_llm.wiring.teachers import load_online, name_in_store
 from liquid_llm.wiring.tokenizers import TextTools
 from liquid_llm.wiring.tokens import read_token
@@ -178,6 +179,14 @@ def _verify(
     store: StoreReader, config: CaptureConfig, samples: int, temperatures: tuple[float, ...]
 ) -> tuple[dict[str, Any], int]:
     """Re-score records drawn at random; what was found, and the exit code."""
+    if store.identity.teacher_revision.startswith(f"{SERVED}:"):
+        raise UsageError(
+            "no teacher here is the one that gave this signal: it ran behind a server",
+            where=store.uri,
+            got=store.identity.teacher_revision,
+            remedy="capture some of its samples from the server into another folder, and compare what liquid store "
+            "stats says of both",
+        )
     teacher_id = config.teacher.stored_id
     assert teacher_id is not None
     token = read_token(config.teacher)

@@ -133,13 +133,16 @@ def read_fingerprint(value: Any) -> str | None:
     return told if isinstance(told, str) else None
 
 
-def read_answer(value: Any, name: str, fingerprint: str | None, ids: list[int], k: int, vocab_size: int) -> Answer:
+def read_answer(
+    value: Any, name: str, fingerprint: str | None, ids: list[int], k: int, vocab_size: int, num_rows: int = 0
+) -> Answer:
     """What ``/v1/completions`` says of the text ``ids``.
 
     Args:
         name, fingerprint: of whom the answer must be.
-        k: as it was asked.
+        k: ids wanted of each position; as many or more were asked for.
         vocab_size: ids there are.
+        num_rows: of the model's embedding where it has more: ids from ``vocab_size`` on are no tokens and are left out.
 
     Raises:
         BadAnswer: it is none, or is not of these tokens.
@@ -161,7 +164,7 @@ def read_answer(value: Any, name: str, fingerprint: str | None, ids: list[int], 
     if not isinstance(told, list) or len(told) != len(ids):
         count = len(told) if isinstance(told, list) else "no"
         raise BadAnswer(f"{count} positions with log-probabilities for {len(ids)} tokens")
-    found, values, own = _read_positions(told[1:], ids[1:], k)
+    found, values, own = _read_positions(told[1:], ids[1:], k, range(vocab_size, num_rows))
     if found.size and not 0 <= int(found.min()) <= int(found.max()) < vocab_size:
         raise BadAnswer(f"id {int(found.max())} in a vocabulary of {vocab_size}")
     transfer = value.get("kv_transfer_params")
@@ -170,9 +173,10 @@ def read_answer(value: Any, name: str, fingerprint: str | None, ids: list[int], 
 
 
 def _read_positions(
-    told: list[Any], tokens: list[int], k: int
+    told: list[Any], tokens: list[int], k: int, padding: range
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """The k likeliest ids of each position, likeliest first, their log-probabilities, and those of ``tokens``."""
+    """The k likeliest ids of each position that are not ``padding``, likeliest first, their log-probabilities, and
+    those of ``tokens``."""
     ids = np.zeros((len(told), k), np.int64)
     values = np.zeros((len(told), k))
     own = np.zeros(len(told))
@@ -183,6 +187,9 @@ def _read_positions(
             logs = np.fromiter((one["logprob"] for one in position.values()), np.float64, len(position))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadAnswer(f"position {place} tells no ids with log-probabilities, its own among them") from error
+        if padding:
+            tokens_alone = (numbers < padding.start) | (numbers >= padding.stop)
+            numbers, logs = numbers[tokens_alone], logs[tokens_alone]
         if len(numbers) < k:
             raise BadAnswer(f"position {place} has {len(numbers)} ids, {k} were asked for")
         likeliest = np.lexsort((numbers, -logs))[:k]

@@ -49,8 +49,10 @@ class TeacherRouter(Mapping[str, Teacher]):
             raise SignalError(
                 f"the teacher of {type} cannot answer at this temperature",
                 got=f"{temperature:g}",
-                expected=f"{lowest:.3g} to {highest:.3g}",
-                remedy="choose --kd_temperature in this range, or capture stored signal with codec 'full'",
+                expected=f"{lowest:.3g}" if lowest == highest else f"{lowest:.3g} to {highest:.3g}",
+                remedy="give such a --kd_temperature"
+                + (", or --divergence=decoupled_topk:k=K, which asks a teacher at 1" if lowest <= 1 <= highest else "")
+                + ", or capture stored signal with codec 'tail' or 'full'",
             )
 
     def coverage(self, datasets: Mapping[str, Sequence[Samples]], window: int) -> dict[str, Coverage]:

@@ -14,6 +14,7 @@ from liquid_llm.config import CaptureConfig
 from liquid_llm.errors import ModelError, StorageError, UsageError
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.models.final_part import FinalPart, open_final_part
+from liquid_llm.models.loading import open_config
 from liquid_llm.models.sources import resolve
 from liquid_llm.runtime import Choice, choose_dtype, torch_dtype
 from liquid_llm.served.client import Refused, Server
@@ -22,9 +23,7 @@ from liquid_llm.served.protocol import (
     Answer,
     BadAnswer,
     Card,
-    ask_log_probs,
     ask_tokens,
-    read_answer,
     read_cards,
     read_fingerprint,
     read_tokens,
@@ -39,6 +38,7 @@ from liquid_llm.wiring.tokens import read_server_key
 
 log = logging.getLogger(__name__)
 
+SERVED = "served"  # what the revision of such a teacher begins with
 PROBE = (
     "Tom has 17 apples and gives 5 to Ana.\n\n\tdef f(x):\n        return {x**2: 'naïve'}  # 1,234.5 %\n"
     "Ein Läufer eilt über 42 km — 東京からパリへ; Привет, мир! <b>🙂</b>\n"
@@ -69,15 +69,16 @@ def find_served(config: CaptureConfig, text: TextTools, token: str | None) -> Se
     version = _version(server)
     _check_tokenizer(server, card.name, text)
     words = [f"{card.engine}-{version}", *(word.strip() for word in (asked.words or "").split(","))]
+    if not _is_named(card, config):  # one tokenizer is of many models
+        words.append(f"model-{card.name}")
     if asked.states_dir is not None:  # the end of the model is of files here
         words.append(f"end-{resolve(config.teacher.stored_id, token=token).revision[:19]}")
-    revision = ":".join(["served", *filter(None, words)])
+    revision = ":".join([SERVED, *filter(None, words)])
     name = name_in_store(config.teacher.stored_id)
     assert name is not None
     most = None if card.max_tokens is None else card.max_tokens - 1  # one token at least is written behind a text
-    return ServedModel(
-        server, card.name, ModelIdentity(name, revision, text.hash), text.vocab_size, most, None, asked.requests
-    )
+    identity, num_rows = ModelIdentity(name, revision, text.hash), _num_rows(config, token)
+    return ServedModel(server, card.name, identity, text.vocab_size, most, None, asked.requests, num_rows)
 
 
 def try_served(
@@ -139,9 +140,8 @@ def try_served(
 def _choose_card(cards: list[Card], config: CaptureConfig) -> Card:
     """The model that is meant. Raises ModelError where it is not served."""
     named, teacher = config.served.model, config.teacher.stored_id or ""
-    wanted = {named} if named else {teacher, teacher.partition("@")[0]}
     for card in cards:
-        if card.name in wanted or (named is None and card.root in wanted):
+        if card.name == named if named else _is_named(card, config):
             return card
     served = ", ".join(card.name if card.name == card.root else f"{card.name} (of {card.root})" for card in cards)
     raise ModelError(
@@ -151,6 +151,23 @@ def _choose_card(cards: list[Card], config: CaptureConfig) -> Card:
         expected=named or teacher,
         remedy="name the model as the server does with --served_model, if it is the one meant",
     )
+
+
+def _is_named(card: Card, config: CaptureConfig) -> bool:
+    """Whether ``--mc_teacher_id`` names this model itself, and not its tokenizer alone."""
+    teacher = config.teacher.stored_id or ""
+    return not {card.name, card.root}.isdisjoint({teacher, teacher.partition("@")[0]})
+
+
+def _num_rows(config: CaptureConfig, token: str | None) -> int:
+    """Rows of the teacher's embedding, as its configuration here says; 0 where there is none beside the tokenizer."""
+    teacher_id = config.teacher.stored_id
+    assert teacher_id is not None
+    try:
+        found = open_config(resolve(teacher_id, token=token), teacher_id, token)
+    except ModelError:
+        return 0
+    return int(getattr(found.get_text_config(), "vocab_size", None) or 0)
 
 
 def _version(server: Server) -> str:
@@ -185,23 +202,23 @@ def _try_log_probs(model: ServedModel, ids: list[int], k: int, *, states: bool =
     """The model with the fingerprint that its answers have, and the first of them."""
     where = f"{model.server.url}/v1/completions"
     try:
-        told = model.server.post("/v1/completions", ask_log_probs(model.name, ids, k, states=states))
-        fingerprint = read_fingerprint(told)
-        answer = read_answer(told, model.name, fingerprint, ids, k, model.vocab_size)
+        told = model.post(ids, k, states=states)
+        model = replace(model, fingerprint=read_fingerprint(told))
+        answer = model.read(told, ids, k)
     except Refused as error:
         few = error.parameter == "prompt_logprobs" or "logprobs" in error.message
         raise UsageError(
             "the server refuses a question about log-probabilities",
             where=where,
             got=error,
-            remedy=f"start the server with --max-logprobs {k}, or give --topk={MOST_LOG_PROBS}, which servers allow by "
-            "default"
+            remedy=f"start the server with --max-logprobs {model.num_asked(k)}, or give "
+            f"--topk={MOST_LOG_PROBS - model.num_asked(k) + k}, which servers allow by default"
             if few
             else _OWN,
         ) from error
     except BadAnswer as error:
         raise UsageError(_CANNOT, where=where, got=error, remedy=_OWN) from error
-    return replace(model, fingerprint=fingerprint), answer
+    return model, answer
 
 
 def _check_end(config: CaptureConfig, model: ServedModel, end: FinalPart, ids: list[int], answer: Answer) -> None:

@@ -19,6 +19,7 @@ from liquid_llm.served import protocol
 from liquid_llm.served.protocol import BadAnswer, OtherServer
 
 VOCAB = 40
+IDS = [3, 1, 4, 1, 5]
 
 
 def answer_about(ids: list[int], logs: np.ndarray, k: int, order: np.random.Generator | None = None) -> dict[str, Any]:
@@ -61,7 +62,18 @@ def test_the_likeliest_ids_and_the_texts_own_in_whatever_order_they_come(ids: li
     np.testing.assert_array_equal(logs[np.arange(len(logs)), np.array(ids[1:], dtype=int)], found.own)
 
 
-IDS = [3, 1, 4, 1, 5]
+@given(k=st.integers(1, VOCAB - 8), seed=st.integers(0, 2**31))
+def test_rows_that_only_pad_the_embedding_are_part_of_the_rest(k: int, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(4, VOCAB)) * 3
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    tokens = VOCAB - 8
+    value = answer_about(IDS, logs, k + 8)
+    found = protocol.read_answer(value, "m", "f", IDS, k, tokens, VOCAB)
+    np.testing.assert_array_equal(np.sort(-logs[:, :tokens], axis=1)[:, :k], -found.log_probs)
+    assert found.ids.max(initial=0) < tokens
+    value["choices"][0]["prompt_logprobs"][2][str(VOCAB)] = {"logprob": 0.0}
+    with pytest.raises(BadAnswer):  # no row has this id
+        protocol.read_answer(value, "m", "f", IDS, k, tokens, VOCAB)
 
 
 def _first(value: dict[str, Any]) -> dict[str, Any]:
