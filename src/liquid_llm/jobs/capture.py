@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -203,9 +203,11 @@ def _capture_at_once(config: CaptureConfig, found: Asked) -> CaptureSummary:
     if summary.too_large:
         summary.consumers = fit.largest()
     if summary.written and rank == 0:
-        layouts = {folder: stores[folder].layout for folder in codecs}
+        layouts = {stores[folder].layout for folder in codecs}
+        given = {**config.given, "logits_format": layouts.pop()} if len(layouts) == 1 else config.given
         choices |= {"device": device_choice, **begin_choice(text.framings, datasets)}
-        _write_provenance(config, layouts, inputs, data, choices, loaded.identity)
+        readiness = {"types": inputs.readiness(), **data.readiness}
+        record_capture(codecs, config, given, inputs.entries, readiness, data, choices, loaded.identity)
     return summary
 
 
@@ -262,24 +264,24 @@ def _choose_stores(
     return found
 
 
-def _write_provenance(
+def record_capture(
+    stores: Iterable[str],
     config: CaptureConfig,
-    layouts: Mapping[str, str],
-    inputs: Inputs,
+    given: Mapping[str, object],
+    entries: Sequence[ManifestEntry],
+    readiness: Mapping[str, Any],
     data: RunData,
     choices: Mapping[str, Choice],
     teacher: ModelIdentity,
 ) -> None:
-    """Beside the records of each store: what would make them again."""
-    layout = next(iter(layouts.values())) if len(set(layouts.values())) == 1 else None  # as it was in each folder
-    given = config.given if layout is None else {**config.given, "logits_format": layout}
-    for store in layouts:
+    """Write beside the records of each of ``stores`` what would make them again: the options ``given``, and more."""
+    for store in stores:
         write_provenance(
             store,
             options=options_to_repeat(given, choices),
             config=as_plain(config),
-            manifest=[entry.plain() for entry in inputs.entries],
-            readiness={"types": inputs.readiness(), **data.readiness},
+            manifest=[entry.plain() for entry in entries],
+            readiness=readiness,
             datasets=describe_datasets(config.data, data),
             choices={name: vars(choice) for name, choice in choices.items()},
             extra={"teacher": teacher.plain()},

@@ -23,7 +23,7 @@ from liquid_llm.capture.held_out import SHARE, choose_held_out, open_held_out
 from liquid_llm.capture.job import CaptureSummary, capture
 from liquid_llm.capture.served import ServedTeacher
 from liquid_llm.capture.units import Unit, UnitsSummary, claim, fingerprint, list_units
-from liquid_llm.config import CaptureConfig, as_plain, build_capture_config
+from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
@@ -36,11 +36,11 @@ from liquid_llm.jobs.capture import (
     find_layout,
     is_captured,
     open_teacher,
+    record_capture,
 )
-from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
+from liquid_llm.jobs.prepare import RunData, prepare_run_data
 from liquid_llm.losses.signals import WHOLE
 from liquid_llm.models.loading import LoadedModel
-from liquid_llm.provenance import write_provenance
 from liquid_llm.runtime import Choice, StopSignal
 from liquid_llm.signal_store.codecs import Codec
 from liquid_llm.signal_store.description import HELD_OUT
@@ -49,7 +49,7 @@ from liquid_llm.signal_store.units import UnitsLayout, why_to_do, write_marker, 
 from liquid_llm.sources import WINDOWS
 from liquid_llm.terminal import Stage
 from liquid_llm.wiring.inputs import read_manifest_inputs, token_cache
-from liquid_llm.wiring.repeat import begin_choice, options_to_repeat
+from liquid_llm.wiring.repeat import begin_choice
 
 log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def capture_units(config: CaptureConfig, asked: Asked) -> UnitsSummary:
             summary.units_skipped += was_complete
             summary.units_complete += one.is_whole
     if summary.written and mine[0].number == 0:
-        _write_provenance(config, asked, job)
+        _record(config, asked, job)
     return summary
 
 
@@ -309,20 +309,12 @@ def _begin_stores(config: CaptureConfig, job: UnitCapture) -> None:
         write_plan(folder, units)
 
 
-def _write_provenance(config: CaptureConfig, asked: Asked, job: UnitCapture) -> None:
-    """Beside the records of each store: what would make them again, whichever units this task had."""
+def _record(config: CaptureConfig, asked: Asked, job: UnitCapture) -> None:
+    """Write what would make the records again, whichever units this task had."""
     data = job.data
     types: Sequence[str] = [entry.type for entry in data.entries]
     choices = {**job.loaded.choices, "device": asked.device, **begin_choice(asked.text.framings, types)}
-    given = {name: value for name, value in config.given.items() if name != "unit"}
-    for store in dict.fromkeys(choose_folder(config, type) for type in types):
-        write_provenance(
-            store,
-            options=options_to_repeat({**given, "logits_format": UnitsLayout.name}, choices),
-            config=as_plain(config),
-            manifest=[entry.plain() for entry in data.entries],
-            readiness=data.readiness,
-            datasets=describe_datasets(config.data, data),
-            choices={name: vars(choice) for name, choice in choices.items()},
-            extra={"teacher": job.loaded.model.identity.plain()},
-        )
+    given = {**config.given, "logits_format": UnitsLayout.name}
+    given.pop("unit", None)
+    stores = dict.fromkeys(choose_folder(config, type) for type in types)
+    record_capture(stores, config, given, data.entries, data.readiness, data, choices, job.loaded.model.identity)

@@ -43,6 +43,18 @@ FORMS = {
 """What a signal may tell of a position, in words; a divergence says which of these it can be worked out from."""
 
 
+def finished(raw: Tensor, scale: float, soft_cap: float | None, out: Tensor | None = None) -> Tensor:
+    """What a model does to raw logits of any shape: ``soft_cap * tanh(scale * raw / soft_cap)``, or the scale alone.
+
+    Where there is nothing to do, ``raw`` itself; else what is written into ``out``, which may be ``raw``, or is new.
+    """
+    if scale != 1.0:
+        raw = torch.mul(raw, scale, out=out)
+    if soft_cap is not None:
+        raw = torch.mul(torch.tanh(torch.div(raw, soft_cap, out=out), out=out), soft_cap, out=out)
+    return raw
+
+
 @dataclass(frozen=True)
 class OutputHead:
     """The last linear map of a language model and what its model does to the result.
@@ -94,12 +106,7 @@ class OutputHead:
 
     def finish(self, raw: Tensor, *, in_place: bool = False) -> Tensor:
         """Logits of raw ones, which are a product with the weight, plus the bias: the scale and the soft-cap."""
-        out = raw if in_place else None
-        if self.scale != 1.0:
-            raw = torch.mul(raw, self.scale, out=out)
-        if self.soft_cap is not None:
-            raw = torch.mul(torch.tanh(torch.div(raw, self.soft_cap, out=out), out=out), self.soft_cap, out=out)
-        return raw
+        return finished(raw, self.scale, self.soft_cap, raw if in_place else None)
 
 
 _Rows = TypeVar("_Rows", bound="_SignalRows")

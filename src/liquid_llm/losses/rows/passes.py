@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from liquid_llm.losses.signals import finished
+
 # Of each row, with u = z / T, w the teacher's logits / T, and z0, w0 the largest z and w of the row.
 AT_LABEL = 0  # z of the label
 LARGEST = 1  # z0
@@ -44,9 +46,8 @@ class Logits:
     soft_cap: float | None = None
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Finished logits of any ``raw`` of theirs, in float32 or wider; a new tensor."""
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.scale
-        return raw if self.soft_cap is None else torch.tanh(raw / self.soft_cap) * self.soft_cap
+        """Finished logits of any ``raw`` of theirs, in float32 or wider; to be read alone."""
+        return finished(raw.to(torch.promote_types(raw.dtype, torch.float32)), self.scale, self.soft_cap)
 
     def slope(self, finished: Tensor) -> Tensor:
         """The derivative of finished logits by the raw ones."""
