@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.tiny import VOCAB_SIZE, Tiny, build, start
 from tests.support.tokenizers import tiny_tokenizer
 
 from liquid_llm import storage
+from liquid_llm.capture.plan import Window, batches
 from liquid_llm.cli.main import main
 from liquid_llm.signal_store.store import open_store
 
@@ -209,6 +211,28 @@ def test_verify_agrees_with_the_teacher(tiny: Tiny, layout: str, capsys: pytest.
     for row in found["measured"]:
         assert abs(row["stored_divergence"]) < 0.03
         assert row["stored_error"] == pytest.approx(row["fresh_error"], abs=1e-3)
+
+
+def test_verify_says_the_same_however_many_records_it_asks_of_at_once(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, sizes = [], []
+
+    def passes(windows: Iterable[Window], budget: int) -> list[list[Window]]:
+        cut = batches(windows, budget if not found else 1)
+        sizes.append([len(batch) for batch in cut])
+        return cut
+
+    monkeypatch.setattr("liquid_llm.jobs.store.batches", passes)
+    for _ in range(2):
+        found.append(asked(capsys, 0, "verify", tiny.root / "shards", *teacher_words(tiny), "--samples=12"))
+    assert (sum(sizes[0]), sizes[1]) == (12, [1] * 12)
+    assert max(sizes[0]) > 2
+    together, alone = found
+    for one, other in zip(alone.pop("measured"), together.pop("measured"), strict=True):
+        assert one.pop("type") == other.pop("type")
+        assert one == pytest.approx(other, rel=1e-3, abs=2e-3)
+    assert alone == {**together, "identical": alone["identical"]}  # of sums in another order some bytes differ
 
 
 def test_verify_refuses_another_teacher(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

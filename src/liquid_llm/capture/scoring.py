@@ -131,7 +131,7 @@ def score(
         RuntimeError, IndexError: the teacher or a codec failed; samples already yielded are finished.
     """
     vocab_size = teacher.head.vocab_size
-    good: list[_Sample] = []
+    good: list[Taken] = []
     for window in batch:
         sample = window.sample()
         ids = sample.input_ids[: window.num_tokens]
@@ -141,27 +141,36 @@ def score(
             error = SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
             yield window, error, NOWHERE
         else:
-            good.append(_Sample(window, ids, sample.learnt_positions(window.num_tokens), codecs[window.type]))
+            good.append(Taken(window, ids, sample.learnt_positions(window.num_tokens), codecs[window.type]))
     if not good:
         return
     good.sort(key=lambda one: one.kind)  # those of one codec together
     with torch.inference_mode():
         hidden = teacher.hidden(to_device(padded_ids([one.input_ids for one in good]), teacher.device))
-        states = _States(hidden)
         kept = [count(one.window, one.num_rows) for one in good]
         if any(most < one.num_rows for most, one in zip(kept, good, strict=True)):
-            _keep_least_sure(teacher.head, states, good, kept, scratch)
-        states.choose(good)
-        num_rows = [one.num_rows for one in good]
-        before: _Chunk | None = None
-        for runs in chunks(num_rows, scratch.rows(vocab_size, teacher.device)):
-            taken = states.take(sum(stop - start for _, start, stop in runs))
-            chunk = _Chunk(teacher.head, taken, good, runs, scratch)
-            if before is not None:
-                yield from before.finish()
-            before = chunk
+            _keep_least_sure(teacher.head, _States(hidden), good, kept, scratch)
+        yield from encoded(teacher.head, hidden, good, scratch)
+
+
+def encoded(head: OutputHead, hidden: Tensor, samples: Sequence[Taken], scratch: Scratch) -> Iterator[Scored]:
+    """The rows of all samples, of their hidden states [batch, time, hidden]; see ``score``.
+
+    Args:
+        samples: those of one codec together.
+        scratch: may be used for other logits when the last sample is there.
+    """
+    states = _States(hidden)
+    states.choose(samples)
+    before: _Chunk | None = None
+    for runs in chunks([one.num_rows for one in samples], scratch.rows(head.vocab_size, hidden.device)):
+        taken = states.take(sum(stop - start for _, start, stop in runs))
+        chunk = _Chunk(head, taken, samples, runs, scratch)
         if before is not None:
             yield from before.finish()
+        before = chunk
+    if before is not None:
+        yield from before.finish()
 
 
 class LocalTeacher:
@@ -192,8 +201,15 @@ class LocalTeacher:
         """Nothing is under way."""
 
 
-class _Sample:
-    """A sample under way: what is scored of it, and the rows that are there."""
+class Taken:
+    """A sample under way: what is scored of it, and the rows that are there.
+
+    Args:
+        window: of the sample.
+        input_ids: of its tokens, as the teacher sees them.
+        places: which positions have a row.
+        codec: that they are encoded by.
+    """
 
     def __init__(self, window: Window, input_ids: NDArray[np.int32], places: NDArray[np.bool_], codec: Codec) -> None:
         self.window, self.input_ids, self.places, self.codec = window, input_ids, places, codec
@@ -231,7 +247,7 @@ class _States:
         self._rows, self._time = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[1]
         self._taken = 0
 
-    def choose(self, samples: Sequence[_Sample]) -> None:
+    def choose(self, samples: Sequence[Taken]) -> None:
         """Let the next to be taken be those of the samples' places, one sample after the other."""
         where = [number * self._time + np.flatnonzero(one.places) for number, one in enumerate(samples)]
         self._where, self._taken = to_device(torch.from_numpy(np.concatenate(where)), self._rows.device), 0
@@ -254,7 +270,7 @@ class _Chunk:
         self,
         head: OutputHead,
         states: Tensor,
-        samples: Sequence[_Sample],
+        samples: Sequence[Taken],
         runs: Sequence[tuple[int, int, int]],
         scratch: Scratch,
     ) -> None:
@@ -288,7 +304,7 @@ class _Chunk:
 
 
 def _keep_least_sure(
-    head: OutputHead, states: _States, samples: Sequence[_Sample], kept: Sequence[int], scratch: Scratch
+    head: OutputHead, states: _States, samples: Sequence[Taken], kept: Sequence[int], scratch: Scratch
 ) -> None:
     """Leave of each sample's places those where the teacher's entropy is largest, as many as are kept."""
     states.choose(samples)

@@ -11,15 +11,16 @@ Both are said of what is stored and of a fresh encoding of what the teacher says
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from liquid_llm.capture.scoring import Scratch, chunk_rows, record_seed
-from liquid_llm.data.types import Sample
+from liquid_llm.capture.plan import Window
+from liquid_llm.capture.scoring import Scratch, Taken, encoded, padded_ids
+from liquid_llm.errors import SignalError
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.reference import measure
 from liquid_llm.signal_store.codecs import PayloadError, Rows
@@ -52,24 +53,51 @@ class Verifier:
         self._identical = 0
         self._differing: list[str] = []  # samples whose stored signal is not what the teacher says
 
-    def check(self, sample: Sample) -> None:
-        """Compare the record of one sample with the teacher's own signal of its tokens.
+    def check(self, batch: Sequence[Window]) -> None:
+        """Compare the records of samples with the teacher's own signal of their tokens, asked in one forward pass.
 
         Raises:
             SignalError: the teacher's logits are not finite.
             StorageError: the store cannot be read.
         """
-        try:
-            record = self._store.layout.read(sample.sample_id, sample.shard)
-            lookup = self._store.check(sample, record.header.num_tokens)
-            status, why = lookup.status, lookup.reason
-            if status == "usable":
-                self._compare(record, torch.from_numpy(sample.input_ids[: record.header.num_tokens].astype(np.int64)))
-        except (RecordError, PayloadError) as error:
-            status, why = "corrupt", str(error)
+        found: list[tuple[Record, Taken]] = []
+        for window in batch:
+            sample = window.sample()
+            try:
+                record = self._store.layout.read(sample.sample_id, sample.shard)
+                lookup = self._store.check(sample, record.header.num_tokens)
+            except RecordError as error:
+                self._count(sample.sample_id, "corrupt", str(error))
+                continue
+            if lookup.status != "usable":
+                self._count(sample.sample_id, lookup.status, lookup.reason)
+                continue
+            ids, places = sample.input_ids[: record.header.num_tokens], record.header.positions()
+            found.append((record, Taken(window, ids, places, self._store.codec)))
+        with torch.inference_mode():
+            for record, hidden, made in self._scored(found):
+                try:
+                    self._compare(record, hidden, made)
+                    self._count(record.header.sample_id, "usable", "")
+                except PayloadError as error:
+                    self._count(record.header.sample_id, "corrupt", str(error))
+
+    def _count(self, sample_id: str, status: str, why: str) -> None:
         self._statuses[status] += 1
         if why and len(self._examples) < _LISTED:
-            self._examples.setdefault(sample.sample_id, f"{status}: {why}")
+            self._examples.setdefault(sample_id, f"{status}: {why}")
+
+    def _scored(self, found: Sequence[tuple[Record, Taken]]) -> Iterator[tuple[Record, Tensor, Rows]]:
+        """Of each record the hidden states of its positions [positions, hidden], and what the codec makes of them."""
+        if not found:
+            return
+        hidden = self._teacher.hidden(padded_ids([one.input_ids for _, one in found]))
+        outcomes = list(encoded(self._teacher.head, hidden, [one for _, one in found], self._scratch))
+        for (record, one), of_sample, (_, rows, _) in zip(found, hidden, outcomes, strict=True):
+            if isinstance(rows, SignalError):
+                raise rows
+            places = torch.from_numpy(np.flatnonzero(one.places)).to(of_sample.device)
+            yield record, of_sample.index_select(0, places), rows
 
     @property
     def agrees(self) -> bool:
@@ -106,40 +134,34 @@ class Verifier:
         rest = "the usable ones say what the teacher says" if self._statuses["usable"] else "none could be compared"
         return f"{bad}, {len(self._differing)} differing: {rest}"
 
-    def _compare(self, record: Record, input_ids: Tensor) -> None:
+    def _compare(self, record: Record, hidden: Tensor, made: Rows) -> None:
         codec, vocab_size = self._store.codec, self._store.identity.vocab_size
         rows = record.header.num_rows
         if rows < 1:
             return
-        with torch.inference_mode():
-            places = torch.from_numpy(np.flatnonzero(record.header.positions())).to(self._teacher.device)
-            hidden = self._teacher.hidden(input_ids[None])[0].index_select(0, places)
-            seed = record_seed(record.header.sample_id)
-            parts = [codec.encode(logits, seed, start) for start, logits in self._logits(hidden)]
-            made: Rows = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-            payload = codec.pack(made)
-            differs = False
-            for temperature in self._temperatures:
-                signals = [codec.decode(each, 0, rows, temperature, vocab_size) for each in (record.payload, payload)]
-                one = self._measured.setdefault((record.header.type, temperature), _Measured(vocab_size))
-                found, objective = [0.0, 0.0], Objective(temperature=temperature)
-                for start, logits in self._logits(hidden):
-                    log_probs = torch.log_softmax(logits.div_(temperature), dim=1).cpu()
-                    part = slice(start, start + log_probs.shape[0])
-                    one.sums[0] += log_probs.exp().sum(0, dtype=torch.float64)
-                    for number, signal in enumerate(signals):
-                        found[number] += float(measure(log_probs, signal, part, objective)[0].sum())
-                        dense = to_dense(signal, part, temperature, vocab_size)
-                        one.sums[1 + number] += dense.sum(0, dtype=torch.float64)
-                one.records.append((found[0], found[1], rows))
-                differs |= _too_far(found[0], found[1], rows)
+        payload = codec.pack(made)
+        differs = False
+        for temperature in self._temperatures:
+            signals = [codec.decode(each, 0, rows, temperature, vocab_size) for each in (record.payload, payload)]
+            one = self._measured.setdefault((record.header.type, temperature), _Measured(vocab_size))
+            found, objective = [0.0, 0.0], Objective(temperature=temperature)
+            for start, logits in self._logits(hidden):
+                log_probs = torch.log_softmax(logits.div_(temperature), dim=1).cpu()
+                part = slice(start, start + log_probs.shape[0])
+                one.sums[0] += log_probs.exp().sum(0, dtype=torch.float64)
+                for number, signal in enumerate(signals):
+                    found[number] += float(measure(log_probs, signal, part, objective)[0].sum())
+                    dense = to_dense(signal, part, temperature, vocab_size)
+                    one.sums[1 + number] += dense.sum(0, dtype=torch.float64)
+            one.records.append((found[0], found[1], rows))
+            differs |= _too_far(found[0], found[1], rows)
         self._identical += is_same_payload(record.payload, payload)
         if differs:
             self._differing.append(record.header.sample_id)
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """As capture forms them: (first position, logits [positions, vocab]), good until the next are asked for."""
-        step = chunk_rows(self._teacher.head.vocab_size, self._teacher.device)
+        step = self._scratch.rows(self._teacher.head.vocab_size, self._teacher.device)
         for start in range(0, hidden.shape[0], step):
             yield start, self._scratch.logits(self._teacher.head, hidden[start : start + step])
 

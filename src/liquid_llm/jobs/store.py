@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from liquid_llm import storage
+from liquid_llm.capture.plan import Window, batches
 from liquid_llm.capture.verify import Verifier
 from liquid_llm.config import CaptureConfig, build_capture_config
 from liquid_llm.data.tokens import TokenDataset
@@ -215,9 +216,9 @@ def _verify(
     _require(store, "vocabulary size", store.identity.vocab_size, vocab_size)
     verifier = Verifier(store, OnlineTeacher(loaded, vocab_size), temperatures)
     with Stage("verify", unit="records", total=len(chosen)) as stage:
-        for dataset, index in chosen:
-            verifier.check(dataset.sample(index))
-            stage.advance()
+        for batch in batches(chosen, config.data.batch_size * config.data.seq_len):
+            verifier.check(batch)
+            stage.advance(len(batch))
     totals = {name: sum(row[name] for row in coverage.values()) for name in ("samples", "with_record")}
     return {**totals, "coverage": coverage, **verifier.as_dict()}, 0 if verifier.agrees else _LEFT_OUT
 
@@ -246,9 +247,7 @@ def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str,
     return found
 
 
-def _choose(
-    store: StoreReader, datasets: Sequence[TokenDataset], count: int, seed: int
-) -> Iterator[tuple[TokenDataset, int]]:
+def _choose(store: StoreReader, datasets: Sequence[TokenDataset], count: int, seed: int) -> Iterator[Window]:
     """Up to ``count`` samples that have a record of that name, drawn at random from all."""
     ends = np.cumsum([len(dataset) for dataset in datasets])
     for row in np.random.default_rng(seed).permutation(int(ends[-1])).tolist():
@@ -256,9 +255,10 @@ def _choose(
             return
         number = int(ends.searchsorted(row, side="right"))
         dataset, index = datasets[number], row - (int(ends[number]) - len(datasets[number]))
-        if store.has(dataset.sample_id(index), dataset.shard(index)):
+        sample_id = dataset.sample_id(index)
+        if store.has(sample_id, dataset.shard(index)):
             count -= 1
-            yield dataset, index
+            yield Window(dataset, index, sample_id, dataset.type, int(dataset.lengths[index]))
 
 
 def _require(store: StoreReader, what: str, stored: object, present: object) -> None:
