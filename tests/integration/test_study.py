@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from tests.support.forked import Forked
-from tests.support.tiny import build, files
+from tests.support.tiny import QUICK, build, files
 
 from liquid_llm.cli.main import main
 from liquid_llm.study.folder import StudyFolder
@@ -60,7 +60,7 @@ def asked(tmp_path_factory):
         "trackers": "none",
         "seeds": [0, 1],
         "arms": [{"name": name, **options} for name, options in ARMS.items()],
-        "captures": [{**stores, "seq_len": 64}],
+        "captures": [{**stores, "seq_len": 64, **QUICK}],
     }
     path = tmp_path_factory.mktemp("asked") / "run.yaml"
     path.write_text(yaml.safe_dump(values))

@@ -47,6 +47,9 @@ def test_a_read_without_a_wait_is_refused(device: torch.device) -> None:
         made + 1
     with pytest.raises(RuntimeError, match="without waiting"):
         made.tolist()
+    for take in (torch.stack, torch._foreach_norm):  # in a list too
+        with pytest.raises(RuntimeError, match="without waiting"):
+            take([made])
     pretend.current_stream(device).wait_stream(stream)
     assert (made + 1).tolist() == [3.0] * 4
 
