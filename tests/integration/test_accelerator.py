@@ -38,7 +38,7 @@ SHORT = {
     "lr": 1e-3,
     "eval_every": 2,
     "save_every": 2,
-    "eval_tokens": 512,
+    "eval_tokens": 192,
     "seed": 3,
     **FLOAT32,
 }
