@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from liquid_llm import storage
 from liquid_llm.config import RunConfig
-from liquid_llm.data.two_levels import WINDOW_TOKENS
+from liquid_llm.data.two_levels import MAX_SHARDS, WINDOW_TOKENS
+from liquid_llm.data.types import ManifestEntry
 from liquid_llm.errors import UsageError
 from liquid_llm.options import AUTO
 from liquid_llm.runtime import Choice
@@ -47,6 +48,19 @@ def choose_windows(config: RunConfig, start: Start, types: Sequence[str]) -> tup
     choice = Choice(SHARDS, f"of {', '.join(far)}: a store of units behind a URL is read file by file")
     log.info("order %s %s", choice.value, choice.reason)
     return dict.fromkeys(far, WINDOW_TOKENS), {"order": choice}
+
+
+def say_scattered(windows: Collection[str], entries: Sequence[ManifestEntry]) -> None:
+    """Warn of a type whose files are read one by one and listed so too: each line is drawn from by its own weight."""
+    for type in windows:
+        lines = sum(entry.type == type for entry in entries)
+        if lines > MAX_SHARDS:
+            log.warning(
+                "%s: %d lines of the manifest are drawn from one by one, each shuffled for itself, and all their files "
+                "are wanted at once: list the files of a type by one pattern",
+                type,
+                lines,
+            )
 
 
 def order_version(group_size: int, windows: Mapping[str, int]) -> int:

@@ -55,7 +55,7 @@ from liquid_llm.wiring.course import (
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import HeldOut, Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
-from liquid_llm.wiring.order import choose_windows, needs_files
+from liquid_llm.wiring.order import choose_windows, needs_files, say_scattered
 from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
@@ -183,6 +183,7 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
         teacher_spec(config, type)  # a type that nothing teaches is refused before its texts are read
     types = order_types(entry.type for entry in entries) or [FIRST_TYPES[0]]
     windows, ordered = choose_windows(config, start, types)
+    say_scattered(windows, entries)
     inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries, windows=windows))
     require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from tests.support.gcs import Bucket
 from liquid_llm import storage
 from liquid_llm.checkpoint.resume import ResumeSource
 from liquid_llm.config import RunConfig, build_run_config
-from liquid_llm.data.two_levels import WINDOW_TOKENS
+from liquid_llm.data.two_levels import MAX_SHARDS, WINDOW_TOKENS
+from liquid_llm.data.types import ManifestEntry
 from liquid_llm.errors import UsageError
 from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.description import write_store_file
 from liquid_llm.signal_store.records import SignalIdentity
-from liquid_llm.wiring.order import choose_windows, needs_files, order_version
+from liquid_llm.wiring.order import choose_windows, needs_files, order_version, say_scattered
 from liquid_llm.wiring.start import Start
 
 FRESH = Start("fresh", ResumeSource({}, "--student=x"))
@@ -68,6 +70,16 @@ def test_a_run_that_goes_on_keeps_its_order() -> None:
         with pytest.raises(UsageError, match=rf"--order={asked}.*run/last\.pt.*--restart"):
             choose_windows(config(order=asked), start, TYPES)
     assert choose_windows(config(order="shards"), going_on(window_tokens={"code": 9}), ["code"])[0] == {"code": 9}
+
+
+def test_many_lines_of_a_manifest_are_no_way_to_list_files(caplog: pytest.LogCaptureFixture) -> None:
+    entries = [ManifestEntry(f"part-{number}.jsonl", "code", 1.0, "") for number in range(MAX_SHARDS)]
+    with caplog.at_level(logging.WARNING):
+        say_scattered({"code": 5}, [*entries, ManifestEntry("x.jsonl", "lm", 1.0, "")])
+        assert caplog.text == ""
+        say_scattered({"code": 5}, [*entries, entries[0]])
+    assert f"code: {MAX_SHARDS + 1} lines" in caplog.text
+    assert "one pattern" in caplog.text
 
 
 def test_only_another_order_has_another_version() -> None:
