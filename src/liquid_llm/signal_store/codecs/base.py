@@ -204,8 +204,8 @@ def check_temperature(codec: Codec, temperature: float) -> None:
         raise SignalError(
             f"signal stored with codec {codec.name!r} cannot be read at this temperature",
             got=f"{temperature:g}",
-            expected=f"{lowest:.3g} to {highest:.3g}",
-            remedy="choose --kd_temperature in this range or capture with codec 'full'",
+            expected=f"{lowest:.3g}" if lowest == highest else f"{lowest:.3g} to {highest:.3g}",
+            remedy="give such a temperature, or capture with codec 'tail' or 'full'",
         )
 
 
