@@ -24,7 +24,7 @@ from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.pt import file_name
 from liquid_llm.signal_store.store import StoreReader, StoreWriter, open_store
 from liquid_llm.teachers.online import OnlineTeacher
-from liquid_llm.teachers.stored import StoredTeacher, open_stored
+from liquid_llm.teachers.stored import StoredTeacher, _spread_over_units, open_stored
 from liquid_llm.teachers.teacher import TeacherSetup
 
 BLOCK = 64
@@ -259,3 +259,29 @@ def test_closing_says_how_often_records_served(
     with caplog.at_level(logging.INFO, "liquid_llm.teachers"):
         reader.close()
     assert caplog.records[-1].getMessage() == "math_tool: stored signal asked for: 1 missing, 7 usable"
+
+
+class OfUnits:
+    """Samples of which it is told how many are of each unit."""
+
+    def __init__(self, **counts: int) -> None:
+        self.shards, self.counts = list(counts), np.array(list(counts.values()))
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def sample_id(self, index: int) -> str:
+        return str(index)
+
+    def sample(self, index: int) -> Sample:
+        raise AssertionError(f"sample {index} is looked at")
+
+
+def test_the_samples_that_are_looked_at_are_of_complete_units() -> None:
+    one, other = OfUnits(a=40, b=100, c=7, d=90), OfUnits(a=3)
+    places, samples, listed = _spread_over_units([one, other], frozenset("bd"))
+    assert (samples, listed) == (240, 190)
+    ours = [index for dataset, index in places if dataset is one]
+    assert {40 <= index < 140 or 147 <= index < 237 for index in ours} == {True}
+    assert (ours[0], ours[-1], len(set(ours))) == (40, 236, len(ours))
+    assert [index for dataset, index in places if dataset is other] == [0, 1, 2], "of none that is complete, any"
