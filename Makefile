@@ -53,10 +53,10 @@ test-optimizers: $(STAMP)  ## the tests that need torchao (optimizers, teachers 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_optimizers.py tests/unit/models/test_lora.py tests/integration/test_optimizers.py tests/integration/test_lora.py tests/unit/models/test_quantised.py tests/integration/test_quantised_teachers.py $(ARGS)
 
 # Torch for CUDA brings its own edition of Triton, which stays; torch for the CPU has none, and this one runs there with it.
-test-kernels: $(STAMP)  ## kernels of the loss and of codec tail in Triton's interpreter, and compiled divergences; installs Triton where it is not
+test-kernels: $(STAMP)  ## kernels of the loss and of codec tail in Triton's interpreter and as code for cards, and compiled divergences; installs Triton where it is not
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet 'triton==3.7.1'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/losses/test_kernels.py tests/unit/signal_store/test_scan_kernel.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/losses/test_compiled_rows.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/losses/test_compiled_rows.py tests/unit/losses/test_kernels_for_cards.py $(ARGS)
 
 docs: $(STAMP)  ## the documentation as a site in build/site, checked: it opens from there, and needs no network
 	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
@@ -106,7 +106,7 @@ bench: $(STAMP)  ## run the benchmarks at small size, each prints a table; bench
 bench-%: $(STAMP)
 	$(BIN)/python benchmarks/bench_$(subst -,_,$*).py $(ARGS)
 
-gpu: $(STAMP)  ## on a GPU: prove and measure all of it in at most 8 minutes; without one: what can be done
+gpu: $(STAMP)  ## on a GPU: prove and measure all of it in at most 9 minutes; without one: what can be done
 	$(BIN)/python benchmarks/gpu_session.py $(ARGS)
 
 # No test may count on another: all of them in random order, then the files one by one, each in a process of its own.

@@ -33,7 +33,7 @@ def measure(bench: Bench) -> None:
             context.skip(name)  # the compiler has no code for the pretend device
         return
     rows, time = bench.batch.input_ids.shape
-    blocks = CompiledBlocks(blocks_of(bench.student), [(rows, time)])
+    blocks, is_compiled = CompiledBlocks(blocks_of(bench.student), [(rows, time)]), False
     with context.attempt("compiling the student's blocks", seconds=30.0):
         began = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began[0].record()
@@ -41,6 +41,10 @@ def measure(bench: Bench) -> None:
         began[1].record()
         torch.cuda.synchronize()
         context.row("compiling the student's blocks", began[0].elapsed_time(began[1]) / 1e3, "s", note="the first step")
+        is_compiled = True
+    if not is_compiled:  # no time, or no compiler: without this each step below would try anew
+        blocks.release()
+        return
     bench.time("step, CE only, compiled", variant(bench, None, blocks), note="predicted 0.6 to 0.8 of CE only")
     bench.time("step, online, compiled", variant(bench, online, blocks))
     bench.time("step, online, compiled, teacher's stream", variant(bench, online, blocks, stream=True))

@@ -17,6 +17,7 @@ from liquid_llm.data.loader import BlockOrder
 from liquid_llm.data.types import IGNORE_INDEX, MicroBatch
 from liquid_llm.device import is_lost, release_memory
 from liquid_llm.errors import ModelError, UsageError, first_line
+from liquid_llm.losses.rows.giving_up import is_compilers
 from liquid_llm.models.compiled import INDUCTOR, CompiledBlocks
 from liquid_llm.models.heads import blocks_of
 from liquid_llm.runtime import Choice
@@ -172,8 +173,9 @@ def _compile(student: Student, blanks: Sequence[MicroBatch], choice: Choice, *, 
         for batch in blanks:
             _try(student, batch.to(student.device))
         release_memory(student.device)
-    except (ModelError, RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        if isinstance(error, RuntimeError) and is_lost(error):
+    except Exception as error:
+        known = (ModelError, RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+        if not (isinstance(error, known) or is_compilers(error)) or is_lost(error):
             raise
         said = first_line(error)
     else:
@@ -193,8 +195,14 @@ def _compile(student: Student, blanks: Sequence[MicroBatch], choice: Choice, *, 
 
 
 def _try(student: Student, batch: MicroBatch) -> None:
-    """Forward and backward of a micro-batch: here the compiler does its work, or fails."""
-    with student.passing(batch), warnings.catch_warnings():
+    """Forward and backward of a micro-batch: here the compiler does its work, or fails.
+
+    More kinds of one block than torch compiles are a failure too: it would go on without a word, and uncompiled.
+    """
+    from torch._dynamo import config as dynamo_config
+
+    loud = dynamo_config.patch(fail_on_recompile_limit_hit=True)
+    with loud, student.passing(batch), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler looking at what it is given: nothing of this project's
         student.states(batch).float().sum().backward()  # type: ignore[no-untyped-call]
     student.zero_grad(set_to_none=True)

@@ -190,6 +190,17 @@ def test_a_failed_trial_leaves_the_student_as_it_was(must: bool, monkeypatch: An
     assert take_pass(student, batch())[0] > 0
 
 
+def test_more_kinds_of_a_block_than_torch_compiles_fail_the_trial(monkeypatch: Any) -> None:
+    """Or the run would say that its blocks are compiled, and they were not."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    student = Student(tiny_model("llama", 64).train(), torch.float32)
+    blanks = [compiling._blank(shape, documents=False) for shape in (SHAPE, (2, 7))]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        choice = compiling._compile(student, blanks, Choice("true", "many launches"), must=False)
+    assert (choice.value, student.compiled) == ("false", None)
+    assert "fail_on_recompile_limit_hit" in choice.reason
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return build(tmp_path_factory.mktemp("tiny"))

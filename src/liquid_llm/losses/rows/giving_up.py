@@ -26,7 +26,7 @@ def or_else(form: str, work: Callable[[], T], instead: Callable[[], T]) -> T:
         try:
             return work()
         except Exception as error:
-            if not _is_compilers(error):
+            if not is_compilers(error):
                 raise
             given_up.add(form)
             log.warning(
@@ -39,5 +39,6 @@ def or_else(form: str, work: Callable[[], T], instead: Callable[[], T]) -> T:
     return instead()
 
 
-def _is_compilers(error: Exception) -> bool:
+def is_compilers(error: Exception) -> bool:
+    """Whether a compiler has raised it: Triton's, or torch's, of whose errors not all are RuntimeErrors."""
     return bool(_COMPILERS & {".".join(one.__module__.split(".")[:2]) for one in type(error).__mro__})
