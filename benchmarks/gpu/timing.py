@@ -53,8 +53,8 @@ FLOOR = "operations at the measured bf16 rate"
 def run(context: Context) -> None:
     prepare_allocator()
     bench = Bench(context)
-    # What is asked for first; compiled blocks, which nobody has timed on a card, when the ratios are there; last what an
-    # earlier session has measured.
+    # What is asked for first; compiled blocks, which nobody has timed on a card, when the ratios are there;
+    # last what an earlier session has measured.
     bench.steps()
     bench.pieces()
     bench.narrow_teacher()
