@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.gguf_files import write_gguf
 from tests.support.models import tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -81,6 +82,24 @@ def test_memory_is_known_to_the_byte_without_weights(folders, name, dtype):
     real = sum(one.nbytes for one in narrow.parameters())
     shape = ModelShape.of(narrow.config, dtype, "int8")
     assert weight_bytes(shape) == real < weight_bytes(ModelShape.of(narrow.config, dtype))
+
+
+@needs_torchao
+@pytest.mark.skipif(find_spec("gguf") is None, reason="comes with the extra gguf")
+def test_a_packed_file_is_kept_in_8_bits_as_its_folder_is(tmp_path):
+    """It is written out on the host first, and then quantised by another way; the whole numbers are the same."""
+    model, tokenizer = tiny_model("llama", vocab_size=512), tiny_tokenizer(512)
+    model.save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    packed = write_gguf(tmp_path / "teacher.gguf", model, tokenizer)
+    one, other = (open_teacher(place, quantise="int8") for place in (tmp_path / "folder", packed))
+    assert one.identity != other.identity
+    assert other.identity.quantisation == "int8"
+    state = one.model.state_dict()
+    assert state.keys() == other.model.state_dict().keys()
+    for name, tensor in other.model.state_dict().items():
+        assert tensor.dtype == state[name].dtype, name
+        torch.testing.assert_close(tensor.float(), state[name].float(), rtol=1e-5, atol=1e-6, msg=name)
 
 
 @needs_torchao
