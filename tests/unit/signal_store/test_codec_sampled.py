@@ -93,5 +93,5 @@ def test_bytes_of_an_entry(vocab: int, width: int) -> None:
 @pytest.mark.parametrize("temperature", [0.99, 2.0])
 def test_only_the_temperature_of_the_capture_is_read(temperature: float) -> None:
     payload = stored(SampledCodec(50), random_logits(2, 300))
-    with pytest.raises(SignalError, match=r"expected 1 to 1"):
+    with pytest.raises(SignalError, match=r"expected 1\. Give such a temperature"):
         SampledCodec(50).decode(payload, 0, 2, temperature, 300)
