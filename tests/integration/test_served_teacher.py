@@ -115,6 +115,9 @@ def test_such_a_store_is_trained_on_where_it_tells_enough_and_refused_elsewhere(
     assert few.train_plainly(tmp_path / "a", **train, kd_temperature=2) == 3
     said = capsys.readouterr().err
     assert "got 2; expected 1. Give such a --kd_temperature, or --divergence=decoupled_topk:k=K" in said
+    words = [f"--teacher={few.teacher}", f"--manifest={few.manifest}", "--seq_len=64"]
+    assert main(["store", "verify", str(tmp_path / "store"), *words]) == 2
+    assert "it ran behind a server" in capsys.readouterr().err
     assert few.train_plainly(tmp_path / "b", **train, divergence="reverse_kl") == 2
     assert few.train_plainly(tmp_path / "c", **train, kd_temperature=2, divergence="decoupled_topk:k=8") == 0
     rows = [json.loads(line) for line in (tmp_path / "c" / "run" / "metrics.jsonl").read_text().splitlines()]
