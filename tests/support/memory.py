@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -218,7 +218,7 @@ def _parts(shape: TrainingShape, device: torch.device = CPU) -> tuple[Student, O
     if shape.teacher is not None:
         loaded = LoadedModel(real_model(shape.teacher).to(device), None, ModelIdentity("", "", ""))
         teacher = OnlineTeacher(loaded, shape.vocab_size, max_tokens=shape.teacher_pass_tokens)
-    plan = loss_plan(shape.device, shape.vocab_size, shape.chunk_bytes, shape.loss_rows)
+    plan = replace(loss_plan(shape.device, shape.vocab_size, shape.chunk_bytes, shape.loss_rows), every=True)
     return Student(model, torch_dtype(shape.compute_dtype), reference, plan), teacher
 
 

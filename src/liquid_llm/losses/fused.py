@@ -200,7 +200,7 @@ def _run_chunks(
     )
     raw = hidden.new_empty(min(plan.chunk_tokens, rows.count), vocab_size, dtype=dtype)
     values = hidden.new_empty(5, rows.count, dtype=dtype)
-    for start in range(0, rows.count, plan.chunk_tokens):
+    for start in plan.starts(0, rows.count, plan.chunk_tokens):
         stop = min(start + plan.chunk_tokens, rows.count)
         states = rows.take(hidden, start, stop).to(student.operand_dtype)
         logits = student.raw_logits(states, out=raw[: stop - start])
@@ -211,7 +211,7 @@ def _run_chunks(
         narrow = (
             student.operand_space(logits) if with_grad and not (head_gradient and head_gradient.with_bias) else None
         )
-        for first in range(start, stop, plan.slice_tokens):
+        for first in plan.starts(start, stop, plan.slice_tokens):
             last = min(first + plan.slice_tokens, stop)
             values[:, first:last] = row_loss(
                 logits[first - start : last - start],

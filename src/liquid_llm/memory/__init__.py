@@ -23,7 +23,7 @@ from liquid_llm.memory.training import work_out_training
 
 S = TypeVar("S", TrainingShape, CaptureShape)
 
-# Time grows with the chunks of logits that are walked: 2 million tokens are a quarter of a minute.
+# An evaluation's further measures go through all chunks of logits, so that time grows with them.
 MOST_TOKENS = 2**21
 _ANSWERS: dict[str, MemoryPrediction] = {}
 

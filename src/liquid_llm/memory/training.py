@@ -71,9 +71,10 @@ def work_out_training(shape: TrainingShape) -> MemoryPrediction:
 
 
 def loss_plan(device: str, vocab_size: int, chunk_bytes: int = CHUNK_BYTES[-1], loss_rows: str = EAGER) -> LossPlan:
-    """How the loss goes about it on the device meant, without looking at results: fake tensors have none."""
+    """How the loss goes about it on the device meant, without looking at results: fake tensors have none. Of its
+    chunks, which are as large as each other, a few are gone through."""
     rows = MEMORY if loss_rows == TRITON else EAGER
-    return replace(choose_plan(device, vocab_size, chunk_bytes=chunk_bytes), looks=False, rows=rows)
+    return replace(choose_plan(device, vocab_size, chunk_bytes=chunk_bytes), looks=False, rows=rows, every=False)
 
 
 def online_teacher(model: nn.Module, vocab_size: int, pass_tokens: int | None = None) -> OnlineTeacher:

@@ -28,7 +28,7 @@ from tests.support.processes import launch, wait
 
 from liquid_llm import memory
 from liquid_llm.errors import ModelError
-from liquid_llm.memory import predict_training
+from liquid_llm.memory import predict_training, training
 from liquid_llm.memory.fake import weight_bytes
 from liquid_llm.memory.prediction import (
     ACTIVATIONS,
@@ -94,6 +94,39 @@ def test_the_prediction_is_what_is_counted_when_the_trainer_steps(name: str) -> 
     counted = counted_step(shape)
     assert prediction.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.01)
     assert prediction.rest_bytes == pytest.approx(counted.rest_bytes, rel=0.03)  # which holds its batch too
+
+
+@pytest.mark.parametrize(
+    ("signal", "device", "loss_rows"),
+    [("dense", "cpu", "eager"), ("sparse", "cuda", "triton"), ("logits", "cuda", "eager"), ("none", "cpu", "eager")],
+)
+def test_a_few_chunks_of_the_loss_take_what_all_of_them_take(
+    signal: str, device: str, loss_rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = BatchShape(4, 256, signal, slots=20)  # 3 chunks of 19 slices on a CPU, 4 chunks on a GPU
+    student = preset("llama-test", 49_152)
+    shape = TrainingShape(
+        student=student,
+        batches=(batch,),
+        evaluations=(batch,),
+        compute_dtype="float32",
+        vocab_size=49_152,
+        device=device,
+        loss_rows=loss_rows,
+        chunk_bytes=48 * 2**20,
+        teacher=student if signal == "dense" else None,
+        reference=signal == "dense",
+    )
+    few, plan = training.work_out_training(shape), training.loss_plan
+    walked: list[int] = []
+
+    def every(*given: Any, **options: Any) -> Any:
+        walked.append(1)
+        return replace(plan(*given, **options), every=True)
+
+    monkeypatch.setattr(training, "loss_plan", every)
+    assert training.work_out_training(shape) == few
+    assert walked
 
 
 def test_of_a_teacher_on_ranks_of_its_own_its_head_alone_is_here() -> None:
