@@ -112,7 +112,10 @@ class WindowedPlan:
         self._counts = np.zeros(len(parts), dtype=np.int64)
         self._shapes = np.zeros(0, dtype=np.int64)  # rows and tokens of each in one number
         for window in range(len(parts)):
-            bounds, of_batch = self._cuts(*lengths.histogram(parts.shards(window)))
+            values, counts = lengths.histogram(parts.shards(window))
+            held = np.zeros(len(self._edges), dtype=np.int64)
+            np.add.at(held, self._buckets(values), counts)
+            bounds, of_batch = self._cuts(held)
             self._counts[window] = len(of_batch)
             shapes = np.diff(bounds) << 32 | self._edges[of_batch]
             self._shapes = np.union1d(self._shapes, shapes)
@@ -134,26 +137,18 @@ class WindowedPlan:
     def _buckets(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._edges, lengths)
 
-    def _cuts(
-        self, values: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where micro-batches begin in samples sorted by bucket, [n + 1]; the bucket of each, [n].
-
-        Args:
-            values, counts: what samples are long, and how many of them.
-        """
-        held = np.zeros(len(self._edges), dtype=np.int64)
-        np.add.at(held, self._buckets(values), counts)
+    def _cuts(self, held: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where micro-batches begin in samples sorted by bucket, each of which has ``held`` of them, [n + 1]; the
+        bucket of each, [n]."""
         pieces = -(-held // self._rows)
         return _cut_evenly(held, pieces), np.repeat(np.arange(len(held)), pieces)
 
     def _shuffle(self, epoch: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """A window's samples by bucket and shuffled inside it, the order of its micro-batches, and their bounds."""
         items, key = self._parts.items(window), (*self._key, epoch, window)
-        shards = self._parts.shards(window)
-        buckets = self._buckets(self._lengths.of(shards))
+        buckets = self._buckets(self._lengths.of(self._parts.shards(window)))
         order = np.lexsort((keyed_bits(len(items), "samples", *key), buckets))
-        bounds, _ = self._cuts(*self._lengths.histogram(shards))
+        bounds, _ = self._cuts(np.bincount(buckets, minlength=len(self._edges)))
         return items[order], keyed_permutation(len(bounds) - 1, "micro-batches", *key), bounds
 
 
