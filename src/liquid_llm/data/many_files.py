@@ -265,16 +265,22 @@ def _survey_file(folder: Path, cut: Cut) -> Path:
 
 
 def write_survey(folder: Path, cut: Cut, survey: Survey) -> None:
-    """Keep it beside a cache. Raises StorageError."""
-    storage.write_bytes(str(_survey_file(folder, cut)), json.dumps(survey.plain()).encode())
+    """Keep it beside a cache, with a hash of it in a line of its own. Raises StorageError."""
+    body = json.dumps(survey.plain()).encode()
+    storage.write_bytes(str(_survey_file(folder, cut)), body + b"\n" + _hash_of(body))
 
 
 def read_survey(folder: Path, cut: Cut) -> Survey | None:
     """What is kept beside a cache; None where nothing is, or it is damaged."""
     try:
-        return Survey.of_plain(parse_json(_survey_file(folder, cut).read_bytes()))
+        body, _, told = _survey_file(folder, cut).read_bytes().rpartition(b"\n")
+        return Survey.of_plain(parse_json(body)) if told == _hash_of(body) else None
     except (OSError, ParseError, TypeError, ValueError, KeyError):
         return None
+
+
+def _hash_of(body: bytes) -> bytes:
+    return blake2b(body, digest_size=16).hexdigest().encode()
 
 
 class ManyFiles:

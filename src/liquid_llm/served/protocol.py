@@ -183,10 +183,13 @@ def _read_positions(
     for place, (position, token) in enumerate(zip(told, tokens, strict=True)):
         try:
             own[place] = position[str(token)]["logprob"]
-            numbers = np.fromiter(map(int, position), np.int64, len(position))
+            named = list(map(int, position))
+            numbers = np.array(named, np.int64)
             logs = np.fromiter((one["logprob"] for one in position.values()), np.float64, len(position))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BadAnswer(f"position {place} tells no ids with log-probabilities, its own among them") from error
+        if len(set(named)) < len(named):  # "5" and "05"
+            raise BadAnswer(f"position {place} tells of one id twice")
         if padding:
             tokens_alone = (numbers < padding.start) | (numbers >= padding.stop)
             numbers, logs = numbers[tokens_alone], logs[tokens_alone]

@@ -48,7 +48,7 @@ def read_states(
     from safetensors.torch import load_file
 
     name = PurePosixPath(told).name if told else ""
-    if not name.endswith(".safetensors"):
+    if not name.endswith(".safetensors") or not name.isprintable():  # a zero byte or half a pair names no file
         raise StorageError(
             "the server says of no file that its hidden states are in it",
             where=folder,
@@ -125,11 +125,12 @@ def _is_whole(path: Path, most_bytes: int) -> bool:
                 else {}
             )
             ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+            whole = bool(ends) and size == 8 + length + max(ends)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return False
     if size > most_bytes:
         raise BadAnswer(f"{path.name} has {size:,} bytes")
-    return bool(ends) and size == 8 + length + max(ends)
+    return whole
 
 
 def _open_plain(path: str, flags: int) -> int:

@@ -98,6 +98,7 @@ BAD: dict[str, Callable[[dict[str, Any]], object]] = {
     "fewer ids": lambda value: [_first(value).popitem() for _ in range(2)],
     "a word for an id": lambda value: _first(value).__setitem__("the", {"logprob": -1.0}),
     "an id beyond the tokenizer": lambda value: _first(value).__setitem__(str(VOCAB), {"logprob": -0.1}),
+    "an id twice": lambda value: _first(value).__setitem__("0" + next(iter(_first(value))), {"logprob": -9.0}),
     "an id below 0": lambda value: _first(value).__setitem__("-1", {"logprob": -0.1}),
     "an enormous id": lambda value: _first(value).__setitem__("9" * 30, {"logprob": -0.1}),
     "not a number": lambda value: _set(value, math.nan),

@@ -55,7 +55,7 @@ def test_a_part_of_a_file_is_no_file(tmp_path: Path, length: int) -> None:
         read_states(tmp_path, "a.safetensors", IDS, 4, stopping=lambda: True)
 
 
-@pytest.mark.parametrize("told", [None, "", "/tmp/a.txt", ".."])
+@pytest.mark.parametrize("told", [None, "", "/tmp/a.txt", "..", "a\0.safetensors", "\ud800.safetensors"])
 def test_no_path_or_one_of_something_else(tmp_path: Path, told: str | None) -> None:
     with pytest.raises(StorageError, match="says of no file"):
         read_states(tmp_path, told, IDS, 4)
