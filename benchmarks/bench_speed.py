@@ -1,6 +1,6 @@
 """What a training step costs beside what it must, and beside what a user would run instead: one table of ratios.
 
-    python benchmarks/bench_speed.py                               made-up texts as long as GSM8K's, over five minutes
+    python benchmarks/bench_speed.py                               made-up texts as long as GSM8K's, about 20 minutes
     python benchmarks/bench_speed.py --jsonl train.jsonl           texts of a JSONL file (text, or question and answer)
     python benchmarks/bench_speed.py --trl-python DIR/bin/python   TRL's GKDTrainer too, from an environment that has it
     python benchmarks/bench_speed.py --rounds 2 --capture-rounds 1  shorter
