@@ -141,12 +141,13 @@ def score(
             error = SignalError("a token outside the vocabulary", got=largest, expected=f"under {vocab_size}")
             yield window, error, NOWHERE
         else:
-            good.append(Taken(window, ids, sample.learnt_positions(window.num_tokens), codecs[window.type]))
+            places = sample.learnt_positions(window.num_tokens)
+            good.append(Taken(window, ids, places, codecs[window.type], row=len(good)))
     if not good:
         return
-    good.sort(key=lambda one: one.kind)  # those of one codec together
     with torch.inference_mode():
         hidden = teacher.hidden(to_device(padded_ids([one.input_ids for one in good]), teacher.device))
+        good.sort(key=lambda one: one.kind)  # those of one codec together; each knows its row of the states
         kept = [count(one.window, one.num_rows) for one in good]
         if any(most < one.num_rows for most, one in zip(kept, good, strict=True)):
             _keep_least_sure(teacher.head, _States(hidden), good, kept, scratch)
@@ -209,10 +210,13 @@ class Taken:
         input_ids: of its tokens, as the teacher sees them.
         places: which positions have a row.
         codec: that they are encoded by.
+        row: of the batch's hidden states that are its own.
     """
 
-    def __init__(self, window: Window, input_ids: NDArray[np.int32], places: NDArray[np.bool_], codec: Codec) -> None:
-        self.window, self.input_ids, self.places, self.codec = window, input_ids, places, codec
+    def __init__(
+        self, window: Window, input_ids: NDArray[np.int32], places: NDArray[np.bool_], codec: Codec, *, row: int
+    ) -> None:
+        self.window, self.input_ids, self.places, self.codec, self.row = window, input_ids, places, codec, row
         self.kind = (codec.name, codec.version, sorted(codec.options.items()))
         self.seed = record_seed(window.sample_id)
         self._added = 0
@@ -249,7 +253,7 @@ class _States:
 
     def choose(self, samples: Sequence[Taken]) -> None:
         """Let the next to be taken be those of the samples' places, one sample after the other."""
-        where = [number * self._time + np.flatnonzero(one.places) for number, one in enumerate(samples)]
+        where = [one.row * self._time + np.flatnonzero(one.places) for one in samples]
         self._where, self._taken = to_device(torch.from_numpy(np.concatenate(where)), self._rows.device), 0
 
     def take(self, count: int) -> Tensor:

@@ -73,7 +73,7 @@ class Verifier:
                 self._count(sample.sample_id, lookup.status, lookup.reason)
                 continue
             ids, places = sample.input_ids[: record.header.num_tokens], record.header.positions()
-            found.append((record, Taken(window, ids, places, self._store.codec)))
+            found.append((record, Taken(window, ids, places, self._store.codec, row=len(found))))
         with torch.inference_mode():
             for record, hidden, made in self._scored(found):
                 try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.support.products import MixedProducts
+from tests.support.teachers import VOCAB, ListSource, make_samples
 
-from liquid_llm.capture.scoring import Scratch, chunk_rows, chunks
+from liquid_llm.capture.plan import Window
+from liquid_llm.capture.scoring import Scratch, chunk_rows, chunks, score
 from liquid_llm.losses.signals import OutputHead
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,29 @@ def test_another_head_or_dtype_is_another_product() -> None:
         for states in (hidden.bfloat16(), hidden):
             expected = states.float() @ narrow.weight.float().t()
             torch.testing.assert_close(on_a_card.logits(narrow, states), expected)
+
+
+class Told:
+    """A teacher whose states were told of a batch beforehand, sample by sample, as a server's are."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, states: list[torch.Tensor]) -> None:
+        self.states, self.head = states, OutputHead(torch.eye(VOCAB))
+
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        assert len(input_ids) == len(self.states)
+        return torch.nn.utils.rnn.pad_sequence(self.states, batch_first=True)
+
+
+def test_states_are_those_of_their_sample_whatever_codecs_a_batch_has() -> None:
+    """Samples of one codec are encoded together, after the teacher has been asked about them in their own order."""
+    samples = [make_samples(1, type=type, low=9, high=9, seed=n)[0] for n, type in enumerate("abab")]
+    batch = [Window(ListSource(samples), n, f"s/{n}", one.type, 9) for n, one in enumerate(samples)]
+    states = [100.0 * torch.nn.functional.one_hot(torch.full((9,), 7 * n), VOCAB).float() for n in range(4)]
+    codecs = {"a": TopKCodec(8), "b": TopKCodec(4)}  # the second comes first
+    found = {one.sample_id: rows for one, rows, _ in score(Told(states), batch, codecs, Scratch())}
+    for number, sample in enumerate(samples):
+        codec = codecs[sample.type]
+        signal = codec.decode(codec.pack(found[f"s/{number}"]), 0, 8, 2.0, VOCAB)
+        assert set(signal.ids[:, 0].tolist()) == {7 * number}
