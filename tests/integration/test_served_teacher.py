@@ -11,15 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.support.teachers import IDENTITY, ListSource, make_samples
 from tests.support.tiny import Tiny
 from tests.support.vllm_server import Handler, VllmServer, serving, times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import liquid_llm
 from liquid_llm import storage
+from liquid_llm.capture.plan import Window
+from liquid_llm.capture.scoring import Scratch
+from liquid_llm.capture.served import ServedModel, ServedTeacher
 from liquid_llm.cli.main import main
-from liquid_llm.errors import StorageError
+from liquid_llm.errors import SignalError, StorageError
 from liquid_llm.losses.signals import LogitsSignal, SparseSignal
+from liquid_llm.served.client import Server
+from liquid_llm.signal_store.codecs.topk import TopKCodec
 from liquid_llm.signal_store.records import token_hashes
 from liquid_llm.signal_store.store import open_store
 
@@ -193,11 +199,32 @@ def test_what_cannot_work_is_refused_before_anything_is_scored(
     assert not list(tmp_path.glob("store/*.json"))
 
 
+@pytest.mark.parametrize("option", ["dataset_manifest", "hidden_states_dir"])
+def test_a_place_that_is_not_there_is_said_before_a_server_is_asked(
+    few: Tiny, server: VllmServer, tmp_path: Path, capsys, option: str
+) -> None:
+    """A server that is down is waited for half a minute."""
+    assert capture(few, tmp_path / "store", topk=None, teacher_url=server.url, **{option: tmp_path / "gone"}) == 4
+    assert str(tmp_path / "gone") in capsys.readouterr().err
+    assert server.seen == []
+
+
 def test_another_tokenizer_is_refused(few: Tiny, server: VllmServer, tmp_path: Path, capsys) -> None:
     whole = server.tokenizer
     server.tokenizer = lambda text, **words: {"input_ids": whole(text.lower(), **words)["input_ids"]}
     assert capture(few, tmp_path / "store", teacher_url=server.url) == 2
     assert "the server's tokenizer is another one" in capsys.readouterr().err
+
+
+def test_a_server_that_answers_under_another_name_is_refused(
+    few: Tiny, server: VllmServer, tmp_path: Path, capsys
+) -> None:
+    rename = spoil(lambda told, _: told.update(model="an/alias"))
+    server.faults.append(times(1, rename))
+    assert capture(few, tmp_path / "store", teacher_url=server.url) == 2
+    said = capsys.readouterr().err
+    assert "answers as another model than it was asked for; got model 'an/alias', not 'served'" in said
+    assert "Traceback" not in said
 
 
 def test_the_key_is_sent_and_never_shown(few: Tiny, server: VllmServer, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -371,6 +398,25 @@ def test_units_go_on_once_a_lost_server_is_back(files: Tiny, server: VllmServer,
     server.faults.clear()
     assert [opened.run(unit)["complete"] for unit in (first, *others)] == [True] * 3
     assert len(records(tmp_path / "store")) == 12
+
+
+def test_work_that_was_given_up_is_not_asked_about_by_what_comes_next(server: VllmServer) -> None:
+    at, free = threading.Event(), threading.Event()
+    server.faults.append(lambda *_: bool(at.set()) or not free.wait(60))
+    samples = make_samples(3, low=6, high=6)
+    windows = [Window(ListSource(samples), n, one.sample_id, one.type, 6) for n, one in enumerate(samples)]
+    served = ServedModel(Server(server.url), "served", IDENTITY, 512, 255, server.fingerprint, requests=1)
+    teacher = ServedTeacher(served, 4)
+    next(teacher.ahead([[one] for one in windows[:2]]))
+    at.wait(60)
+    teacher.end(abandon=True)
+    free.set()
+    next(teacher.ahead([[windows[2]]]))
+    codecs = {"math_tool": TopKCodec(4, temperature=1.0)}
+    ((_, rows, _),) = teacher.score([windows[2]], codecs, Scratch(), lambda _, count: count)
+    assert not isinstance(rows, SignalError)
+    teacher.end(abandon=False)
+    assert server.completions() == [samples[n].input_ids.tolist() for n in (0, 2)]
 
 
 def test_a_server_that_becomes_another_is_noticed(few: Tiny, server: VllmServer, tmp_path: Path, capsys) -> None:

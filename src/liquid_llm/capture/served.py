@@ -151,6 +151,8 @@ class ServedTeacher:
         """
         if abandon:
             self.model.server.give_up()
+        for future in self._asked.values():
+            future.cancel()  # else threads that go on with the next piece of work would ask about this one first
         for _ in self._threads:
             self._tasks.put(None)
         self._threads = []

@@ -24,7 +24,7 @@ from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, DeviceError, Interrupted, SignalError, UsageError
 from liquid_llm.framing import Framing
 from liquid_llm.identity import ModelIdentity
-from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data
+from liquid_llm.jobs.prepare import RunData, describe_datasets, prepare_run_data, require_manifest
 from liquid_llm.losses.signals import WHOLE
 from liquid_llm.models.loading import LoadedModel, identify, load_tokenizer
 from liquid_llm.provenance import write_provenance
@@ -123,6 +123,7 @@ def check_capture(config: CaptureConfig, new_layout: str = "pt") -> Asked:
     assert teacher_id is not None
     asked = codec_of(config.store)
     device = choose_device(config.device)
+    require_manifest(config.data)
     for source in config.source.named.values():
         if source.store is not None and not storage.is_remote(source.store):
             storage.check_writable(source.store)

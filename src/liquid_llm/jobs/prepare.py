@@ -138,6 +138,17 @@ def prepare_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda 
     )
 
 
+def require_manifest(config: DataConfig) -> None:
+    """Find out at the cost of a request whether ``prepare_run_data`` will have a manifest.
+
+    Raises:
+        StorageError: there is none, and no catalog of datasets that may make it.
+    """
+    if config.manifest is not None and _find_catalog(config) is None:
+        with storage.open_read(config.manifest):
+            return
+
+
 def find_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda type: True) -> RunData:
     """What a run reads as it stands: nothing is prepared. Raises as ``prepare_run_data`` does."""
     return prepare_run_data(replace(config, prepare="skip", toolkit_uri=None), wanted)

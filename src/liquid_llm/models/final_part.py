@@ -88,7 +88,7 @@ def open_final_part(
             got, expected = list(tensor.shape), list(wanted[name].shape)
             problem = "a weight has another shape than config.json says"
             raise ModelError(problem, where=model_id, got=got, expected=expected)
-    own = copy.deepcopy(norm).to_empty(device=device)
+    own = copy.deepcopy(norm).to_empty(device=device).to(dtype)  # a GPU normalises in one dtype, its weights' too
     own.load_state_dict({name.removeprefix("norm."): one for name, one in tensors.items() if name.startswith("norm.")})
     made = replace(head, weight=tensors["head.weight"], bias=tensors.get("head.bias"))
     return FinalPart(own.eval().requires_grad_(False), made, source.revision, len(blocks_of(model)))

@@ -1,8 +1,10 @@
 """One server that is asked over HTTP by several threads.
 
 What may pass by itself (429, 5xx, a cut or refused connection, a time limit, an answer that is no JSON) is repeated
-under the retry policy of storage, after the time that the server asks for where it names one. No answer is read past
-the size that the question can have, and nobody is followed to another address: the key is for this server alone.
+under the retry policy of storage, after the time that the server asks for where it names one. A server that has too
+many requests is left alone by all threads for that time, and is given up when it has answered nobody in as many such
+pauses as the policy has attempts. No answer is read past the size that the question can have, and nobody is followed to
+another address: the key is for this server alone.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ class Server:
         self._local = threading.local()
         self._given_up = threading.Event()
         self._lock = threading.Lock()
-        self._quiet_until = 0.0
+        self._said_until = 0.0  # when what was said of a failure is over
+        self._paused_at = self._paused_until = -1.0  # of the last pause of all threads
+        self._pauses = 0  # of all threads, since the server has answered any of them
 
     def get(self, path: str) -> Any:
         """The JSON value at ``path``; raises as ``post``."""
@@ -93,17 +97,23 @@ class Server:
         """As ``post``, by any method."""
         where, failures = self.url + path, 0
         while True:
-            if self._given_up.is_set():
-                raise Abandoned
+            began = self._wait_for_turn()
             try:
-                return self._once(method, where, body, most_bytes)
+                answer = self._once(method, where, body, most_bytes)
             except _Failure as failure:
+                if failure.cause is _BUSY:  # of which no question is the reason
+                    self._pause_all(where, failure, began)
+                    continue
                 failures += 1
                 if not failure.cause.passing or failures >= storage.retry_policy().attempts:
-                    error = ServerFailed(failure.cause.problem, where=where, got=failure.got, remedy=_LATER)
-                    error.status = failure.status
-                    raise error from None
+                    raise failure.given_up(where) from None
                 pause = self._announce(where, failure.cause, failures, failure.wait_seconds)
+            except Refused:
+                self._pauses = 0  # that is an answer
+                raise
+            else:
+                self._pauses = 0
+                return answer
             if self._given_up.wait(pause):
                 raise Abandoned
 
@@ -123,16 +133,43 @@ class Server:
 
     def resume(self) -> None:
         """Ask again after ``give_up``: what came of one piece of work is not what becomes of the next."""
+        self._pauses = 0
         self._given_up.clear()
+
+    def _wait_for_turn(self) -> float:
+        """Wait until no pause is under way; the moment then. Raises Abandoned."""
+        while not self._given_up.is_set():
+            now = time.monotonic()
+            if now >= self._paused_until:
+                return now
+            self._given_up.wait(self._paused_until - now)
+        raise Abandoned
+
+    def _pause_all(self, where: str, failure: _Failure, began: float) -> None:
+        """Have all threads wait: the server has refused one that asked at ``began`` for having too many.
+
+        Raises:
+            ServerFailed: it has done so as often as is tolerated and answered nobody in between.
+        """
+        with self._lock:
+            asked_seconds = min(failure.wait_seconds, _MOST_PAUSE_SECONDS)
+            if began > self._paused_at:  # others that were refused with it are of the same pause
+                self._pauses += 1
+                if self._pauses < storage.retry_policy().attempts:
+                    asked_seconds = storage.announce_pause(where, failure.cause, self._pauses, asked_seconds)
+                    self._paused_at = time.monotonic()
+            if self._pauses >= storage.retry_policy().attempts:
+                raise failure.given_up(where) from None
+            self._paused_until = max(self._paused_until, time.monotonic() + asked_seconds)
 
     def _announce(self, where: str, cause: Cause, failures: int, asked_seconds: float) -> float:
         """Seconds to wait; said once where many requests meet the same trouble together."""
         asked_seconds = min(asked_seconds, _MOST_PAUSE_SECONDS)
         with self._lock:
-            if time.monotonic() < self._quiet_until:
+            if time.monotonic() < self._said_until:
                 return max(storage.retry_policy().pause_seconds(failures), asked_seconds)
             pause = storage.announce_pause(where, cause, failures, asked_seconds)
-            self._quiet_until = time.monotonic() + pause
+            self._said_until = time.monotonic() + pause
             return pause
 
     def _once(self, method: str, where: str, body: dict[str, Any] | None, most_bytes: int) -> Any:
@@ -211,6 +248,12 @@ class _Failure(Exception):
     def __init__(self, cause: Cause, got: str, status: int | None = None, wait_seconds: float = 0.0) -> None:
         self.cause, self.got, self.status, self.wait_seconds = cause, got, status, wait_seconds
         super().__init__(got)
+
+    def given_up(self, where: str) -> ServerFailed:
+        """What it is when no other attempt follows."""
+        error = ServerFailed(self.cause.problem, where=where, got=self.got, remedy=_LATER)
+        error.status = self.status
+        return error
 
 
 def _cause_of(error: BaseException) -> Cause:

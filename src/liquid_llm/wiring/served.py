@@ -23,6 +23,7 @@ from liquid_llm.served.protocol import (
     Answer,
     BadAnswer,
     Card,
+    OtherServer,
     ask_tokens,
     read_cards,
     read_fingerprint,
@@ -54,13 +55,15 @@ def find_served(config: CaptureConfig, text: TextTools, token: str | None) -> Se
     """The model of ``--teacher_url``, looked at without its signal; None where no server is named.
 
     Raises:
-        StorageError: the server cannot be reached, or fails.
+        StorageError: the server cannot be reached, or fails; there is no folder where its files are to be.
         ModelError: it does not serve that model, or with another tokenizer.
     """
     asked = config.served
     if asked.url is None:
         return None
     assert config.teacher.stored_id is not None
+    if asked.states_dir is not None and not Path(asked.states_dir).is_dir():
+        raise StorageError("there is no such folder", where=f"--hidden_states_dir={asked.states_dir}")
     server = Server(asked.url, read_server_key())
     try:
         card = _choose_card(read_cards(server.get("/v1/models")), config)
@@ -218,6 +221,13 @@ def _try_log_probs(model: ServedModel, ids: list[int], k: int, *, states: bool =
         ) from error
     except BadAnswer as error:
         raise UsageError(_CANNOT, where=where, got=error, remedy=_OWN) from error
+    except OtherServer as error:
+        raise ModelError(
+            "the server answers as another model than it was asked for",
+            where=where,
+            got=error,
+            remedy="name the server itself, and nothing before it that calls its models otherwise",
+        ) from error
     return model, answer
 
 
@@ -231,8 +241,6 @@ def _check_end(config: CaptureConfig, model: ServedModel, end: FinalPart, ids: l
     assert config.served.states_dir is not None
     folder = Path(config.served.states_dir)
     where = f"--hidden_states_dir={folder}"
-    if not folder.is_dir():
-        raise StorageError("there is no such folder", where=where)
     try:
         states = read_states(folder, answer.path, ids, end.hidden_size, seconds=10.0)
     except BadAnswer as error:

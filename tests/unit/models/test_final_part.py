@@ -43,6 +43,14 @@ def test_norm_and_head_are_the_models(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(end.head.logits(hidden), output_head(model).logits(hidden), rtol=1e-5, atol=1e-5)
 
 
+def test_norm_and_head_are_of_one_dtype(tmp_path: Path) -> None:
+    """GPUs have no layer norm of 16-bit numbers by weights of 32 bits, whatever dtype the files are in."""
+    saved(tmp_path, "gpt2")
+    end = open_final_part(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    assert {one.dtype for one in (*end.norm.parameters(), end.head.weight)} == {torch.bfloat16}
+    assert end.head_input(torch.zeros(1, 2, end.hidden_size)).dtype == torch.bfloat16
+
+
 def test_another_kind_of_end_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, "opt")
     with pytest.raises(ModelError, match="does not end with blocks, one norm and a head"):

@@ -169,6 +169,71 @@ def test_the_pause_that_is_asked_for_is_said_and_kept_and_can_be_given_up(
     assert server.get("/v1/models") == []
 
 
+def asking(server: Server, path: str, outcomes: list[Any]) -> threading.Thread:
+    """A thread that asks once; its answer, or what it ends with, comes into ``outcomes``."""
+
+    def ask() -> None:
+        try:
+            outcomes.append(server.get(path))
+        except (Abandoned, ServerFailed) as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread
+
+
+def test_a_pause_is_one_for_all_threads(world: VllmServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Sixteen that are refused together wait once, and who comes meanwhile waits with them instead of asking."""
+    together = threading.Barrier(16)
+
+    def refuse(handler: Handler) -> None:
+        together.wait(60)
+        send(429, **{"Retry-After": "600"})(handler)
+
+    answer(world, refuse)
+    server, outcomes = Server(world.url), []
+    threads = [asking(server, "/v1/models", outcomes) for _ in range(16)]
+    while len(world.seen) < 16 or world.at_once or "trying again" not in caplog.text:
+        time.sleep(0.001)
+    answer(world, send(200, b"[]"))
+    threads += [asking(server, "/v1/models", outcomes) for _ in range(4)]
+    threads[-1].join(0.2)
+    assert len(world.seen) == 16, "nobody asks while the server wants to be left alone"
+    assert caplog.text.count("trying again") == 1
+    server.give_up()
+    for thread in threads:
+        thread.join(30)
+    assert [type(one) for one in outcomes] == [Abandoned] * 20
+
+
+def test_a_server_that_answers_others_is_not_given_up_for_one_question(world: VllmServer) -> None:
+    """One that is busy refuses whoever comes at the wrong moment, the same question more often than the policy says."""
+    answered, left = threading.Semaphore(0), [7]
+
+    def busy(handler: Handler, path: str, _body: Any) -> bool:
+        if path == "/often" or not left[0]:
+            answered.release()
+            send(200, b"[]")(handler)
+            return True
+        left[0] -= 1
+        while answered.acquire(blocking=False):
+            pass
+        for _ in range(2):  # the first of them has been read when the second is asked
+            answered.acquire(timeout=60)
+        send(429)(handler)
+        return True
+
+    world.faults = [busy]
+    server, outcomes = Server(world.url), []
+    thread = asking(server, "/seldom", outcomes)
+    while not outcomes:
+        server.get("/often")
+    thread.join(30)
+    assert outcomes == [[]]
+    assert left == [0]
+
+
 def test_a_netrc_does_not_sign_in_the_keys_place(
     world: VllmServer, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
