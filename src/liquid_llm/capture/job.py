@@ -37,7 +37,8 @@ from liquid_llm.teachers.online import OnlineTeacher, require_context
 
 log = logging.getLogger(__name__)
 
-_REPORTED_FAILURES = 20
+_KEPT_FAILURES = 20  # each with its reason; of all others the count, whatever a store loses
+_KEPT_REASONS, _OTHER_REASONS = 50, "other reasons"
 _WRITE_FAILURES = 3  # in a row: storage has retried each already, so the rest would fail too
 _PENDING_BYTES = 256 * 2**20  # encoded but not yet written; a slow store makes the teacher wait
 
@@ -56,7 +57,9 @@ class CaptureSummary:
 
     Attributes:
         written, skipped: samples captured; samples that needed none (complete already, or given twice).
-        failures: samples that could not be captured.
+        failed: samples that could not be captured.
+        failures: the first of them.
+        reasons: how many have failed for what, without the values that differ from one to the next.
         too_large: how many of them do not fit into the device's memory even alone.
         consumers: what takes most of that memory, in words; filled in by who knows.
         tokens: real tokens scored and written.
@@ -70,7 +73,9 @@ class CaptureSummary:
 
     written: int = 0
     skipped: int = 0
+    failed: int = 0
     failures: list[Failure] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
     too_large: int = 0
     consumers: str = ""
     tokens: int = 0
@@ -80,9 +85,26 @@ class CaptureSummary:
     seconds: float = 0.0
     interrupted: bool = False
 
-    @property
-    def failed(self) -> int:
-        return len(self.failures)
+    def fail(self, failure: Failure) -> bool:
+        """Count in a sample that could not be captured; whether it is one of the first, which are kept."""
+        self._count(failure.reason.partition("; got ")[0], 1)
+        self.failed += 1
+        if self.failed > _KEPT_FAILURES:
+            return False
+        self.failures.append(failure)
+        return True
+
+    def add_failures(self, other: CaptureSummary) -> None:
+        """Count in those of another job."""
+        self.failed += other.failed
+        self.failures = [*self.failures, *other.failures][:_KEPT_FAILURES]
+        for reason, count in other.reasons.items():
+            self._count(reason, count)
+
+    def _count(self, reason: str, count: int) -> None:
+        known = reason in self.reasons or len(self.reasons) < _KEPT_REASONS
+        reason = reason if known else _OTHER_REASONS
+        self.reasons[reason] = self.reasons.get(reason, 0) + count
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -96,18 +118,17 @@ class CaptureSummary:
     @property
     def is_whole(self) -> bool:
         """Whether all that was to be captured is there."""
-        return not (self.interrupted or self.failures)
+        return not (self.interrupted or self.failed)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for the summary line, the first failures only."""
+        """Plain values for the summary line."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "consumers"}
         return {
             **values,
-            "failed": self.failed,
             "bytes_per_token": self.bytes_per_token,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": self.tokens_per_second,
-            "failures": [failure._asdict() for failure in self.failures[:_REPORTED_FAILURES]],
+            "failures": [failure._asdict() for failure in self.failures],
         }
 
 
@@ -222,8 +243,7 @@ class _Job:
     def fail(self, window: Window, reason: str) -> None:
         """Count a sample that cannot be captured."""
         failure = Failure(window.sample_id, window.type, reason)
-        self.summary.failures.append(failure)
-        if self.summary.failed <= _REPORTED_FAILURES:
+        if self.summary.fail(failure):
             log.warning("%s sample %r is not captured: %s", failure.type, failure.sample_id, failure.reason)
         self.progress(window.num_tokens)
 

@@ -102,7 +102,7 @@ class UnitsSummary(CaptureSummary):
 
     def add(self, one: CaptureSummary) -> None:
         """Count in what came of one unit."""
-        self.failures += one.failures
+        self.add_failures(one)
         self.consumers = self.consumers or one.consumers
         self.interrupted |= one.interrupted
         for name in ("written", "skipped", "too_large", "tokens", "positions", "padded_tokens", "bytes", "seconds"):

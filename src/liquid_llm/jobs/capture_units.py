@@ -213,7 +213,8 @@ class UnitCapture:
             {unit.type: folder}, {unit.type: framing}, self.loaded.model.identity, vocab_size, unit.name
         )
         also = score(held, judging)
-        summary.interrupted, summary.failures = also.interrupted, [*summary.failures, *also.failures]
+        summary.interrupted = also.interrupted
+        summary.add_failures(also)
         return summary
 
     def _held_tokens(self, type: str) -> int:

@@ -22,8 +22,9 @@ from tests.support.teachers import IDENTITY, VOCAB, ListSource, make_samples, ti
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liquid_llm.capture import scoring
-from liquid_llm.capture.job import CaptureSummary, capture
+from liquid_llm.capture.job import CaptureSummary, Failure, capture
 from liquid_llm.capture.plan import Window, batches, plan
+from liquid_llm.capture.units import UnitsSummary
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import SignalError, StorageError, UsageError
 from liquid_llm.losses.products import HeadProducts
@@ -264,6 +265,30 @@ def test_a_token_outside_the_vocabulary(tmp_path: Path, teacher: LoadedModel) ->
     summary = run(tmp_path, samples, teacher)
     assert (summary.written, summary.failed) == (5, 1)
     assert summary.failures[0].reason == "a token outside the vocabulary; got 100000; expected under 300."
+
+
+def test_many_failures_are_counted_and_the_first_are_kept() -> None:
+    """What a summary holds does not grow with what fails, nor with how many reasons there are."""
+    whole, parts = CaptureSummary(), [CaptureSummary() for _ in range(3)]
+    for number in range(3_000):
+        reason = "of another kind" if number % 3 else f"a token outside the vocabulary; got {number}; expected less."
+        failure = Failure(f"s/{number}", "math_tool", reason)
+        assert whole.fail(failure) == (number < 20)
+        parts[number % 3].fail(failure)
+    assert whole.failed == 3_000
+    assert not whole.is_whole
+    assert [one.sample_id for one in whole.failures] == [f"s/{number}" for number in range(20)]
+    assert whole.reasons == {"of another kind": 2_000, "a token outside the vocabulary": 1_000}
+    assert whole.as_dict()["failures"][0]["sample_id"] == "s/0"
+    total = UnitsSummary()
+    for part in parts:
+        total.add(part)
+    assert (total.failed, total.reasons, len(total.failures)) == (3_000, whole.reasons, 20)
+    for number in range(1_000):
+        whole.fail(Failure("s", "math_tool", f"each its own: {number}"))
+    assert len(whole.reasons) == 51
+    assert sum(whole.reasons.values()) == whole.failed == 4_000
+    assert whole.reasons["other reasons"] == 1_000 - 48
 
 
 def test_logits_that_are_not_finite(tmp_path: Path, teacher: LoadedModel) -> None:
