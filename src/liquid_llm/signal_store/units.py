@@ -27,11 +27,13 @@ from typing import Any, NamedTuple
 from liquid_llm import storage
 from liquid_llm.errors import SignalError
 from liquid_llm.parsing import ParseError, parse_json
+from liquid_llm.signal_store.description import read_store_file
 from liquid_llm.signal_store.layout import Contents, Found
 from liquid_llm.signal_store.records import Record, RecordMissingError, SignalIdentity
 from liquid_llm.signal_store.shards.file import is_shard
 from liquid_llm.signal_store.shards.folder import ShardsLayout
 from liquid_llm.signal_store.shards.remote import ShardCache
+from liquid_llm.signal_store.shards.replacing import replace_damaged
 from liquid_llm.signal_store.shards.writer import ShardsWriter
 from liquid_llm.storage import FileInfo
 
@@ -68,9 +70,18 @@ class Marker(NamedTuple):
 
 
 def write_marker(uri: str, unit: str, fingerprint: str, source: FileInfo) -> Marker:
-    """Say that a unit is complete, after a look at what is there. Raises StorageError."""
-    infos = storage.list_files(unit_folder(uri, unit))
-    layout = ShardsLayout(unit_folder(uri, unit), infos)
+    """Say that a unit is complete, after a look at what is there; shards that were cut or damaged are replaced by then.
+
+    Raises:
+        StorageError: its files cannot be read or written.
+        SignalError: the description of the store is damaged.
+    """
+    folder = unit_folder(uri, unit)
+    infos = storage.list_files(folder)
+    layout = ShardsLayout(folder, infos)
+    if layout.problems() and replace_damaged(folder, layout, read_store_file(uri).identity):
+        infos = storage.list_files(folder)
+        layout = ShardsLayout(folder, infos)
     types = sum(layout.contents().types.values(), Counter())
     layout.close()
     marker = Marker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.support.teachers import make_samples
 from liquid_llm import storage
 from liquid_llm.data.types import Sample
 from liquid_llm.errors import SignalError
+from liquid_llm.signal_store.shards import file, replacing
 from liquid_llm.signal_store.store import StoreReader, open_store
 from liquid_llm.signal_store.units import (
     UnitsLayout,
@@ -149,3 +151,88 @@ def test_a_store_of_units_is_written_unit_by_unit_and_of_one_layout(tmp_path: Pa
     with pytest.raises(SignalError, match="vocab"):
         writer(tmp_path, layout="units", unit=NAMES[1], vocab_size=VOCAB + 1)
     assert SAMPLES
+
+
+def cut_unit(folder: Path) -> Path:
+    """A store of one unit of twelve samples, whose shard has been cut; the shard."""
+    store = writer(folder, layout="units", unit=NAMES[0])
+    put(store, SAMPLES_OF_ONE)
+    store.finish()
+    write_marker(str(folder), NAMES[0], "made of this", SOURCE)
+    (shard,) = Path(unit_folder(str(folder), NAMES[0])).glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[: int(0.8 * shard.stat().st_size)])
+    return shard
+
+
+SAMPLES_OF_ONE = [replace(sample, shard=NAMES[0]) for sample in SAMPLES]
+
+
+def capture_again(folder: Path) -> int:
+    """Capture what is missing; how many samples that is."""
+    store = writer(folder, layout="units", unit=NAMES[0])
+    left = [sample for sample in SAMPLES_OF_ONE if not store.complete(sample, 1024)]
+    put(store, left)
+    store.finish()
+    return len(left)
+
+
+def looked_into(folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[set[str], str]:
+    """What the records are, and what is warned of."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        store = open_store(str(folder))
+        found = {status(store, sample) for sample in SAMPLES_OF_ONE}
+        store.close()
+    return found, caplog.text
+
+
+def test_a_cut_shard_is_gone_once_its_unit_is_whole_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What can be read of it is not captured again, and is not lost with it."""
+    shard = cut_unit(tmp_path)
+    assert 0 < capture_again(tmp_path) < len(SAMPLES)
+    assert "truncated" in looked_into(tmp_path, caplog)[1]
+    marker = write_marker(str(tmp_path), NAMES[0], "made of this", SOURCE)
+    assert not shard.exists()
+    assert shard.name not in marker.files
+    assert marker.counts["records"] == len(SAMPLES)
+    assert why_to_do(str(tmp_path), NAMES[0], "made of this") == ""
+    assert looked_into(tmp_path, caplog) == ({"usable"}, "")
+
+
+@pytest.mark.parametrize("moment", ["remove", "write_index"])
+def test_a_cut_shard_is_replaced_whenever_the_process_is_killed(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = cut_unit(tmp_path)
+    capture_again(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((storage, moment) if moment == "remove" else (replacing, moment)), killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_marker(str(tmp_path), NAMES[0], "made of this", SOURCE)
+    assert shard.exists() == (moment == "remove")
+    found, said = looked_into(tmp_path, caplog)
+    assert (found, "truncated" in said) == ({"usable"}, moment == "remove")
+    assert why_to_do(str(tmp_path), NAMES[0], "made of this"), "it is not taken for complete"
+    assert capture_again(tmp_path) == 0
+    write_marker(str(tmp_path), NAMES[0], "made of this", SOURCE)
+    assert looked_into(tmp_path, caplog) == ({"usable"}, "")
+    assert not shard.exists()
+
+
+def test_what_a_newer_program_wrote_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(1))
+    folder = Path(unit_folder(str(tmp_path), NAMES[0]))
+    (shard,) = folder.glob("shard-*")
+    newer, junk = folder / "shard-000009-000000-0.safetensors", folder / "shard-000009-000001-0.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "WHOLE_SHARD_VERSION", file.SHARD_VERSION + 1)
+        fill(tmp_path / "newer", range(1), complete=False)
+    (made,) = Path(unit_folder(str(tmp_path / "newer"), NAMES[0])).glob("shard-*")
+    newer.write_bytes(made.read_bytes())
+    junk.write_bytes(b"junk")
+    write_marker(str(tmp_path), NAMES[0], "made of this", SOURCE)
+    assert sorted(path for path in folder.glob("shard-*")) == [shard, newer]

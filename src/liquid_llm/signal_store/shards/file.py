@@ -73,6 +73,10 @@ Form: TypeAlias = tuple[tuple[str, str, tuple[int, ...] | None], ...]  # (name, 
 Reader: TypeAlias = Callable[[int, int], bytes]
 
 
+class NewerShardError(RecordError):
+    """A shard that a newer program has written: not damaged, and not to be read by this one."""
+
+
 def is_shard(name: str) -> bool:
     """Whether a file of a folder is one of its shards."""
     return name.startswith(PREFIX) and name.endswith(SUFFIX) and "/" not in name
@@ -282,12 +286,13 @@ def read_shard_header(read: Reader, size: int) -> ShardHeader:
     """The header of a shard file of ``size`` bytes, given a way to read its bytes ``[begin, end)``.
 
     Raises:
-        RecordError: it is cut, damaged or no shard, or a newer program wrote it.
+        RecordError: it is cut, damaged or no shard.
+        NewerShardError: a newer program wrote it.
     """
     try:
         values, spans = read_safetensors_header(read)
         if int(values["format_version"]) > SHARD_VERSION:
-            raise RecordError(f"shard format {values['format_version']}, this program reads {SHARD_VERSION}")
+            raise NewerShardError(f"shard format {values['format_version']}, this program reads {SHARD_VERSION}")
         (_, ids_begin, ids_end), (_, begin, end) = spans["ids"], spans["records"]
         ends = read_array(read, spans["ends"])
         # A damaged end in between hits two records: their checksums do not match.

@@ -430,11 +430,15 @@ class ShardsLayout:
                 if self.listing is listing:
                     self.listing = take_listing(self._uri, storage.list_files(self._uri), self._cache)
 
-    def records(self) -> Iterator[Found]:
-        """See ``Layout``. Remote shards are fetched whole, one after the other, those without live records not."""
+    def records(self, of: Collection[str] | None = None) -> Iterator[Found]:
+        """See ``Layout``. Remote shards are fetched whole, one after the other, those without live records not.
+
+        Args:
+            of: names of the shards whose records are wanted, if not of all.
+        """
         listing = self.listing
         for number, entry in enumerate(listing.index.shards):
-            rows = listing.index.rows_of(number).tolist()
+            rows = listing.index.rows_of(number).tolist() if of is None or entry.name in of else []
             if not rows:
                 continue
             try:
