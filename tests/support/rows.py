@@ -76,7 +76,7 @@ def compare_rows(passes: Passes, case: RowCase, dtype: torch.dtype, *, rtol: flo
     objective = Objective(case.alpha, case.temperature, case.gamma or 0.0, min_entropy=case.min_entropy)
     values, gradients = [], []
     for one in (torch.float64, dtype):
-        given = _inputs(case, head, one)
+        given = make_rows(case, head, one)
         raw, into = given[0], None
         rows: Any = TwoPassRows(head, objective, passes, with_grad=case.with_grad)
         if len(values) == 0:
@@ -96,7 +96,7 @@ def compare_rows(passes: Passes, case: RowCase, dtype: torch.dtype, *, rtol: flo
         torch.testing.assert_close(gradients[1].double() / largest, gradients[0] / largest, rtol=allowed, atol=rtol)
 
 
-def _inputs(case: RowCase, head: OutputHead, dtype: torch.dtype) -> tuple[Any, ...]:
+def make_rows(case: RowCase, head: OutputHead, dtype: torch.dtype) -> tuple[Any, ...]:
     """Raw logits, labels, the teacher's rows and the reference student's, from the same numbers in each dtype."""
     random = torch.Generator().manual_seed(5)
 

@@ -24,10 +24,11 @@ from tests.support.distillation import (
     reference_loss,
 )
 from tests.support.products import MixedProducts
-from tests.support.rows import ROW_CASES, RowCase, compare_rows
+from tests.support.rows import ROW_CASES, RowCase, compare_rows, make_rows
 
-from liquid_llm.losses import LossPlan
-from liquid_llm.losses.rows.choice import TRITON, kernel_error
+from liquid_llm.losses import LossPlan, Objective, OutputHead
+from liquid_llm.losses.rows.choice import EAGER, TRITON, kernel_error
+from liquid_llm.losses.rows.opening import open_rows
 
 pytest.importorskip("triton", reason="make test-kernels installs Triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -75,6 +76,39 @@ def test_a_tail_that_a_student_says_next_to_nothing_of() -> None:
 
 def test_kernels_are_as_good_as_float32_lets_them_be() -> None:
     assert kernel_error(torch.device("cpu"), vocab_size=10_000) < 1e-6
+
+
+class NotCompiled:
+    """A kernel that its compiler does not take."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        from triton.compiler.errors import CompilationError
+
+        def launch(*_: Any, **__: Any) -> None:
+            raise CompilationError("", None, "no such thing")
+
+        return launch
+
+
+def test_a_last_kernel_that_is_not_compiled_leaves_the_logits_to_the_eager_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from liquid_llm.losses.rows import giving_up, kernels, opening, triton_passes
+
+    given_up: set[str] = set()
+    for module in (opening, giving_up):
+        monkeypatch.setattr(module, "given_up", given_up)
+    monkeypatch.setattr(triton_passes, "_placed", set())
+    monkeypatch.setattr(kernels, "place", NotCompiled())
+    head, found = OutputHead(torch.empty(37, 1)), []
+    for form in (EAGER, TRITON):
+        given = make_rows(RowCase("sparse with tail"), head, torch.float32)
+        plan = LossPlan(8, 8, "mixed", looks=True, rows=form)
+        rows = open_rows(plan, head, Objective(0.4, 2.0), has_signal=True, dtype=torch.float32, with_grad=True)
+        found.append((rows(*given), given[0]))
+    assert given_up == {TRITON}
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,15 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.distillation import SIGNALS, Problem, answer, assert_same, fused_loss, make_problem, make_signal
 from tests.support.products import MixedProducts
-from tests.support.rows import ROW_CASES, RowCase, compare_rows
+from tests.support.rows import ROW_CASES, RowCase, compare_rows, make_rows
 
 from liquid_llm.losses.objective import Objective
 from liquid_llm.losses.plan import LossPlan, choose_plan
 from liquid_llm.losses.rows import giving_up, opening
 from liquid_llm.losses.rows.choice import COMPILED, EAGER, MEMORY, TRITON, choose_rows
+from liquid_llm.losses.rows.eager import RowLoss
 from liquid_llm.losses.rows.giving_up import or_else
 from liquid_llm.losses.rows.opening import form_for
 from liquid_llm.losses.rows.passes import PlainPasses
+from liquid_llm.losses.rows.two_passes import TwoPassRows
+from liquid_llm.losses.signals import OutputHead
 
 
 @pytest.mark.parametrize("case", ROW_CASES, ids=str)
@@ -124,6 +128,34 @@ def test_memory_that_runs_out_is_no_fault_of_a_compiler(nothing_given_up: set[st
     with pytest.raises(torch.OutOfMemoryError):
         or_else(TRITON, lambda: fail(torch.OutOfMemoryError("CUDA out of memory"), []), lambda: "eager")
     assert not nothing_given_up
+
+
+class WithoutPlace(PlainPasses):
+    """Passes of which the last cannot be compiled, as whoever launches a kernel finds out."""
+
+    def prepare_place(self, *given: torch.Tensor) -> None:
+        self.place(*given)
+
+    def place(self, *_: torch.Tensor) -> None:
+        raise compilers_error()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse with tail"])
+def test_what_cannot_be_compiled_has_written_nothing(kind: str, nothing_given_up: set[str]) -> None:
+    """The gradient takes the place of the logits, which the eager form starts from again."""
+    found, head = [], OutputHead(torch.empty(37, 1))
+    for passes in (None, WithoutPlace()):
+        given = make_rows(RowCase(kind), head, torch.float32)
+        eager = RowLoss(head, Objective(0.4, 2.0), dtype=torch.float32, with_grad=True, looks=True)
+        if passes is None:
+            values = eager(*given)
+        else:
+            rows = TwoPassRows(head, Objective(0.4, 2.0), passes, with_grad=True)
+            values = or_else(TRITON, partial(rows, *given), partial(eager, *given))
+        found.append((values, given[0]))
+    assert nothing_given_up == {TRITON}
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -19,8 +19,8 @@ _COMPILERS = frozenset({"triton.compiler", "triton.runtime", "torch._dynamo", "t
 def or_else(form: str, work: Callable[[], T], instead: Callable[[], T]) -> T:
     """What ``work`` gives; where its compiler fails, what ``instead`` gives, now and for the rest of the process.
 
-    A compiler fails before anything is written, so what is overwritten is still what it was. Any other error is
-    raised: memory that runs out is an answer to whoever cuts the pass in two.
+    ``work`` compiles all that it needs before it overwrites anything, so what is overwritten is still what it was. Any
+    other error is raised: memory that runs out is an answer to whoever cuts the pass in two.
     """
     if form not in given_up:
         try:

@@ -2,9 +2,10 @@
 
     measure    reads each row once and leaves ``NUM_FIGURES`` numbers of it
     fill       reads each row once more and writes the gradient by the raw logits
-    place      writes the gradient anew at the ids of a sparse signal
+    place      writes the gradient anew at the ids of a sparse signal; what it has to be made ready for is done before
+               ``fill``, so that a form that fails has left the logits as they were
 
-Between the passes there are vectors of rows only (``two_passes``). Who carries the passes out has these three methods:
+Between the passes there are vectors of rows only (``two_passes``). Who carries the passes out has these methods:
 Triton's kernels, plain torch, which is their specification, and nobody at all, where only memory is asked for.
 """
 
@@ -100,6 +101,11 @@ class Passes(Protocol):
             pull: factor of the difference to the reference student's logits.
         """
 
+    def prepare_place(
+        self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor
+    ) -> None:
+        """Do what ``place`` of the same needs and may fail in, and write nothing: called before ``fill`` overwrites."""
+
     def place(self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor) -> None:
         """Write ``(values + the shares of all used slots of the same id) * slopes`` at the used ids of each row.
 
@@ -114,6 +120,11 @@ class NoPasses:
         return part.student.raw.new_empty(NUM_FIGURES, len(part.labels))
 
     def fill(self, part: Slice, figures: Tensor, factors: Tensor, pull: float, out: Tensor) -> None:
+        pass
+
+    def prepare_place(
+        self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor
+    ) -> None:
         pass
 
     def place(self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor) -> None:
@@ -157,6 +168,11 @@ class PlainPasses:
             total += pull * (z - part.reference.finish(part.reference.raw))
         total.scatter_add_(1, part.labels.unsqueeze(1), -columns[HIT])
         out.copy_(total * part.student.slope(z))
+
+    def prepare_place(
+        self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor
+    ) -> None:
+        pass
 
     def place(self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor) -> None:
         for row, slots in enumerate(used):

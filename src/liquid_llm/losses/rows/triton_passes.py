@@ -21,6 +21,9 @@ MEASURED_BLOCK, FILLED_BLOCK = 8192, 4096
 _ENTRIES_A_WARP = 512
 _MOST_WARPS = 16
 
+_placed: set[tuple[object, ...]] = set()
+"""What ``place`` has been compiled for in this process: Triton tells arguments apart by dtype and by divisors of 16."""
+
 
 class TritonPasses:
     """The passes by kernels, of float32 logits.
@@ -71,6 +74,17 @@ class TritonPasses:
                 BLOCK=block,
                 num_warps=_warps(block),
             )
+
+    def prepare_place(
+        self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor
+    ) -> None:
+        """Compiled by a launch in which no slot is used."""
+        tensors = (out, ids, used, values, shares, slopes)
+        aligned = [one.data_ptr() % 16 == 0 for one in tensors]
+        kind = (out.device, out.dtype, out.stride(0), ids.shape[1], *aligned)
+        if kind not in _placed:
+            self.place(out, ids, torch.zeros_like(used), values, shares, slopes)
+            _placed.add(kind)
 
     def place(self, out: Tensor, ids: Tensor, used: Tensor, values: Tensor, shares: Tensor, slopes: Tensor) -> None:
         rows, slots = ids.shape

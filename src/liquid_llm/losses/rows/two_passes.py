@@ -97,10 +97,13 @@ class TwoPassRows:
         pull = 2.0 * objective.gamma / vocab_size
         if self._with_grad:
             out = raw if into is None else into
-            placed = None if sparse is None else sparse.gradient(factors, weight, pull)
+            placed = None
+            if sparse is not None and isinstance(teacher, SparseRows):
+                placed = (out, teacher.ids, teacher.weights > 0, *sparse.gradient(factors, weight, pull))
+                self._passes.prepare_place(*placed)
             self._passes.fill(part, figures, factors, pull, out)
-            if placed is not None and isinstance(teacher, SparseRows):
-                self._passes.place(out, teacher.ids, teacher.weights > 0, *placed)
+            if placed is not None:
+                self._passes.place(*placed)
         l2 = torch.zeros_like(ce) if reference is None else figures[DISTANCE] / vocab_size
         loss = hits * ce + objective.alpha * objective.temperature**2 * kd + objective.gamma * l2
         return torch.stack((loss, ce, kd, l2, entropy))
