@@ -278,8 +278,36 @@ def test_units_run_one_by_one_from_a_program(tiny, tmp_path) -> None:
 def test_the_example_for_ray_says_mistakes_before_ray_begins(tmp_path, capsys) -> None:
     main_of = runpy.run_path(str(REPOSITORY / "examples" / "capture_ray.py"))["main"]
     (tmp_path / "capture.yaml").write_text("mc_teacher_id: none\nno_option: 1\n")
-    assert main_of([f"--config={tmp_path / 'capture.yaml'}"]) == 2
+    argv = [f"--config={tmp_path / 'capture.yaml'}"]
+    assert main_of(argv) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    for option in ("--workers=0", "--workers=two", "--gpus=-1", "--cpus=nan"):
+        with pytest.raises(SystemExit, match="2"):
+            main_of([*argv, option])
+        assert f"argument {option.partition('=')[0]}: invalid" in capsys.readouterr().err
+
+
+def test_a_worker_of_ray_tells_what_goes_wrong_and_the_script_ends_with_its_code(tiny, tmp_path, capsys) -> None:
+    """What a worker raised would be Ray's traceback, after Ray had tried again."""
+    example = runpy.run_path(str(REPOSITORY / "examples" / "capture_ray.py"))
+    options = {"mc_teacher_id": str(tiny.teacher), "dataset_manifest": str(tiny.manifest), "seq_len": 64}
+    options |= {"math_logits_dir": str(tmp_path / "math"), "code_logits_dir": str(tmp_path / "code")}
+    config = tmp_path / "capture.yaml"
+    config.write_text(json.dumps({**options, "data_cache": str(tmp_path / "tokens")}))
+    worker = example["Teacher"](str(config))
+    units = list(liquid_llm.open_capture(config).units())
+    (tmp_path / "math" / "units").mkdir(parents=True)
+    (tmp_path / "math" / "units" / units[1]["name"]).write_text("no folder")
+    rows = [worker({**units[0], "file": str(tmp_path / "gone.jsonl")}), worker(units[1])]
+    assert [row["exit_code"] for row in rows] == [3, 4]
+    assert example["report"](rows[:1]) == 3
+    assert example["report"]([*rows, rows[0]]) == 4
+    said = capsys.readouterr()
+    assert f"\nerror: {units[1]['name']}: " in said.err
+    assert "part of the path is a file" in said.err
+    assert len(said.out.splitlines()) == 3, "no other file is waited for"
+    rows = [example["Teacher"](str(tmp_path / "gone.yaml"))(units[0])]
+    assert example["report"](rows) == 2, "as the worker's own machine may lack what this one has"
 
 
 @pytest.mark.parametrize(
