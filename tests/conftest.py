@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from tests.support import predictions
 from tests.support.accelerator import Accelerator, install
 from tests.support.costs import Costs
 from tests.support.gcs import Bucket, FakeGcs, running_server
@@ -54,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What torch, transformers and the tests are made of lives to the end: no collection looks at it again."""
+    predictions.share()
     gc.collect()
     gc.freeze()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import importlib
 
+from tests.support import predictions
+
 for name in (
     "datasets",
     "tensorboard.summary.writer.event_file_writer",
@@ -24,6 +26,8 @@ for name in (
     "liquid_llm.jobs.train",
 ):
     importlib.import_module(name)
+
+predictions.share()
 
 gc.collect()
 gc.freeze()  # a process that is forked would copy what its collections look at
