@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +107,8 @@ def provide(
     reason = obstacle(wheel, machine or this_machine())
     if reason is not None or installed():
         return reason
-    with tempfile.TemporaryDirectory(prefix="liquid-wheel-") as folder:
-        local = Path(folder) / wheel  # nobody else can write there: what is installed is what was checked
+    with storage.scratch("wheel") as folder:
+        local = folder / wheel  # nobody else can write there: what is installed is what was checked
         with storage.translate_errors(uri):
             shutil.copyfile(storage.fetch_once(uri, work_dir), local)
         got = storage.sha256(local)

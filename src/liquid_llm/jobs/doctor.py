@@ -10,7 +10,6 @@ run or checkpoint, 3 for data and stores).
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -156,8 +155,8 @@ def _run(uri: str, names: set[str]) -> Iterator[Part]:
     if EVALUATION.partition(".")[0] in in_place:
         yield _read(uri, EVALUATION, parse_json, "what it was judged to be", "liquid evaluate writes it again")
     if any(name.startswith("student/") for name in names):
-        with tempfile.TemporaryDirectory() as folder:
-            read = partial(_read_student, storage.join(uri, "student"), Path(folder))
+        with storage.scratch("doctor") as folder:
+            read = partial(_read_student, storage.join(uri, "student"), folder)
             yield _tried("student/", "the exported student", read, "liquid export writes it again from a checkpoint")
 
 
@@ -228,8 +227,8 @@ def _as_local(uri: str) -> Iterator[Path]:
     if not storage.is_remote(uri):
         yield storage.local_path(uri)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / uri.rpartition("/")[2]
+    with storage.scratch("doctor") as folder:
+        path = folder / uri.rpartition("/")[2]
         storage.download(uri, path)
         yield path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def run_export(given: Mapping[str, object]) -> int:
     model = opened.model.to(torch_dtype(asked.dtype))
     log.info("%s in %s", opened.description, asked.dtype)
     with ExitStack() as stack:
-        here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        here = stack.enter_context(storage.scratch("export"))
         remote = storage.is_remote(asked.folder)
         folder = here / "student" if remote else storage.local_path(asked.folder)
         tokenizer = opened.text.student_tokenizer()

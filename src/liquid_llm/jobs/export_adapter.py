@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from liquid_llm import storage
 from liquid_llm.checkpoint.resume import read_student_weights
@@ -58,8 +56,8 @@ def run_adapter_export(given: Mapping[str, object]) -> int:
             expected="one of a run with --lora_r",
             remedy="leave --adapter out: the student is then written whole",
         )
-    with tempfile.TemporaryDirectory() as here:
-        fresh = Path(here) / "adapter" if storage.is_remote(folder) else storage.local_path(folder)
+    with storage.scratch("export") as here:
+        fresh = here / "adapter" if storage.is_remote(folder) else storage.local_path(folder)
         base = next(iter(known["base"].values()))
         dtype = torch_dtype(str(given.get("dtype", "float32")))
         save_adapter(

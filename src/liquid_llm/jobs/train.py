@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from liquid_llm import storage
 from liquid_llm.checkpoint.discovery import latest_checkpoint
 from liquid_llm.checkpoint.store import MARK_FILE, CheckpointStore
 from liquid_llm.config import RunConfig, as_plain, build_run_config, build_schedules, inherit
@@ -125,7 +124,7 @@ def _run(config: RunConfig, engine: Engine) -> Place | None:
             return _Output(place, store, written, stack.enter_context(Lease(place.remote, place.run_dir / MARK_FILE)))
 
         output = engine.together(lambda: open_output() if engine.is_main else None)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(storage.scratch("train"))
         start = share_start(engine, lambda: _find_start(config, output), folder)
         config, start = engine.together(lambda: _take_up(config, start, engine))
         if output is not None:
@@ -388,8 +387,8 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
     """Look at everything, take two steps on real data in a folder that is thrown away; what was found."""
     place = resolve_place(config)
     findings: dict[str, Any] = {"place": engine.share(lambda: check_place(place))}
-    with tempfile.TemporaryDirectory() as folder:
-        nowhere = Place(Path(folder), None)
+    with storage.scratch("dry") as folder:
+        nowhere = Place(folder, None)
         with CheckpointStore(nowhere.run_dir, keep_last=1, log=log.warning) as store:
             find = partial(_would_start, config, nowhere, store)
             start = share_start(engine, find, nowhere.run_dir)

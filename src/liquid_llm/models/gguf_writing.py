@@ -16,12 +16,12 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from liquid_llm import storage
 from liquid_llm.errors import ModelError, UsageError, first_line
 from liquid_llm.parsing import parse_json
 
@@ -69,12 +69,12 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str, context: int, con
         ModelError: the converter does not know the model or its tokenizer, or what it wrote is not what was given.
     """
     words = ["--outfile", str(file), "--outtype", kind, "--model-name", name]
-    with tempfile.TemporaryDirectory() as staging:
-        stage(folder, Path(staging), context, plain=True)
-        said = _run(converter, [*words, staging])
+    with storage.scratch("gguf") as staging:
+        stage(folder, staging, context, plain=True)
+        said = _run(converter, [*words, str(staging)])
         if said is not None and _UNKNOWN_TOKENIZER in said:
-            stage(folder, Path(staging), context, plain=False)
-            said = _run(converter, [*words, staging])
+            stage(folder, staging, context, plain=False)
+            said = _run(converter, [*words, str(staging)])
     if said is not None:
         raise _failure(said, folder)
     put_right(file, folder)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -161,8 +160,8 @@ def prepare(
         chain = _chain(chain[-1], identities)
         extra["toolkit_sha256"] = toolkit
         dataset, files = replace(dataset, format="jsonl"), outputs
-    with tempfile.TemporaryDirectory(prefix="liquid-prepare-") as folder:
-        work = _Preparation(dataset, chain, Path(folder), advance, note)
+    with storage.scratch("prepare") as folder:
+        work = _Preparation(dataset, chain, folder, advance, note)
         try:
             results = work.run(files, force, extra["fingerprint"])
             return work.complete(results, identities, extra)

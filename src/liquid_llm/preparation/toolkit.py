@@ -19,14 +19,11 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,22 +84,17 @@ class Toolkit:
             Interrupted: the process was asked to stop.
         """
         options = self.options
-        # what is run is what was checked
-        unpacked = options.folder / f"toolkit-{self.sha256[:16]}-{uuid.uuid4().hex[:8]}"
-        try:
+        with storage.scratch("toolkit", options.folder) as own, storage.scratch("toolkit") as work:
+            unpacked = own / "toolkit"  # what is run is what was checked
             storage.unpack_zip(self.archive, unpacked, max_bytes=MAX_UNPACKED_BYTES, where=options.uri)
             entry = next((unpacked / name for name in ENTRY_POINTS if (unpacked / name).is_file()), None)
             if entry is None:
                 expected = f"{' or '.join(ENTRY_POINTS)} at its top"
                 raise DataError("the toolkit has no entry point", where=options.uri, expected=expected)
-            with tempfile.TemporaryDirectory(prefix="liquid-toolkit-") as folder:
-                work = Path(folder)
-                catalog = _write_catalog(work, datasets)
-                words = [sys.executable, str(entry), f"--datasets_yaml={catalog}", f"--out={work / 'out'}"]
-                _run(words, unpacked, clean_environment(os.environ, work / "home"), options)
-                yield {name: _outputs(work / "out" / name, name, options) for name in datasets}
-        finally:
-            shutil.rmtree(unpacked, ignore_errors=True)
+            catalog = _write_catalog(work, datasets)
+            words = [sys.executable, str(entry), f"--datasets_yaml={catalog}", f"--out={work / 'out'}"]
+            _run(words, unpacked, clean_environment(os.environ, work / "home"), options)
+            yield {name: _outputs(work / "out" / name, name, options) for name in datasets}
 
 
 @contextlib.contextmanager
@@ -113,8 +105,8 @@ def fetch(options: ToolkitOptions) -> Iterator[Toolkit]:
         UsageError: its hash is not the expected one.
         StorageError: it cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="liquid-toolkit-") as folder:
-        archive = Path(folder, "toolkit.zip")
+    with storage.scratch("toolkit") as folder:
+        archive = folder / "toolkit.zip"
         storage.download(options.uri, archive)
         got = storage.sha256(archive)
         if options.sha256 is None:

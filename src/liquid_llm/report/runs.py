@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError, UsageError
@@ -61,10 +60,10 @@ def open_run(run: str) -> Iterator[Opened]:
     wanted = [one for one in files if _is_read(one.name)]
     if not wanted:
         raise _no_run(run, files)
-    with TemporaryDirectory() as fetched:
+    with storage.scratch("report") as fetched:
         for one in wanted:
-            storage.download(one.uri, Path(fetched) / one.name)
-        yield Opened(Path(fetched), {one.name: one.size for one in files})
+            storage.download(one.uri, fetched / one.name)
+        yield Opened(fetched, {one.name: one.size for one in files})
 
 
 def find_runs(place: str) -> list[str]:

@@ -20,7 +20,6 @@ import io
 import json
 import re
 import shutil
-import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +60,7 @@ from liquid_llm.storage.local import (
     sync,
     translate_errors,
 )
+from liquid_llm.storage.temporary import scratch
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -93,6 +93,7 @@ __all__ = [
     "remove",
     "resolve",
     "retry_policy",
+    "scratch",
     "set_retry_policy",
     "sha256",
     "start_writeback",
@@ -343,8 +344,8 @@ def open_read(uri: str) -> BinaryIO:
         details = getattr(stream, "details", {})  # what comes through a local cache has none
         if not is_packed(uri, details):
             return stream
-        with tempfile.TemporaryDirectory() as folder:  # its data lives until it is closed
-            whole = Path(folder) / "whole"
+        with scratch("packed") as folder:  # its data lives until it is closed
+            whole = folder / "whole"
             fetch_packed(fs, path, str(whole), details, uri)
             return whole.open("rb")
 

@@ -12,7 +12,9 @@ import glob as patterns
 import hashlib
 import logging
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +22,12 @@ from pathlib import Path
 from liquid_llm.storage.failures import describe
 
 TEMPORARY_SUFFIX = ".tmp"
+_UNFINISHED = re.compile(r"\.([0-9a-f]{32}|(?P<stem>.{1,50})\.[0-9a-f]{12})\.(tmp|(?P<former>old))")
+_LEFT_SECONDS = 86400.0
 _HASH_BLOCK_BYTES = 4 * 2**20
 _SYNC_FILE_RANGE_WRITE = 2
 _log = logging.getLogger(__name__)
+_tidied: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -38,13 +43,14 @@ def translate_errors(uri: object, *, writing: bool = False) -> Iterator[None]:
 def publish(target: Path, uri: object = None) -> Iterator[Path]:
     """Yield a temporary name beside ``target``; on success its data is forced to disk and it takes the name.
 
-    A crash leaves the old file or the new one, and at most a stray ``.*.tmp``. Raises StorageError for a full disk, a
-    missing permission and the like.
+    A crash leaves the old file or the new one, and at most a stray ``.*.tmp``, which goes when another process
+    publishes here a day later. Raises StorageError for a full disk, a missing permission and the like.
     """
     # the name does not contain the target's: that may already be as long as a name can be
     temporary = target.parent / f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
     with translate_errors(uri or target, writing=True):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(target.parent)
         try:
             yield temporary
             sync(temporary)
@@ -58,8 +64,8 @@ def publish(target: Path, uri: object = None) -> Iterator[Path]:
 def publish_folder(folder: Path, *, replace: bool = True, alone: bool = False) -> Iterator[Path]:
     """Yield a new folder beside ``folder``; on success its files are forced to disk and it takes the name.
 
-    A crash leaves the old folder or the new one, whole. Files become as readable as the folder is: some libraries write
-    theirs for the owner alone.
+    A crash leaves the old folder or the new one, whole, and strays as ``publish`` does. Files become as readable as the
+    folder is: some libraries write theirs for the owner alone.
 
     Args:
         folder: made with the folders above it.
@@ -75,6 +81,7 @@ def publish_folder(folder: Path, *, replace: bool = True, alone: bool = False) -
     former = fresh.with_suffix(".old")
     with translate_errors(folder, writing=True):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder.parent)
         for left in folder.parent.glob(f"{patterns.escape(stem)}*tmp") if alone else ():
             shutil.rmtree(left, ignore_errors=True)
         try:
@@ -87,6 +94,34 @@ def publish_folder(folder: Path, *, replace: bool = True, alone: bool = False) -
             shutil.rmtree(fresh, ignore_errors=True)
             if folder.exists():
                 shutil.rmtree(former, ignore_errors=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left unfinished in ``folder``; once a process, as there may be a million files.
+
+    Who writes something there now cannot be told on all file systems: what has not changed for a day is nobody's.
+    """
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder)
+        for name in names:
+            found = _UNFINISHED.fullmatch(name)
+            if found is None or time.time() - _last_change(folder / name) <= _LEFT_SECONDS:
+                continue
+            if found["former"] and not any(one[:50] == found["stem"] for one in names):
+                continue  # all there is of a folder whose name was being taken
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name, ignore_errors=True)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _last_change(path: Path) -> float:
+    """When a file, or a folder or anything in it, was changed, renamed or written to."""
+    paths = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max(one.lstat().st_ctime for one in paths)
 
 
 def _sync_files(folder: Path) -> None:

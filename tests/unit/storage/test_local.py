@@ -16,6 +16,7 @@ import pytest
 
 from liquid_llm import storage
 from liquid_llm.errors import StorageError
+from liquid_llm.storage import local
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -106,6 +107,25 @@ def test_only_the_holder_of_the_name_clears_what_was_left(tmp_path: Path) -> Non
             pass
         assert len(list(tmp_path.glob("*.tmp"))) == num_left
     assert (tmp_path / ".database.0123.tmp").is_dir()
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 86400.0])
+def test_what_was_left_unfinished_goes_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Of what a process was writing that was killed; whose file may still be written to nobody can tell."""
+    monkeypatch.setattr(local, "_LEFT_SECONDS", seconds)
+    letters = "0123456789abcdef"
+    left = [f".{letters * 2}.tmp", f".student.{letters[:12]}.tmp", f".student.{letters[:12]}.old"]
+    kept = ["student", f".lost.{letters[:12]}.old", ".notes.tmp", f"{letters * 2}.tmp", f".{letters}.tmp"]
+    for name in left + kept:
+        if name.endswith("old") or "student" in name:
+            (tmp_path / name / "below").mkdir(parents=True)
+        else:
+            (tmp_path / name).touch()
+    storage.write_bytes(str(tmp_path / "new"), b"new")
+    expected = kept if seconds < 0 else left + kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["new", *expected])
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])

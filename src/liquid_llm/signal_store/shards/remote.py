@@ -15,8 +15,6 @@ import contextlib
 import logging
 import mmap
 import os
-import shutil
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable
@@ -69,6 +67,7 @@ class ShardCache:
     def __init__(self, folder: Path | None = None, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
         self._folder = folder
+        self._scratch = contextlib.ExitStack()
         self._remove: Callable[[], object] | None = None
         self._lock = threading.Lock()
 
@@ -93,8 +92,8 @@ class ShardCache:
         """
         with self._lock:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="liquid-shards-"))
-                self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+                self._folder = self._scratch.enter_context(storage.scratch("shards"))
+                self._remove = weakref.finalize(self, self._scratch.close)
             path = self._path(self._folder, info)
             lock = path.with_suffix(".lock")
             with translate_errors(lock, writing=True):
