@@ -10,8 +10,9 @@ open      a store with a marker for each file, and after a record of each of 100
 order     a micro-batch far into an epoch is found: shuffled as a whole, and a few files at a time. What a run knows of
           each sample anyway (its length and file) is there before
 train     what a run does with its texts from the start to its hundredth micro-batch, the first 20 and 80 of some place
-          far into an epoch: a cache of all files, shuffled as a whole, and a cache for each, a few at a time. Text is
-          tokenised before; the memory of maps, which a machine takes back when it needs it, is told apart
+          far into an epoch: a cache of all files, shuffled as a whole, and a cache for each, a few at a time; of whole
+          samples, and of documents joined into blocks. Text is tokenised before; the memory of maps, which a machine
+          takes back when it needs it, is told apart
 The files of the corpus are empty and their records are simulated: names and markers are true, and 100 units of them.
 Caches of tokens are true: that of one file stands for all where each has its own.
 """
@@ -28,8 +29,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from liquid_llm.data.many_files import Cut, ManyFiles
 
 SAMPLES = 20_000  # a data file
 READ = 100  # units that are read
@@ -44,6 +49,8 @@ def megabytes(name: str = "VmHWM") -> float:
 
 def measure(work: Callable[[], object]) -> dict[str, object]:
     """Seconds of the processor and megabytes that ``work`` takes in this process, of maps too, and what it gives."""
+    import liquid_llm.data.loader  # noqa: F401 what brings torch along is not the work's
+
     before, started = megabytes("VmRSS"), time.process_time()
     mapped = megabytes("RssFile")
     found = work()
@@ -114,7 +121,7 @@ def tokens_of(count: int) -> tuple[np.ndarray, np.ndarray]:
     return lengths, np.cumsum(lengths) - lengths
 
 
-def write_cache(folder: Path, count: int) -> None:
+def write_cache(folder: Path, count: int, type: str = "math_tool") -> None:
     """A cache of so many samples, whose tokens are a hole in a file."""
     from liquid_llm.data.token_writer import META, DatasetMeta, write_hashes
 
@@ -135,7 +142,7 @@ def write_cache(folder: Path, count: int) -> None:
     with (folder / "tokens").open("wb") as stream:
         stream.truncate(2 * int(lengths.sum()))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    meta = DatasetMeta(1, "math_tool", "<u2", 0, 0, sizes)
+    meta = DatasetMeta(1, type, "<u2", 0, 0, sizes)
     (folder / META).write_text(json.dumps(meta.plain()))
     if count <= SAMPLES:
         write_hashes(folder, meta)
@@ -169,52 +176,55 @@ def train_on_one(folder: str, count: int) -> dict[str, object]:
     return measure(work)
 
 
-def train_on_many(folder: str, count: int) -> dict[str, object]:
+def train_on_many(folder: str, count: int, type: str) -> dict[str, object]:
     from liquid_llm.data.two_levels import WINDOW_TOKENS
 
     def work() -> float:
-        return train_on(read_many(Path(folder), count), {"math_tool": WINDOW_TOKENS})
+        return train_on(read_many(Path(folder), count, type), {type: WINDOW_TOKENS})
 
     return measure(work)
 
 
-def read_many(folder: Path, count: int) -> object:
-    from liquid_llm.data.many_files import Cut, ManyFiles
+def cut_of(type: str) -> Cut:
+    from liquid_llm.data.many_files import Cut
+
+    return Cut(1024, 0.05, None, 16_384, 0, 1024 if type == "lm" else None)
+
+
+def read_many(folder: Path, count: int, type: str) -> ManyFiles:
+    from liquid_llm.data.many_files import FileCaches, ManyFiles
+    from liquid_llm.framing import Framing
+    from liquid_llm.sources import default_layout
 
     files = [str(folder / "data" / f"part-{number:06d}.jsonl") for number in range(count)]
-    cut = Cut(1024, 0.05, None, 16_384)
-    return ManyFiles.read(caches_of(folder), cut, files, [name_of(number) for number in range(count)])
+    how = {"framing": Framing(None, 0), "layout": default_layout(type)}
+    caches = FileCaches(type, None, "hash", folder / "tokens", **how)  # type: ignore[arg-type]
+    return ManyFiles.read(caches, cut_of(type), files, [name_of(number) for number in range(count)])
 
 
-def caches_of(folder: Path) -> object:
-    from liquid_llm.data.many_files import FileCaches
-    from liquid_llm.framing import Framing
-
-    return FileCaches("math_tool", None, "hash", folder / "tokens", framing=Framing(None, 0), layout="samples")  # type: ignore[arg-type]
-
-
-def write_caches(folder: Path, count: int) -> None:
+def write_caches(folder: Path, count: int, type: str) -> None:
     """The cache of one data file under the names of all."""
     from liquid_llm import storage
-    from liquid_llm.data.many_files import Cut, Survey
+    from liquid_llm.data.many_files import Survey, write_survey
     from liquid_llm.data.tokens import cache_folders, open_cache
     from liquid_llm.framing import Framing
+    from liquid_llm.sources import default_layout
 
-    framing, cut = Framing(None, 0), Cut(1024, 0.05, None, 16_384)
+    framing, cut = Framing(None, 0), cut_of(type)
     tokens = folder / "tokens"
-    write_cache(tokens / "real", SAMPLES)
-    dataset = open_cache(tokens / "real", framing)
+    real = tokens / f"real-{type}"
+    write_cache(real, SAMPLES, type)
+    dataset = open_cache(real, framing)
     assert dataset is not None
-    survey = tokens / "survey"
-    survey.write_text(json.dumps(Survey.of(dataset, cut).plain()))
+    write_survey(real, cut, Survey.of(dataset, cut))
     for number in range(count):
         info = storage.stat(str(folder / "data" / f"part-{number:06d}.jsonl"))
         assert info is not None
         key = [[info.uri, info.size, info.version]]
-        place, _ = cache_folders(key, "math_tool", "hash", tokens, framing=framing, layout="samples")
-        place.symlink_to(tokens / "real")
-        os.link(survey, place.with_name(f".{place.name}.{cut.name}.json"))
-        os.link(tokens / ".real.sha256", place.with_name(f".{place.name}.sha256"))
+        place, _ = cache_folders(key, type, "hash", tokens, framing=framing, layout=default_layout(type))
+        place.symlink_to(real)
+        for kind in (f"{cut.name}.json", "sha256"):
+            os.link(tokens / f".{real.name}.{kind}", place.with_name(f".{place.name}.{kind}"))
 
 
 PARTS: dict[str, Callable[..., dict[str, object]]] = {
@@ -287,7 +297,7 @@ def main() -> None:
         print(json.dumps(PARTS[asked.part[0]](*json.loads(asked.part[1]))))
         return
     print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}")
-    for count in (100, 500) if asked.small else (500, 5_000, 50_000):
+    for count in (100, 500) if asked.small else (5, 500, 5_000, 50_000):
         print(f"{count:,} data files, {count * SAMPLES:,} samples")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -297,18 +307,20 @@ def main() -> None:
             show("open", in_a_process("open", name, 0))
             found = in_a_process("open", name, READ)
             show(f"open, {READ} units read", found, f"{found['found']} open at the end")
-            write_caches(folder, count)
-            found = in_a_process("many", name, count)
-            show("train, a cache for each", found, said(found))
+            for type, what in (("math_tool", "train, a cache for each"), ("lm", "train in blocks, a cache for each")):
+                write_caches(folder, count, type)
+                found = in_a_process("many", name, count, type)
+                show(what, found, said(found))
     for count in (100_000, 1_000_000) if asked.small else (100_000, 1_000_000, 10_000_000):
         print(f"order of {count:,} samples in {-(-count // SAMPLES)} files")
         for way in ("whole", "shards"):
             found = in_a_process("order", count, way)
             show(way, found, f"{found['found']:,} micro-batches")
-        with tempfile.TemporaryDirectory() as name:
-            write_cache(Path(name) / "one", count)
-            found = in_a_process("one", name, count)
-            show("train, one cache", found, said(found))
+        for type, what in (("math_tool", "train, one cache"), ("lm", "train in blocks, one cache")):
+            with tempfile.TemporaryDirectory() as name:
+                write_cache(Path(name) / "one", count, type)
+                found = in_a_process("one", name, count)
+                show(what, found, said(found))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-ORDER = 3
+ORDER = 4
 FRAMING = 2
 NUMERICS = 2
 
@@ -58,6 +58,14 @@ CHANGES = (
         "texts of a type may be shuffled a few data files at a time (--order=shards; by itself where their signal is a "
         "store of units behind a URL)",
         "--order=whole, and whatever was begun without it, shuffles them as a whole",
+        kept=True,
+    ),
+    Change(
+        "order",
+        4,
+        "where texts are shuffled a few data files at a time, blocks of joined texts end with their data file (they "
+        "went on into the next one)",
+        "--order=whole, and whatever was begun before, still joins the texts of all files",
         kept=True,
     ),
     Change(

@@ -2,7 +2,12 @@
 
 stream: the documents of a dataset (or of a split of it) in their order on disk, each framed: begin, text, end. Where
 begin and end are one token, one stands between two documents, as in pre-training, and one before the first;
-block ``b``: tokens ``b * block_size`` up to ``(b + 1) * block_size`` of the stream.
+block ``b``: tokens ``b * block_size`` up to ``(b + 1) * block_size`` of the stream. What is behind the last full block
+is not used;
+span: a run of a stream.
+
+A dataset is all files of a manifest entry, or, where files are read one by one (``many_files``), one of them: its
+blocks end with it.
 
 The stream is never built: an index of document ends (8 bytes a document) finds the tokens in the memory map. A begin
 token of its own is never learnt: only the end of another document could predict it. Where not all is learnt, the token
@@ -10,6 +15,8 @@ behind a document is if the document's last token is.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,3 +114,48 @@ class TokenStream:
         document = np.searchsorted(firsts, positions, side="right") - 1
         ends = np.zeros(len(positions), dtype=bool) if shared else positions + 1 == firsts[document + 1]
         return positions - np.maximum(firsts[document], start), ends
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """``count`` tokens of a stream from ``start`` on; see its methods of these names."""
+
+    stream: TokenStream
+    start: int
+    count: int
+
+    def read(self) -> NDArray[np.int64]:
+        return self.stream.read(self.start, self.count)
+
+    def read_learnt(self) -> NDArray[np.bool_] | None:
+        return self.stream.read_learnt(self.start, self.count)
+
+    def borders(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        return self.stream.borders(self.start, self.count)
+
+    def document_names(self) -> list[str]:
+        """The sample ids of its documents, in their order."""
+        numbers = self.stream.documents(self.start, self.count).tolist()
+        return [self.stream.document_name(one) for one in dict.fromkeys(numbers)]
+
+
+class Blocks:
+    """The full blocks of a dataset in which something is learnt, by number.
+
+    Attributes:
+        full: all full blocks.
+        tokens: of the stream.
+        behind: those behind the last full block.
+    """
+
+    def __init__(self, dataset: TokenDataset, block_size: int) -> None:
+        self._stream, self._block_size = TokenStream(dataset), block_size
+        self._numbers = self._stream.learnt_blocks(block_size)
+        self.tokens = len(self._stream)
+        self.full, self.behind = divmod(self.tokens, block_size)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def span(self, number: int) -> Span:
+        return Span(self._stream, int(self._numbers[number]) * self._block_size, self._block_size)

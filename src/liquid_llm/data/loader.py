@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from liquid_llm.data.blocks import TokenStream
+from liquid_llm.data.blocks import Blocks, Span, TokenStream
 from liquid_llm.data.buckets import WholePlan, WindowedPlan, plan_buckets
 from liquid_llm.data.many_files import ManyFiles
 from liquid_llm.data.sampling import WeightedDraws, keyed_permutation
@@ -88,7 +88,6 @@ class TrainingStream:
         for number, part in enumerate(mixture):
             key, together = (seed, number), window_tokens.get(part.dataset.type)
             if part.dataset.layout == "blocks":
-                assert isinstance(part.dataset, TokenDataset)
                 self.orders.append(BlockOrder(part.dataset, block_size, batch_size, key, document_mask, together))
             else:
                 self.orders.append(SampleOrder(part.dataset, block_size, batch_size, key, sample_tokens, together))
@@ -120,7 +119,7 @@ class TrainingStream:
 class BlockOrder:
     """Text as shuffled full blocks; what is left of the text after the last full block is not used.
 
-    Blocks in which nothing is learnt are left out.
+    Blocks in which nothing is learnt are left out. Where files are read one by one, what is left of each is not used.
 
     Attributes:
         num_blocks: in one epoch.
@@ -129,7 +128,7 @@ class BlockOrder:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | ManyFiles,
         block_size: int,
         batch_size: int,
         key: tuple[int, ...],
@@ -138,23 +137,56 @@ class BlockOrder:
     ) -> None:
         self._document_mask = document_mask
         self._type = dataset.type
-        self._stream = TokenStream(dataset)
         self._block_size = block_size
         self._batch_size = batch_size
-        self._blocks = self._stream.learnt_blocks(block_size)
-        self.num_blocks = len(self._blocks)
-        if len(self._stream) < block_size:
-            raise DataError(
-                f"the {dataset.type} text is shorter than one block",
-                got=f"{len(self._stream)} tokens to train on",
-                expected=f"at least {block_size}",
-                remedy="use a smaller --block_size, hold out less, or add text",
-            )
+        self._span: Callable[[int], Span]
+        shards: Shards | None
+        if isinstance(dataset, ManyFiles):
+            shards = self._take_files(dataset, window_tokens)
+        else:
+            shards = self._take_all(dataset, window_tokens)
         if not self.num_blocks:
             remedy = "use a larger --block_size, or --learn=all"
             raise DataError(f"nothing is learnt in any full block of the {dataset.type} text", remedy=remedy)
-        self._place = _shuffle_blocks(self.num_blocks, block_size, key, window_tokens)
+        if shards is None or window_tokens is None:
+            whole = lru_cache(maxsize=2)(partial(keyed_permutation, self.num_blocks, "blocks", *key))
+            self._place: Callable[[int, int], int] = lambda epoch, within: int(whole(epoch)[within])
+        else:
+            windows = Windows(shards, key, window_tokens)
+            if isinstance(dataset, ManyFiles):
+                dataset.keep_open(2 * windows.most_shards)  # those of the next window are opened ahead of need
+            self._place = _shuffle_windows(windows, key)
         self.num_micro_batches = -(-self.num_blocks // batch_size)
+
+    def _take_all(self, dataset: TokenDataset, window_tokens: int | None) -> Shards | None:
+        """Cut all texts into blocks; runs of these are taken for shards."""
+        blocks = Blocks(dataset, self._block_size)
+        self._span, self.num_blocks = blocks.span, len(blocks)
+        if not blocks.full:
+            raise DataError(
+                f"the {dataset.type} text is shorter than one block",
+                got=f"{blocks.tokens} tokens to train on",
+                expected=f"at least {self._block_size}",
+                remedy="use a smaller --block_size, hold out less, or add text",
+            )
+        if window_tokens is None or not len(blocks):
+            return None
+        return Shards.of(np.full(len(blocks), self._block_size), None, window_tokens)
+
+    def _take_files(self, dataset: ManyFiles, window_tokens: int | None) -> Shards:
+        """The blocks of each file are a shard."""
+        if window_tokens is None or dataset.window != self._block_size:
+            raise ValueError(f"files read one by one are shuffled so, in blocks of {dataset.window} tokens")
+        self._span, self.num_blocks = dataset.block, dataset.num_blocks
+        if not dataset.full_blocks:
+            raise DataError(
+                f"no {dataset.type} data file fills a block, and blocks end with their file",
+                got=f"{dataset.behind} tokens to train on, of all files together",
+                expected=f"a file of at least {self._block_size}",
+                remedy="give --order=whole, which joins the texts of all files; or larger files, or a smaller "
+                "--block_size",
+            )
+        return Shards(np.append(0, np.cumsum(dataset.counts)), dataset.shard_tokens)
 
     def shapes(self) -> set[tuple[int, int]]:
         """Rows and tokens a row of every micro-batch."""
@@ -162,30 +194,20 @@ class BlockOrder:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The ``index``-th micro-batch since the beginning, across epochs."""
-        return read_blocks(self._type, self._stream, self._pieces(index), self._document_mask)
+        return read_blocks(self._type, self._spans(index), self._document_mask)
 
     def names(self, index: int) -> list[str]:
         """The sample ids of its documents, in their order there."""
-        documents = [one for piece in self._pieces(index) for one in self._stream.documents(*piece).tolist()]
-        return [self._stream.document_name(one) for one in dict.fromkeys(documents)]
+        return list(dict.fromkeys(name for span in self._spans(index) for name in span.document_names()))
 
-    def _pieces(self, index: int) -> list[tuple[int, int]]:
-        starts = []
-        for number in range(index * self._batch_size, (index + 1) * self._batch_size):
-            epoch, within = divmod(number, self.num_blocks)
-            starts.append(int(self._blocks[self._place(epoch, within)]) * self._block_size)
-        return [(start, self._block_size) for start in starts]
+    def _spans(self, index: int) -> list[Span]:
+        numbers = range(index * self._batch_size, (index + 1) * self._batch_size)
+        return [self._span(self._place(*divmod(number, self.num_blocks))) for number in numbers]
 
 
-def _shuffle_blocks(
-    num_blocks: int, block_size: int, key: tuple[int, ...], window_tokens: int | None
-) -> Callable[[int, int], int]:
-    """Epoch and place in it -> which block comes there; shuffled as a whole, or in windows of so many tokens."""
-    if window_tokens is None:
-        whole = lru_cache(maxsize=2)(partial(keyed_permutation, num_blocks, "blocks", *key))
-        return lambda epoch, within: int(whole(epoch)[within])
-    windows = Windows(Shards.of(np.full(num_blocks, block_size), None, window_tokens), key, window_tokens)
-    counts = np.array([len(windows.items(number)) for number in range(len(windows))])
+def _shuffle_windows(windows: Windows, key: tuple[int, ...]) -> Callable[[int, int], int]:
+    """Epoch and place in it -> which block comes there."""
+    counts = windows.count_items()
 
     @lru_cache(maxsize=4)
     def shuffle(epoch: int, window: int) -> NDArray[np.int64]:
@@ -293,10 +315,10 @@ def validation_batches(
     if dataset.layout == "blocks":
         stream = TokenStream(dataset)
         end = len(stream) if max_tokens is None else min(max_tokens, len(stream))
-        blocks = [(start, min(block_size, end - start)) for start in range(0, end, block_size)]
-        blocks = [(start, count) for start, count in blocks if _is_learnt(stream, start, count)]
+        blocks = [Span(stream, start, min(block_size, end - start)) for start in range(0, end, block_size)]
+        blocks = [span for span in blocks if _is_learnt(span)]
         cuts = [blocks[n : n + batch_size] for n in range(0, len(blocks), batch_size)]
-        batches = [_with_documents(read_blocks(dataset.type, stream, cut, document_mask), stream, cut) for cut in cuts]
+        batches = [_with_documents(read_blocks(dataset.type, cut, document_mask), stream, cut) for cut in cuts]
         return [batch for batch in batches if batch.num_positions]
     chosen = np.argsort(dataset.split_hashes, kind="stable")
     if max_tokens is not None:
@@ -345,36 +367,33 @@ def _whole_samples(dataset: TokenDataset | ManyFiles, indices: NDArray[np.int64]
     return collate(dataset.type, [sample.input_ids[:block_size] for sample in samples], samples, learnt)
 
 
-def read_blocks(
-    type: str, stream: TokenStream, spans: Sequence[tuple[int, int]], document_mask: bool = False
-) -> MicroBatch:
-    """Runs of a stream, each given by its first token and its length, as rows.
+def read_blocks(type: str, spans: Sequence[Span], document_mask: bool = False) -> MicroBatch:
+    """Runs of a stream, or of several, as rows.
 
     With ``document_mask`` each document is to a model as if it stood alone: it comes with the places of its tokens, and
     its last token is not asked for the first one of the next.
     """
-    rows = [stream.read(*span) for span in spans]
-    batch = collate(type, rows, learnt=[stream.read_learnt(*span) for span in spans])
+    batch = collate(type, [span.read() for span in spans], learnt=[span.read_learnt() for span in spans])
     if not document_mask:
         return batch
     labels, places = batch.labels.clone(), torch.zeros_like(batch.labels)
     for row, span in enumerate(spans):
-        row_places, ends = stream.borders(*span)
+        row_places, ends = span.borders()
         places[row, : len(ends)] = torch.from_numpy(row_places)
         labels[row, : len(ends)][torch.from_numpy(ends)] = IGNORE_INDEX
     return MicroBatch(type, batch.input_ids, labels, batch.lengths, places=places)
 
 
-def _with_documents(batch: MicroBatch, stream: TokenStream, spans: Sequence[tuple[int, int]]) -> MicroBatch:
-    """Blocks with the documents of their labels."""
+def _with_documents(batch: MicroBatch, stream: TokenStream, spans: Sequence[Span]) -> MicroBatch:
+    """Blocks of one stream with the documents of their labels."""
     of_label = torch.zeros_like(batch.labels)
-    for row, (start, count) in enumerate(spans):
-        of_label[row, : count - 1] = torch.from_numpy(stream.documents(start + 1, count - 1))
+    for row, span in enumerate(spans):
+        of_label[row, : span.count - 1] = torch.from_numpy(stream.documents(span.start + 1, span.count - 1))
     numbers, of_position = torch.unique(of_label.reshape(-1)[batch.positions], return_inverse=True)
     return replace(batch, documents=Documents(tuple(map(stream.document_name, numbers.tolist())), of_position))
 
 
-def _is_learnt(stream: TokenStream, start: int, count: int) -> bool:
+def _is_learnt(span: Span) -> bool:
     """Whether something is learnt in a run of a stream; its first token, which nothing predicts, does not count."""
-    learnt = stream.read_learnt(start, count)
-    return count > 1 and (learnt is None or bool(learnt[1:].any()))
+    learnt = span.read_learnt()
+    return span.count > 1 and (learnt is None or bool(learnt[1:].any()))

@@ -1,13 +1,15 @@
 """Samples of many data files, each tokenised into a cache of its own, of which those of the present windows are open.
 
 part     what one data file gives: the samples of its cache without those held out or of which nothing is learnt, cut
-         into windows where the layout says so
-survey   what has to be known of a file before its turn: how many samples it gives and how long they are, and those held
+         into windows where the layout says so; or the full blocks of its joined texts, which end with the file
+item     a sample, or a block: what an order shuffles
+survey   what has to be known of a file before its turn: how many items it gives and how long they are, and those held
          out that evaluation takes first. A small file beside the cache: tokens and index are not looked at for it
-row      what is kept of a file in memory: its name, samples, tokens, and a hash of its cache
+row      what is kept of a file in memory: its name, items, tokens, and a hash of its cache
 
 So memory grows by a row a file, whatever the files hold. The order of a run (``two_levels``) is what it would be were
 all samples in one cache, with one difference: a text that comes in two files is two samples, as nobody sees both.
+Blocks are others than those of one cache, which go on from one file into the next.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liquid_llm import storage
+from liquid_llm.data.blocks import Blocks, Span
 from liquid_llm.data.learning import USUAL, Learning
 from liquid_llm.data.records import RecordFiles
 from liquid_llm.data.token_writer import TEXT, DatasetMeta
@@ -67,6 +70,7 @@ class Cut:
         val_fraction: share that is held out; 1: all, and all is trained on.
         windows_of: documents are cut into windows of so many tokens, each a sample; None: samples are whole.
         held_tokens, held_samples: of all files what evaluation takes at most of what is held out, both at least.
+        block: documents are joined into blocks of so many tokens; None: each is for itself.
     """
 
     window: int
@@ -74,20 +78,32 @@ class Cut:
     windows_of: int | None = None
     held_tokens: int = 0
     held_samples: int = 0
+    block: int | None = None
 
     @cached_property
     def name(self) -> str:
         """Another for other values."""
-        return blake2b(json.dumps([_SURVEY_VERSION, asdict(self)]).encode(), digest_size=6).hexdigest()
+        values = asdict(self)
+        if self.block is None:  # as surveys were called before there were any of blocks
+            del values["block"]
+        return blake2b(json.dumps([_SURVEY_VERSION, values]).encode(), digest_size=6).hexdigest()
 
     def learnable(self, dataset: TokenDataset) -> TokenDataset:
-        """The samples of a cache of which something is learnt; of documents that are cut anywhere."""
+        """The samples of a cache of which something is learnt; of documents that are cut anywhere, or joined all."""
+        if self.block is not None:
+            return dataset
         return dataset.learnable(self.window if self.windows_of is None else 2**62)
 
     def train(self, learnable: TokenDataset) -> TokenDataset:
-        """What is trained on."""
+        """What is trained on; where it is joined into blocks, the documents of these."""
         kept = split(learnable, self.val_fraction)[0] if self.val_fraction < 1 else learnable
+        if self.block is not None:
+            return kept
         return (kept if self.windows_of is None else kept.windows(self.windows_of)).learnable(self.window)
+
+    def ranks(self, dataset: TokenDataset) -> NDArray[np.uint64]:
+        """[samples] which of a cache's samples evaluation takes first, the lowest: of joined texts as they come."""
+        return dataset.split_hashes if self.block is None else np.zeros(len(dataset), np.uint64)
 
     def held_out(self, dataset: TokenDataset) -> NDArray[np.int64]:
         """The numbers of a cache's samples that are held out, those first that evaluation takes first."""
@@ -98,7 +114,7 @@ class Cut:
             order = order[within[order]]
         if self.val_fraction < 1:
             order = order[: len(split(kept, self.val_fraction)[1])]
-        return order
+        return order if self.block is None else np.sort(order)
 
 
 @dataclass(frozen=True)
@@ -108,12 +124,13 @@ class Survey:
     Attributes:
         fingerprint: of its cache, 32 hex digits.
         samples, tokens: that are trained on.
-        lengths: what they are long, at most a window: [2, n] ascending lengths, and how many samples have each.
+        lengths: what items are long, at most a window: [2, n] ascending lengths, and how many items have each.
         held: samples and tokens that are held out.
-        first: hash, number in the cache, tokens: of those that evaluation takes first, of this file alone.
+        first: rank, number in the cache, tokens: of those that evaluation takes first, of this file alone.
         left_out: records that are no samples: under two tokens, repeated, of which nothing is learnt.
         unseen: samples of which nothing is learnt in what a model sees.
         forms: of the records.
+        blocks: all full blocks, and the tokens behind the last of them; None where texts are not joined.
     """
 
     fingerprint: str
@@ -125,26 +142,32 @@ class Survey:
     left_out: tuple[int, int, int]
     unseen: int
     forms: Sequence[str]
+    blocks: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, dataset: TokenDataset, cut: Cut) -> Survey:
         """That of a file with these samples."""
         learnable = cut.learnable(dataset)
         train, held = cut.train(learnable), cut.held_out(dataset)
-        values, counts = np.unique(np.minimum(train.lengths, cut.window), return_counts=True)
+        blocks = None if cut.block is None else Blocks(train, cut.block)
+        if blocks is None:
+            lengths = np.array(np.unique(np.minimum(train.lengths, cut.window), return_counts=True))
+        else:
+            lengths = np.array([[cut.block], [len(blocks)]])
         first = held[: _enough(dataset.lengths[held], cut)]
-        rows = zip(dataset.split_hashes[first].tolist(), first.tolist(), dataset.lengths[first].tolist(), strict=True)
+        rows = zip(cut.ranks(dataset)[first].tolist(), first.tolist(), dataset.lengths[first].tolist(), strict=True)
         meta = dataset.meta
         return cls(
             dataset.fingerprint,
             len(train),
             train.num_tokens,
-            np.array([values, counts]),
+            lengths,
             (len(held), int(dataset.lengths[held].sum())),
             list(rows),
             (meta.num_short, meta.num_repeated, meta.num_unlearnt),
             len(dataset) - len(learnable),
             list(meta.forms),
+            None if blocks is None else (blocks.full, blocks.behind),
         )
 
     def plain(self) -> dict[str, Any]:
@@ -157,8 +180,10 @@ class Survey:
         """Raises TypeError, ValueError or KeyError where it is none."""
         lengths = np.frombuffer(base64.b64decode(values["lengths"]), "<u4").reshape(2, -1).astype(np.int64)
         found = cls(**{**values, "lengths": lengths})
-        if lengths[1].sum() != found.samples:
+        if found.blocks is None and lengths[1].sum() != found.samples:
             raise ValueError("counts of other samples")
+        if found.blocks is not None and not 0 <= lengths[1].sum() <= found.blocks[0]:
+            raise ValueError("more blocks than there are")
         return found
 
 
@@ -172,7 +197,7 @@ class _First:
 
     def __init__(self, cut: Cut) -> None:
         self._cut = cut
-        self.rows: list[tuple[int, int, int, int]] = []  # hash, file, number, tokens
+        self.rows: list[tuple[int, int, int, int]] = []  # rank, file, number, tokens
 
     def add(self, file: int, rows: Sequence[Sequence[int]]) -> None:
         full = len(self.rows) >= _enough(np.array([row[3] for row in self.rows], np.int64), self._cut)
@@ -283,18 +308,28 @@ def _hash_of(body: bytes) -> bytes:
     return blake2b(body, digest_size=16).hexdigest().encode()
 
 
+class _Part(NamedTuple):
+    """What is open of a file: its samples that are trained on, and their blocks where they are joined."""
+
+    samples: TokenDataset
+    blocks: Blocks | None
+
+
 class ManyFiles:
     """The samples of many files as one dataset to train on, in the order of the files; ``two_levels.Lengths`` of them.
 
-    Safe to use from several threads.
+    Its length is the number of samples; where they are joined, items are blocks all the same. Safe to use from several
+    threads.
 
     Attributes:
         type, layout, framing: of all samples.
         meta: what the caches say together.
-        window: tokens that a model sees of a sample: what is learnable is so within them.
-        shards: the names of the files that have samples.
-        counts, shard_tokens: [shards] int64, samples of each file, and their tokens as far as a model sees them.
+        window: tokens that a model sees of a sample: what is learnable is so within them; of blocks their size.
+        shards: the names of the files that have items.
+        counts, shard_tokens: [shards] int64, items of each file, and their tokens as far as a model sees them.
         num_tokens: of all samples, whole.
+        full_blocks, behind: where samples are joined, all full blocks of all files, and the tokens behind their last
+            ones; else 0.
         fingerprint: a hash of the samples of all files.
         unseen: samples left out as nothing of what a model sees of them is learnt.
         held: samples and tokens of all files that are held out.
@@ -306,7 +341,7 @@ class ManyFiles:
         self.type, self.layout, self.framing, self.window = caches.type, caches.layout, caches.framing, cut.window
         self._names, self._uris, self._folders, self._prints = list(names), list(files), list[str](), bytearray()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, Future[TokenDataset]] = OrderedDict()
+        self._open: OrderedDict[int, Future[_Part]] = OrderedDict()
         self._most = _OPEN_PARTS
 
     @classmethod
@@ -331,7 +366,7 @@ class ManyFiles:
     def _survey_all(self, progress: TellProgress | None) -> None:
         total, counts, sums, first = len(self._uris), [], [], _First(self._cut)
         left_out, forms = np.zeros(3, np.int64), dict[str, None]()
-        self.num_tokens = self.unseen = 0
+        self.num_tokens = self.unseen = self._samples = self.full_blocks = self.behind = 0
         self.held = (0, 0)
         self._cache_dir = Path()
         self._histogram = np.zeros(self.window + 1, np.int64)
@@ -345,11 +380,15 @@ class ManyFiles:
             self._cache_dir = folder.parent
             self._folders.append(folder.name)
             self._prints += bytes.fromhex(one.fingerprint)
-            counts.append(one.samples)
+            counts.append(int(one.lengths[1].sum()))
             sums.append(int(one.lengths.prod(axis=0).sum()))
             self._histogram[one.lengths[0]] += one.lengths[1]
             first.add(number, one.first)
+            self._samples += one.samples
             self.num_tokens += one.tokens
+            full, behind = one.blocks or (0, 0)
+            self.full_blocks += full
+            self.behind += behind
             self.unseen += one.unseen
             self.held = (self.held[0] + one.held[0], self.held[1] + one.held[1])
             left_out += one.left_out
@@ -367,6 +406,11 @@ class ManyFiles:
         )
 
     def __len__(self) -> int:
+        return self._samples
+
+    @property
+    def num_blocks(self) -> int:
+        """Full blocks in which something is learnt, where samples are joined."""
         return int(self._starts[-1])
 
     @property
@@ -381,19 +425,27 @@ class ManyFiles:
         parts = [self._cache(file).subset(np.sort(np.array(numbers))) for file, numbers in sorted(chosen.items())]
         return gather(parts) if parts else None
 
-    # ------------------------------------------------------------------------------------------------------ samples
+    # -------------------------------------------------------------------------------------------------------- items
+
+    def block(self, number: int) -> Span:
+        """A block, where samples are joined; counted over the files in their order."""
+        shard, number = self._find(number)
+        blocks = self._part(shard).blocks
+        assert blocks is not None
+        return blocks.span(number)
 
     def sample_id(self, index: int) -> str:
-        part, number = self._find(index)
-        return part.sample_id(number)
+        shard, number = self._find(index)
+        return self.part(shard).sample_id(number)
 
     def sample(self, index: int) -> Sample:
-        part, number = self._find(index)
-        return part.sample(number)
+        shard, number = self._find(index)
+        return self.part(shard).sample(number)
 
-    def _find(self, index: int) -> tuple[TokenDataset, int]:
+    def _find(self, index: int) -> tuple[int, int]:
+        """The file that an item is of, and its number there."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.part(shard), index - int(self._starts[shard])
+        return shard, index - int(self._starts[shard])
 
     def keep_open(self, parts: int) -> None:
         """Have so many parts open at most; those of two windows at least, or each sample would open its own."""
@@ -406,6 +458,9 @@ class ManyFiles:
 
     def part(self, shard: int) -> TokenDataset:
         """The samples of one of ``shards``. Raises DataError: its data file has changed."""
+        return self._part(shard).samples
+
+    def _part(self, shard: int) -> _Part:
         with self._lock:
             found = self._open.get(shard)
             mine = found is None
@@ -416,7 +471,8 @@ class ManyFiles:
                 self._open.popitem(last=False)
         if mine:  # beside threads that need others; those that need this one wait for it
             try:
-                found.set_result(self._cut.train(self._cut.learnable(self._cache(self._files[shard]))))
+                samples = self._cut.train(self._cut.learnable(self._cache(self._files[shard])))
+                found.set_result(_Part(samples, None if self._cut.block is None else Blocks(samples, self._cut.block)))
             except BaseException as error:
                 with self._lock:
                     self._open.pop(shard, None)

@@ -109,6 +109,11 @@ class Windows:
         """The numbers of the shards in a window, ascending."""
         return np.sort(self._members[window])
 
+    def count_items(self) -> NDArray[np.int64]:
+        """[windows] how many items each has."""
+        sizes = np.diff(self._shards.starts)
+        return np.array([sizes[members].sum() for members in self._members], np.int64)
+
     def items(self, window: int) -> NDArray[np.int64]:
         """The numbers of the items in a window, ascending."""
         starts = self._shards.starts

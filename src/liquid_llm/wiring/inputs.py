@@ -21,7 +21,7 @@ from liquid_llm.data.types import ManifestEntry, MicroBatch
 from liquid_llm.errors import DataError
 from liquid_llm.signal_store.description import present_layout
 from liquid_llm.signal_store.units import UnitsLayout
-from liquid_llm.sources import WINDOWS, default_layout, order_types
+from liquid_llm.sources import BLOCKS, WINDOWS, default_layout, order_types
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.tokenizers import TextTools
 
@@ -74,6 +74,11 @@ class Inputs:
         return all(set(part.dataset.meta.forms) == {TEXT} for part in self.mixture)
 
     @property
+    def blocks_by_file(self) -> bool:
+        """Whether there are blocks that end with their data file."""
+        return any(isinstance(part.dataset, ManyFiles) and part.dataset.layout == BLOCKS for part in self.mixture)
+
+    @property
     def sources(self) -> list[tuple[TokenDataset | ManyFiles, float]]:
         """What is drawn from, before anything of it is held out, with its weight."""
         if not self.entries:  # the splits of a named dataset
@@ -100,6 +105,9 @@ class Inputs:
                 "validation_samples": sum(len(one) for one in held),
                 "validation_tokens": sum(one.num_tokens for one in held),
             }
+            behind = sum(one.behind for one in train if isinstance(one, ManyFiles))
+            if behind:
+                rows[type]["train_tokens_behind_last_blocks"] = behind
             if type in self.unlearnt:
                 rows[type]["left_out_nothing_learnt"] = self.unlearnt[type]
         return rows
@@ -129,8 +137,7 @@ def read_manifest_inputs(
 
     Args:
         by_file: whether the samples of a type have to know which file they are of.
-        apart: type -> what evaluation takes of it, of types whose files are read one by one (``data.many_files``);
-            blocks are not, which go on from one file to the next.
+        apart: type -> what evaluation takes of it, of types whose files are read one by one (``data.many_files``).
 
     Raises:
         DataError: a shard or a record cannot be used.
@@ -142,7 +149,7 @@ def read_manifest_inputs(
     told = {type: by_file(type) for type in validation}  # asked once a type: it may be a request
     for entry in entries:
         files = entry_files(entry)
-        if entry.type in apart and _kept_as(layout_of(entry.type)) == "samples":
+        if entry.type in apart:
             many = _read_apart(config, text, entry, files, layout_of(entry.type), apart[entry.type], progress)
             mixture.append(WeightedDataset(many, entry.weight))
             _count_unlearnt(many, unlearnt)
@@ -194,11 +201,18 @@ def _read_apart(
         text.hash,
         token_cache(config),
         framing=text.framings(entry.type),
-        layout="samples",
+        layout=_kept_as(layout),
         learning=text.learning,
     )
-    window = min(config.seq_len, config.block_size)
-    cut = Cut(window, config.val_fraction, config.seq_len if layout == WINDOWS else None, held.tokens, held.samples)
+    window = config.block_size if layout == BLOCKS else min(config.seq_len, config.block_size)
+    cut = Cut(
+        window,
+        config.val_fraction,
+        config.seq_len if layout == WINDOWS else None,
+        held.tokens,
+        held.samples,
+        config.block_size if layout == BLOCKS else None,
+    )
     found = ManyFiles.read(caches, cut, files, [shard_name(file, str(config.manifest)) for file in files], progress)
     if len(found) == 0:
         raise _nothing_left(entry)

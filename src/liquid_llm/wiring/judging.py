@@ -28,12 +28,12 @@ from liquid_llm.wiring.tokenizers import TextTools
 
 log = logging.getLogger(__name__)
 
-# What of a run's options says which texts it held out, how a model sees them, and who taught them.
+# What of a run's options says which texts it held out, in which caches, how a model sees them, and who taught them.
 _OF_RUN = """
     hybrid hybrid_strict teacher_mode teacher_name lm_teacher_id mc_teacher_id math_logits_dir code_logits_dir sources
     teacher_precision teacher_quantize precision dataset_name dataset_config dataset_manifest datasets_yaml data_cache
-    block_size seq_len batch_size document_mask val_fraction begin_token learn chat_template eval_ctx_lens eval_tokens
-    divergence kd_temperature T temp_schedule
+    block_size seq_len batch_size order document_mask val_fraction begin_token learn chat_template eval_ctx_lens
+    eval_tokens divergence kd_temperature T temp_schedule
 """
 _DATA = ("dataset_manifest", "dataset_name", "records")
 
@@ -225,7 +225,7 @@ def hold_out(
     """
     types = order_types(entry.type for entry in entries)
     apart = [type for type in types if needs_files(config, type)]
-    inputs = read_inputs(config, text, token, entries, training=False, windows=apart)
+    inputs = read_inputs(config, text, token, entries, training=False, apart=apart)
     lengths = sorted({config.data.block_size, *config.evaluation.context_lengths})
     sets = validation_sets(inputs, lengths, config.data, config.evaluation.max_tokens)
     if not sets[config.data.block_size]:

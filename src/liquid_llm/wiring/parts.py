@@ -55,7 +55,7 @@ from liquid_llm.wiring.course import (
 from liquid_llm.wiring.fitting import settle
 from liquid_llm.wiring.inputs import HeldOut, Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
 from liquid_llm.wiring.noise import learnt_positions, say_noise
-from liquid_llm.wiring.order import choose_windows, needs_files, say_scattered
+from liquid_llm.wiring.order import choose_apart, choose_windows, needs_files, say_left_behind, say_scattered
 from liquid_llm.wiring.origins import open_origin
 from liquid_llm.wiring.repeat import begin_choice
 from liquid_llm.wiring.speech import Prompt, Speech, make_speech, read_prompts
@@ -184,11 +184,13 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     types = order_types(entry.type for entry in entries) or [FIRST_TYPES[0]]
     windows, ordered = choose_windows(config, start, types)
     say_scattered(windows, entries)
-    inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries, windows=windows))
+    apart = choose_apart(config, start, windows)
+    inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries, apart=apart))
     require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
     group_size = choose_group(config, start, engine.world_size)
     stream = _make_stream(config, inputs, engine, group_size, windows)
+    say_left_behind(inputs.mixture)
     built = basis.built
     if built is None:
         calibration = calibration_text(_make_stream(config, inputs, Engine(), group_size, windows))
@@ -304,13 +306,13 @@ def read_inputs(
     entries: Sequence[ManifestEntry],
     *,
     training: bool = True,
-    windows: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> Inputs:
     """The texts of a configuration, tokenised: of a manifest's entries, or of a named dataset.
 
     Args:
         training: whether any are trained on: the log says how many.
-        windows: types that are shuffled a few data files at a time.
+        apart: types whose data files are read one by one.
     """
     held = HeldOut(config.evaluation.max_tokens, config.evaluation.answers or 0)
     with Stage("tokenise", unit="tokens", total=None) as stage:
@@ -330,7 +332,7 @@ def read_inputs(
                 lambda type: config.source(type).layout,
                 progress=progress,
                 by_file=partial(needs_files, config),
-                apart=dict.fromkeys(windows, held),
+                apart=dict.fromkeys(apart, held),
             )
     for type, row in inputs.readiness().items():
         shown = {name: count for name, count in row.items() if training or not name.startswith("train")}

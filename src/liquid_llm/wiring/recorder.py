@@ -489,8 +489,11 @@ class Recorder:
             best_val_loss=progress.best_val_loss,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             run=process_masker().urls(self._run_values()),
-            versions={**CURRENT, "order": order_version(self.parts.group_size, self.parts.windows)},
+            versions={**CURRENT, "order": self._order_version()},
         )
+
+    def _order_version(self) -> int:
+        return order_version(self.parts.group_size, self.parts.windows, self.parts.inputs.blocks_by_file)
 
     def _run_values(self) -> dict[str, Any]:
         config, progress = self.config, self.parts.progress
@@ -506,6 +509,7 @@ class Recorder:
             "compiled": self.parts.student.compiled is not None,
             "group_size": self.parts.group_size,
             **({"window_tokens": self.parts.windows} if self.parts.windows else {}),
+            **({"blocks_by_file": True} if self.parts.inputs.blocks_by_file else {}),
             "framing": self.parts.text.framings.plain(),
             "learning": None if self.parts.inputs.is_text else self.parts.text.learning.key,
             "course": course_of(config),

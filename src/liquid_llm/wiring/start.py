@@ -120,6 +120,12 @@ class Start:
         """Type -> tokens that are shuffled together, where the order of a run goes on."""
         return None if self.run_so_far is None else dict(self.run_so_far.get("window_tokens", {}))
 
+    @property
+    def blocks_by_file(self) -> bool:
+        """Whether blocks end with their data file where texts are shuffled a few files at a time: not in a run that
+        goes on and was begun before they did."""
+        return self.run_so_far is None or bool(self.run_so_far.get("blocks_by_file", False))
+
     def plain(self) -> dict[str, Any]:
         """As values and tensors that ``of_plain`` reads on another rank."""
         origin, folder = self.origin, self.origin.tokenizer_folder

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.datasets import UNFRAMED, token_dataset
 
-from liquid_llm.data.blocks import TokenStream
+from liquid_llm.data.blocks import Blocks, TokenStream
 from liquid_llm.framing import Framing
 
 FRAMINGS = [UNFRAMED, Framing(0, 0), Framing(80_000, 0)]
@@ -47,3 +47,19 @@ def test_a_begin_token_of_its_own_is_not_learnt(
     else:
         assert learnt is not None
         assert learnt.tolist() == [token != framing.begin_id for token in stream.read(start, count).tolist()]
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@given(st.lists(st.tuples(st.lists(st.integers(1, 70_000), min_size=2, max_size=12), st.booleans()), max_size=12))
+def test_blocks_are_the_stream_cut_evenly_without_those_of_which_nothing_is_learnt(framing, documents) -> None:
+    texts = [text for text, _ in documents]
+    learns = [None, *(None if whole else [False] * (len(text) - 1) + [True] for text, whole in documents)]
+    dataset = token_dataset([[1, 2], *texts], framing=framing, learnt=learns)
+    stream, joined = TokenStream(dataset), join([[1, 2], *texts], framing)
+    blocks = Blocks(dataset, 5)
+    assert (blocks.tokens, blocks.full, blocks.behind) == (len(joined), len(joined) // 5, len(joined) % 5)
+    learnt = stream.read_learnt(0, len(joined))
+    starts = [start for start in range(0, len(joined) - 4, 5) if learnt is None or learnt[start + 1 : start + 5].any()]
+    spans = [blocks.span(number) for number in range(len(blocks))]
+    assert [(span.start, span.count) for span in spans] == [(start, 5) for start in starts]
+    assert [span.read().tolist() for span in spans] == [joined[start : start + 5] for start in starts]

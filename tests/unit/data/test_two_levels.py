@@ -120,13 +120,15 @@ def dataset(layout: str) -> TokenDataset:
 
 
 def test_blocks_come_once_an_epoch_and_window_by_window() -> None:
+    def starts(order: BlockOrder) -> list[int]:
+        return [span.start for number in range(order.num_blocks // 2) for span in order._spans(number)]
+
     order = BlockOrder(dataset("blocks"), 16, 2, KEY, window_tokens=16 * 20)
     whole = BlockOrder(dataset("blocks"), 16, 2, KEY)
-    count = order.num_blocks // 2 * 2
-    pieces = [piece for number in range(count // 2) for piece in order._pieces(number)]
-    assert len(set(pieces)) == count
-    assert pieces != [piece for number in range(count // 2) for piece in whole._pieces(number)]
-    assert order._pieces(5) == BlockOrder(dataset("blocks"), 16, 2, KEY, window_tokens=16 * 20)._pieces(5)
+    found = starts(order)
+    assert len(set(found)) == order.num_blocks // 2 * 2
+    assert found != starts(whole)
+    assert found == starts(BlockOrder(dataset("blocks"), 16, 2, KEY, window_tokens=16 * 20))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.support.datasets import token_dataset
 from tests.support.models import tiny_model
 
-from liquid_llm.data.blocks import TokenStream
+from liquid_llm.data.blocks import Span, TokenStream
 from liquid_llm.data.loader import collate, read_blocks
 from liquid_llm.errors import ModelError
 from liquid_llm.framing import Framing
@@ -80,7 +80,7 @@ def documents_of(stream, start, size):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_loss_is_the_sum_over_documents_and_so_is_its_gradient(name, checkpointed, stream):
     spans = [(0, 17), (17, 17), (34, 17)]
-    block = read_blocks("lm", stream, spans, document_mask=True)
+    block = read_blocks("lm", [Span(stream, *span) for span in spans], document_mask=True)
     pieces = [piece for span in spans for piece in documents_of(stream, *span)]
     assert block.num_positions == sum(len(piece) - 1 for piece in pieces)
     one, other = (copy.deepcopy(MODELS[name]) for _ in range(2))
@@ -99,13 +99,13 @@ def test_the_loss_is_the_sum_over_documents_and_so_is_its_gradient(name, checkpo
 
 
 def test_without_the_mask_a_block_is_one_sequence(stream):
-    block = read_blocks("lm", stream, [(0, 17), (17, 17)])
+    block = read_blocks("lm", [Span(stream, 0, 17), Span(stream, 17, 17)])
     assert block.places is None
     assert block.num_positions == 2 * 16 - int((block.input_ids[:, 1:] == 1).sum()), "all but begin tokens"
 
 
 def test_cut_and_moved_batches_keep_their_places(stream):
-    block = read_blocks("lm", stream, [(0, 17), (17, 17), (34, 17)], document_mask=True)
+    block = read_blocks("lm", [Span(stream, start, 17) for start in (0, 17, 34)], document_mask=True)
     part, held = block.rows(1, 3)
     assert torch.equal(part.places, block.places[1:])
     assert torch.equal(part.targets, block.targets[held])

@@ -21,7 +21,7 @@ from liquid_llm.identity import ModelIdentity
 from liquid_llm.signal_store.codecs import get_codec
 from liquid_llm.signal_store.description import write_store_file
 from liquid_llm.signal_store.records import SignalIdentity
-from liquid_llm.wiring.order import choose_windows, needs_files, order_version, say_scattered
+from liquid_llm.wiring.order import choose_apart, choose_windows, needs_files, order_version, say_scattered
 from liquid_llm.wiring.start import Start
 
 FRESH = Start("fresh", ResumeSource({}, "--student=x"))
@@ -83,9 +83,13 @@ def test_many_lines_of_a_manifest_are_no_way_to_list_files(caplog: pytest.LogCap
 
 
 def test_only_another_order_has_another_version() -> None:
-    assert [order_version(1, {}), order_version(2, {}), order_version(1, {"lm": 5}), order_version(2, {"lm": 5})] == [
-        1,
-        2,
-        3,
-        3,
-    ]
+    assert [order_version(size, {}) for size in (1, 2)] == [1, 2]
+    assert [order_version(size, {"lm": 5}) for size in (1, 2)] == [3, 3]
+    assert [order_version(size, {"lm": 5}, blocks_by_file=True) for size in (1, 2)] == [4, 4]
+
+
+def test_blocks_end_with_their_file_but_for_a_run_that_was_begun_before() -> None:
+    windows = dict.fromkeys(TYPES, 9)
+    assert choose_apart(config(), FRESH, windows) == TYPES
+    assert choose_apart(config(), going_on(window_tokens=windows, blocks_by_file=True), windows) == TYPES
+    assert choose_apart(config(), going_on(window_tokens=windows), windows) == ["math_tool", "code"]
