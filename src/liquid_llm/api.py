@@ -19,13 +19,14 @@ from liquid_llm.cli.parse import expand_dates, load_yaml, read_options
 from liquid_llm.errors import LiquidError, UsageError
 from liquid_llm.masking import process_masker
 from liquid_llm.options import TRAINING, options_of
+from liquid_llm.verbosity import CHATTY
 
 if TYPE_CHECKING:
     from liquid_llm.jobs.capture_units import UnitCapture
     from liquid_llm.wiring.places import Place
 
 Command = Literal["train", "anneal"]
-_LOGGERS = ("", "liquid_llm", "gcsfs")  # those whose level a run sets; "" is the root
+_LOGGERS = ("", "liquid_llm", "gcsfs", *CHATTY)  # those whose level a run sets; "" is the root
 
 
 @dataclass(frozen=True)

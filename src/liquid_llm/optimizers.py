@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from liquid_llm.errors import CheckpointError
 from liquid_llm.options import ADAMW, ADAMW8BIT, MUON
+from liquid_llm.verbosity import CHATTY
 
 _BLOCK = 256  # moments that share a scale: torchao's own
 _LEAST_IN_8_BITS = 4096  # fewer values than that are kept whole: bitsandbytes' rule, and torchao's
@@ -233,7 +234,7 @@ def load_torchao() -> tuple[tuple[Any, Any], dict[bool, tuple[float, ...]]]:
 @contextmanager
 def quiet_torchao() -> Iterator[None]:
     """What it says of kernels that it was not built with, and that nothing here asks for, is not said."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    loggers = [logging.getLogger(name) for name in CHATTY]
     levels = [one.level for one in loggers]
     try:
         for one in loggers:

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from liquid_llm.formatting import escape_controls, format_count, format_seconds
 from liquid_llm.masking import MaskingFilter, process_masker
-from liquid_llm.verbosity import asked_level
+from liquid_llm.verbosity import CHATTY, asked_level
 
 PLAIN_LINE_SECONDS = 15.0
 RATE_WINDOW_SECONDS = 30.0
@@ -49,7 +49,8 @@ def setup_logging(level: str = "INFO", *, most: str = "DEBUG") -> None:
     """Send log lines to standard error, short and with secrets masked. A second call replaces the first.
 
     This package speaks from ``level`` on, or from what ``--log_level`` and ``--quiet`` say; everybody else from WARNING
-    on, or from there. Stages are shown where INFO is.
+    on, or from there, but for those of ``CHATTY``, whose warnings only ``--log_level=debug`` shows. Stages are shown
+    where INFO is.
 
     Args:
         most: as low as the level may be, whatever is asked for: the later ranks of a run say no more than warnings.
@@ -79,6 +80,8 @@ def setup_logging(level: str = "INFO", *, most: str = "DEBUG") -> None:
     handler.setLevel(shown)
     handler.addFilter(MaskingFilter(process_masker()))
     root.addHandler(handler)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.NOTSET if shown <= logging.DEBUG else logging.ERROR)
     package.setLevel(min(shown, logging.INFO))  # the log file of a run has all from there on, whatever is shown
 
 

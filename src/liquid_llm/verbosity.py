@@ -12,6 +12,9 @@ from contextvars import ContextVar
 
 LEVELS = ("debug", "info", "warning", "error")
 QUIET = "error"
+CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers of what is imported wherever it is installed, and then tells of kernels that it was built without and of what
+it is going to change: of use to nobody here. torch writes to standard error itself, past every handler of ours."""
 
 _ASKED: ContextVar[str | None] = ContextVar("_ASKED", default=None)
 

@@ -54,7 +54,7 @@ def options(scored: Tiny, output: Path, **more: Any) -> dict[str, Any]:
 
 def state_of_the_process() -> dict[str, Any]:
     """What a run might leave behind in the process that called it."""
-    names = ("", "liquid_llm", "gcsfs")
+    names = ("", "liquid_llm", "gcsfs", "torchao")
     return {
         "signals": [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
         "loggers": [(logging.getLogger(one).level, list(logging.getLogger(one).handlers)) for one in names],

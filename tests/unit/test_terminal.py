@@ -29,7 +29,7 @@ from liquid_llm.terminal import (
     setup_logging,
     stderr_console,
 )
-from liquid_llm.verbosity import ask, one_command
+from liquid_llm.verbosity import CHATTY, ask, one_command
 
 
 class Clock:
@@ -198,7 +198,10 @@ def test_threads_may_advance_together() -> None:
 def restored_logging() -> Iterator[None]:
     root, package = logging.getLogger(), logging.getLogger("liquid_llm")
     handlers, level = root.handlers[:], package.level
+    chatty = {name: logging.getLogger(name).level for name in CHATTY}
     yield
+    for name, before in chatty.items():
+        logging.getLogger(name).setLevel(before)
     root.handlers[:] = handlers
     package.setLevel(level)
 
@@ -301,6 +304,21 @@ def test_what_is_asked_for_is_shown_and_a_later_rank_says_no_more_than_warnings(
     assert shown("warning") == "we"
     assert shown("error") == "e"
     assert shown("debug", most="WARNING") == "wef"
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_what_packages_say_of_themselves_when_they_are_imported_is_not_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torchao's lines of kernels that it lacks, and torch's of torchao, which torch itself writes to standard error."""
+    for level, shown in (("INFO", 1), ("DEBUG", 3), ("WARNING", 1)):
+        setup_logging(level)
+        for name in ("torchao", "torchao.quantization"):
+            logging.getLogger(name).warning("failed to load a library")
+        logging.getLogger("other").warning("it matters")
+        assert len(capsys.readouterr().err.splitlines()) == shown, level
+        assert logging.getLogger("torch.utils._pytree").isEnabledFor(logging.WARNING) == (level == "DEBUG")
+        assert logging.getLogger("torch.utils._pytree").isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.usefixtures("restored_logging")
