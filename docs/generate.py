@@ -74,7 +74,9 @@ def _ask(words: tuple[str, ...]) -> tuple[Command | None, str]:
 
     found: list[Command] = []
 
-    def see(options: Sequence[object], prog: str, description: str, face: str, positionals: Sequence[object]) -> None:
+    def see(
+        options: Sequence[object], prog: str, description: str, face: str, positionals: Sequence[object], _: object
+    ) -> None:
         found.append(Command(words, description, tuple(options), tuple(positionals), face))
         raise _Seen
 

@@ -20,7 +20,9 @@ def compare(words: list[str]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    given = parse(_OPTIONS, words, "liquid compare", _DESCRIPTION, positionals=(_RUNS,))
+    given = parse(
+        _OPTIONS, words, "liquid compare", _DESCRIPTION, positionals=(_RUNS,), examples=("runs/plain runs/distilled",)
+    )
     page = given.get("output")
     from liquid_llm.jobs.compare import run_compare
 

@@ -11,6 +11,7 @@ _DESCRIPTION = (
     "those after the first are compared with it, text by text: differences with 95 % intervals, and one sentence. "
     "A run is evaluated on what it held out itself, beside its own teachers, unless others are named."
 )
+_EXAMPLES = ("runs/first", "runs/plain runs/distilled", "my-student --teacher=big/model --records=notes.jsonl")
 _STUDENTS = Positional(
     "students",
     "STUDENT",
@@ -64,7 +65,9 @@ def evaluate(words: list[str]) -> int:
     Raises:
         LiquidError: any problem a user can cause.
     """
-    given = parse(options_of_evaluate(), words, "liquid evaluate", _DESCRIPTION, positionals=(_STUDENTS,))
+    given = parse(
+        options_of_evaluate(), words, "liquid evaluate", _DESCRIPTION, positionals=(_STUDENTS,), examples=_EXAMPLES
+    )
     students = given.pop("students")
     from liquid_llm.jobs.evaluate import run_evaluate
 

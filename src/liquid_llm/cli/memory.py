@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liquid_llm.cli.parse import choose, parse
-from liquid_llm.options import CAPTURE, EVERY, RUN, Option, options_of
+from liquid_llm.options import ANNEAL, CAPTURE, EVERY, RUN, TRAIN, Option, options_of
 
 _DESCRIPTION = (
     "Say how much memory a job takes and whether it fits, before there is data, weights or a GPU: only configurations "
@@ -28,6 +28,12 @@ _RANKS = Option(
     minimum=1,
 )
 
+_EXAMPLES = {
+    TRAIN: ("--student=liquid-350m --lm_teacher_id=meta-llama/Llama-3.2-3B --block_size=1024 --gpu_memory=22GiB",),
+    ANNEAL: ("--student=liquid-350m --teacher_name=meta-llama/Llama-3.2-3B --block_size=1024 --gpu_memory=22GiB",),
+    CAPTURE: ("--mc_teacher_id=meta-llama/Llama-3.1-8B --seq_len=1024 --batch_size=4 --gpu_memory=22GiB",),
+}
+
 
 def memory(words: list[str]) -> int:
     """Parse and run one ``liquid memory JOB``; returns the exit code.
@@ -38,7 +44,9 @@ def memory(words: list[str]) -> int:
     jobs = {face: f"of liquid {face}" for face in EVERY}
     face = choose("job", jobs, words, "liquid memory", _DESCRIPTION)
     own = (_MEMORY,) if face == CAPTURE else (_MEMORY, _RANKS)
-    given = parse((*own, *options_of(face)), words[1:], f"liquid memory {face}", _DESCRIPTION, face=face)
+    given = parse(
+        (*own, *options_of(face)), words[1:], f"liquid memory {face}", _DESCRIPTION, face=face, examples=_EXAMPLES[face]
+    )
     from liquid_llm.jobs.memory import run_memory
 
     return run_memory(face, given)

@@ -11,6 +11,7 @@ import argparse
 import datetime
 import difflib
 import re
+import textwrap
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _TALK = (  # every command has these, and what it does is the same with them
     Option("quiet", "bool", RUN, "quiet", False, "errors alone on standard error; results stay on standard output"),
     Option("log_level", "str", RUN, "log_level", None, "the least that is said on standard error", choices=LEVELS),
 )
+_AS_IT_IS = "  "
 _BY_TYPE = "sources."  # before the field of an option that is given by type
 _DATE = re.compile(r"\$\(date \+(?P<format>[^)]*)\)")
 
@@ -40,6 +42,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, where=self.prog, remedy=f"see {self.prog} --help")
+
+
+class _Help(argparse.HelpFormatter):
+    """argparse's help, in which an example stays one line, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = [[line] if line.startswith(_AS_IT_IS) else textwrap.wrap(line, width) for line in text.splitlines()]
+        return "\n".join(indent + one for line in lines for one in line or [""])
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,31 @@ class Positional:
 
 
 def build_parser(
-    options: Sequence[Option], prog: str, description: str, face: str, positionals: Sequence[Positional]
+    options: Sequence[Option],
+    prog: str,
+    description: str,
+    face: str,
+    positionals: Sequence[Positional],
+    examples: Sequence[str] = (),
 ) -> Parser:
-    """The parser of one command; values not given stay absent from the namespace."""
+    """The parser of one command; values not given stay absent from the namespace.
+
+    What ``--help`` says first is how the command is written and a whole example. The list of all options in brackets
+    that argparse puts there would be 60 lines of a training command; each stands below with its meaning.
+    """
     known = [f"--{alias} (--{option.name})" for option in options for alias in option.aliases]
-    epilog = f"Names that other trainers have are taken too: {', '.join(known)}." if known else None
+    epilog = f"Names that other trainers have are taken too: {', '.join(known)}." if known else ""
+    shown = [one.metavar + (" ..." if one.many else "") for one in positionals]
+    lines = [description]
+    lines += ["", "for example:", *(f"{_AS_IT_IS}{prog} {one}" for one in examples)] if examples else []
     parser = Parser(
-        prog=prog, description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        prog=prog,
+        usage=" ".join([prog, *shown, "[--option=value ...]"]),
+        description="\n".join(lines),
+        epilog=epilog,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     for one in positionals:
         nargs = {"nargs": "+"} if one.many else {}
@@ -114,6 +142,7 @@ def parse(
     *,
     face: str = "",
     positionals: Sequence[Positional] = (),
+    examples: Sequence[str] = (),
     read_file: Callable[[Path], Mapping[str, object]] | None = None,
 ) -> dict[str, object]:
     """What is given, by name, from the command line and (behind it) from ``--config FILE``.
@@ -122,12 +151,13 @@ def parse(
         options: those of the command.
         face: whose defaults the help shows.
         positionals: words it takes beside options; all must be there.
+        examples: whole commands that the help shows first, without ``prog``.
         read_file: gives the options of ``--config FILE``, where that may hold more than options.
 
     Raises:
         UsageError: an unknown option or a value that cannot be used.
     """
-    parser = build_parser(options, prog, description, face, positionals)
+    parser = build_parser(options, prog, description, face, positionals, examples)
     offer(parser)
     words = _with_own_names(normalise(argv), options)
     if positionals:

@@ -20,6 +20,7 @@ _DESCRIPTION = (
     "first). liquid study FOLDER shows a study's result again from its files."
 )
 
+_EXAMPLES = ("--config=run.yaml --vary kd_alpha_start=0,0.7 --seeds=0,1,2 --study_dir=studies/alpha",)
 _FOLDER = "the study's folder, on this machine or shared by several; --output_gcs_uri is the same"
 _VARY = (
     "OPTION=VALUE,VALUE: an arm for each value (values with commas in them: separated by ;); given several times: each "
@@ -105,7 +106,7 @@ def read_study(face: str, words: Sequence[str]) -> tuple[Study, str]:
 
     named = (word[2:].partition("=")[0] for word in normalise(words) if word.startswith("--"))
     _refuse_taken(_not_own(named), "liquid study")
-    given = parse(table, words, "liquid study", _DESCRIPTION, face=face, read_file=read_file)
+    given = parse(table, words, "liquid study", _DESCRIPTION, face=face, examples=_EXAMPLES, read_file=read_file)
     own: dict[str, Any] = {option.name: given.pop(option.name, option.default) for option in _OWN}
     folder = given.pop("output_gcs_uri", None)
     if folder is not None and own[_STUDY] is not None:

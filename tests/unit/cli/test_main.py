@@ -1,6 +1,8 @@
 """The ``liquid`` command: what is known, what is not, and what never reaches the screen."""
 
+import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 from tests.support import forked
 
 from liquid_llm.cli.main import guard, main
+from liquid_llm.cli.parse import parse
 from liquid_llm.errors import StorageError
 
 
@@ -107,6 +110,43 @@ def test_every_command_has_help(command, capsys):
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"liquid {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "anneal", "capture", "prepare", "study", "evaluate", "export", "compare", "demo"]
+    + [f"memory {job}" for job in ("train", "anneal", "capture")],
+)
+def test_help_begins_with_how_it_is_written_and_whole_commands_that_parse(command, capsys, tmp_path, monkeypatch):
+    for name in ("run.yaml", "runs/first/provenance/options.yaml"):  # files that examples have for --config
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("max_steps: 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: liquid {command} ")
+    assert lines[0].endswith("[--option=value ...]")
+    begin = lines.index("for example:") + 1
+    assert begin < 12
+    assert not any("%%" in line for line in lines)
+    examples = list(itertools.takewhile(bool, lines[begin:]))
+    assert examples
+    assert all(one.startswith(f"  liquid {command} ") for one in examples)  # one line each, to be copied
+    read: list[dict[str, object]] = []
+
+    def parse_only(*args, **options):
+        read.append(parse(*args, **options))
+        raise SystemExit(0)
+
+    for module in ("main", "study", "evaluate", "export", "compare", "memory"):
+        monkeypatch.setattr(f"liquid_llm.cli.{module}.parse", parse_only)
+    for example in examples:
+        with pytest.raises(SystemExit) as ended:
+            main(shlex.split(example)[1:])
+        assert ended.value.code == 0
+    assert len(read) == len(examples)
 
 
 def test_short_version_and_help_of_a_command(capsys):
