@@ -77,12 +77,12 @@ def build_parser(
     """
     known = [f"--{alias} (--{option.name})" for option in options for alias in option.aliases]
     epilog = f"Names that other trainers have are taken too: {', '.join(known)}." if known else ""
-    shown = [one.metavar + (" ..." if one.many else "") for one in positionals]
+    words = [one.metavar + (" ..." if one.many else "") for one in positionals]
     lines = [description]
     lines += ["", "for example:", *(f"{_AS_IT_IS}{prog} {one}" for one in examples)] if examples else []
     parser = Parser(
         prog=prog,
-        usage=" ".join([prog, *shown, "[--option=value ...]"]),
+        usage=" ".join([prog, *words, "[--option=value ...]"]),
         description="\n".join(lines),
         epilog=epilog,
         formatter_class=_Help,

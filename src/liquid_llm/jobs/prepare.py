@@ -24,7 +24,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.config import DataConfig, PrepareConfig, build_prepare_config
-from liquid_llm.data.manifest import read_manifest
+from liquid_llm.data.manifest import entry_files, read_manifest
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, StorageError, UsageError
@@ -152,6 +152,24 @@ def require_manifest(config: DataConfig) -> None:
 def find_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda type: True) -> RunData:
     """What a run reads as it stands: nothing is prepared. Raises as ``prepare_run_data`` does."""
     return prepare_run_data(replace(config, prepare="skip", toolkit_uri=None), wanted)
+
+
+def check_run_data(config: DataConfig) -> None:
+    """Look at what costs nothing to look at, before models are read: a slip in a path is said at once.
+
+    A manifest that a preparation is to write, or whose shards it is to write, is left alone, and so is what lies at
+    URLs, of which a listing may be long.
+
+    Raises:
+        DataError, StorageError: the manifest cannot be used, or a path in it matches no file on this machine.
+    """
+    if config.manifest is None or storage.is_remote(config.manifest):
+        return
+    if config.toolkit_uri is not None or _find_catalog(config) is not None:
+        return
+    for entry in read_manifest(config.manifest):
+        if not storage.is_remote(entry.path):
+            entry_files(entry)
 
 
 def _find_catalog(config: DataConfig) -> Catalog | None:

@@ -21,7 +21,7 @@ from liquid_llm.distributed import Engine, read_rank, start_engine
 from liquid_llm.distributed_link import TeacherLink, TrainingLink, join_ranks, require_training_ranks
 from liquid_llm.errors import Interrupted, StorageError
 from liquid_llm.jobs.dry_run import check_place, check_records, describe_pace, estimate, print_findings, schedule_values
-from liquid_llm.jobs.prepare import RunData, describe_datasets, find_run_data, prepare_run_data
+from liquid_llm.jobs.prepare import RunData, check_run_data, describe_datasets, find_run_data, prepare_run_data
 from liquid_llm.jobs.run_result import show_run
 from liquid_llm.jobs.teach import run_teacher
 from liquid_llm.metrics import MetricsWriter
@@ -260,6 +260,7 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
     """All that a run needs before its first step; what it was made of is written."""
     if output is not None:
         try_places(output.place)
+    check_run_data(config.data)
     basis = build_basis(config, start, engine)
     data = engine.host_first(lambda: prepare_run_data(config.data))
     parts = build_parts(basis, start, data.entries, engine)
@@ -401,6 +402,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
         findings["place"]["would_continue"] = began if start.kind == "continue" else None
 
         def prepare() -> tuple[Parts, Fit]:
+            check_run_data(config.data)
             basis = build_basis(config, start, engine)
             parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
             settle_loss(parts.config, parts, start)
