@@ -19,6 +19,7 @@ from hypothesis import settings
 from tests.support import predictions
 from tests.support.accelerator import Accelerator, install
 from tests.support.costs import Costs
+from tests.support.files import place_for_files
 from tests.support.gcs import Bucket, FakeGcs, running_server
 from tests.support.processes import end_all
 from tests.support.shared import FOLDER
@@ -63,10 +64,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 # What a test kills leaves its temporary folders behind: gigabytes in a day. They lie in one, which goes at the end.
 def _begin_a_folder_of_our_own() -> None:
     """For temporary files of the tests and of what they start; pytest's own folders and torch's cache stay outside."""
-    outside = tempfile.gettempdir()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/liquid-tests-torchinductor")
+    outside = place_for_files()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{outside}/liquid-tests-torchinductor")
-    folder = os.environ["TMPDIR"] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="liquid-tests-")
+    folder = os.environ["TMPDIR"] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="liquid-tests-", dir=outside)
     tempfile.tempdir = None
     # After multiprocessing has removed its own folder, which lies in this one.
     Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)

@@ -104,7 +104,7 @@ from tests.mutation.run import Bench
 root, folder = map(Path, sys.argv[1:])
 bench, path = Bench(root, folder), "src/m.py"
 walks = bench.baseline([path], ["tests/test_m.py"])
-tried = {f"{m.before} -> {m.after}": bench.try_mutant(m, ["tests/test_m.py"], walks, 6) for m in read(root, path)}
+tried = {f"{m.before} -> {m.after}": bench.try_mutant(m, ["tests/test_m.py"], walks, 1) for m in read(root, path)}
 print(json.dumps([{test: sorted(walk.lines[path]) for test, walk in walks.items()}, tried]))
 """
 

@@ -2,12 +2,11 @@ import hashlib
 import http.server
 import json
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tests.support import forked
 from tests.support.models import tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -113,7 +112,7 @@ def test_a_folder_is_its_configuration_and_weights(tmp_path):
     assert resolve(str(tmp_path / "m")).revision != first.revision
 
 
-# the hub: real clients in fresh processes, against a cache on disk and a small server
+# the hub: real clients in processes of their own, against a cache on disk and a small server
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -137,7 +136,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 CLIENT = """
-import json, sys, torch
+import importlib, json, sys, torch
+from huggingface_hub import constants
+importlib.reload(constants)  # the environment is read again, as by a process that begins from nothing
 from liquid_llm.errors import ModelError
 from liquid_llm.models.loading import load_teacher, load_tokenizer
 from transformers.integrations import peft
@@ -193,12 +194,8 @@ def answers(tmp_path_factory):
 
     def ask(run):
         settings, model_ids = run
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, *model_ids],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
+        done = forked.run(
+            ["-c", CLIENT, *model_ids],
             # Without telemetry: for it the client asks once, with its first request, what programs it may be run by.
             env={**plain, **settings, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
         )
