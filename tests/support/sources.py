@@ -39,6 +39,11 @@ class Import:
 
 def imports(module: str, tree: ast.Module, known: set[str]) -> list[Import]:
     """Every import in ``tree``, type-only ones left out; names among ``known`` are resolved to modules."""
+    return list(_imports(module, tree, frozenset(known)))
+
+
+@functools.cache
+def _imports(module: str, tree: ast.Module, known: frozenset[str]) -> list[Import]:
     at_import_time, for_types = {id(node) for node in _run_at_import(tree)}, _type_only(tree)
     found = []
     for node in ast.walk(tree):

@@ -67,18 +67,19 @@ def test_an_extra_is_declared_and_never_needed_to_import_a_module() -> None:
 
 
 def test_what_torch_brings_is_imported_where_it_is_needed_alone() -> None:
+    files = module_files()
     for package, owners in BROUGHT.items():
         of = {
             name: [
                 one.at_import_time for one in imports(name, parse(path), set()) if one.name.partition(".")[0] == package
             ]
-            for name, path in module_files().items()
+            for name, path in files.items()
         }
         assert {name for name, found in of.items() if found} == owners
         uses = [
             (name, one)
-            for name, path in module_files().items()
-            for one in imports(name, parse(path), set(module_files()))
+            for name, path in files.items()
+            for one in imports(name, parse(path), set(files))
             if one.name in owners and name not in owners
         ]
         assert uses

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from tests.support import forked
 from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -245,6 +246,9 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
 
 
 OFFLINE = """
+import datasets, huggingface_hub, importlib
+for module in (huggingface_hub.constants, datasets.config):  # the environment, as a process reads it that begins
+    importlib.reload(module)
 from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 from liquid_llm.data.hub import load_hub_dataset
@@ -266,9 +270,7 @@ def test_offline_and_not_in_the_cache(tmp_path: Path) -> None:
         "HF_HOME": str(tmp_path),
         "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
+    done = forked.run(["-c", OFFLINE], cwd=tmp_path, env=env, check=True)
     assert done.stdout.startswith(
         "nosuch/dataset: the dataset is not in the local cache, and the hub cannot be reached ("
     )

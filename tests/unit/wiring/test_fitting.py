@@ -26,7 +26,7 @@ from liquid_llm.wiring.shapes import Models, nominal_shape, stored_batch, stored
 
 GIB = 2**30
 # Deep enough for checkpointing to save something.
-STUDENT = preset("llama-test", num_hidden_layers=6)
+STUDENT = preset("llama-test", num_hidden_layers=4)
 LONG = BatchShape(1024, 1024)  # enough positions for the largest chunk of so small a vocabulary
 MODELS = Models(STUDENT, preset("llama-test"), "float32", VOCAB_SIZE)
 

@@ -71,10 +71,11 @@ def test_the_variance_of_a_store_is_that_of_its_captures(tmp_path: Path) -> None
         store.write(sample, 11, codec.pack(rows))
     store.finish()
     reader = open_store(str(tmp_path))
+    captures = [codec.pack(codec.encode(logits.clone(), seed, 0)) for seed in range(300)]
     for temperature in (1.0, 2.0):
         dense = torch.zeros(300, vocab)
-        for seed in range(300):
-            signal = codec.decode(codec.pack(codec.encode(logits.clone(), seed, 0)), 0, 1, temperature, vocab)
+        for seed, capture in enumerate(captures):
+            signal = codec.decode(capture, 0, 1, temperature, vocab)
             dense[seed].scatter_add_(0, signal.ids[0], signal.weights[0])
         found = drawn_variance(reader, "code", samples=6, temperature=temperature)
         assert found.total == pytest.approx(float(dense.var(0).sum()), rel=0.25)
