@@ -19,6 +19,9 @@ from liquid_llm.runtime import torch_dtype
 
 SignalKind = Literal["none", "dense", "sparse", "logits"]
 
+# Of a configuration: where it was read from, and by which release. The same model elsewhere takes as much.
+_OF_ITS_FILE = ("_name_or_path", "transformers_version")
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -33,6 +36,10 @@ class ModelShape:
     config: Mapping[str, Any]
     dtype: str = "float32"
     quantisation: str | None = None
+
+    def __post_init__(self) -> None:
+        kept = {name: value for name, value in self.config.items() if name not in _OF_ITS_FILE}
+        object.__setattr__(self, "config", kept)
 
     @staticmethod
     def of(config: Any, dtype: str | torch.dtype = "float32", quantisation: str | None = None) -> ModelShape:

@@ -351,6 +351,15 @@ def test_a_shape_is_worked_out_once_in_a_process(monkeypatch: pytest.MonkeyPatch
     assert [predict_training(one).rest_bytes for one in (shape, shape, other, shape)] == [1, 1, 2, 1]
 
 
+def test_a_model_is_the_same_wherever_it_lies() -> None:
+    config = tiny_config("llama")
+    here = ModelShape.of(config)
+    config.name_or_path = "/elsewhere"
+    assert ModelShape.of(config) == here == ModelShape({**here.config, "transformers_version": "5.0.0"})
+    config.num_hidden_layers += 1
+    assert ModelShape.of(config) != here
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_documents_kept_apart_take_the_mask_beside_the_rest(name: str, device: str) -> None:
