@@ -59,10 +59,13 @@ class Engine:
 
     Attributes:
         link: to the ranks that hold a teacher, or of such a one (a world of its own) to those that train.
+        host_rank, host_size: this rank's number among those of its world that are on its host, and how many they are.
     """
 
     rank: int = 0
     world_size: int = 1
+    host_rank: int = 0
+    host_size: int = 1
     link: TrainingLink | TeacherLink | None = None
 
     @property
@@ -154,6 +157,16 @@ def deal(works: Sequence[T], engine: Engine) -> Sequence[T]:
     return works[engine.rank :: engine.world_size]
 
 
+def deal_on_host(works: Sequence[T], engine: Engine) -> Sequence[T]:
+    """This rank's of what each host does as a whole, dealt out among its ranks in turn.
+
+    Hosts begin at other places, so that those that see each other's results meet few that nobody has begun.
+    """
+    own = works[engine.host_rank :: engine.host_size]
+    start = len(own) * engine.rank // engine.world_size
+    return [*own[start:], *own[:start]]
+
+
 class ProcessEngine(Engine):
     """Processes that a launcher has started, over gloo; on GPUs what lies there goes over NCCL.
 
@@ -182,6 +195,7 @@ class ProcessEngine(Engine):
         self._keeps_store, self._others = ranks.rank == 0, ranks.world_size - 1
         self._found_lost: RankError | None = None
         self._is_first_of_host = ranks.local_rank == 0
+        self.host_rank, self.host_size = ranks.on_host(teacher_ranks)
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -412,6 +426,16 @@ class Ranks:
     local_rank: int
     local_world_size: int
     meeting_place: str
+
+    def on_host(self, teacher_ranks: int = 0) -> tuple[int, int]:
+        """This process's number among the ranks on its host that train, and how many these are; ``(0, 1)`` of one that
+        holds a teacher: those come last."""
+        training = self.world_size - teacher_ranks
+        if self.rank >= training:
+            return 0, 1
+        return self.local_rank, max(
+            self.local_rank + 1, min(self.local_world_size, training - self.rank + self.local_rank)
+        )
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Ranks:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.support import texts
+from tests.support.processes import launch, run, wait
 from tests.support.tiny import Tiny, build
 
 from liquid_llm.cli.main import main
@@ -77,3 +78,20 @@ def test_a_run_that_was_begun_before_goes_on_joining_its_files(tiny, tmp_path, c
     assert "blocks go on from one data file into the next, as in the run so far" in capsys.readouterr().err
     assert as_after_step_2(tmp_path / "run")["versions"]["order"] == 3
     assert train(tiny, tmp_path / "new", eval_every=0) != before, "a new run has the other order"
+
+
+def test_ranks_share_the_files_and_take_the_steps_of_one_process(tiny, tmp_path) -> None:
+    unused = dict.fromkeys(("mc_teacher_id", "math_logits_dir", "code_logits_dir"))
+    few = {"max_steps": 2, "eval_every": 0, "save_every": 0, "grad_accum": 2, "draw_group": 2, "order": "shards"}
+    words = tiny.train_words(tmp_path, **unused, **few, data_cache=tmp_path / "tokens")
+    alone = tiny.train_words(tmp_path / "one", **unused, **few)
+    ranks = launch("stage1_hybrid.cli", words, tmp_path / "said")
+    assert wait(ranks) == [0, 0], "\n".join(rank.said for rank in ranks)
+    assert "lm: tokenised 3 of 3 data files, this process's share of its host's" in ranks[0].said
+    assert "lm: the tokens of 5 data files were in the cache, 0 were tokenised" in ranks[0].said
+    run("stage1_hybrid.cli", alone, tmp_path / "said-alone", 1)
+    losses = [
+        [row["loss"] for row in read_metrics(place / "run") if row["kind"] == "train"]
+        for place in (tmp_path, tmp_path / "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -100,7 +100,12 @@ def test_tasks_share_the_files_and_skip_what_is_complete(tiny, folder, capsys) -
     assert (found["units"], found["units_planned"], found["types"]["math_tool"]["records"]) == (5, 5, 40)
     assert found["superseded"] == found["unreadable"] == 0
     argv = [str(folder / "math"), f"--teacher={tiny.teacher}", f"--manifest={tiny.manifest}", "--seq_len=64"]
-    assert main(["store", "verify", *argv, "--samples=6"]) == 0
+    cache = folder / "tokens"
+    assert main(["store", "verify", *argv, "--samples=6", f"--data_cache={cache}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["with_record"], found["looked_at"]) == (FILES * ROWS + 40, FILES * ROWS, 6)
+    kept = [path.name.partition("-")[0] for path in cache.iterdir() if path.is_dir()]
+    assert sorted(kept) == ["code", *["math_tool"] * FILES], "a cache for each file, which a run finds, and none of all"
 
 
 def test_inspect_and_doctor_know_a_store_of_units(folder, capsys) -> None:

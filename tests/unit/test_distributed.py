@@ -19,7 +19,7 @@ from tests.support.ranks import ThreadEngine, World
 from liquid_llm.cli.main import main
 from liquid_llm.data.loader import TrainingStream, WeightedDataset
 from liquid_llm.data.types import MicroBatch
-from liquid_llm.distributed import Engine, Ranks, deal, join_engine, start_engine
+from liquid_llm.distributed import Engine, Ranks, deal, deal_on_host, join_engine, start_engine
 from liquid_llm.errors import NumericalError, UsageError
 from liquid_llm.evaluation import Evaluator
 from liquid_llm.metrics import StepAccumulator
@@ -241,3 +241,26 @@ def test_a_process_that_a_launcher_leaves_alone_says_so(
         monkeypatch.setenv(name, value)
     assert join_engine(torch.device("cpu")).world_size == 1
     assert (said in caplog.text) if said else not caplog.text
+
+
+def test_the_ranks_of_a_host_share_what_it_has_to_do() -> None:
+    works = list(range(23))
+    assert list(deal_on_host(works, Engine())) == works
+    for hosts, size, teachers in ((1, 3, 0), (2, 4, 0), (2, 4, 1), (3, 1, 0)):
+        begun = set()
+        for host in range(hosts):
+            done: list[int] = []
+            for local in range(size):
+                ranks = Ranks(host * size + local, hosts * size, local, size, "")
+                engine = Engine()
+                engine.rank, engine.world_size = ranks.rank, ranks.world_size - teachers
+                engine.host_rank, engine.host_size = ranks.on_host(teachers)
+                if engine.rank >= engine.world_size:
+                    assert ranks.on_host(teachers) == (0, 1), "one that holds a teacher has a world of its own"
+                    continue
+                own = deal_on_host(works, engine)
+                begun.add(own[0])
+                done += own
+            assert sorted(done) == works
+        assert len(begun) == hosts * size - teachers, "hosts begin at other places"
+    assert list(deal_on_host([], engine)) == []

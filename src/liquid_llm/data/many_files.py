@@ -216,6 +216,9 @@ class FileCaches:
 
     Args:
         cache_dir, framing, layout, learning: as ``tokens.tokenize`` has them.
+
+    Attributes:
+        tokenised: files that were not in the cache when they were surveyed.
     """
 
     def __init__(
@@ -231,9 +234,11 @@ class FileCaches:
     ) -> None:
         self.type, self.framing, self.layout = type, framing, layout
         self._tokenizer, self._hash, self._cache_dir, self._learning = tokenizer, tokenizer_hash, cache_dir, learning
+        self.tokenised = 0
 
     def survey(self, info: FileInfo, cut: Cut, progress: TellProgress | None = None) -> tuple[Survey, Path]:
         """What is known of a file, which is tokenised where it is not in the cache, and the folder of its cache."""
+        known = False
         for folder in cache_folders(
             [[info.uri, info.size, info.version]],
             self.type,
@@ -243,12 +248,27 @@ class FileCaches:
             layout=self.layout,
             learning=self._learning,
         ):
-            if folder.is_dir() and (found := read_survey(folder, cut)) is not None:
-                return found, folder
+            if folder.is_dir():
+                known = True
+                if (found := read_survey(folder, cut)) is not None:
+                    return found, folder
         dataset = self._tokenise(info, "", progress)
+        self.tokenised += not known
         made = Survey.of(dataset, cut)
         write_survey(dataset.directory, cut, made)
         return made, dataset.directory
+
+    def survey_all(
+        self, files: Sequence[str], cut: Cut, progress: TellProgress | None = None
+    ) -> Iterator[tuple[Survey, Path]]:
+        """``survey`` of each of ``files``, in their order. Raises DataError: one is not there."""
+        for number, info in enumerate(_stat_all(files)):
+
+            def tell(share: float, tokens: int, number: int = number) -> None:
+                if progress is not None:
+                    progress((number + share) / len(files), tokens)
+
+            yield self.survey(info, cut, tell)
 
     def open(self, uri: str, folder: Path, name: str, fingerprint: str) -> TokenDataset:
         """All samples of a file's cache, which is made again where it is damaged or gone.
@@ -364,19 +384,13 @@ class ManyFiles:
         return made
 
     def _survey_all(self, progress: TellProgress | None) -> None:
-        total, counts, sums, first = len(self._uris), [], [], _First(self._cut)
+        counts, sums, first = [], [], _First(self._cut)
         left_out, forms = np.zeros(3, np.int64), dict[str, None]()
         self.num_tokens = self.unseen = self._samples = self.full_blocks = self.behind = 0
         self.held = (0, 0)
         self._cache_dir = Path()
         self._histogram = np.zeros(self.window + 1, np.int64)
-        for number, info in enumerate(_stat_all(self._uris)):
-
-            def tell(share: float, tokens: int, number: int = number) -> None:
-                if progress is not None:
-                    progress((number + share) / total, tokens)
-
-            one, folder = self._caches.survey(info, self._cut, tell)
+        for number, (one, folder) in enumerate(self._caches.survey_all(self._uris, self._cut, progress)):
             self._cache_dir = folder.parent
             self._folders.append(folder.name)
             self._prints += bytes.fromhex(one.fingerprint)

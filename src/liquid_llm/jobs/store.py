@@ -7,6 +7,7 @@ where something is not as it should be, ``pack`` where a record had to be left o
 from __future__ import annotations
 
 import json
+from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from liquid_llm import storage
 from liquid_llm.capture.plan import Window, batches
 from liquid_llm.capture.verify import Verifier
 from liquid_llm.config import CaptureConfig, build_capture_config
+from liquid_llm.data.many_files import ManyFiles
 from liquid_llm.data.tokens import TokenDataset
 from liquid_llm.errors import DataError, SignalError, UsageError
 from liquid_llm.formatting import format_bytes, format_count
@@ -38,7 +40,7 @@ from liquid_llm.sources import default_layout
 from liquid_llm.teachers.online import OnlineTeacher
 from liquid_llm.terminal import Stage, setup_logging
 from liquid_llm.wiring.framing import stored_framing
-from liquid_llm.wiring.inputs import is_of_units, read_manifest_inputs
+from liquid_llm.wiring.inputs import HeldOut, Inputs, is_of_units, read_manifest_inputs
 from liquid_llm.wiring.places import cache_dir
 from liquid_llm.wiring.served import SERVED
 from liquid_llm.wiring.teachers import load_online, name_in_store
@@ -196,6 +198,8 @@ def _verify(
     text = TextTools.of(tokenizer, framings).learn(config.data, token)
     _require(store, "tokenizer hash", store.identity.tokenizer_hash, text.hash)
     entries = find_run_data(config.data, partial(_may_hold, store)).entries
+    # Of units each data file has a cache of its own: that of a run, or of a capture that kept its tokens.
+    apart = [entry.type for entry in entries] if is_of_units(store.uri) else []
     with Stage("tokenise", unit="tokens", total=None) as stage:
         inputs = read_manifest_inputs(
             config.data,
@@ -203,10 +207,9 @@ def _verify(
             entries,
             _layout_of,
             progress=lambda _, tokens: stage.advance(tokens),
-            by_file=lambda type: is_of_units(store.uri),
+            apart=dict.fromkeys(apart, HeldOut(0)),
         )
-    coverage = _coverage(store, inputs.everything)
-    chosen = list(_choose(store, inputs.everything, samples, config.seed))
+    coverage, chosen = _look_up(store, _parts(inputs), samples, config.seed)
     if not chosen:
         raise SignalError("no sample of the manifest has a record", where=store.uri, got=config.data.manifest)
     asked = replace(config.teacher, quantize=store.identity.quantisation or "none")  # scored as it was
@@ -235,30 +238,34 @@ def _may_hold(store: StoreReader, type: str) -> bool:
     )
 
 
-def _coverage(store: StoreReader, datasets: Sequence[TokenDataset]) -> dict[str, dict[str, int]]:
-    """Samples by type, and how many of them have a record of their name."""
+def _parts(inputs: Inputs) -> Iterator[TokenDataset]:
+    """All texts; of many files those of one after the other, so that few are open at a time."""
+    for dataset, _ in inputs.sources:
+        if isinstance(dataset, ManyFiles):
+            yield from map(dataset.part, range(len(dataset.shards)))
+        else:
+            yield dataset
+
+
+def _look_up(
+    store: StoreReader, parts: Iterable[TokenDataset], count: int, seed: int
+) -> tuple[dict[str, dict[str, int]], list[Window]]:
+    """Samples by type, and how many of them have a record of their name; up to ``count`` of these, drawn at random."""
     found: dict[str, dict[str, int]] = {}
-    for dataset in datasets:
-        row = found.setdefault(dataset.type, {"samples": 0, "with_record": 0})
-        row["samples"] += len(dataset)
-        row["with_record"] += sum(
-            store.has(dataset.sample_id(index), dataset.shard(index)) for index in range(len(dataset))
-        )
-    return found
-
-
-def _choose(store: StoreReader, datasets: Sequence[TokenDataset], count: int, seed: int) -> Iterator[Window]:
-    """Up to ``count`` samples that have a record of that name, drawn at random from all."""
-    ends = np.cumsum([len(dataset) for dataset in datasets])
-    for row in np.random.default_rng(seed).permutation(int(ends[-1])).tolist():
-        if count == 0:
-            return
-        number = int(ends.searchsorted(row, side="right"))
-        dataset, index = datasets[number], row - (int(ends[number]) - len(datasets[number]))
-        sample_id = dataset.sample_id(index)
-        if store.has(sample_id, dataset.shard(index)):
-            count -= 1
-            yield Window(dataset, index, sample_id, dataset.type, int(dataset.lengths[index]))
+    rng, chosen = np.random.default_rng(seed), list[tuple[float, Window]]()
+    for one in parts:
+        held = np.array([store.has(one.sample_id(index), one.shard(index)) for index in range(len(one))], bool)
+        row = found.setdefault(one.type, {"samples": 0, "with_record": 0})
+        row["samples"] += len(one)
+        row["with_record"] += int(held.sum())
+        lots = rng.random(len(one))
+        numbers = np.flatnonzero(held)
+        for index in numbers[np.argsort(lots[numbers])[:count]].tolist():
+            if len(chosen) < count or lots[index] < chosen[-1][0]:
+                window = Window(one, index, one.sample_id(index), one.type, int(one.lengths[index]))
+                insort(chosen, (float(lots[index]), window), key=lambda lot: lot[0])
+                del chosen[count:]
+    return found, [window for _, window in chosen]
 
 
 def _require(store: StoreReader, what: str, stored: object, present: object) -> None:

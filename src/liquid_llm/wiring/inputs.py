@@ -18,6 +18,7 @@ from liquid_llm.data.many_files import Cut, FileCaches, ManyFiles
 from liquid_llm.data.token_writer import MESSAGES, TEXT
 from liquid_llm.data.tokens import TellProgress, TokenDataset, build_token_dataset, split
 from liquid_llm.data.types import ManifestEntry, MicroBatch
+from liquid_llm.distributed import Engine, deal_on_host
 from liquid_llm.errors import DataError
 from liquid_llm.signal_store.description import present_layout
 from liquid_llm.signal_store.units import UnitsLayout
@@ -185,6 +186,35 @@ def read_manifest_inputs(
     return Inputs(mixture, held_out, list(entries), everything, unlearnt, windowed)
 
 
+def tokenise_share(
+    config: DataConfig,
+    text: TextTools,
+    entries: Sequence[ManifestEntry],
+    layout_of: Callable[[str], str],
+    apart: Mapping[str, HeldOut],
+    engine: Engine,
+    progress: TellProgress | None = None,
+) -> None:
+    """Tokenise and survey this rank's share of what its host is to have in its cache of types in ``apart``.
+
+    Whoever reads them afterwards finds them; what a rank has left out is made by then.
+
+    Raises:
+        DataError: a file is not there or cannot be used.
+        StorageError: one cannot be read, or the cache not be written.
+    """
+    for entry in entries:
+        if entry.type not in apart:
+            continue
+        layout, files = layout_of(entry.type), deal_on_host(entry_files(entry), engine)
+        caches = _file_caches(config, text, entry.type, layout)
+        for _ in caches.survey_all(files, _cut_of(config, layout, apart[entry.type]), progress):
+            pass
+        if caches.tokenised:
+            said = "%s: tokenised %d of %d data files, this process's share of its host's"
+            log.info(said, entry.type, caches.tokenised, len(files))
+
+
 def _read_apart(
     config: DataConfig,
     text: TextTools,
@@ -195,17 +225,32 @@ def _read_apart(
     progress: TellProgress | None,
 ) -> ManyFiles:
     """The samples of an entry's files, each of which is tokenised into a cache of its own."""
-    caches = FileCaches(
-        entry.type,
+    caches, cut = _file_caches(config, text, entry.type, layout), _cut_of(config, layout, held)
+    found = ManyFiles.read(caches, cut, files, [shard_name(file, str(config.manifest)) for file in files], progress)
+    said = "%s: the tokens of %d data files were in the cache, %d were tokenised"
+    log.info(said, entry.type, len(files) - caches.tokenised, caches.tokenised)
+    if len(found) == 0:
+        raise _nothing_left(entry)
+    return found
+
+
+def _file_caches(config: DataConfig, text: TextTools, type: str, layout: str) -> FileCaches:
+    """Where the tokens of each data file of a type are."""
+    return FileCaches(
+        type,
         text.tokenizer,
         text.hash,
         token_cache(config),
-        framing=text.framings(entry.type),
+        framing=text.framings(type),
         layout=_kept_as(layout),
         learning=text.learning,
     )
+
+
+def _cut_of(config: DataConfig, layout: str, held: HeldOut) -> Cut:
+    """What is taken of them."""
     window = config.block_size if layout == BLOCKS else min(config.seq_len, config.block_size)
-    cut = Cut(
+    return Cut(
         window,
         config.val_fraction,
         config.seq_len if layout == WINDOWS else None,
@@ -213,10 +258,6 @@ def _read_apart(
         held.samples,
         config.block_size if layout == BLOCKS else None,
     )
-    found = ManyFiles.read(caches, cut, files, [shard_name(file, str(config.manifest)) for file in files], progress)
-    if len(found) == 0:
-        raise _nothing_left(entry)
-    return found
 
 
 def _nothing_left(entry: ManifestEntry) -> DataError:

@@ -53,7 +53,14 @@ from liquid_llm.wiring.course import (
     say_jumps,
 )
 from liquid_llm.wiring.fitting import settle
-from liquid_llm.wiring.inputs import HeldOut, Inputs, read_dataset_inputs, read_manifest_inputs, validation_sets
+from liquid_llm.wiring.inputs import (
+    HeldOut,
+    Inputs,
+    read_dataset_inputs,
+    read_manifest_inputs,
+    tokenise_share,
+    validation_sets,
+)
 from liquid_llm.wiring.noise import learnt_positions, say_noise
 from liquid_llm.wiring.order import choose_apart, choose_windows, needs_files, say_left_behind, say_scattered
 from liquid_llm.wiring.origins import open_origin
@@ -185,6 +192,8 @@ def build_parts(basis: Basis, start: Start, entries: Sequence[ManifestEntry], en
     windows, ordered = choose_windows(config, start, types)
     say_scattered(windows, entries)
     apart = choose_apart(config, start, windows)
+    if apart and engine.world_size > 1:
+        engine.together(lambda: _tokenise_share(config, text, entries, apart, engine))
     inputs = engine.host_first(lambda: read_inputs(config, text, basis.token, entries, apart=apart))
     require_same_texts(inputs, engine)
     text = replace(text, framings=text.framings.of(inputs.types))
@@ -314,13 +323,8 @@ def read_inputs(
         training: whether any are trained on: the log says how many.
         apart: types whose data files are read one by one.
     """
-    held = HeldOut(config.evaluation.max_tokens, config.evaluation.answers or 0)
     with Stage("tokenise", unit="tokens", total=None) as stage:
-
-        def progress(fraction: float, num_tokens: int) -> None:
-            stage.advance(num_tokens)
-            stage.note(f"{fraction:.0%} of this source")
-
+        progress = partial(_tell, stage)
         if config.data.manifest is None:
             layout = config.source("lm").layout
             inputs = read_dataset_inputs(config.data, text, layout, token=token, progress=progress)
@@ -332,7 +336,7 @@ def read_inputs(
                 lambda type: config.source(type).layout,
                 progress=progress,
                 by_file=partial(needs_files, config),
-                apart=dict.fromkeys(apart, held),
+                apart=dict.fromkeys(apart, _held_out(config)),
             )
     for type, row in inputs.readiness().items():
         shown = {name: count for name, count in row.items() if training or not name.startswith("train")}
@@ -340,6 +344,25 @@ def read_inputs(
             del shown["left_out_nothing_learnt"]
         log.info("%s: %s", type, format_counts(shown).replace("left out nothing", "left out, as nothing of them is"))
     return inputs
+
+
+def _tokenise_share(
+    config: RunConfig, text: TextTools, entries: Sequence[ManifestEntry], apart: Collection[str], engine: Engine
+) -> None:
+    """What ``read_inputs`` would tokenise of files that are read one by one, as far as it is this rank's to do."""
+    held = dict.fromkeys(apart, _held_out(config))
+    with Stage("tokenise", unit="tokens", total=None) as stage:
+        progress = partial(_tell, stage)
+        tokenise_share(config.data, text, entries, lambda type: config.source(type).layout, held, engine, progress)
+
+
+def _held_out(config: RunConfig) -> HeldOut:
+    return HeldOut(config.evaluation.max_tokens, config.evaluation.answers or 0)
+
+
+def _tell(stage: Stage, fraction: float, num_tokens: int) -> None:
+    stage.advance(num_tokens)
+    stage.note(f"{fraction:.0%} of this source")
 
 
 def _compare(
