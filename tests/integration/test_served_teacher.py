@@ -168,6 +168,7 @@ def test_states_of_another_layer_are_found_out(few: Tiny, server: VllmServer, tm
     ("settings", "options", "code", "words"),
     [
         ({"max_logprobs": 8}, {}, 2, "--max-logprobs 16"),
+        ({"max_logprobs": -1}, {"hidden_states_dir": "/tmp", "topk": None}, 2, "Use vLLM's own server"),
         (
             {"max_model_len": 64},
             {},

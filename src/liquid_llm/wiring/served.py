@@ -209,7 +209,7 @@ def _try_log_probs(model: ServedModel, ids: list[int], k: int, *, states: bool =
         model = replace(model, fingerprint=read_fingerprint(told))
         answer = model.read(told, ids, k)
     except Refused as error:
-        few = error.parameter == "prompt_logprobs" or "logprobs" in error.message
+        few = k > 0 and (error.parameter == "prompt_logprobs" or "logprobs" in error.message)
         raise UsageError(
             "the server refuses a question about log-probabilities",
             where=where,
