@@ -139,7 +139,9 @@ def prepare_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda 
 
 
 def require_manifest(config: DataConfig) -> None:
-    """Find out at the cost of a request whether ``prepare_run_data`` will have a manifest.
+    """Find out at the cost of a request whether ``prepare_run_data`` will have a manifest, wherever it is.
+
+    Of its paths nothing is looked at, as ``check_run_data`` does: a task of a capture never lists the whole corpus.
 
     Raises:
         StorageError: there is none, and no catalog of datasets that may make it.
