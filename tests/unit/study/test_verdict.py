@@ -94,6 +94,14 @@ def test_none_right_does_not_mean_that_none_can_be() -> None:
     assert verdict.word == UNKNOWN
 
 
+@pytest.mark.parametrize("texts", [2, 3])
+def test_shares_differ_by_no_more_than_all_of_them(texts: int) -> None:
+    none = np.zeros((1, texts))
+    of_students = compare(none, none, np.ones(texts), ANSWERS, of_students=True)
+    assert -1 <= of_students.low < 0 < of_students.high <= 1
+    assert of_students.word == UNKNOWN
+
+
 def test_so_many_seeds_would_tell_and_half_as_many_would_not() -> None:
     rng = np.random.default_rng(10)
     truth = {"texts": 200, "seed": 0.03, "text": 0.02, "both": 0.02}
