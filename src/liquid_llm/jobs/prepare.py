@@ -24,7 +24,7 @@ from typing import Any
 
 from liquid_llm import storage
 from liquid_llm.config import DataConfig, PrepareConfig, build_prepare_config
-from liquid_llm.data.manifest import entry_files, read_manifest
+from liquid_llm.data.manifest import read_manifest
 from liquid_llm.data.types import ManifestEntry
 from liquid_llm.distributed import read_rank
 from liquid_llm.errors import DataError, StorageError, UsageError
@@ -156,22 +156,23 @@ def find_run_data(config: DataConfig, wanted: Callable[[str], bool] = lambda typ
     return prepare_run_data(replace(config, prepare="skip", toolkit_uri=None), wanted)
 
 
-def check_run_data(config: DataConfig) -> None:
-    """Look at what costs nothing to look at, before models are read: a slip in a path is said at once.
+def check_run_data(config: DataConfig, require: Callable[[str], object] = lambda type: None) -> None:
+    """Look at what options say of the data, before models are read: a slip there is said at once.
 
-    A manifest that a preparation is to write, or whose shards it is to write, is left alone, and so is what lies at
-    URLs, of which a listing may be long.
+    ``require`` is told each type of the manifest, and raises where the options do not do for it. What is wrong with
+    the data itself is said later, when the other options are known to be usable. A manifest that a preparation is to
+    write is left alone, and so is one at a URL.
 
     Raises:
-        DataError, StorageError: the manifest cannot be used, or a path in it matches no file on this machine.
+        StorageError: the manifest cannot be read.
     """
     if config.manifest is None or storage.is_remote(config.manifest):
         return
     if config.toolkit_uri is not None or _find_catalog(config) is not None:
         return
-    for entry in read_manifest(config.manifest):
-        if not storage.is_remote(entry.path):
-            entry_files(entry)
+    with contextlib.suppress(DataError):
+        for type in order_types(entry.type for entry in read_manifest(config.manifest)):
+            require(type)
 
 
 def _find_catalog(config: DataConfig) -> Catalog | None:

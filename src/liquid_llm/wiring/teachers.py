@@ -394,8 +394,8 @@ def teacher_spec(config: RunConfig, type: str) -> str:
     raise UsageError(
         f"the manifest has {type} samples but nothing names their signal",
         where=" or ".join([*own, f"--signal {type}=URI"]),
-        remedy="capture the signal first and name its folder, ask a teacher with --hybrid=false --teacher_mode=online, "
-        f"or say --signal {type}=none for plain cross-entropy",
+        remedy=f"name its teacher with --signal {type}=online:MODEL, name the folder of a capture, ask one teacher for "
+        f"all with --hybrid=false --teacher_mode=online, or say --signal {type}=none for plain cross-entropy",
     )
 
 

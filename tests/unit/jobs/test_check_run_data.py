@@ -1,4 +1,7 @@
-"""A slip in a path is said before models are read, and what a preparation is yet to write is no slip."""
+"""What options say wrongly of the data is said before models are read; what a preparation writes may be missing.
+
+That what is wrong with the data itself comes behind the options: tests/integration/test_bad_input.py.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,10 @@ from liquid_llm.options import TRAIN
     ("manifest", "code", "words"),
     [
         (None, 4, "manifest.jsonl: not found"),
-        ('{"path": "tpyo-*.jsonl", "type": "mine"}', 3, "manifest.jsonl:1: the path matches no file"),
-        ('{"path": "a.jsonl"', 3, "manifest.jsonl:1: "),
+        ('{"path": "a.jsonl", "type": "other"}', 2, "--signal other=online:MODEL"),
     ],
 )
-def test_a_slip_in_the_data_is_said_before_any_model_is_looked_for(
+def test_a_slip_in_what_options_say_of_the_data_is_said_before_any_model_is_looked_for(
     manifest, code, words, dry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if manifest is not None:
