@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import IO
 
 import pytest
 from filelock import FileLock
@@ -19,7 +20,7 @@ from hypothesis import settings
 from tests.support import predictions
 from tests.support.accelerator import Accelerator, install
 from tests.support.costs import Costs
-from tests.support.files import place_for_files
+from tests.support.files import begin_folder, place_for_files
 from tests.support.gcs import Bucket, FakeGcs, running_server
 from tests.support.processes import end_all
 from tests.support.shared import FOLDER
@@ -67,10 +68,16 @@ def _begin_a_folder_of_our_own() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/liquid-tests-torchinductor")
     outside = place_for_files()
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", outside)
-    folder = os.environ["TMPDIR"] = os.environ[FOLDER] = tempfile.mkdtemp(prefix="liquid-tests-", dir=outside)
+    folder, holding = begin_folder(outside)
+    os.environ["TMPDIR"] = os.environ[FOLDER] = folder
     tempfile.tempdir = None
     # After multiprocessing has removed its own folder, which lies in this one.
-    Finalize(None, shutil.rmtree, args=(folder,), kwargs={"ignore_errors": True}, exitpriority=-200)
+    Finalize(None, _end_folder, args=(folder, holding), exitpriority=-200)
+
+
+def _end_folder(folder: str, holding: IO[str]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    holding.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -43,3 +43,13 @@ def test_memory_whose_size_is_not_known_or_that_holds_no_programs_is_not_taken(
         assert files.place_for_files() == "/usual"
     monkeypatch.setattr(files, "_MEMINFO", tmp_path / "none")
     assert files.place_for_files() == "/usual"
+
+
+def test_what_a_killed_session_left_is_removed_and_what_another_uses_is_not(tmp_path: Path) -> None:
+    (first, holding), (second, other) = (files.begin_folder(str(tmp_path)) for _ in range(2))
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([first, second])
+    holding.close()  # as the system does when its process ends
+    third, another = files.begin_folder(str(tmp_path))
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([second, third])
+    other.close()
+    another.close()
