@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.forked import Forked
-from tests.support.tiny import Tiny, build, run, start
+from tests.support.tiny import QUICK, Tiny, build, run, start
 
 from liquid_llm.checkpoint.discovery import latest_checkpoint, read_sidecar
 from liquid_llm.cli.main import main
@@ -23,7 +23,7 @@ STEPS = 20
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory) -> Tiny:
     tiny = build(tmp_path_factory.mktemp("tiny"))
-    done = run("stage1_hybrid.precompute_hybrid_logits", tiny.capture_words())
+    done = run("stage1_hybrid.precompute_hybrid_logits", tiny.capture_words(**QUICK))
     assert done.returncode == 0, done.stderr
     return tiny
 

@@ -30,8 +30,9 @@ def tiny(scored: Tiny) -> Tiny:
 
 
 def hybrid_words(tiny: Tiny, output: Path, **options: object) -> list[str]:
-    """Six steps of micro-batches of three types; how many a step has is not said."""
+    """Six steps of micro-batches of three types; how many a step has is not said. Evaluation: three batches of each."""
     given = {"max_steps": 6, "eval_every": 3, "save_every": 3, "keep_old_logit_l2": 0, "metrics_interval": 1}
+    given |= {"eval_tokens": 384}
     return tiny.train_words(output, **{**given, **options})
 
 

@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support import forked
 from tests.support.launchers import run_script
 from tests.support.pythons import Pythons, add_program
 from tests.support.readme import REPOSITORY
@@ -68,11 +68,11 @@ def make_job(folder: Path, bucket: Path, tasks: int, **more: str) -> dict[str, s
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pythons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a script calls ``python`` has the libraries already; only `accelerate` starts the interpreter itself."""
+def pythons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a script calls ``python``, in a folder, has the libraries already."""
     with Pythons(tmp_path_factory.mktemp("bin")) as programs, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{programs.folder}:{os.environ['PATH']}")
-        yield
+        yield programs.folder
 
 
 @pytest.fixture(scope="module")
@@ -152,20 +152,16 @@ def wait_for_rows(run: Path, count: int, job: subprocess.Popen[str], seconds: fl
         time.sleep(0.05)
 
 
-def test_accelerate_launch_starts_processes_that_train_together(tiny: Tiny, tmp_path: Path) -> None:
+def test_accelerate_launch_starts_processes_that_train_together(tiny: Tiny, pythons: Path, tmp_path: Path) -> None:
     """Its --multi_gpu is torchrun, GPUs or not; without it, it starts one process, whatever --num_processes says."""
     launch = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     words = [f"--signal=math_tool={tiny.root}/signal/math", f"--signal=code={tiny.root}/signal/code"]
     words += [f"--dataset_manifest={tiny.manifest}", f"--output_gcs_uri={tmp_path}", "--run_id=run", "--device=cpu"]
     module = ["-m", "--", "liquid_llm", "train", *words, *small(tiny, max_steps=2)]
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch]
-    done = subprocess.run(
-        [*accelerate, "--main_process_port=0", *module],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch", *launch, "--main_process_port=0", *module]
+    # torchrun takes the interpreter of the processes from this variable.
+    place = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON_EXEC": str(pythons / "python")}
+    done = forked.run(accelerate, env={**os.environ, **place}, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = latest_checkpoint(tmp_path / "run")
     assert found is not None

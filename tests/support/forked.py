@@ -217,6 +217,8 @@ def _as_the_interpreter_begins(env: Mapping[str, str]) -> None:
 
 def _status_of(words: list[str]) -> int:
     """Run the words as the interpreter would; the status it would end with."""
+    if words[0] == "-u":
+        words = words[1:]  # torchrun asks for streams that keep nothing back; what is said is read at the end
     kind, *rest = words
     try:
         if kind == "-m":
