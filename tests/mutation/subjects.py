@@ -18,10 +18,10 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         [f"{UNIT}/test_schedules.py", f"{UNIT}/test_training.py", "tests/golden/test_example_schedules.py"],
     ),
     "order": (
-        [f"{CODE}/data/{name}.py" for name in ("sampling", "blocks", "buckets", "two_levels", "loader")],
+        [f"{CODE}/data/{name}.py" for name in ("sampling", "blocks", "buckets", "two_levels", "many_files", "loader")],
         [
             f"{UNIT}/data/test_{name}.py"
-            for name in ("sampling", "blocks", "buckets", "two_levels", "loader", "prefetch")
+            for name in ("sampling", "blocks*", "buckets", "two_levels", "many_files", "loader", "prefetch")
         ],
     ),
     "records": (
@@ -32,6 +32,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         [f"{CODE}/signal_store/codecs/**/*.py"],
         [f"{UNIT}/signal_store/test_codec*.py", f"{UNIT}/signal_store/test_sizes.py"],
     ),
+    "served": ([f"{CODE}/served/protocol.py"], [f"{UNIT}/served/test_protocol.py"]),
     "checkpoints": (
         [f"{CODE}/checkpoint/{name}.py" for name in ("store", "discovery", "files")],
         [f"{UNIT}/checkpoint/test_{name}.py" for name in ("files", "store", "upload", "resume")],

@@ -75,7 +75,7 @@ def read_cards(value: Any) -> list[Card]:
         for one in value["data"]:
             name, most = one["id"], one.get("max_model_len")
             found.append(Card(str(name), str(one.get("root") or name), str(one.get("owned_by") or "unknown"), most))
-            if not (most is None or isinstance(most, int)):
+            if not (most is None or (type(most) is int and most > 0)):
                 raise BadAnswer(f"max_model_len is {most!r:.40}")
     except (KeyError, TypeError, AttributeError) as error:
         raise BadAnswer("no list of models") from error

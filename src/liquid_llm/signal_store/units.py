@@ -106,6 +106,8 @@ def read_marker(uri: str, unit: str) -> Marker | None:
             return None
         counts = {str(name): int(count) for name, count in values["counts"].items()}
         files = {str(name): int(size) for name, size in values["files"].items()}
+        if min([0, *counts.values(), *files.values()]) < 0:
+            return None
         return Marker(str(values["fingerprint"]), dict(values["input"]), counts, files)
     except (ParseError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
@@ -149,7 +151,8 @@ def read_plan(uri: str) -> int | None:
     """How many units a store is to have; None where nobody has said."""
     place = storage.join(uri, _PLAN)
     try:
-        return int(parse_json(storage.read_small(place))["units"]) if storage.exists(place) else None
+        planned = int(parse_json(storage.read_small(place))["units"]) if storage.exists(place) else -1
+        return planned if planned >= 0 else None
     except (ParseError, KeyError, TypeError, ValueError, OverflowError):
         return None
 

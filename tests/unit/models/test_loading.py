@@ -307,3 +307,18 @@ def test_the_real_packaged_teacher_unpacks_and_predicts_english():
     with torch.no_grad():
         logits = loaded.model(text.input_ids).logits[0, -1]
     assert loaded.tokenizer.decode(logits.argmax()) == " Berlin"
+
+
+@pytest.mark.parametrize("key", [b"block_count", b"embedding_length"])
+@pytest.mark.parametrize("damage", ["lost", "enormous"])
+def test_a_gguf_file_that_tells_of_another_size_is_refused_before_it_is_built(gguf_file, tmp_path, key, damage):
+    """A lost key is 32 layers or 4096 wide by default: gigabytes, for a file that has nothing of the kind."""
+    content = gguf_file.read_bytes()
+    at = content.index(b"llama." + key) + len(b"llama." + key)
+    number = at + 4  # behind the type
+    changed = content[: at - 1] + b"x" + content[at:] if damage == "lost" else None
+    changed = changed or content[:number] + b"\xff\xff\xff\x7f" + content[number + 4 :]
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(changed)
+    with pytest.raises(ModelError, match="of its tensors"):
+        load_teacher(str(path), **CPU)

@@ -147,4 +147,29 @@ def test_an_answer_is_far_smaller_than_what_is_allowed_of_it() -> None:
     ids = list(range(30))
     text = json.dumps(answer_about(ids, distributions(29, 0), 20))
     assert len(text) < protocol.most_bytes(len(ids), 20) / 2
+    assert 100 * len(text) < protocol.most_bytes(100 * len(ids), 20)
     assert parse_json(text)["model"] == "m"
+
+
+@pytest.mark.parametrize("most", [-1, 0, True, 64.0, "64"])
+def test_a_model_whose_texts_have_no_length_is_no_model(most: object) -> None:
+    listed = {"data": [{"id": "m", "max_model_len": most}]}
+    with pytest.raises(BadAnswer, match="max_model_len"):
+        protocol.read_cards(listed)
+
+
+def test_models_as_a_server_lists_them() -> None:
+    listed = [{"id": "m", "root": "org/model", "owned_by": "vllm", "max_model_len": 64}, {"id": "n", "root": None}]
+    whole, bare = protocol.read_cards({"data": listed})
+    assert whole == protocol.Card("m", "org/model", "vllm", 64)
+    assert bare == protocol.Card("n", "n", "unknown", None)
+
+
+@pytest.mark.parametrize(("more", "is_taken"), [(0.0005, True), (0.01, False)])
+def test_probabilities_add_up_to_one_and_a_rounding_error(more: float, is_taken: bool) -> None:
+    value = answer_about(IDS, distributions(4, 1) + more, VOCAB)
+    if is_taken:
+        assert read(value, IDS, VOCAB).log_probs.shape == (4, VOCAB)
+        return
+    with pytest.raises(BadAnswer, match="add up to more than 1"):
+        read(value, IDS, VOCAB)
