@@ -152,9 +152,9 @@ def test_what_comes_one_after_the_other_is_of_a_few_files(files, cache) -> None:
 
 def test_evaluation_takes_the_text_that_it_takes_of_one_cache(files, cache) -> None:
     whole = build_token_dataset(files, "lm", Tokenizer(), "h", cache, shards=names_of(files), **how("two"))
-    _, held = split(whole, CUT.val_fraction)
-    for tokens in (1, 40, 500, 10**6):
-        many = read(files, cache, Cut(BLOCK, 0.2, None, tokens, 0, BLOCK), "two")
+    for fraction, tokens in ((0.2, 1), (0.2, 500), (0.2, 10**6), (1, 40), (1, 150), (1, 300), (1, 10**6)):
+        held = whole if fraction == 1 else split(whole, fraction)[1]
+        many = read(files, cache, Cut(BLOCK, fraction, None, tokens, 0, BLOCK), "two")
         assert many.held == (len(held), held.num_tokens)
         assert many.held_out is not None
         for size in (16, BLOCK):
@@ -162,9 +162,7 @@ def test_evaluation_takes_the_text_that_it_takes_of_one_cache(files, cache) -> N
             ours, theirs = validation_batches(many.held_out, **sizes), validation_batches(held, **sizes)
             assert list(map(rows_of, ours)) == list(map(rows_of, theirs))
             assert [one.documents.names for one in ours] == [one.documents.names for one in theirs]  # type: ignore[union-attr]
-    everything = read(files, cache, Cut(BLOCK, 1, None, 10**6, 0, BLOCK), "two")
-    assert everything.held_out is not None
-    assert (len(everything.held_out), len(everything)) == (len(whole), len(whole))
+    assert len(many) == len(many.held_out) == len(whole), "all is held out, and all could be trained on"
 
 
 def test_a_survey_is_enough_to_begin_and_another_block_size_tokenises_nothing(files, cache, monkeypatch) -> None:
