@@ -215,7 +215,8 @@ def test_what_is_no_prompt_is_said_before_data_is_read(
 ) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(content)
-    assert main(words(tiny, tmp_path, sample_prompts=prompts, dataset_manifest=tmp_path / "none")) == 2
+    without_data = write(tmp_path / "m.jsonl", [{"path": str(tmp_path / "none.jsonl"), "type": "lm", "weight": 1.0}])
+    assert main(words(tiny, tmp_path, sample_prompts=prompts, dataset_manifest=without_data)) == 2
     error = capsys.readouterr().err
     assert told in error
     assert "--sample_prompts" in error

@@ -14,7 +14,7 @@ import pytest
 from tests.support.sources import REPOSITORY, module_files, parse
 
 from liquid_llm.cli import main as commands
-from liquid_llm.options import OPTIONS
+from liquid_llm.options import ALIASES, OPTIONS
 
 PROGRAMS = Path(sys.executable).parent
 # Options of other programs that our texts name, by program.
@@ -57,6 +57,7 @@ def _found(pattern: str) -> set[str]:
 
 def test_every_option_that_a_text_names_is_one_of_ours_or_of_the_program_it_names() -> None:
     ours = {name for option in OPTIONS for name in (option.name, *option.aliases)}
+    ours |= set(ALIASES)
     ours |= {"config", "version", "help", "no_", "option"}  # the last stands for any
     for path in (REPOSITORY / "src" / "liquid_llm" / "cli").glob("*.py"):
         ours |= set(re.findall(r'Option\(\s*"([a-z_]+)"', path.read_text(encoding="utf-8")))
