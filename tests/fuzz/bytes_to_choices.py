@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -92,6 +93,21 @@ def edit_value(value: Any, choices: Choices) -> Any:
     else:
         holder[key] = _copy(choices.one(HOSTILE))
     return value if not root else holder[0]
+
+
+def edit_json(data: bytes, choices: Choices) -> bytes:
+    """JSON with one place in it changed; nothing, where ``data`` is none any more."""
+    try:
+        return json.dumps(edit_value(json.loads(data), choices)).encode()
+    except (ValueError, RecursionError):
+        return b""
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write contents by their names below ``folder``."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _copy(value: Any) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_value
+from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_json, write_files
 from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -71,13 +70,8 @@ def check(data: bytes, folder: Path) -> None:
     while choices:
         name = choices.one(surveys)
         if choices.below(2):
-            try:
-                files[name] = json.dumps(edit_value(json.loads(files[name]), choices)).encode()
-            except (ValueError, RecursionError):
-                files[name] = b""
+            files[name] = edit_json(files[name], choices)
         else:
             files[name] = edit_bytes(files[name], choices)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    write_files(files, folder)
     assert _seen(_read(_sources(), folder)) == expected

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_value
+from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_json, write_files
 from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -59,15 +59,8 @@ def check(data: bytes, folder: Path) -> None:
         if choices.below(8) == 0 and not name.endswith(".sha256"):  # without it nothing vouches for the others
             del files[name]
         elif name.endswith(".json") and choices.below(2):
-            import json
-
-            try:
-                files[name] = json.dumps(edit_value(json.loads(files[name]), choices)).encode()
-            except (ValueError, RecursionError):
-                files[name] = b""
+            files[name] = edit_json(files[name], choices)
         else:
             files[name] = edit_bytes(files[name], choices)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    write_files(files, folder)
     assert _samples(_build(_source(), folder)) == expected

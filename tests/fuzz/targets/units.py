@@ -5,14 +5,13 @@ A marker says what is there; whatever it says, a record is read by itself, and w
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_value
+from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_json, write_files
 from tests.support.stores import put, writer
 from tests.support.teachers import make_samples
 
@@ -52,15 +51,10 @@ def check(data: bytes, folder: Path) -> None:
     while choices:
         name = choices.one(names)
         if choices.below(3):
-            try:
-                files[name] = json.dumps(edit_value(json.loads(files[name]), choices)).encode()
-            except (ValueError, RecursionError):
-                files[name] = b""
+            files[name] = edit_json(files[name], choices)
         else:
             files[name] = edit_bytes(files[name], choices)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    write_files(files, folder)
     uri = str(folder)
     damaged = dict(find_damaged(uri))
     for unit in UNITS:
