@@ -42,7 +42,7 @@ test: $(STAMP)  ## run all tests
 # Extras are installed by their targets alone: they bring much, and lm-eval sets packages of others back (decision 18).
 test-lm-eval: $(STAMP)  ## the tests that need lm-eval, which it installs into .venv
 	$(PIP) install --quiet -e '.[lm-eval]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_lm_eval_tasks.py tests/integration/test_lm_eval.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_lm_eval_tasks.py tests/integration/test_lm_eval.py tests/integration/test_evaluate_on_ranks.py -k 'lm_eval or benchmarks' $(ARGS)
 
 test-trackers: $(STAMP)  ## the tests that need Weights & Biases, MLflow and Trackio, which it installs into .venv
 	$(PIP) install --quiet -e '.[track]'

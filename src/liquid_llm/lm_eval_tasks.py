@@ -9,9 +9,11 @@ alone. Tasks that are known by name get their data from the Hugging Face hub.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,7 +122,8 @@ def run_tasks(
         )
         _begin_once(wrapped)
         told = {"limit": plan.limit, "num_fewshot": plan.num_fewshot, "bootstrap_iters": _BOOTSTRAPS}
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=names, task_manager=manager, log_samples=False, **told)
+        with _first_of_its_host():
+            found = lm_eval.simple_evaluate(model=wrapped, tasks=names, task_manager=manager, log_samples=False, **told)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             "lm-eval cannot run the tasks",
@@ -131,8 +134,23 @@ def run_tasks(
         ) from error
     finally:
         set_random_state(state)
-    assert found is not None  # on the only rank
+    assert found is not None
     return {name: _plain(name, rows, found) for name, rows in found["results"].items()}
+
+
+@contextlib.contextmanager
+def _first_of_its_host() -> Iterator[None]:
+    """Let lm-eval take this process for the first: to any other of a launcher it gives nothing, though each is asked
+    about students of its own."""
+    number = os.environ.get("LOCAL_RANK")
+    if number is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = number
 
 
 def _begin_once(judge: Any) -> None:
