@@ -103,6 +103,14 @@ def edit_json(data: bytes, choices: Choices) -> bytes:
         return b""
 
 
+def edit_files(files: dict[str, bytes], names: Sequence[str], choices: Choices, *, one_in: int) -> None:
+    """Change JSON files of these names until choices end; one time in so many as bytes, else as values."""
+    while choices:
+        name = choices.one(names)
+        edit = edit_json if choices.below(one_in) else edit_bytes
+        files[name] = edit(files[name], choices)
+
+
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
     """Write contents by their names below ``folder``."""
     for name, content in files.items():

@@ -78,3 +78,16 @@ def tokenizers_of_all_kinds() -> dict[str, Any]:
         ),
         "unknown": tokenizer_with(("<stop>",), eos="<stop>"),
     }
+
+
+class CountingTokenizer:
+    """The tiny tokenizer, which counts the texts that it is given."""
+
+    texts = 0
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        self.texts += len(text)
+        return tiny_tokenizer()(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tiny_tokenizer(), name)

@@ -57,8 +57,7 @@ class CaptureSummary:
 
     Attributes:
         written, skipped: samples captured; samples that needed none (complete already, or given twice).
-        failed: samples that could not be captured.
-        failures: the first of them.
+        failures: the first samples that could not be captured.
         reasons: how many have failed for what, without the values that differ from one to the next.
         too_large: how many of them do not fit into the device's memory even alone.
         consumers: what takes most of that memory, in words; filled in by who knows.
@@ -73,7 +72,6 @@ class CaptureSummary:
 
     written: int = 0
     skipped: int = 0
-    failed: int = 0
     failures: list[Failure] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     too_large: int = 0
@@ -88,7 +86,6 @@ class CaptureSummary:
     def fail(self, failure: Failure) -> bool:
         """Count in a sample that could not be captured; whether it is one of the first, which are kept."""
         self._count(failure.reason.partition("; got ")[0], 1)
-        self.failed += 1
         if self.failed > _KEPT_FAILURES:
             return False
         self.failures.append(failure)
@@ -96,7 +93,6 @@ class CaptureSummary:
 
     def add_failures(self, other: CaptureSummary) -> None:
         """Count in those of another job."""
-        self.failed += other.failed
         self.failures = [*self.failures, *other.failures][:_KEPT_FAILURES]
         for reason, count in other.reasons.items():
             self._count(reason, count)
@@ -105,6 +101,11 @@ class CaptureSummary:
         known = reason in self.reasons or len(self.reasons) < _KEPT_REASONS
         reason = reason if known else _OTHER_REASONS
         self.reasons[reason] = self.reasons.get(reason, 0) + count
+
+    @property
+    def failed(self) -> int:
+        """Samples that could not be captured."""
+        return sum(self.reasons.values())
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -125,6 +126,7 @@ class CaptureSummary:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "consumers"}
         return {
             **values,
+            "failed": self.failed,
             "bytes_per_token": self.bytes_per_token,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": self.tokens_per_second,

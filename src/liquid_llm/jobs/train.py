@@ -261,7 +261,7 @@ def _prepare(config: RunConfig, output: _Output | None, start: Start, engine: En
     """All that a run needs before its first step; what it was made of is written."""
     if output is not None:
         try_places(output.place)
-    check_run_data(config.data, lambda type: teacher_spec(config, type))
+    check_run_data(config.data, partial(teacher_spec, config))
     basis = build_basis(config, start, engine)
     data = engine.host_first(lambda: prepare_run_data(config.data))
     parts = build_parts(basis, start, data.entries, engine)
@@ -403,7 +403,7 @@ def _dry_run(config: RunConfig, engine: Engine) -> tuple[dict[str, Any], Fit]:
         findings["place"]["would_continue"] = began if start.kind == "continue" else None
 
         def prepare() -> tuple[Parts, Fit]:
-            check_run_data(config.data, lambda type: teacher_spec(config, type))
+            check_run_data(config.data, partial(teacher_spec, config))
             basis = build_basis(config, start, engine)
             parts = build_parts(basis, start, find_run_data(config.data).entries, engine)
             settle_loss(parts.config, parts, start)

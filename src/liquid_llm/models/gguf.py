@@ -73,14 +73,7 @@ def _require_sizes(path: Path) -> None:
     """
     try:
         values, shapes = _read_header(path)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        OverflowError,
-        struct.error,
-        RecursionError,
-    ):  # of the hub, another version, or cut
+    except _UNREADABLE:  # of the hub, another version, or cut
         return
     kind = values.get("general.architecture")
     numbers = [int(found[1]) for found in map(re.compile(r"blk\.(\d{1,9})\.").match, shapes) if found]

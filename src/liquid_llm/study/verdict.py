@@ -206,7 +206,7 @@ def compare(
     low, high = spread.centre - half, spread.centre + half
     if (
         measure.is_share
-    ):  # of two prompts Student's quantile makes hundreds of per cent, and no share differs by more than 1
+    ):  # no share differs by more than 1; of two prompts Student's quantile makes hundreds of per cent
         low, high = max(low, -1.0), min(high, 1.0)
     gains = (low, high) if measure.higher_is_better else (-high, -low)
     word = BETTER if gains[0] > 0 else NOT_BETTER if gains[1] < measure.least_gain else UNKNOWN

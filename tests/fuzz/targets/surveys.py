@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_json, write_files
+from tests.fuzz.bytes_to_choices import Choices, edit_files, write_files
 from tests.support.datasets import UNFRAMED
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -67,11 +67,6 @@ def check(data: bytes, folder: Path) -> None:
     files = dict(files)
     surveys = sorted(name for name in files if name.startswith(".") and name.endswith(".json"))
     assert len(surveys) == len(_TEXTS)
-    while choices:
-        name = choices.one(surveys)
-        if choices.below(2):
-            files[name] = edit_json(files[name], choices)
-        else:
-            files[name] = edit_bytes(files[name], choices)
+    edit_files(files, surveys, choices, one_in=2)
     write_files(files, folder)
     assert _seen(_read(_sources(), folder)) == expected

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from tests.fuzz.bytes_to_choices import Choices, edit_bytes, edit_json, write_files
+from tests.fuzz.bytes_to_choices import Choices, edit_files, write_files
 from tests.support.stores import put, writer
 from tests.support.teachers import make_samples
 
@@ -48,12 +48,7 @@ def check(data: bytes, folder: Path) -> None:
     choices, files = Choices(data), dict(_base())
     whole = choices.below(8) == 0  # a look at everything takes ten times as long
     names = sorted(name for name in files if name.startswith("done/") or name == "plan.json")
-    while choices:
-        name = choices.one(names)
-        if choices.below(3):
-            files[name] = edit_json(files[name], choices)
-        else:
-            files[name] = edit_bytes(files[name], choices)
+    edit_files(files, names, choices, one_in=3)
     write_files(files, folder)
     uri = str(folder)
     damaged = dict(find_damaged(uri))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.support.datasets import UNFRAMED
 from tests.support.texts import paragraph
-from tests.support.tokenizers import tiny_tokenizer
+from tests.support.tokenizers import CountingTokenizer
 
 from liquid_llm.data.blocks import Blocks
 from liquid_llm.data.learning import CHATML, Learning
@@ -27,19 +27,6 @@ SHORT, EMPTY = 5, 9  # files without a full block
 CUT = Cut(BLOCK, 0.2, None, 300, 5, BLOCK)
 FRAMINGS = {"end": UNFRAMED, "one": Framing(0, 0), "two": Framing(1, 0)}
 WINDOW = {"lm": 1500}  # tokens: a few files
-
-
-class Tokenizer:
-    """The tiny tokenizer, which counts the texts that it is given."""
-
-    texts = 0
-
-    def __call__(self, text: list[str], **options: Any) -> Any:
-        self.texts += len(text)
-        return tiny_tokenizer()(text, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(tiny_tokenizer(), name)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +60,13 @@ def how(framing: str) -> dict[str, Any]:
 
 
 def read(files: list[str], cache: Path, cut: Cut = CUT, framing: str = "end", tokenizer: Any = None) -> ManyFiles:
-    caches = FileCaches("lm", Tokenizer() if tokenizer is None else tokenizer, "h", cache, **how(framing))
+    caches = FileCaches("lm", CountingTokenizer() if tokenizer is None else tokenizer, "h", cache, **how(framing))
     return ManyFiles.read(caches, cut, files, names_of(files))
 
 
 def of_one(file: str, cache: Path, framing: str) -> tuple[TokenDataset, TokenDataset]:
     """What is trained on, and what is held out, of one file read by itself."""
-    return split(build_token_dataset([file], "lm", Tokenizer(), "h", cache, **how(framing)), CUT.val_fraction)
+    return split(build_token_dataset([file], "lm", CountingTokenizer(), "h", cache, **how(framing)), CUT.val_fraction)
 
 
 def stream(dataset: ManyFiles, rank: int = 0, ranks: int = 1, mask: bool = False) -> TrainingStream:
@@ -151,7 +138,7 @@ def test_what_comes_one_after_the_other_is_of_a_few_files(files, cache) -> None:
 
 
 def test_evaluation_takes_the_text_that_it_takes_of_one_cache(files, cache) -> None:
-    whole = build_token_dataset(files, "lm", Tokenizer(), "h", cache, shards=names_of(files), **how("two"))
+    whole = build_token_dataset(files, "lm", CountingTokenizer(), "h", cache, shards=names_of(files), **how("two"))
     for fraction, tokens in ((0.2, 1), (0.2, 500), (0.2, 10**6), (1, 40), (1, 150), (1, 300), (1, 10**6)):
         held = whole if fraction == 1 else split(whole, fraction)[1]
         many = read(files, cache, Cut(BLOCK, fraction, None, tokens, 0, BLOCK), "two")
@@ -166,7 +153,7 @@ def test_evaluation_takes_the_text_that_it_takes_of_one_cache(files, cache) -> N
 
 
 def test_a_survey_is_enough_to_begin_and_another_block_size_tokenises_nothing(files, cache, monkeypatch) -> None:
-    first, tokenizer = read(files, cache), Tokenizer()
+    first, tokenizer = read(files, cache), CountingTokenizer()
     monkeypatch.setattr("liquid_llm.data.many_files.open_cache", lambda *_, **__: pytest.fail("a cache was opened"))
     again = read(files, cache, tokenizer=tokenizer)
     stream(again)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tests.support.datasets import UNFRAMED
 from tests.support.texts import paragraph
-from tests.support.tokenizers import tiny_tokenizer
+from tests.support.tokenizers import CountingTokenizer
 
 from liquid_llm.data.learning import CHATML, Learning
 from liquid_llm.data.loader import TrainingStream, WeightedDataset, validation_batches
@@ -27,19 +27,6 @@ SIZES = {"block_size": 64, "batch_size": 2, "seed": 5, "sample_tokens": 48, "gro
 WHOLE, CUT = Cut(48, 0.2, None, 300, 5), Cut(48, 0.2, 48, 300, 5)
 HOW: dict[str, Any] = {"framing": UNFRAMED, "layout": "samples", "learning": Learning(chat_template=CHATML)}
 ORDER = {"code": 900}  # tokens: a few files
-
-
-class Tokenizer:
-    """The tiny tokenizer, which counts the texts that it is given."""
-
-    texts = 0
-
-    def __call__(self, text: list[str], **options: Any) -> Any:
-        self.texts += len(text)
-        return tiny_tokenizer()(text, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(tiny_tokenizer(), name)
 
 
 def write_files(folder: Path) -> list[str]:
@@ -75,14 +62,14 @@ def names_of(files: list[str]) -> list[str]:
 
 
 def read(files: list[str], cache: Path, cut: Cut = WHOLE, tokenizer: Any = None) -> ManyFiles:
-    made = Tokenizer() if tokenizer is None else tokenizer
+    made = CountingTokenizer() if tokenizer is None else tokenizer
     caches = FileCaches("code", made, "h", cache, **HOW)
     return ManyFiles.read(caches, cut, files, names_of(files))
 
 
 def as_one(files: list[str], cache: Path, cut: Cut) -> tuple[TokenDataset, TokenDataset]:
     """What is trained on, and what is held out, of one cache of all files."""
-    whole = build_token_dataset(files, "code", Tokenizer(), "h", cache, shards=names_of(files), **HOW)
+    whole = build_token_dataset(files, "code", CountingTokenizer(), "h", cache, shards=names_of(files), **HOW)
     train, held = split(cut.learnable(whole), cut.val_fraction)
     return train if cut.windows_of is None else train.windows(cut.windows_of), held
 
@@ -135,7 +122,7 @@ def test_what_evaluation_takes_is_what_it_takes_of_one_cache(files, cache) -> No
 
 def test_nothing_is_tokenised_or_read_again(files, cache, monkeypatch) -> None:
     first = read(files, cache)
-    tokenizer = Tokenizer()
+    tokenizer = CountingTokenizer()
     opened: list[Path] = []
     monkeypatch.setattr("liquid_llm.data.many_files.open_cache", lambda folder, *_, **__: opened.append(folder))
     again = read(files, cache, tokenizer=tokenizer)
@@ -151,7 +138,7 @@ def test_a_cache_that_is_lost_or_damaged_is_made_again_and_changed_data_is_refus
     folder, cache = tmp_path / "data", tmp_path / "cache"
     shutil.copytree(Path(files[0]).parent, folder)
     own = [str(path) for path in sorted(folder.iterdir())]
-    tokenizer = Tokenizer()
+    tokenizer = CountingTokenizer()
     many = read(own, cache, tokenizer=tokenizer)
     expected = [many.sample(index).input_ids.tolist() for index in range(10)]
     count, many = tokenizer.texts, read(own, cache, tokenizer=tokenizer)

@@ -56,10 +56,8 @@ def _is_newer(info: FileInfo) -> bool:
     cache = ShardCache()
     try:
         read_shard_header(open_shard(info, cache).header, info.size)
-    except NewerShardError:
-        return True
-    except RecordError:
-        return False
+    except RecordError as error:
+        return isinstance(error, NewerShardError)
     finally:
         cache.close()
     return False
